@@ -1,0 +1,137 @@
+"""What to do with a workload on a machine: offload, run it on the device as it is, or in smaller batches there.
+
+Owns the comparison and the recommendation in words. Does not own the numbers of each way (`ways`), the split
+(`planner`) or any measurement.
+
+    whole batch on the device   if weights, prefill peak and the whole cache fit
+    sub-batches on the device   the largest batch that fits, run as often as needed, in equal parts
+    offload                     the plan
+
+Whichever is predicted to end first is recommended, with the numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from kvoffload import planner
+from kvoffload.config import OffloadConfig
+from kvoffload.errors import InfeasiblePlanError, UnsupportedModelError
+from kvoffload.model_shape import ITEMSIZE_BYTES, shape_from_config, sliding_window_tokens
+from kvoffload.types import HardwareProfile, ModelShape, Plan, Workload
+from kvoffload.ways import Alternative, Task, gb
+
+
+class Advice(NamedTuple):
+    """The plan and what it was compared with, best first."""
+
+    plan: Plan
+    alternatives: tuple[Alternative, ...]
+
+    @property
+    def best(self) -> Alternative:
+        """The way that is predicted to end first."""
+        return self.alternatives[0]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: the plan's, with `alternatives`."""
+        return self.plan.to_json() | {"alternatives": [one._asdict() for one in self.alternatives]}
+
+
+def plan(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Plan:
+    """The placement for `workload`, with a recommendation.
+
+    Args:
+        model_or_config: a transformers model or configuration, a dict, or a path to a `config.json` or its folder.
+        workload: what will be generated.
+        profile: the machine.
+        config: the caps and choices; "auto" is resolved from the profile.
+
+    Returns:
+        The plan for the full length of the cache; `recommendation` says what to do and why.
+
+    Raises:
+        InfeasiblePlanError: it fits nowhere; says which limit, by how much, and what would.
+        ProfileError: the profile's link has no bandwidth.
+        ConfigError: the model's configuration lacks a field.
+        UnsupportedModelError: no layer has a cache that grows without bound.
+    """
+    return advise(model_or_config, workload, profile, config).plan
+
+
+def advise(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Advice:
+    """As `plan`, with the numbers of every way."""
+    shape, window_tokens = describe(model_or_config)
+    if shape.num_offloaded_layers < 1:
+        raise UnsupportedModelError(
+            "no layer of this model has a cache that grows without bound: there is nothing to offload, use generate()"
+        )
+    task = Task(shape, window_tokens, workload, profile, config)
+    on_device = task.on_device()
+    try:
+        chosen = planner.solve(task.inputs(workload.cached_tokens))
+        offload = task.offload(chosen)
+    except InfeasiblePlanError as error:
+        if on_device is None:
+            raise
+        raise InfeasiblePlanError(f"{error}. Without offloading: {_describe(on_device)}") from error
+    ways = sorted([offload, *([on_device] if on_device else [])], key=lambda one: (one.total_s, one.way == "offload"))
+    text = _recommend(task, chosen, offload, on_device)
+    return Advice(dataclasses.replace(chosen, recommendation=text), tuple(ways))
+
+
+def describe(model_or_config: Any) -> tuple[ModelShape, int]:
+    """The shape of a model or configuration, and the tokens its bounded layers hold.
+
+    A model's own parameters say its bytes and its dtype; a configuration's are counted from its dimensions.
+    """
+    if not (hasattr(model_or_config, "config") and hasattr(model_or_config, "parameters")):
+        return shape_from_config(model_or_config), sliding_window_tokens(model_or_config)
+    dtype = str(model_or_config.dtype).removeprefix("torch.")
+    shape = shape_from_config(model_or_config.config, dtype if dtype in ITEMSIZE_BYTES else None)
+    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model_or_config.parameters())
+    return dataclasses.replace(shape, weight_bytes=weight_bytes), sliding_window_tokens(model_or_config.config)
+
+
+def _recommend(task: Task, chosen: Plan, offload: Alternative, on_device: Alternative | None) -> str:
+    """What to do, and the numbers that say so."""
+    room = (
+        f"weights take {gb(task.shape.weight_bytes)} and the whole cache {gb(task.resident_bytes(task.workload.batch))} "
+        f"of the device's {gb(task.profile.device_memory_bytes)}"
+    )
+    ours = _describe_plan(chosen, offload)
+    if on_device is None:
+        return f"Offload: {room}, and not even one sequence fits there whole. Predicted: {ours}."
+    if on_device.total_s > offload.total_s:
+        return f"Offload: {room}. Predicted: {ours}; {_describe(on_device)}."
+    if on_device.way == "on_device":
+        return f"Do not offload: {room}, so it fits. Predicted: {_describe(on_device)}; {ours}."
+    return (
+        f"Do not offload, unless the batch must stay together: {room}, but batches of {on_device.batch} fit. "
+        f"Predicted: {_describe(on_device)}; {ours}."
+    )
+
+
+def _describe_plan(chosen: Plan, offload: Alternative) -> str:
+    places = (
+        (chosen.resident_kv_blocks, "stay on the device as K/V"),
+        (chosen.resident_activation_blocks, "stay there as activations"),
+        (chosen.kv_blocks, "are transferred as K/V"),
+        (chosen.activation_blocks, "are transferred as activations and recomputed"),
+    )
+    placed = ", ".join(f"{count} {what}" for count, what in places if count)
+    return (
+        f"offloaded (of {chosen.num_blocks} blocks per layer {placed or 'none leaves the tail'}) a step takes "
+        f"{_time(chosen.predicted_step_s)} at full length, limited by the {chosen.binding_constraint.replace('_', ' ')} "
+        f"({_time(chosen.full_transfer_step_s)} with full transfer), and everything {_time(offload.total_s)}"
+    )
+
+
+def _describe(one: Alternative) -> str:
+    how = "on the device" if one.runs == 1 else f"on the device in {one.runs} runs of {one.batch}"
+    return f"{how} a step takes {_time(one.step_s)} and everything {_time(one.total_s)}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"

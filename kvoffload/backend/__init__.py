@@ -1,0 +1,8 @@
+"""Where copies and compute are ordered: CUDA streams, an emulated link, or a checker around either."""
+
+from kvoffload.backend.base import Backend, Event, LinkUse
+from kvoffload.backend.checking import CheckingBackend, RaceError
+from kvoffload.backend.cuda import CudaBackend
+from kvoffload.backend.emulated import EmulatedBackend
+
+__all__ = ["Backend", "CheckingBackend", "CudaBackend", "EmulatedBackend", "Event", "LinkUse", "RaceError"]

@@ -1,0 +1,167 @@
+"""A CUDA device: an H2D and a D2H stream beside the current stream, events between them, pinned host memory.
+
+Owns the two streams and the registrations of host memory. The compute queue is whatever stream PyTorch launches on
+at the time of the call. Nothing here synchronises except `synchronize` and `close`: timings come from CUDA events
+that are read only once they have completed.
+
+Pinned memory is pageable memory registered with `cudaHostRegister`: PyTorch's pinned allocator rounds each
+allocation up to a power of two, which for a cache of tens of gigabytes is far from the truth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from kvoffload.backend.base import Backend, HostBuffer, LinkUse
+
+logger = logging.getLogger(__name__)
+
+
+class CudaBackend(Backend):
+    """Copies on two side streams of one CUDA device.
+
+    Args:
+        device: the device that holds the model.
+    """
+
+    emulated = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.link_name = torch.cuda.get_device_name(device)
+        self._streams = {"h2d": torch.cuda.Stream(device), "d2h": torch.cuda.Stream(device)}
+        self._pending: dict[str, deque[tuple[Any, Any, int]]] = defaultdict(deque)  # (start, end, bytes)
+        self._totals: dict[str, LinkUse] = defaultdict(lambda: LinkUse(0, 0.0, 0))
+        self._registered: dict[int, int] = {}  # address -> bytes
+        self._warned_pageable = False
+
+    def allocate_host(self, num_bytes: int) -> HostBuffer:
+        with torch.inference_mode(False), _near(self.device):
+            tensor = torch.empty(num_bytes, dtype=torch.uint8)
+            tensor.zero_()  # touch every page here, so that it lands on the node of the device
+            code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), num_bytes, 0))
+        if code == 0:
+            self._registered[tensor.data_ptr()] = num_bytes
+            return HostBuffer(tensor, num_bytes)
+        if not self._warned_pageable:
+            self._warned_pageable = True
+            warnings.warn(
+                f"could not pin {num_bytes / 1e9:.2f} GB of host memory (CUDA error {code}); using pageable memory, "
+                "which is slower. Raise the limit on locked memory (ulimit -l) or lower host_gib.",
+                stacklevel=2,
+            )
+        return HostBuffer(tensor, 0)
+
+    def release_host(self, buffer: HostBuffer) -> None:
+        address = buffer.tensor.data_ptr()
+        if self._registered.pop(address, None) is not None:
+            torch.cuda.cudart().cudaHostUnregister(address)
+
+    def allocate_device(self, num_bytes: int) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
+    def copy_to_device(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Any]) -> Any:
+        return self._copy("h2d", dst, src, after)
+
+    def copy_to_host(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Any]) -> Any:
+        return self._copy("d2h", dst, src, after)
+
+    def _copy(self, direction: str, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Any]) -> Any:
+        stream = self._streams[direction]
+        for event in after:
+            stream.wait_event(event)
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record(stream)
+        with torch.cuda.stream(stream):
+            dst.copy_(src, non_blocking=True)
+        end.record(stream)
+        self._pending[direction].append((start, end, src.numel() * src.element_size()))
+        return end
+
+    def compute_waits(self, event: Any) -> None:
+        # The stretch between the two records is what the compute stream lost by waiting.
+        span = self.start_span("exposed_wait")
+        torch.cuda.current_stream(self.device).wait_event(event)
+        self.end_span(span)
+
+    def release(self, *buffers: torch.Tensor) -> Any:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def link_use(self, direction: Literal["h2d", "d2h"]) -> LinkUse:
+        self._harvest(direction)
+        return self._totals[direction]
+
+    def start_span(self, name: str) -> tuple[str, Any]:
+        start = torch.cuda.Event(enable_timing=True)
+        start.record(torch.cuda.current_stream(self.device))
+        return name, start
+
+    def end_span(self, span: tuple[str, Any]) -> None:
+        name, start = span
+        end = torch.cuda.Event(enable_timing=True)
+        end.record(torch.cuda.current_stream(self.device))
+        self._pending[name].append((start, end, 0))
+        if len(self._pending[name]) > 4096:  # long generations: keep the list of open measurements short
+            self._harvest(name)
+
+    def span_seconds(self, name: str) -> float:
+        self._harvest(name)
+        return self._totals[name].busy_s
+
+    def _harvest(self, name: str) -> None:
+        """Add up the measurements whose end has completed."""
+        pending, total = self._pending[name], self._totals[name]
+        while pending and pending[0][1].query():
+            start, end, num_bytes = pending.popleft()
+            seconds = start.elapsed_time(end) / 1e3  # milliseconds
+            total = LinkUse(total.copied_bytes + num_bytes, total.busy_s + seconds, total.copies + 1)
+        self._totals[name] = total
+
+    def close(self) -> None:
+        self.synchronize()
+        for address in list(self._registered):
+            del self._registered[address]
+            torch.cuda.cudart().cudaHostUnregister(address)
+
+
+@contextlib.contextmanager
+def _near(device: torch.device) -> Iterator[None]:
+    """Run on the CPUs of the device's NUMA node, where the system tells which these are."""
+    try:
+        properties: Any = torch.cuda.get_device_properties(device)
+        bus = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+        text = Path(f"/sys/bus/pci/devices/{bus}/local_cpulist").read_text().strip()
+        before = os.sched_getaffinity(0)
+        cpus = {cpu for part in text.split(",") for cpu in _cpu_range(part)} & before
+    except (AttributeError, OSError, ValueError):
+        yield  # no NUMA information (containers, other systems): first touch decides
+        return
+    if not cpus:
+        yield
+        return
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _cpu_range(text: str) -> range:
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)

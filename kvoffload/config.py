@@ -1,0 +1,111 @@
+"""What a user may choose, checked when it is chosen. Frozen; "auto" is resolved where the facts are known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kvoffload.errors import ConfigError
+from kvoffload.types import HardwareProfile, Schedule
+
+GIB = 2**30
+Auto = Literal["auto"]
+
+
+def _positive(name: str, value: float, unit: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{name} must be a number above zero ({unit}), got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmulatedLink:
+    """A host-device link emulated by a paced copy thread, for machines without a GPU.
+
+    Args:
+        h2d_gb_per_s: host to device bandwidth in GB/s (1e9 bytes); None copies unpaced.
+        d2h_gb_per_s: device to host bandwidth in GB/s; None means the same as `h2d_gb_per_s`.
+        latency_s: seconds added to each copy.
+    """
+
+    h2d_gb_per_s: float | None = None
+    d2h_gb_per_s: float | None = None
+    latency_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("h2d_gb_per_s", "d2h_gb_per_s"):
+            value = getattr(self, name)
+            if value is not None:
+                _positive(f"EmulatedLink.{name}", value, "GB/s; None for an unpaced link")
+        if isinstance(self.latency_s, bool) or not math.isfinite(self.latency_s) or self.latency_s < 0:
+            raise ConfigError(f"EmulatedLink.latency_s must be zero or more seconds, got {self.latency_s!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadConfig:
+    """Options of `kvoffload.offload`. Every "auto" is decided from the machine, the model and the call.
+
+    Args:
+        split: "auto" plans; "transfer" moves K/V bit for bit; "recompute" stores activations only; a number
+            is the share (0..1) of the offloaded tokens stored as activations.
+        device_gib: cap in GiB on everything held on the device; "min" as little as works; "auto" what is free
+            after weights and the prefill peak ("min" on an emulated link).
+        host_gib: cap in GiB on host memory for the cache.
+        block_tokens: tokens per block, the unit of storage.
+        chunk_blocks: blocks per chunk, the unit of transfer and recomputation.
+        slots: staging buffers on the device, one chunk each, at least 1.
+        overlap: False copies, waits, then computes (for ablation).
+        schedule: "pipelined", or "kvpr" for the paper's schedule.
+        profile: a HardwareProfile, a path to one, or "auto" (stored for this machine, else measured once).
+        link: "auto" (CUDA, else an unpaced emulated link) or an EmulatedLink.
+
+    Raises:
+        ConfigError: a value outside its range, naming the option and what it accepts.
+    """
+
+    split: Literal["auto", "transfer", "recompute"] | float = "auto"
+    device_gib: Literal["auto", "min"] | float = "auto"
+    host_gib: Auto | float = "auto"
+    block_tokens: Auto | int = "auto"
+    chunk_blocks: Auto | int = "auto"
+    slots: Auto | int = "auto"
+    overlap: bool = True
+    schedule: Schedule = "pipelined"
+    profile: HardwareProfile | str | Path = "auto"
+    link: Auto | EmulatedLink = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.split, str):
+            if self.split not in ("auto", "transfer", "recompute"):
+                raise ConfigError(
+                    f"split must be 'auto', 'transfer', 'recompute' or a number from 0 to 1, got {self.split!r}"
+                )
+        elif isinstance(self.split, bool) or not isinstance(self.split, (int, float)) or not 0 <= self.split <= 1:
+            raise ConfigError(f"split is a share and must lie in 0..1, got {self.split!r}")
+        for name, words in (("device_gib", ("auto", "min")), ("host_gib", ("auto",))):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                if value not in words:
+                    raise ConfigError(f"{name} must be one of {words} or a number of GiB, got {value!r}")
+            else:
+                _positive(name, value, "GiB")
+        for name in ("block_tokens", "chunk_blocks", "slots"):
+            value = getattr(self, name)
+            if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be 'auto' or a whole number of at least 1, got {value!r}")
+        if not isinstance(self.overlap, bool):
+            raise ConfigError(f"overlap must be True or False, got {self.overlap!r}")
+        if self.schedule not in ("pipelined", "kvpr"):
+            raise ConfigError(f"schedule must be 'pipelined' or 'kvpr', got {self.schedule!r}")
+        if not isinstance(self.profile, (HardwareProfile, str, Path)):
+            raise ConfigError(f"profile must be 'auto', a path or a HardwareProfile, got {self.profile!r}")
+        if self.link != "auto" and not isinstance(self.link, EmulatedLink):
+            raise ConfigError(f"link must be 'auto' or a kvoffload.EmulatedLink, got {self.link!r}")
+
+    @property
+    def fixed_split(self) -> float | None:
+        """The share of activations the user asked for, or None for "auto"."""
+        if isinstance(self.split, str):
+            return {"auto": None, "transfer": 0.0, "recompute": 1.0}[self.split]
+        return float(self.split)

@@ -1,0 +1,353 @@
+"""The choices of one generation: sizes, plan and placement, first from the profile, then checked against real steps.
+
+Owns the path from "auto" to a `Placement`. Measured rates replace the profile's before anything irrevocable: at the
+first layer of the first prefill the link and the recomputation of one chunk are timed (`measure_chunk`), and
+activations are stored only if that wins. Later the decode steps themselves correct the rates (`replan`).
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from kvoffload import cost, planner
+from kvoffload.backend import Backend
+from kvoffload.cache import Placement
+from kvoffload.config import GIB, OffloadConfig
+from kvoffload.errors import HostMemoryError
+from kvoffload.sizing import Geometry, Sizes, choose_sizes
+from kvoffload.types import HardwareProfile, ModelShape, Plan, PlanInputs, Rates
+
+logger = logging.getLogger(__name__)
+CHECK_BUDGET_S = 0.2  # for timing both ways before the first prefill
+HOST_SHARE = 0.8  # of the free host memory that "auto" takes at most
+DEVICE_SHARE = 0.9  # of the free device memory that "auto" takes at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Everything chosen for one generation."""
+
+    geometry: Geometry
+    sizes: Sizes
+    plan: Plan
+    placement: Placement
+    inputs: PlanInputs | None  # None where nothing could be predicted
+
+
+class MeasuredRates:
+    """Rates seen in real steps of one model; they replace the profile's."""
+
+    def __init__(self) -> None:
+        self.recompute_s_per_row_token: float | None = None
+        self.h2d_bytes_per_s: float | None = None
+
+    def correct(self, rates: Rates, rows: int) -> Rates:
+        """`rates` with what has been measured."""
+        if self.recompute_s_per_row_token is not None:
+            rates = replace(rates, recompute_s_per_token=self.recompute_s_per_row_token * rows)
+        if self.h2d_bytes_per_s is not None:
+            rates = replace(
+                rates, h2d_activation_bytes_per_s=self.h2d_bytes_per_s, h2d_kv_bytes_per_s=self.h2d_bytes_per_s
+            )
+        return rates
+
+
+class Decider:
+    """Makes the choices of a session.
+
+    Args:
+        config: the user's options.
+        shape: of the model.
+        backend: of the session.
+        profile: asked for only when a prediction is wanted; None from it means the link has no known speed.
+    """
+
+    def __init__(
+        self,
+        config: OffloadConfig,
+        shape: ModelShape,
+        backend: Backend,
+        profile: Callable[[], HardwareProfile],
+    ) -> None:
+        self.config = config
+        self.shape = shape
+        self.backend = backend
+        self._profile = profile
+        self.measured = MeasuredRates()
+
+    def decide(self, geometry: Geometry, *, prompt_tokens: int, knows_length: bool, host_held_bytes: int) -> Decision:
+        """Sizes, plan and placement for a cache.
+
+        Args:
+            geometry: its shape.
+            prompt_tokens: tokens of the prompt.
+            knows_length: whether `geometry.max_tokens` is more than a guess.
+            host_held_bytes: host memory the session holds already.
+
+        Raises:
+            InfeasiblePlanError, HostMemoryError: before any token, with the numbers.
+        """
+        config, fixed_split = self.config, self.config.fixed_split
+        profile = self._profile() if self._wants_profile else None
+        rates: Rates | None = None
+        if profile is not None and profile.h2d is not None:
+            rates = self._rates(profile, geometry)
+        device_bytes = self._device_bytes(geometry)
+        may_recompute = fixed_split != 0 and (fixed_split is not None or rates is not None)
+        sizes = choose_sizes(geometry, config, keeps_activations=may_recompute, device_bytes=device_bytes, rates=rates)
+        inputs = self._inputs(geometry, sizes, rates, prompt_tokens, device_bytes, host_held_bytes)
+        if rates is None:
+            inputs = replace(inputs, split=fixed_split or 0.0, rates=_UNKNOWN)
+        plan = planner.solve(inputs)
+        if rates is None:
+            plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
+        share = plan.split_fraction if fixed_split is None else fixed_split
+        decision = Decision(
+            geometry=geometry,
+            sizes=sizes,
+            plan=plan,
+            placement=Placement(
+                block_tokens=sizes.block_tokens,
+                chunk_blocks=sizes.chunk_blocks,
+                resident_kv_blocks=plan.resident_kv_blocks,
+                resident_activation_blocks=plan.resident_activation_blocks,
+                activation_share=share,
+                may_change=fixed_split is None and rates is not None,
+                max_tokens=geometry.max_tokens if knows_length else None,
+                prompt_tokens=prompt_tokens,
+            ),
+            inputs=None if rates is None else inputs,
+        )
+        self._check_host(decision, host_held_bytes)
+        return decision
+
+    @property
+    def _wants_profile(self) -> bool:
+        """A prediction is worth a measurement only if it decides something, or if the profile was given."""
+        emulated = self.config.link != "auto"
+        given = not isinstance(self.config.profile, str) or self.config.profile != "auto"
+        unpaced = self.backend.emulated and "unpaced" in self.backend.link_name
+        return not unpaced and (given or self.config.fixed_split is None or not self.backend.emulated or emulated)
+
+    def _rates(self, profile: HardwareProfile, geometry: Geometry) -> Rates:
+        sizes = choose_sizes(geometry, self.config, keeps_activations=True, device_bytes=None, rates=None)
+        rates = cost.rates_from_profile(
+            profile,
+            self.shape,
+            batch=geometry.rows,
+            block_tokens=sizes.block_tokens,
+            chunk_blocks=sizes.chunk_blocks,
+        )
+        return self.measured.correct(rates, geometry.rows)
+
+    def _inputs(
+        self,
+        geometry: Geometry,
+        sizes: Sizes,
+        rates: Rates | None,
+        prompt_tokens: int,
+        device_bytes: int | None,
+        host_held_bytes: int,
+    ) -> PlanInputs:
+        mean_tokens = (prompt_tokens + geometry.max_tokens) // 2 if prompt_tokens else geometry.max_tokens
+        num_blocks = max(1, mean_tokens // sizes.block_tokens)
+        growth = max(1.0, geometry.max_tokens / max(1, num_blocks * sizes.block_tokens))
+        host_bytes = int(self._host_cap_bytes(host_held_bytes) / growth)
+        # A kv block is resident in the form it has; the cap is checked at the full length by what is fixed.
+        return PlanInputs(
+            num_layers=self.shape.num_layers,
+            num_offloaded_layers=geometry.num_offloaded_layers,
+            num_blocks=num_blocks,
+            block_tokens=sizes.block_tokens,
+            kv_bytes_per_token=geometry.kv_bytes_per_token,
+            activation_bytes_per_token=geometry.activation_bytes_per_token,
+            rates=rates or _UNKNOWN,
+            chunk_blocks=sizes.chunk_blocks,
+            num_slots=max(2, sizes.num_slots),
+            device_bytes=sizes.fixed_device_bytes if device_bytes is None else device_bytes,
+            fixed_device_bytes=sizes.fixed_device_bytes,
+            host_bytes=host_bytes,
+            split=self.config.fixed_split,
+            schedule=self.config.schedule,
+        )
+
+    def _device_bytes(self, geometry: Geometry) -> int | None:
+        """The cap on device memory; None for "as little as works"."""
+        setting = self.config.device_gib
+        if setting == "min" or (setting == "auto" and self.backend.emulated):
+            return None
+        if setting != "auto":
+            return int(float(setting) * GIB)
+        free, _ = torch.cuda.mem_get_info(self.backend.device)
+        reserved = torch.cuda.memory_reserved(self.backend.device) - torch.cuda.memory_allocated(self.backend.device)
+        return int(DEVICE_SHARE * (free + reserved)) - self.prefill_peak_bytes(geometry, geometry.max_tokens)
+
+    def prefill_peak_bytes(self, geometry: Geometry, tokens: int) -> int:
+        """Device memory that a prefill of that many tokens per row needs beside the cache."""
+        shape, itemsize = self.shape, self.shape.activation_itemsize_bytes
+        mlp = shape.mlp_matrices * shape.intermediate_size  # gate, up and their product live at once
+        attention = 4 * shape.num_heads * shape.head_dim  # queries, output and their transposed copies
+        kv = 2 * shape.kv_row_bytes  # one layer's K/V, and packed
+        per_token = (max(mlp, attention) + 4 * shape.hidden_size) * itemsize + kv  # residual, norm, input, output
+        logits = geometry.rows * shape.vocab_size * (itemsize + 4)  # and a float32 copy
+        return geometry.rows * tokens * per_token + logits
+
+    def prefill_chunk_tokens(self, geometry: Geometry, prompt_tokens: int) -> int | None:
+        """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole."""
+        if self.backend.emulated or self.config.device_gib != "auto":
+            return None
+        free, _ = torch.cuda.mem_get_info(self.backend.device)
+        held = torch.cuda.memory_reserved(self.backend.device) - torch.cuda.memory_allocated(self.backend.device)
+        sizes = choose_sizes(geometry, self.config, keeps_activations=True, device_bytes=None, rates=None)
+        room = int(DEVICE_SHARE * (free + held)) - sizes.fixed_device_bytes
+        tokens = prompt_tokens
+        while tokens > MIN_PREFILL_TOKENS and self.prefill_peak_bytes(geometry, tokens) > room:
+            tokens = -(-tokens // 2)
+        return None if tokens == prompt_tokens else tokens
+
+    def _host_cap_bytes(self, held_bytes: int) -> int:
+        if self.config.host_gib != "auto":
+            return int(float(self.config.host_gib) * GIB)
+        return int(HOST_SHARE * available_host_bytes()) + held_bytes
+
+    @property
+    def host_cap_bytes(self) -> int:
+        """What the pool of the session may grow to."""
+        return self._host_cap_bytes(0)
+
+    def _check_host(self, decision: Decision, held_bytes: int) -> None:
+        """Refuse before any token if the cache cannot fit on the host at its full length."""
+        placement, geometry = decision.placement, decision.geometry
+        resident = placement.resident_kv_blocks + placement.resident_activation_blocks
+        num_blocks = max(0, geometry.max_tokens // placement.block_tokens - resident)
+        x = round(placement.activation_share * num_blocks)
+        per_layer = placement.block_tokens * (
+            x * geometry.activation_bytes_per_token + (num_blocks - x) * geometry.kv_bytes_per_token
+        )
+        needed = geometry.num_offloaded_layers * per_layer
+        copies = geometry.beams if geometry.beams > 1 else 1
+        prompt_share = min(1.0, placement.prompt_tokens / max(1, geometry.max_tokens))
+        needed = int(needed * (1 - prompt_share * (1 - 1 / copies)))
+        cap = self._host_cap_bytes(held_bytes)
+        if needed > cap:
+            raise HostMemoryError(
+                f"{geometry.rows} sequences of {geometry.max_tokens} tokens need {needed / 1e9:.3f} GB of host memory, "
+                f"{cap / 1e9:.3f} GB may be used: raise host_gib, or lower the batch or max_new_tokens"
+            )
+
+    # ---- checked, not believed -----------------------------------------------------------------------------------
+
+    def measure_chunk(self, decision: Decision, recompute_once: Callable[[int], None]) -> Decision:
+        """Time one chunk both ways and plan again with what was measured.
+
+        Args:
+            decision: made from the profile.
+            recompute_once: recomputes that many tokens of all rows of one layer.
+        """
+        if decision.inputs is None or not decision.placement.may_change:
+            return decision
+        if self.measured.recompute_s_per_row_token is None:
+            tokens = decision.sizes.block_tokens * decision.sizes.chunk_blocks
+            began = time.perf_counter()
+            recompute_once(tokens)
+            self.backend.synchronize()
+            samples: list[float] = []
+            while len(samples) < 3 or (len(samples) < 9 and time.perf_counter() - began < CHECK_BUDGET_S / 2):
+                start = time.perf_counter()
+                recompute_once(tokens)
+                self.backend.synchronize()
+                samples.append(time.perf_counter() - start)
+            self.measured.recompute_s_per_row_token = statistics.median(samples) / tokens / decision.geometry.rows
+            if not self.backend.emulated:
+                self.measured.h2d_bytes_per_s = self._time_link(decision)
+        rates = self.measured.correct(decision.inputs.rates, decision.geometry.rows)
+        inputs = replace(decision.inputs, rates=rates)
+        plan = planner.solve(inputs)
+        logger.info(
+            "one layer checked: %.3g s per token recomputed, plan stores %.2f of the offloaded tokens as activations",
+            rates.recompute_s_per_token,
+            plan.split_fraction,
+        )
+        placement = replace(
+            decision.placement,
+            resident_kv_blocks=plan.resident_kv_blocks,
+            resident_activation_blocks=plan.resident_activation_blocks,
+            activation_share=plan.split_fraction,
+        )
+        return replace(decision, inputs=inputs, plan=plan, placement=placement)
+
+    def _time_link(self, decision: Decision) -> float:
+        """Bytes per second of a K/V chunk from pinned memory."""
+        num_bytes = decision.sizes.block_tokens * decision.sizes.chunk_blocks * decision.geometry.kv_bytes_per_token
+        host = self.backend.allocate_host(num_bytes)
+        device = self.backend.allocate_device(num_bytes)
+        fresh = self.backend.release()
+        self.backend.copy_to_device(device, host.tensor, [fresh])
+        self.backend.synchronize()
+        start = time.perf_counter()
+        for _ in range(3):
+            self.backend.copy_to_device(device, host.tensor, [])
+        self.backend.synchronize()
+        rate = 3 * num_bytes / (time.perf_counter() - start)
+        self.backend.release_host(host)
+        return rate
+
+    def replan(self, decision: Decision, stored_kv_blocks: int, stored_activation_blocks: int) -> Decision:
+        """The plan for blocks still to come, at the rates measured so far and with the blocks there are."""
+        if decision.inputs is None or not decision.placement.may_change:
+            return decision
+        num_blocks = max(
+            decision.inputs.num_blocks,
+            stored_kv_blocks
+            + stored_activation_blocks
+            + decision.placement.resident_kv_blocks
+            + decision.placement.resident_activation_blocks
+            + 1,
+        )
+        inputs = replace(
+            decision.inputs,
+            rates=self.measured.correct(decision.inputs.rates, decision.geometry.rows),
+            num_blocks=num_blocks,
+            stored_kv_blocks=stored_kv_blocks,
+            stored_activation_blocks=stored_activation_blocks,
+            stored_resident_blocks=decision.placement.resident_kv_blocks,
+            stored_resident_activation_blocks=decision.placement.resident_activation_blocks,
+        )
+        plan = replace(planner.solve(inputs), version=decision.plan.version + 1)
+        placement = replace(decision.placement, activation_share=plan.split_fraction)
+        return replace(decision, inputs=inputs, plan=plan, placement=placement)
+
+
+MIN_PREFILL_TOKENS = 64
+# Stands in where the link has no known speed: only memory decides, and the prediction is not shown.
+_UNKNOWN = Rates(
+    h2d_activation_bytes_per_s=1e9,
+    h2d_kv_bytes_per_s=1e9,
+    recompute_s_per_token=0.0,
+    attention_s_per_token=0.0,
+    dense_s=0.0,
+)
+
+
+def available_host_bytes() -> int:
+    """Free host memory, within the limit of this process's control group."""
+    values = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        values[name] = int(rest.split()[0]) * 1024
+    free = values["MemAvailable"]
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        logger.debug("no control group limit on memory found")
+    return max(0, free)

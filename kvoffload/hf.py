@@ -1,0 +1,430 @@
+"""Where transformers and the cache meet: a Cache of our layers, and hooks that see each attention layer's input.
+
+Owns what is attached to a user's model and takes it off again. With the CLI the only importer of transformers.
+Nothing is patched globally: hooks sit on the attention modules of one model, methods are shadowed on one instance.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+
+from kvoffload import attention, recompute
+from kvoffload.cache import CacheLayer, KVShape, OffloadedCache, Recompute
+from kvoffload.errors import UnsupportedModelError
+
+VERIFIED_TOKENS = 16  # of the first prefill, on which recomputation is checked before it is used
+
+
+class FirstTokens(NamedTuple):
+    """What a layer was given first: the truth, where a configuration only describes it."""
+
+    rows: int
+    tokens: int
+    kv_row_bytes: int
+    activation_row_bytes: int
+
+
+class CacheOwner(Protocol):
+    """What a cache asks of the session it belongs to."""
+
+    def check_usable(self, cache: OffloadedHFCache) -> None: ...
+    def before_first_append(
+        self,
+        cache: OffloadedHFCache,
+        layer: CacheLayer,
+        first: FirstTokens,
+        measure: Callable[[int], None] | None,
+    ) -> None: ...
+    @property
+    def num_forwards(self) -> int: ...
+
+
+def unwrap(model: Any) -> PreTrainedModel:
+    """The transformers model inside compiled and PEFT wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            inner: PreTrainedModel = model
+            return inner
+
+
+def check_supported(model: Any) -> None:
+    """Refuse what cannot be offloaded correctly.
+
+    Raises:
+        UnsupportedModelError: not a generative decoder, encoder-decoder, attention-free, or on several devices.
+    """
+    if not isinstance(model, PreTrainedModel) or not hasattr(model, "_prepare_cache_for_generation"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model with generate(); pass an AutoModelForCausalLM"
+        )
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder-only models can be offloaded")
+    devices = {str(p.device) for p in model.parameters()}
+    placed = set(map(str, getattr(model, "hf_device_map", {}).values()))
+    if len(devices) > 1 or len(placed) > 1:
+        raise UnsupportedModelError(
+            f"{name} is spread over {', '.join(sorted(devices | placed))}; load it on one device, "
+            "for example with device_map={'': 0}"
+        )
+    if not offloadable_layers(model):
+        raise UnsupportedModelError(
+            f"{name} has no attention layer with an unbounded cache (only sliding-window, linear or stateful layers); "
+            "its cache does not grow, use plain generate()"
+        )
+
+
+def offloadable_layers(model: PreTrainedModel) -> list[int]:
+    """Indices of the layers whose cache grows without bound and is read by no other layer."""
+    supports: Any = model._supports_default_dynamic_cache
+    if not supports():
+        return []
+    config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    shared = _kv_producers(config, len(layers))
+    return [idx for idx, layer in enumerate(layers) if type(layer) is DynamicLayer and idx not in shared]
+
+
+def _kv_producers(config: Any, num_layers: int) -> set[int]:
+    """Layers whose K/V later layers use (gemma3n): they keep a cache of their own on the device."""
+    num_shared = getattr(config, "num_kv_shared_layers", 0) or 0
+    if not num_shared:
+        return set()
+    first_shared = config.num_hidden_layers - num_shared
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return {max(idx for idx in range(first_shared) if types[idx] == kind) for kind in set(types[:first_shared])}
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The attention module of each layer index."""
+    found: dict[int, nn.Module] = {}
+    for _, module in model.named_modules():
+        idx = getattr(module, "layer_idx", None)
+        if isinstance(idx, int) and "attention" in type(module).__name__.lower():
+            found[idx] = module  # inner modules come after outer ones
+    return found
+
+
+class OffloadedLayer(CacheLayerMixin):
+    """One layer of an `OffloadedHFCache`: the interface of a transformers cache layer over a `CacheLayer`."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, owner: OffloadedHFCache, core: CacheLayer, module: nn.Module | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._owner = owner
+        self.core = core
+        self._module = module
+        self._activation: torch.Tensor | None = None  # input of the attention module in this forward
+        self._embeddings: tuple[torch.Tensor, ...] | None = ()  # None: of a kind that cannot be stored
+
+    @property
+    def record_past(self) -> bool:
+        """Whether a crop will follow each forward."""
+        return self.core.cache.is_recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.core.cache.is_recording = value
+
+    def capture(self, activation: torch.Tensor, embeddings: Any) -> None:
+        """Remember what the attention module was called with."""
+        self._activation = activation
+        if embeddings is None:
+            self._embeddings = ()
+        elif isinstance(embeddings, (tuple, list)) and all(
+            isinstance(part, torch.Tensor) and part.dim() == 3 and part.is_floating_point() for part in embeddings
+        ):
+            self._embeddings = tuple(embeddings)
+        else:
+            self._embeddings = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: shapes are learnt from the first K/V of real tokens."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cache new tokens and return all of K and V, [rows, heads, tokens, head_dim]."""
+        owner, core = self._owner, self.core
+        owner.session.check_usable(owner)
+        if torch.is_grad_enabled() and key_states.requires_grad:
+            raise UnsupportedModelError("gradients do not flow through an offloaded cache: use torch.no_grad()")
+        activation, self._activation = self._activation, None
+        if activation is not None and activation.shape[:2] != key_states.permute(0, 2, 1, 3).shape[:2]:
+            activation = None
+        with torch.no_grad():
+            if core.shape is None:
+                self._bind(key_states, value_states, activation)
+            if core.recompute is None:
+                activation = None
+            elif activation is None:
+                raise UnsupportedModelError(
+                    f"layer {core.position} was updated outside its attention module; use split='transfer'"
+                )
+            if core.recompute is not None and self._embeddings:
+                core.streams = core.cache.positions.capture(owner.session.num_forwards, core.position, self._embeddings)
+            result = (key_states, value_states)
+            if core.num_tokens:
+                result = attention.assemble(core, key_states, value_states)
+            core.append(key_states, value_states, activation)
+            if core.position == len(core.cache.layers) - 1 and not core.awaits_crop:
+                core.cache.engine.prefetch(core.cache)
+        return result
+
+    def _bind(self, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None) -> None:
+        """First tokens: choose how to recompute, let the session settle the plan, make room."""
+        core, session = self.core, self._owner.session
+        self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
+        kv_row_bytes = (keys[0, :, 0].numel() + values[0, :, 0].numel()) * keys.element_size()
+        x_row_bytes = kv_row_bytes if activation is None else activation[0, 0].numel() * activation.element_size()
+        first = FirstTokens(keys.shape[0], keys.shape[2], kv_row_bytes, x_row_bytes)
+        if core.position == 0:
+            session.before_first_append(self._owner, core, first, None)  # whether activations are wanted at all
+        measure = None
+        if core.cache.placement.needs_activations:
+            core.recompute = self._choose(keys, values, activation)
+            if core.recompute is None:
+                self._owner.warn_not_recomputable(core.position, self._module)
+            elif activation is not None:
+                shape = KVShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype)
+                measure = functools.partial(self._recompute_once, core.recompute, activation, shape)
+        session.before_first_append(self._owner, core, first, measure)
+        core.bind(keys, values, activation)
+
+    def _choose(self, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None) -> Recompute | None:
+        if self._module is None or activation is None or self._embeddings is None:
+            return None
+        n = slice(0, VERIFIED_TOKENS)
+        embeddings = tuple(part[:, n] for part in self._embeddings)
+        shape = KVShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype)
+        return recompute.choose(self._module, shape, activation[:, n], embeddings, keys[:, :, n], values[:, :, n])
+
+    def _recompute_once(self, path: Recompute, activation: torch.Tensor, shape: KVShape, num_tokens: int) -> None:
+        """Recompute that many tokens (those of this forward, repeated) for a measurement."""
+        index = torch.arange(num_tokens, device=activation.device) % activation.shape[1]
+        embeddings = tuple(part.index_select(1, index) for part in self._embeddings or ())
+        x = activation.transpose(0, 1).index_select(0, index)
+        path(x, embeddings, torch.empty(num_tokens, x.shape[1], shape.width, dtype=shape.dtype, device=x.device))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the K/V that the next attention sees."""
+        return self.core.num_tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Cached tokens."""
+        return self.core.num_tokens
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """No maximum (the name that transformers 5.17 uses beside `get_max_length`)."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything (the cache resets its layers together)."""
+
+    def offload(self) -> None:
+        """Nothing: blocks are on the host already."""
+
+    def prefetch(self) -> None:
+        """Nothing: the engine does that."""
+
+
+class OffloadedHFCache(DynamicCache):
+    """A transformers cache whose growing layers are offloaded; sliding, linear and shared layers stay transformers'.
+
+    Args:
+        model: the model it is for.
+        session: whom to ask before the first update.
+        core: the offloaded layers.
+        modules: attention module per layer index.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, session: CacheOwner, core: OffloadedCache, modules: dict[int, nn.Module]
+    ) -> None:
+        super().__init__(config=model.config.get_text_config(decoder=True))
+        self.session = session
+        self.core = core
+        self.is_closed = False
+        self._warned = False
+        for position, layer_idx in enumerate(offloadable_layers(model)):
+            self.layers[layer_idx] = OffloadedLayer(self, core.layers[position], modules.get(layer_idx))
+
+    @property
+    def _others(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, OffloadedLayer)]
+
+    @property
+    def other_device_bytes(self) -> int:
+        """Device memory of the layers that are not offloaded."""
+        held = [t for layer in self._others for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+        return sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
+
+    def warn_not_recomputable(self, position: int, module: nn.Module | None) -> None:
+        """Say once that K/V of this model are transferred."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"K/V of {type(module).__name__} cannot be recomputed from its input (layer {position}); "
+                "they are transferred instead",
+                stacklevel=2,
+            )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Cached tokens of a layer."""
+        return super().get_seq_length(layer_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens.
+
+        Raises:
+            ValueError: a positive number (the old meaning of a final length).
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        removed = min(-tokens_to_remove, self.core.layers[0].num_tokens)
+        for layer in self._others:
+            layer.crop(tokens_to_remove)
+        with torch.no_grad():
+            self.core.crop(removed)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Follow a beam search: only the row table and the tails change."""
+        for layer in self._others:
+            layer.reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        for layer in self._others:
+            layer.batch_repeat_interleave(repeats)
+        self._select(torch.arange(self.core.rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows (indices or a mask)."""
+        for layer in self._others:
+            layer.batch_select_indices(indices)
+        self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+
+    def _select(self, indices: torch.Tensor) -> None:
+        with torch.no_grad():
+            self.core.select_rows(indices)
+
+    def activate_past_recording(self) -> None:
+        """A crop will follow each forward: full blocks leave the device only then."""
+        super().activate_past_recording()  # type: ignore[no-untyped-call]
+        self.core.is_recording = True
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for layer in self._others:
+            layer.reset()
+        self.core.reset()
+
+    def close(self) -> None:
+        """Give back all memory; any later use raises."""
+        if not self.is_closed:
+            self.is_closed = True
+            self.core.reset()
+            for layer in self._others:
+                layer.reset()
+
+
+class ModelHooks:
+    """Hooks on the attention modules and the model itself, and their removal.
+
+    Args:
+        model: the model.
+        is_foreign_forward_allowed: whether a forward with another cache is fine now.
+        on_forward: called before each forward of the model with a cache of ours.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        is_foreign_forward_allowed: Callable[[], bool],
+        on_forward: Callable[[OffloadedHFCache], None],
+    ) -> None:
+        self.modules = attention_modules(model)
+        self._allowed = is_foreign_forward_allowed
+        self._on_forward = on_forward
+        self._handles: list[Any] = []
+        wrap: Callable[[Any], Any] = torch.compiler.disable if _is_compiled(model) else lambda function: function
+        for idx, module in self.modules.items():
+            names = list(inspect.signature(module.forward).parameters)
+            before, after = self._make_hooks(idx, names)
+            self._handles.append(module.register_forward_pre_hook(wrap(before), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(wrap(after), with_kwargs=True))
+        self._handles.append(model.register_forward_pre_hook(wrap(self._before_model), with_kwargs=True))
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, OffloadedHFCache):
+            self._on_forward(cache)
+
+    def _make_hooks(self, layer_idx: int, names: list[str]) -> tuple[Any, Any]:
+        def argument(name: str, args: Any, kwargs: Any) -> Any:
+            if name in kwargs:
+                return kwargs[name]
+            position = names.index(name) if name in names else len(args)
+            return args[position] if position < len(args) else None
+
+        def our_layer(args: Any, kwargs: Any) -> OffloadedLayer | None:
+            cache = argument("past_key_values", args, kwargs)
+            if cache is None:
+                cache = argument("layer_past", args, kwargs)
+            if not isinstance(cache, OffloadedHFCache):
+                if not self._allowed():
+                    raise UnsupportedModelError(
+                        f"the model ran layer {layer_idx} without the offloaded cache it was given (some models drop "
+                        "their cache when a context grows past a limit); use plain generate() for this call"
+                    )
+                return None
+            layer = cache.layers[layer_idx]
+            return layer if isinstance(layer, OffloadedLayer) else None
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            layer = our_layer(args, kwargs)
+            if layer is not None:
+                activation = kwargs.get("hidden_states", args[0] if args else None)
+                layer.capture(activation, argument("position_embeddings", args, kwargs))
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            layer = our_layer(args, kwargs)
+            if layer is not None:
+                layer.core.cache.engine.finish_current()
+
+        return before, after
+
+
+def _is_compiled(model: PreTrainedModel) -> bool:
+    return getattr(model, "_compiled_call_impl", None) is not None or any(
+        "_orig_mod" in name or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for name, module in model.named_modules()
+    )

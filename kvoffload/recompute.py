@@ -1,0 +1,156 @@
+"""Recomputation of K and V from a layer's activation: through the model's own forward, or two strided GEMMs.
+
+The generic path calls the attention module's own `forward` with a cache that takes K and V and ends it, so they pass
+through the model's projections, norms, adapters and rotary code whatever these are. The fast path writes the
+projections straight to where a transferred chunk would have landed and rotates the keys in place; it is used only
+where it reproduced the generic path on real tokens. Method: KVPR (arXiv 2411.17089), section 3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvoffload import ops
+from kvoffload.cache import KVShape, Recompute
+
+# Error allowed between a recomputed and the original K or V, relative to the largest value: GEMMs of other shapes
+# differ in the last bits, another rotation or a missing norm by orders of magnitude more.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class _Captured(Exception):
+    """Ends the forward of an attention module once K and V are known."""
+
+
+class _CapturingCache:
+    """Stands in for the cache: takes K and V and ends the forward."""
+
+    is_compileable = False
+
+    def __init__(self, out: torch.Tensor, shape: KVShape) -> None:
+        self._out, self._shape = out, shape
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        out_keys, out_values = self._shape.split(self._out)  # [tokens, rows, heads, dim]
+        out_keys.copy_(keys.permute(2, 0, 1, 3))
+        out_values.copy_(values.permute(2, 0, 1, 3))
+        raise _Captured
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+class GenericRecompute:
+    """Through the attention module's own forward.
+
+    Args:
+        module: the attention module.
+        shape: of its K/V.
+    """
+
+    def __init__(self, module: nn.Module, shape: KVShape) -> None:
+        self._module, self._shape = module, shape
+
+    def __call__(self, activation: torch.Tensor, embeddings: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        kwargs: dict[str, Any] = {"position_embeddings": embeddings} if embeddings else {}
+        hidden_states = activation.transpose(0, 1).contiguous()  # [rows, tokens, hidden]
+        cache = _CapturingCache(out, self._shape)
+        with torch.no_grad():
+            try:
+                self._module.forward(hidden_states=hidden_states, attention_mask=None, past_key_values=cache, **kwargs)
+            except _Captured:
+                return
+        raise TypeError(f"{type(self._module).__name__} did not update its cache")
+
+
+class FastRecompute:
+    """Two GEMMs into the strided halves of `out`, then the rotation of the keys in place.
+
+    Args:
+        module: an attention module with plain linear `k_proj` and `v_proj`.
+        shape: of its K/V.
+    """
+
+    def __init__(self, module: nn.Module, shape: KVShape) -> None:
+        self._keys: Any = module.k_proj  # nn.Linear
+        self._values: Any = module.v_proj
+        self._shape = shape
+
+    @staticmethod
+    def applies_to(module: nn.Module, dtype: torch.dtype) -> bool:
+        """Whether the projections are plain linear layers that nothing hooks into."""
+        projections = [getattr(module, name, None) for name in ("k_proj", "v_proj")]
+        return all(
+            type(projection) is nn.Linear
+            and projection.weight.dtype == dtype
+            and not projection._forward_hooks
+            and not projection._forward_pre_hooks
+            and not hasattr(projection, "_hf_hook")
+            and not hasattr(projection, "parametrizations")
+            for projection in projections
+        ) and not torch.is_autocast_enabled(next(module.parameters()).device.type)
+
+    def __call__(self, activation: torch.Tensor, embeddings: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        tokens, rows, hidden = activation.shape
+        flat = activation.view(tokens * rows, hidden)
+        flat_out = out.view(tokens * rows, self._shape.width)
+        with torch.no_grad():
+            ops.linear_into(flat, self._keys.weight, self._keys.bias, flat_out[:, : self._shape.key_width])
+            ops.linear_into(flat, self._values.weight, self._values.bias, flat_out[:, self._shape.key_width :])
+            if embeddings:
+                cos, sin = (part.transpose(0, 1) for part in embeddings)  # [tokens, rows or 1, rotary_dim]
+                ops.rope_(self._shape.split(out)[0], cos, sin)
+
+
+def choose(
+    module: nn.Module,
+    shape: KVShape,
+    activation: torch.Tensor,
+    embeddings: tuple[torch.Tensor, ...],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> Recompute | None:
+    """The fastest path that reproduces K and V of real tokens, or None.
+
+    Args:
+        module: the attention module.
+        shape: of its K/V.
+        activation: its input, [rows, tokens, hidden].
+        embeddings: position embeddings of these tokens, each [rows or 1, tokens, width].
+        keys: what it computed from that, [rows, heads, tokens, dim]; values likewise.
+    """
+    x = activation.transpose(0, 1).contiguous()
+    out = torch.empty(*x.shape[:2], shape.width, dtype=shape.dtype, device=x.device)
+    generic = GenericRecompute(module, shape)
+    if not _reproduces(generic, x, embeddings, out, shape, keys, values):
+        return None
+    if FastRecompute.applies_to(module, x.dtype) and shape.dtype == x.dtype:
+        fast = FastRecompute(module, shape)
+        if _reproduces(fast, x, embeddings, out, shape, keys, values):
+            return fast
+    return generic
+
+
+def _reproduces(
+    path: Recompute,
+    x: torch.Tensor,
+    embeddings: tuple[torch.Tensor, ...],
+    out: torch.Tensor,
+    shape: KVShape,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> bool:
+    try:
+        path(x, embeddings, out.fill_(torch.nan))
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
+        return False  # a module with other arguments or a fused layout; its K/V are transferred
+    tolerance = TOLERANCE[shape.dtype]
+    for found, wanted in zip(shape.split(out), (keys, values), strict=True):
+        wanted = wanted.permute(2, 0, 1, 3)
+        error = (found.float() - wanted.float()).abs().max()
+        if not bool(error <= tolerance * wanted.float().abs().max()):  # NaN is a no
+            return False
+    return True

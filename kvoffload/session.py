@@ -1,0 +1,463 @@
+"""A session: one model, offloaded, until it is closed.
+
+Owns the life cycle (what is attached to the model, the pools, the caches), the guard around `generate()`, and the
+statistics. Two methods are shadowed on the model instance, and restored: `generate` (timing, clean-up, the guard)
+and `_prepare_cache_for_generation` (which is told the maximum length, the batch and the beams).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from kvoffload import hf
+from kvoffload.backend import Backend, CudaBackend, EmulatedBackend, LinkUse
+from kvoffload.cache import CacheLayer, OffloadedCache, Placement
+from kvoffload.config import EmulatedLink, OffloadConfig
+from kvoffload.decide import Decider, Decision
+from kvoffload.errors import ConfigError, KVOffloadError
+from kvoffload.model_shape import shape_from_config
+from kvoffload.profiler.stored import resolve_profile
+from kvoffload.sizing import Geometry, grown
+from kvoffload.stats import GenerationStats
+from kvoffload.store import HostPool
+from kvoffload.transfer import TransferEngine
+
+logger = logging.getLogger(__name__)
+SHADOWED = ("generate", "_prepare_cache_for_generation")
+
+
+@dataclass(slots=True)
+class _Run:
+    """One `generate()` in progress: readings at its start and at its first decode step."""
+
+    thread: int
+    began: float
+    prompt_tokens: int
+    h2d: LinkUse
+    d2h: LinkUse
+    recompute_s: float
+    wait_s: float
+    cache: hf.OffloadedHFCache | None = None
+    owns_cache: bool = False
+    recomputed_tokens: int = 0
+    setup_s: float = 0.0
+    forwards: list[float] = field(default_factory=list)  # start of each forward
+    num_prefill_forwards: int = 0
+    decode_h2d: LinkUse | None = None
+    decode_wait_s: float = 0.0
+    prefill_peak_bytes: int = 0
+    decode_peak_bytes: int = 0
+
+
+class Session:
+    """See `kvoffload.offload`."""
+
+    def __init__(self, model: Any, config: OffloadConfig, backend: Backend | None = None) -> None:
+        self.model = hf.unwrap(model)
+        hf.check_supported(self.model)
+        if "_kvoffload_session" in vars(self.model):
+            raise KVOffloadError("this model is offloaded already: use that session, or close() it first")
+        self.config = config
+        self.stats: GenerationStats | None = None
+        self.num_forwards = 0
+        self.is_closed = False
+        self._layer_indices = hf.offloadable_layers(self.model)
+        device = next(self.model.parameters()).device
+        self.backend = backend or _make_backend(device, config)
+        self.engine = TransferEngine(self.backend, overlap=config.overlap, schedule=config.schedule)
+        text_config = self.model.config.get_text_config(decoder=True)
+        shape = shape_from_config(text_config, self.model.dtype)
+        self.decider = Decider(config, shape, self.backend, self._load_profile)
+        self.pool = HostPool(self.backend, self.decider.host_cap_bytes)
+        self._lock = threading.Lock()
+        self._run: _Run | None = None
+        self._foreign_depth = 0
+        self._decisions: weakref.WeakKeyDictionary[hf.OffloadedHFCache, Decision] = weakref.WeakKeyDictionary()
+        self._configured_for: Any = None
+        self._caches: weakref.WeakSet[hf.OffloadedHFCache] = weakref.WeakSet()
+        self._hooks = hf.ModelHooks(
+            self.model, is_foreign_forward_allowed=self._may_run_without_us, on_forward=self._before_forward
+        )
+        self._shadowed = {name: vars(self.model)[name] for name in SHADOWED if name in vars(self.model)}
+        self._originals: dict[str, Callable[..., Any]] = {name: getattr(self.model, name) for name in SHADOWED}
+
+        @functools.wraps(self._originals["generate"])
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            return self._generate(*args, **kwargs)
+
+        vars(self.model)["generate"] = generate
+        vars(self.model)["_prepare_cache_for_generation"] = self._prepare_cache
+        vars(self.model)["_kvoffload_session"] = self
+
+    # ---- life cycle ----------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the model as it was before, and give back all memory. Caches of this session are dead afterwards."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._hooks.remove()
+        for name in SHADOWED:
+            del vars(self.model)[name]
+        vars(self.model).update(self._shadowed)
+        del vars(self.model)["_kvoffload_session"]
+        for cache in list(self._caches):
+            cache.close()
+        self.engine.close()
+        self.backend.close()
+        self.pool.close()
+
+    def new_cache(self) -> hf.OffloadedHFCache:
+        """An empty cache for a custom loop or several turns; pass it as `past_key_values`.
+
+        Raises:
+            KVOffloadError: the session is closed.
+        """
+        if self.is_closed:
+            raise KVOffloadError("this session is closed: call kvoffload.offload(model) again")
+        core = OffloadedCache(
+            self.engine,
+            self.pool,
+            Placement(block_tokens=1, chunk_blocks=1),
+            num_layers=len(self._layer_indices),
+            rows=0,
+        )
+        cache = hf.OffloadedHFCache(self.model, self, core, self._hooks.modules)
+        weakref.finalize(cache, core.reset)
+        reference = weakref.ref(cache)  # the core must not keep the cache alive
+        core.before_blocks = lambda: self._before_blocks(reference())
+        self._caches.add(cache)
+        return cache
+
+    def check_usable(self, cache: hf.OffloadedHFCache) -> None:
+        """Called with each update: the cache is alive, and the engine's buffers are made for it."""
+        if self.is_closed or cache.is_closed:
+            raise KVOffloadError("this cache belongs to a session or a generate() that is over: take a new_cache()")
+        if self._configured_for is not cache and cache in self._decisions:
+            self._configure(cache)
+
+    # ---- generate ------------------------------------------------------------------------------------------------
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        original = self._originals["generate"]
+        if getattr(kwargs.get("generation_config"), "is_assistant", False):
+            return self._generate_as_assistant(original, args, kwargs)
+        if not self._lock.acquire(blocking=False):
+            raise KVOffloadError(
+                "a generate() of this model is running already (from another thread, or from inside itself); "
+                "an offloaded model serves one call at a time"
+            )
+        try:
+            self._run = _Run(
+                thread=threading.get_ident(),
+                began=time.perf_counter(),
+                prompt_tokens=_prompt_tokens(args, kwargs),
+                h2d=self.backend.link_use("h2d"),
+                d2h=self.backend.link_use("d2h"),
+                recompute_s=self.backend.span_seconds("recompute"),
+                wait_s=self.backend.span_seconds("exposed_wait"),
+            )
+            output = original(*args, **kwargs)
+            self._finish_stats(self._run)
+            if getattr(output, "past_key_values", None) is self._run.cache:
+                self._run.owns_cache = False  # the caller has it now
+            return output
+        except BaseException:
+            if self._run is not None and self._run.cache is not None:
+                self._run.cache.close()  # it may have stopped between two layers
+            raise
+        finally:
+            run, self._run = self._run, None
+            if not self.is_closed:
+                self.engine.drop()
+                if run is not None and run.cache is not None and run.owns_cache:
+                    run.cache.close()
+            self._lock.release()
+
+    def _generate_as_assistant(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The model drafts for itself (early exit): its drafts use transformers' cache."""
+        self._foreign_depth += 1
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._foreign_depth -= 1
+
+    def _may_run_without_us(self) -> bool:
+        return self._run is None or self._foreign_depth > 0 or self._run.thread != threading.get_ident()
+
+    def _prepare_cache(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        if generation_config.is_assistant:
+            original = self._originals["_prepare_cache_for_generation"]
+            return original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        if generation_config.use_cache is False:
+            raise ConfigError("use_cache=False leaves nothing to offload: call generate() outside the session")
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ConfigError(
+                f"cache_implementation={generation_config.cache_implementation!r} asks for another cache than the "
+                "session's: leave it out, or call generate() outside the session"
+            )
+        run = self._run
+        assert run is not None
+        began = time.perf_counter()
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            cache = self.new_cache()
+            run.owns_cache = True
+            run.cache = cache
+            prompt_tokens = min(run.prompt_tokens, max_cache_length) or max_cache_length
+            self._lay_out(cache, batch_size * copies, copies, prompt_tokens, max_cache_length)
+            chunk = self.decider.prefill_chunk_tokens(self._decisions[cache].geometry, prompt_tokens)
+            if chunk is not None and generation_config.prefill_chunk_size is None:
+                logger.info("prefilling in chunks of %d tokens so that the prompt fits on the device", chunk)
+                generation_config.prefill_chunk_size = chunk
+        elif not isinstance(cache, hf.OffloadedHFCache) or cache.session is not self:
+            raise ConfigError(
+                f"past_key_values is a {type(cache).__name__} that does not belong to this session: "
+                "use session.new_cache(), or call generate() outside the session"
+            )
+        else:
+            run.cache = cache
+            vars(cache)["_is_user_defined"] = True  # what transformers does to a cache it is given
+            if cache in self._decisions:
+                self._prolong(cache, max_cache_length)
+        model_kwargs["past_key_values"] = cache
+        run.recomputed_tokens = cache.core.recomputed_tokens
+        run.setup_s += time.perf_counter() - began
+        return None
+
+    # ---- plans ---------------------------------------------------------------------------------------------------
+
+    def _load_profile(self) -> Any:
+        return resolve_profile(self.config.profile, device=self.backend.device, link=self.config.link)
+
+    def _lay_out(
+        self,
+        cache: hf.OffloadedHFCache,
+        rows: int,
+        copies: int,
+        prompt_tokens: int,
+        max_tokens: int | None,
+        first: hf.FirstTokens | None = None,
+    ) -> None:
+        """Decide for an empty cache and make the engine's buffers."""
+        shape = first or self.decider.shape
+        geometry = Geometry(
+            num_offloaded_layers=len(self._layer_indices),
+            rows=rows,
+            max_tokens=max_tokens or max(256, 2 * prompt_tokens),
+            kv_row_bytes=shape.kv_row_bytes,
+            activation_row_bytes=shape.activation_row_bytes,
+            beams=copies,
+        )
+        decision = self.decider.decide(
+            geometry,
+            prompt_tokens=prompt_tokens,
+            knows_length=max_tokens is not None,
+            host_held_bytes=self.pool.slab_bytes,
+        )
+        self._apply(cache, decision)
+        cache.core.rows, cache.core.prompt_copies = rows, copies
+
+    def _apply(self, cache: hf.OffloadedHFCache, decision: Decision) -> None:
+        self._decisions[cache] = decision
+        cache.core.placement = decision.placement
+        self._configure(cache)
+
+    def _configure(self, cache: hf.OffloadedHFCache) -> None:
+        sizes = self._decisions[cache].sizes
+        self.engine.configure(
+            slot_bytes=sizes.slot_bytes,
+            num_slots=sizes.num_slots,
+            buffer_bytes=sizes.buffer_bytes,
+            d2h_slot_bytes=sizes.d2h_slot_bytes,
+        )
+        self._configured_for = cache
+
+    def _prolong(self, cache: hf.OffloadedHFCache, max_tokens: int) -> None:
+        """A further turn makes the cache longer than was planned."""
+        decision = self._decisions[cache]
+        geometry = replace(decision.geometry, max_tokens=max(decision.geometry.max_tokens, max_tokens))
+        sizes = grown(decision.sizes, geometry)
+        placement = replace(decision.placement, max_tokens=max_tokens)
+        changed = sizes != decision.sizes or self._configured_for is not cache
+        self._decisions[cache] = replace(decision, geometry=geometry, sizes=sizes, placement=placement)
+        cache.core.placement = placement
+        if changed:
+            self._configure(cache)
+
+    def before_first_append(
+        self,
+        cache: hf.OffloadedHFCache,
+        layer: CacheLayer,
+        first: hf.FirstTokens,
+        measure: Callable[[int], None] | None,
+    ) -> None:
+        """Called when a layer gets its first tokens, before any of them is stored; the first layer settles the plan.
+
+        Args:
+            cache: whose layer.
+            layer: the layer.
+            first: what the layer really caches per token.
+            measure: recomputes that many tokens of all rows once; None where the layer cannot recompute.
+        """
+        began = time.perf_counter()
+        if cache not in self._decisions:
+            self._lay_out(cache, first.rows, 1, first.tokens, None, first)
+        geometry = self._decisions[cache].geometry
+        if layer.position == 0 and (first.kv_row_bytes, first.activation_row_bytes) != (
+            geometry.kv_row_bytes,
+            geometry.activation_row_bytes,
+        ):
+            known = self._decisions[cache].placement.max_tokens
+            copies = cache.core.prompt_copies
+            self._lay_out(cache, first.rows, copies, max(first.tokens, self._prompt_tokens), known, first)
+        elif layer.position > 0:
+            self.engine.ensure_buffers(geometry.max_tokens * first.rows * first.kv_row_bytes)
+        if layer.position == 0 and measure is not None:
+            decision = self.decider.measure_chunk(self._decisions[cache], measure)
+            if decision is not self._decisions[cache]:
+                self._decisions[cache] = decision
+                cache.core.placement = decision.placement
+        self._add_setup(time.perf_counter() - began)
+
+    @property
+    def _prompt_tokens(self) -> int:
+        return 0 if self._run is None else self._run.prompt_tokens
+
+    def _add_setup(self, seconds: float) -> None:
+        if self._run is not None:
+            self._run.setup_s += seconds
+
+    def _before_blocks(self, cache: hf.OffloadedHFCache | None) -> None:
+        """Called before a step stores new blocks: the rates of real steps may change their form."""
+        decision, run = (None if cache is None else self._decisions.get(cache)), self._run
+        if (
+            cache is None
+            or decision is None
+            or run is None
+            or run.decode_h2d is None
+            or not decision.placement.may_change
+        ):
+            return
+        layer = cache.core.layers[0]
+        recomputed = cache.core.recomputed_tokens - run.recomputed_tokens
+        seconds = self.backend.span_seconds("recompute") - run.recompute_s
+        if recomputed and seconds:
+            self.decider.measured.recompute_s_per_row_token = seconds / recomputed
+        use = self.backend.link_use("h2d").since(run.decode_h2d)
+        if use.busy_s > 0:
+            self.decider.measured.h2d_bytes_per_s = use.copied_bytes / use.busy_s
+        decision = self.decider.replan(
+            decision, layer.count("kv", resident=False), layer.count("activation", resident=False)
+        )
+        self._decisions[cache] = decision
+        cache.core.placement = decision.placement
+
+    # ---- statistics ----------------------------------------------------------------------------------------------
+
+    def _before_forward(self, cache: hf.OffloadedHFCache) -> None:
+        """Called at the start of each forward of the model with a cache of ours."""
+        self.num_forwards += 1
+        run = self._run
+        if run is None or run.cache is not cache:
+            return
+        run.forwards.append(time.perf_counter())
+        cached = cache.core.layers[0].num_tokens
+        if run.num_prefill_forwards == len(run.forwards) - 1 and (cached < run.prompt_tokens or len(run.forwards) == 1):
+            run.num_prefill_forwards += 1
+        elif run.decode_h2d is None:
+            run.decode_h2d = self.backend.link_use("h2d")
+            run.decode_wait_s = self.backend.span_seconds("exposed_wait")
+            run.prefill_peak_bytes = self.engine.take_peak()
+
+    def _finish_stats(self, run: _Run) -> None:
+        cache = run.cache
+        if cache is None:
+            return
+        now = time.perf_counter()
+        decision = self._decisions[cache]
+        starts = [*run.forwards, now]
+        decode = starts[run.num_prefill_forwards :]
+        steps = [after - before for before, after in itertools.pairwise(decode)]
+        wall_s = decode[-1] - decode[0]
+        h2d, d2h = self.backend.link_use("h2d").since(run.h2d), self.backend.link_use("d2h").since(run.d2h)
+        link = None if run.decode_h2d is None else self.backend.link_use("h2d").since(run.decode_h2d)
+        wait_s = self.backend.span_seconds("exposed_wait")
+        recomputed = cache.core.recomputed_tokens - run.recomputed_tokens
+        new_tokens = cache.core.layers[0].num_tokens + 1 - run.prompt_tokens
+        plan, p50 = decision.plan, sorted(steps)[len(steps) // 2] if steps else None
+        predicted = plan.predicted_step_s or None
+        shape = cache.core.layers[0].shape
+        self.stats = GenerationStats(
+            setup_s=run.setup_s,
+            prefill_s=decode[0] - starts[0] - (run.setup_s if run.forwards else 0.0),
+            ttft_s=decode[0] - run.began - run.setup_s,
+            tpot_s=wall_s / len(steps) if steps else None,
+            decode_step_s=steps,
+            tokens_per_s=cache.core.rows * max(0, new_tokens - 1) / wall_s if wall_s > 0 else 0.0,
+            h2d_bytes=h2d.copied_bytes,
+            d2h_bytes=d2h.copied_bytes,
+            h2d_gb_per_s=link.copied_bytes / link.busy_s / 1e9 if link and link.busy_s > 0 else None,
+            link_utilization=min(1.0, link.busy_s / wall_s) if link and wall_s > 0 else None,
+            recompute_s=self.backend.span_seconds("recompute") - run.recompute_s,
+            recomputed_tokens=recomputed,
+            exposed_wait_s=wait_s - run.wait_s,
+            device_busy_fraction=1 - min(1.0, (wait_s - run.decode_wait_s) / wall_s) if wall_s > 0 else None,
+            plan=plan,
+            predicted_step_s=predicted,
+            fraction_of_bound=predicted / p50 if predicted and p50 else None,
+            host_bytes=self.pool.used_bytes,
+            pinned_bytes=self.pool.pinned_bytes,
+            device_kv_peak_decode_bytes=self.engine.take_peak() + cache.other_device_bytes,
+            device_kv_peak_prefill_bytes=run.prefill_peak_bytes + cache.other_device_bytes,
+            exact=recomputed == 0 or (shape is not None and shape.dtype == torch.float32),
+            link_name=self.backend.link_name,
+        )
+
+
+def _prompt_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tokens per sequence that `generate` was given; 0 if it was given none."""
+    named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+    for value in (*args[:1], *named):
+        if isinstance(value, torch.Tensor) and value.dim() >= 2:
+            return value.shape[1]
+    return 0
+
+
+def _make_backend(device: torch.device, config: OffloadConfig) -> Backend:
+    if isinstance(config.link, EmulatedLink):
+        if device.type != "cpu":
+            raise ConfigError(f"an emulated link needs the model on the CPU, it is on {device}")
+        return EmulatedBackend(config.link)
+    if device.type == "cuda":
+        return CudaBackend(device)
+    if device.type == "cpu":
+        return EmulatedBackend(EmulatedLink())
+    raise ConfigError(f"the model is on {device}; only CUDA devices and the CPU (with an emulated link) are supported")

@@ -1,0 +1,188 @@
+"""From "auto" to numbers: block, chunk, ring and buffer sizes, and whether they fit. Torch-free arithmetic.
+
+Owns the sizes that do not depend on where blocks live; the planner owns that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from kvoffload.config import GIB, OffloadConfig
+from kvoffload.errors import InfeasiblePlanError
+from kvoffload.types import Rates
+
+TARGET_CHUNK_BYTES = 32 * 2**20  # K/V of a chunk: large enough for full link and GEMM rate on GPUs measured by others
+MIN_CHUNKS_PER_LAYER = 8  # finer than this the first and last chunk of a layer no longer matter
+MAX_BLOCK_TOKENS = 64
+MIN_BLOCK_TOKENS = 8
+MAX_SLOTS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """Bytes of one token of one row, and how many there are."""
+
+    num_offloaded_layers: int
+    rows: int
+    max_tokens: int  # cached at the end of the generation
+    kv_row_bytes: int
+    activation_row_bytes: int
+    beams: int = 1
+    other_device_bytes: int = 0  # layers that stay on the device
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """beta_kv."""
+        return self.rows * self.kv_row_bytes
+
+    @property
+    def activation_bytes_per_token(self) -> int:
+        """beta_x."""
+        return self.rows * self.activation_row_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Every size the engine and the layers need."""
+
+    block_tokens: int
+    chunk_blocks: int
+    num_slots: int
+    slot_bytes: int
+    buffer_bytes: int
+    num_buffers: int
+    d2h_slot_bytes: int
+    tail_bytes: int  # all layers
+    other_device_bytes: int
+
+    @property
+    def fixed_device_bytes(self) -> int:
+        """Device memory held whatever the plan is."""
+        return (
+            self.num_slots * self.slot_bytes
+            + self.num_buffers * self.buffer_bytes
+            + 2 * self.d2h_slot_bytes  # one being filled, one being written
+            + self.tail_bytes
+            + self.other_device_bytes
+        )
+
+
+def choose_sizes(
+    geometry: Geometry, config: OffloadConfig, *, keeps_activations: bool, device_bytes: int | None, rates: Rates | None
+) -> Sizes:
+    """Sizes for one generation, made smaller where the device cap asks for it.
+
+    Args:
+        geometry: the shape of the cache.
+        config: what the user fixed.
+        keeps_activations: whether blocks may be stored as activations at all.
+        device_bytes: cap, or None.
+        rates: for the length of the ring, where known.
+
+    Raises:
+        InfeasiblePlanError: the smallest sizes exceed the cap; says by how much.
+    """
+    sizes = _comfortable(geometry, config, keeps_activations, rates)
+    if device_bytes is None or sizes.fixed_device_bytes <= device_bytes:
+        return sizes
+    smallest = _with(
+        geometry,
+        config,
+        keeps_activations,
+        block_tokens=MIN_BLOCK_TOKENS if config.block_tokens == "auto" else config.block_tokens,
+        chunk_blocks=1 if config.chunk_blocks == "auto" else config.chunk_blocks,
+        num_slots=1 if config.slots == "auto" else config.slots,
+    )
+    if smallest.fixed_device_bytes > device_bytes:
+        raise InfeasiblePlanError(
+            f"offloading {geometry.rows} sequences of {geometry.max_tokens} tokens needs at least "
+            f"{smallest.fixed_device_bytes / GIB:.4f} GiB on the device ({smallest.num_buffers} layer buffers of "
+            f"{smallest.buffer_bytes / GIB:.4f} GiB, tails {smallest.tail_bytes / GIB:.4f} GiB), device_gib allows "
+            f"{device_bytes / GIB:.4f}: raise device_gib, or lower the batch or max_new_tokens"
+        )
+    best = smallest
+    for slots in range(smallest.num_slots, sizes.num_slots + 1):  # as much of comfort as fits
+        candidate = _with(
+            geometry,
+            config,
+            keeps_activations,
+            block_tokens=smallest.block_tokens,
+            chunk_blocks=smallest.chunk_blocks,
+            num_slots=slots,
+        )
+        if candidate.fixed_device_bytes <= device_bytes:
+            best = candidate
+    return best
+
+
+def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: bool, rates: Rates | None) -> Sizes:
+    per_token = geometry.kv_bytes_per_token
+    if config.block_tokens != "auto":
+        block_tokens = config.block_tokens
+    else:
+        by_length = geometry.max_tokens // (2 * MIN_CHUNKS_PER_LAYER)
+        by_bytes = TARGET_CHUNK_BYTES // per_token
+        block_tokens = min(MAX_BLOCK_TOKENS, max(MIN_BLOCK_TOKENS, _power_of_two(min(by_length, by_bytes))))
+    if config.chunk_blocks != "auto":
+        chunk_blocks = config.chunk_blocks
+    else:
+        chunk_tokens = min(TARGET_CHUNK_BYTES // per_token, geometry.max_tokens // MIN_CHUNKS_PER_LAYER)
+        chunk_blocks = max(1, chunk_tokens // block_tokens)
+    chunks_per_layer = max(1, math.ceil(geometry.max_tokens / (block_tokens * chunk_blocks)))
+    if config.slots != "auto":
+        num_slots = config.slots
+    elif config.schedule == "kvpr":
+        num_slots = chunks_per_layer  # the whole activation of a layer arrives before recomputation starts
+    else:
+        slot_bytes = block_tokens * chunk_blocks * geometry.activation_bytes_per_token
+        num_slots = 3 if rates is None else 1 + math.ceil(_ring_bytes(geometry, rates) / slot_bytes)
+        num_slots = max(2, min(MAX_SLOTS, num_slots))
+    return _with(
+        geometry,
+        config,
+        keeps_activations,
+        block_tokens=block_tokens,
+        chunk_blocks=chunk_blocks,
+        num_slots=num_slots,
+    )
+
+
+def _ring_bytes(geometry: Geometry, rates: Rates) -> float:
+    """What the link can bring while compute is busy with anything but the next layer's chunks."""
+    away_s = rates.gap_s + rates.dense_s + rates.attention_s_per_token * geometry.max_tokens
+    return rates.h2d_activation_bytes_per_s * away_s
+
+
+def _with(
+    geometry: Geometry,
+    config: OffloadConfig,
+    keeps_activations: bool,
+    *,
+    block_tokens: int,
+    chunk_blocks: int,
+    num_slots: int,
+) -> Sizes:
+    tail_row = geometry.kv_row_bytes + (geometry.activation_row_bytes if keeps_activations else 0)
+    largest_row = max(geometry.kv_row_bytes, geometry.activation_row_bytes if keeps_activations else 0)
+    return Sizes(
+        block_tokens=block_tokens,
+        chunk_blocks=chunk_blocks,
+        num_slots=num_slots if keeps_activations else 0,
+        slot_bytes=block_tokens * chunk_blocks * geometry.activation_bytes_per_token,
+        buffer_bytes=geometry.max_tokens * geometry.kv_bytes_per_token,
+        num_buffers=3 if geometry.beams > 1 else 2,
+        d2h_slot_bytes=block_tokens * chunk_blocks * geometry.rows * largest_row,
+        tail_bytes=geometry.num_offloaded_layers * block_tokens * geometry.rows * tail_row,
+        other_device_bytes=geometry.other_device_bytes,
+    )
+
+
+def grown(sizes: Sizes, geometry: Geometry) -> Sizes:
+    """The same sizes with layer buffers for a longer cache."""
+    return replace(sizes, buffer_bytes=max(sizes.buffer_bytes, geometry.max_tokens * geometry.kv_bytes_per_token))
+
+
+def _power_of_two(value: int) -> int:
+    """The largest power of two that is at most `value` (at least 1)."""
+    return 1 << max(0, value.bit_length() - 1)

@@ -1,0 +1,84 @@
+"""What one `generate()` call did: times, bytes, and the verdict. Plain data; measuring is the session's work."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from kvoffload.types import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationStats:
+    """Statistics of the last `generate()` of a session. Decode figures leave out the prefill.
+
+    `exact` is True when the K/V that attention saw were the model's own bit for bit, or recomputed in float32;
+    False when K/V were recomputed in half precision, where the last bit may differ.
+    """
+
+    setup_s: float  # allocating and pinning memory, measuring; in no other figure
+    prefill_s: float
+    ttft_s: float  # time to first token
+    tpot_s: float | None  # time per output token after the first
+    decode_step_s: list[float]
+    tokens_per_s: float  # of all sequences, decode only
+    h2d_bytes: int
+    d2h_bytes: int
+    h2d_gb_per_s: float | None  # while the link was copying, decode only
+    link_utilization: float | None  # share of the decode time in which the link was copying to the device
+    recompute_s: float
+    recomputed_tokens: int  # sum over steps, layers and rows
+    exposed_wait_s: float  # time compute waited for the link
+    device_busy_fraction: float | None  # share of the decode time in which compute did not wait for the link
+    plan: Plan
+    predicted_step_s: float | None
+    fraction_of_bound: float | None  # predicted over measured median step: 1 is the bound of the cost model
+    host_bytes: int
+    pinned_bytes: int
+    device_kv_peak_decode_bytes: int
+    device_kv_peak_prefill_bytes: int
+    exact: bool
+    link_name: str = ""
+
+    @property
+    def decode_step_s_p50(self) -> float | None:
+        """Median decode step."""
+        return statistics.median(self.decode_step_s) if self.decode_step_s else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a file."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "plan"}
+        data["plan"] = self.plan.to_json()
+        data["decode_step_s_p50"] = self.decode_step_s_p50
+        return data
+
+    def __str__(self) -> str:
+        step = self.decode_step_s_p50
+        step_text = "no decode step" if step is None else f"step {step * 1e3:.1f} ms"
+        link = "idle" if self.h2d_gb_per_s is None else f"{self.h2d_gb_per_s:.2f} GB/s"
+        busy = "" if self.link_utilization is None else f", busy {self.link_utilization:.2f} of the time"
+        plan = self.plan
+        return "\n".join(
+            [
+                f"first token {self.ttft_s:.3f} s (setup {self.setup_s:.3f} s apart), {step_text}, "
+                f"{self.tokens_per_s:.1f} tokens/s",
+                f"link ({self.link_name}): {self.h2d_bytes / 1e9:.3f} GB to the device at {link}{busy}, "
+                f"{self.d2h_bytes / 1e9:.3f} GB back",
+                f"plan: {plan.split_fraction:.2f} of the offloaded tokens as activations, "
+                f"{plan.resident_kv_blocks + plan.resident_activation_blocks} of {plan.num_blocks} blocks on the "
+                f"device; host {self.host_bytes / 1e9:.3f} GB; K/V "
+                + ("exact" if self.exact else "recomputed in half precision"),
+                self._verdict(step),
+            ]
+        )
+
+    def _verdict(self, step_s: float | None) -> str:
+        full = self.plan.full_transfer_step_s
+        if step_s is None or not full:
+            return "verdict: not compared with full transfer (no decode step, or a link without a known speed)"
+        ratio = full / step_s
+        if self.plan.kv_blocks == self.plan.num_blocks:
+            return f"verdict: this is full transfer, {ratio:.2f} of its predicted speed ({full * 1e3:.1f} ms a step)"
+        return f"verdict: {ratio:.2f}x as fast as the predicted full transfer ({full * 1e3:.1f} ms a step)"

@@ -1,0 +1,354 @@
+"""The pipeline between host and device: which chunk travels when, who owns which buffer, what waits for what.
+
+Owns the ring of slots, the layer buffers, the D2H ring and all waits. Does not know models: layers give it chunks,
+it gives them bytes on the device. One layer's pass over the link is a job; jobs follow each other without barriers,
+over layers and over steps (the paper's schedule, KVPR arXiv 2411.17089 section 3, is the same code with a gate).
+
+Ownership:
+    slot          H2D until `ready`, then compute until `released` (recorded after the chunk's recomputation)
+    layer buffer  H2D and compute for its job; free for the next job at `released` (recorded after the attention)
+    D2H slot      compute until `packed`, then D2H until `written`
+The host hands a buffer to H2D only after it has recorded the event that frees it, so look-ahead is bounded by the
+ring and the two layer buffers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+
+from kvoffload.backend import Backend, Event
+from kvoffload.store import Block, Extent
+from kvoffload.types import Form, Schedule
+
+
+class Chunk(NamedTuple):
+    """Blocks that travel in one copy: consecutive in the layer, contiguous on the host, of one form."""
+
+    form: Form
+    first_block: int
+    blocks: tuple[Block, ...]
+    source: torch.Tensor  # uint8 on the host
+    landing_offset: int  # bytes from the start of the layer buffer to this chunk's K/V
+
+
+class LayerSource(Protocol):
+    """What the engine needs to know of a cache layer."""
+
+    position: int  # among the offloaded layers
+    version: int  # changes with the stored blocks
+
+    def chunks(self) -> Sequence[Chunk]: ...
+    def expects_another_step(self) -> bool: ...
+
+
+class CacheSource(Protocol):
+    """What the engine needs to know of a cache."""
+
+    @property
+    def sources(self) -> Sequence[LayerSource]: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    bytes: torch.Tensor
+    released: Event  # compute is done with it
+    is_busy: bool = False  # holds a chunk that compute has not released
+
+
+@dataclass(slots=True, eq=False)
+class _D2HSlot:
+    bytes: torch.Tensor
+    written: Event | None = None
+
+
+@dataclass(slots=True, eq=False)
+class LayerBuffer:
+    """Device memory for one layer's whole K/V, in stored row order."""
+
+    bytes: torch.Tensor
+    released: Event
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One layer's chunks on their way to the device."""
+
+    layer: LayerSource
+    version: int
+    chunks: Sequence[Chunk]
+    buffer: LayerBuffer
+    ready: list[Event] = field(default_factory=list)  # of the chunks issued so far
+    slots: list[_Slot | None] = field(default_factory=list)
+
+    @property
+    def num_activation_chunks(self) -> int:
+        return sum(chunk.form == "activation" for chunk in self.chunks)
+
+
+class TransferEngine:
+    """Moves chunks to the device ahead of need and new blocks back to the host.
+
+    Args:
+        backend: the queues.
+        overlap: False issues each copy when it is needed, behind all earlier compute, and waits for it.
+        schedule: "pipelined", or "kvpr": the next layer's activations leave after this layer's attention, and
+            recomputation starts when the whole activation has arrived.
+    """
+
+    def __init__(self, backend: Backend, *, overlap: bool = True, schedule: Schedule = "pipelined") -> None:
+        self.backend = backend
+        self.overlap = overlap
+        self.schedule = schedule
+        self.held_bytes: dict[str, int] = {}  # device memory by purpose
+        self.peak_bytes = 0
+        self._slots: list[_Slot] = []
+        self._buffers: list[LayerBuffer] = []
+        self._d2h_slots: list[_D2HSlot] = []
+        self._gathered: torch.Tensor | None = None
+        self._next_slot = self._next_buffer = self._next_d2h = 0
+        self._jobs: deque[Job] = deque()
+        self._current: Job | None = None  # begun and not finished; the first of the jobs
+        self._cache: CacheSource | None = None
+        self._next_position = 0
+        self.last_h2d: Event | None = None
+        self.num_issued_chunks = 0
+
+    # ---- device memory -------------------------------------------------------------------------------------------
+
+    def configure(self, *, slot_bytes: int, num_slots: int, buffer_bytes: int, d2h_slot_bytes: int) -> None:
+        """Make the ring, the two layer buffers and the D2H ring exactly that large."""
+        self.drop()
+        if [slot.bytes.numel() for slot in self._slots] != [slot_bytes] * num_slots:
+            slots = self._replace("slots", self._slots, num_slots, slot_bytes)
+            self._slots = [_Slot(data, released=self.backend.release()) for data in slots]
+        if [buffer.bytes.numel() for buffer in self._buffers] != [buffer_bytes] * 2:
+            buffers = self._replace("layer_buffers", self._buffers, 2, buffer_bytes)
+            self._buffers = [LayerBuffer(data, released=self.backend.release()) for data in buffers]
+        if [slot.bytes.numel() for slot in self._d2h_slots] != [d2h_slot_bytes] * 2:
+            for slot in self._d2h_slots:
+                if slot.written is not None:
+                    self.backend.compute_waits(slot.written)  # memory is reused in the order of compute
+            d2h_slots = self._replace("d2h_slots", self._d2h_slots, 2, d2h_slot_bytes)
+            self._d2h_slots = [_D2HSlot(data) for data in d2h_slots]
+        self._next_slot = self._next_buffer = self._next_d2h = 0
+
+    def _replace(
+        self, purpose: str, old: Sequence[_Slot | LayerBuffer | _D2HSlot], count: int, num_bytes: int
+    ) -> list[torch.Tensor]:
+        """New buffers of one purpose; the old ones go first, so that both never exist at once."""
+        for holder in old:
+            self.backend.free_device(holder.bytes)
+            holder.bytes = holder.bytes[:0].clone()
+        self.account(purpose, num_bytes * count)
+        return [self.backend.allocate_device(num_bytes) for _ in range(count)]
+
+    def account(self, purpose: str, num_bytes: int) -> None:
+        """Record how much device memory a purpose holds now."""
+        self.held_bytes[purpose] = num_bytes
+        self.peak_bytes = max(self.peak_bytes, sum(self.held_bytes.values()))
+
+    def take_peak(self) -> int:
+        """The most device memory held since the last call."""
+        peak, self.peak_bytes = self.peak_bytes, sum(self.held_bytes.values())
+        return peak
+
+    @property
+    def d2h_slot_bytes(self) -> int:
+        """What one `write_back` may carry."""
+        return self._d2h_slots[0].bytes.numel()
+
+    def ensure_buffers(self, num_bytes: int) -> None:
+        """Layer buffers of at least that size, for caches whose maximum length was not known."""
+        if self._buffers[0].bytes.numel() < num_bytes:
+            self.configure(
+                slot_bytes=self._slots[0].bytes.numel() if self._slots else 0,
+                num_slots=len(self._slots),
+                buffer_bytes=max(num_bytes, 2 * self._buffers[0].bytes.numel()),
+                d2h_slot_bytes=self.d2h_slot_bytes,
+            )
+
+    # ---- host to device ------------------------------------------------------------------------------------------
+
+    def begin(self, cache: CacheSource, layer: LayerSource) -> Job:
+        """The job that brings `layer` to the device; prefetched if the order was as expected, else started now."""
+        self.finish_current()  # where the last attention module had no hook
+        head = self._jobs[0] if self._jobs else None
+        if self._cache is not cache or head is None or head.layer is not layer or head.version != layer.version:
+            self.drop()
+            self._cache = cache
+            self._next_position = layer.position
+            head = self._new_job()
+        self._current = head
+        self._pump()
+        return head
+
+    def prefetch(self, cache: CacheSource) -> None:
+        """Start bringing the first layer's blocks, which a step of `cache` will ask for next."""
+        if self._cache is not cache:
+            self.drop()
+            self._cache = cache
+            self._next_position = 0
+        self._pump()
+
+    def arriving(self, job: Job) -> Iterator[tuple[Chunk, torch.Tensor]]:
+        """Activation chunks in order, each on the device when yielded; afterwards all K/V chunks have landed too.
+
+        The caller recomputes a chunk before asking for the next.
+        """
+        for idx, chunk in enumerate(job.chunks):
+            while len(job.ready) <= idx:
+                issued = self._issue(job)
+                assert issued, "a slot was held back"
+            if chunk.form == "kv" and idx + 1 < len(job.chunks) and self.overlap:
+                continue  # the queue is in order: waiting for the last is enough
+            gate = idx
+            if self.schedule == "kvpr" and chunk.form == "activation" and self.overlap:
+                gate = max(idx, min(job.num_activation_chunks, len(self._slots)) - 1)
+                while len(job.ready) <= gate:
+                    if not self._issue(job):
+                        gate = len(job.ready) - 1
+            self.backend.compute_waits(job.ready[gate])
+            slot = job.slots[idx]
+            if slot is not None:
+                data = slot.bytes[: chunk.source.numel()]
+                yield chunk, data
+                slot.released = self.backend.release(data)
+                slot.is_busy = False
+                self._pump()
+
+    def finish_current(self) -> None:
+        """The attention that reads the current job's layer buffer has been issued."""
+        job = self._current
+        if job is None:
+            return  # nothing was transferred for it, or it was dropped meanwhile
+        self._current = None
+        self._jobs.popleft()
+        job.buffer.released = self.backend.release(job.buffer.bytes)
+        self._pump()
+
+    def drop(self) -> None:
+        """Forget everything that was prefetched (another cache, a crop, the end of a generation)."""
+        if self._jobs and self.last_h2d is not None:
+            # A copy may still be landing in a buffer that compute writes next.
+            self.backend.compute_waits(self.last_h2d)
+        for job in self._jobs:
+            job.buffer.released = self.backend.release(job.buffer.bytes)
+            for slot in job.slots:
+                if slot is not None and slot.is_busy:
+                    slot.released = self.backend.release(slot.bytes)
+                    slot.is_busy = False
+        self._jobs.clear()
+        self._current = None
+        self._cache = None
+
+    def _new_job(self) -> Job:
+        assert self._cache is not None
+        layer = self._cache.sources[self._next_position]
+        self._next_position = (self._next_position + 1) % len(self._cache.sources)
+        buffer = self._buffers[self._next_buffer]
+        self._next_buffer = (self._next_buffer + 1) % len(self._buffers)
+        job = Job(layer, layer.version, layer.chunks(), buffer)
+        self._jobs.append(job)
+        return job
+
+    def _pump(self) -> None:
+        """Issue every copy whose buffer is free, in order."""
+        if not self.overlap or self._cache is None:
+            return
+        while True:
+            job = next((job for job in self._jobs if len(job.ready) < len(job.chunks)), None)
+            if job is not None:
+                if not self._issue(job):
+                    return
+            elif self._may_look_ahead():
+                self._new_job()
+            else:
+                return
+
+    def _may_look_ahead(self) -> bool:
+        """Whether the next layer's job may start: a layer buffer is free and the layer's own update is over."""
+        assert self._cache is not None
+        if len(self._jobs) >= (1 if self.schedule == "kvpr" else len(self._buffers)):
+            return False
+        layer = self._cache.sources[self._next_position]
+        return layer.expects_another_step() and all(job.layer is not layer for job in self._jobs)
+
+    def _issue(self, job: Job) -> bool:
+        """Queue the next copy of `job`; False if its slot is still in use."""
+        chunk = job.chunks[len(job.ready)]
+        num_bytes = chunk.source.numel()
+        slot: _Slot | None = None
+        if chunk.form == "activation":
+            slot = self._slots[self._next_slot]
+            if slot.is_busy:
+                return False
+            slot.is_busy = True
+            self._next_slot = (self._next_slot + 1) % len(self._slots)
+            target, released = slot.bytes[:num_bytes], slot.released
+        else:
+            start = chunk.landing_offset
+            target, released = job.buffer.bytes[start : start + num_bytes], job.buffer.released
+        written = chunk.blocks[-1].written  # blocks are written in order, so the last is enough
+        after = [written, released]
+        if not self.overlap:
+            after.append(self.backend.release())
+        self.last_h2d = self.backend.copy_to_device(target, chunk.source, after)
+        job.ready.append(self.last_h2d)
+        job.slots.append(slot)
+        self.num_issued_chunks += 1
+        return True
+
+    # ---- device to host ------------------------------------------------------------------------------------------
+
+    def write_back(self, extent: Extent, blocks: Sequence[Block], pack: Callable[[torch.Tensor], None]) -> None:
+        """Store consecutive new blocks of equal size on the host.
+
+        Args:
+            extent: where they go.
+            blocks: what they become; `host` and `written` are set.
+            pack: fills the given bytes with the blocks' tokens, token-major, on the compute queue.
+        """
+        num_bytes = sum(block.num_bytes for block in blocks)
+        slot = self._d2h_slots[self._next_d2h]
+        self._next_d2h = (self._next_d2h + 1) % len(self._d2h_slots)
+        if slot.written is not None:
+            self.backend.compute_waits(slot.written)
+        data = slot.bytes[:num_bytes]
+        self.backend.compute(writes=(data,))
+        pack(data)
+        packed = self.backend.release()
+        host, guard = extent.append(num_bytes)
+        after = [packed] if guard is None else [packed, guard]
+        slot.written = self.backend.copy_to_host(host, data, after)
+        offset = 0
+        for block in blocks:
+            block.host = host[offset : offset + block.num_bytes]
+            block.written = slot.written
+            offset += block.num_bytes
+
+    def fetch(self, block: Block) -> torch.Tensor:
+        """One block's bytes in device memory of their own, for a crop that reopens it."""
+        assert block.host is not None
+        data = self.backend.allocate_device(block.num_bytes)
+        fresh = self.backend.release()  # the memory may have been used by earlier compute
+        self.last_h2d = self.backend.copy_to_device(data, block.host, [fresh, block.written])
+        self.backend.compute_waits(self.last_h2d)
+        return data
+
+    def gather_buffer(self, num_bytes: int) -> torch.Tensor:
+        """The third layer buffer, in which beams find their rows in logical order; used by compute alone."""
+        if self._gathered is None or self._gathered.numel() < num_bytes:
+            self._gathered = self.backend.allocate_device(max(num_bytes, self._buffers[0].bytes.numel()))
+            self.account("gather_buffer", self._gathered.numel())
+        return self._gathered
+
+    def close(self) -> None:
+        """Drop what was prefetched and give the device memory back."""
+        self.drop()
+        self._slots, self._buffers, self._d2h_slots, self._gathered = [], [], [], None
+        self.held_bytes.clear()

@@ -1,0 +1,359 @@
+"""The shared nouns: what a workload, a model, a machine and a plan are. Torch-free plain data.
+
+Units are in the names; GB = 1e9 bytes, GiB = 2**30 bytes, fractions are 0..1.
+Symbols of the cost model (see docs/architecture.md) are given behind each field.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from kvoffload.errors import ConfigError, ProfileError
+
+Form = Literal["kv", "activation"]
+Schedule = Literal["pipelined", "kvpr"]
+Objective = Literal["latency", "throughput"]
+Constraint = Literal["link", "device", "host", "device_memory", "host_memory"]
+Provenance = Literal["measured", "datasheet", "assumed"]
+
+PROFILE_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What one `generate()` call is asked to do."""
+
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    num_beams: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "prompt_tokens", "new_tokens", "num_beams"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"Workload.{name} must be a whole number of at least 1, got {value!r}")
+
+    @property
+    def rows(self) -> int:
+        """Sequences decoded at once, beams included."""
+        return self.batch * self.num_beams
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens in the cache when the last token is sampled (which is never fed back)."""
+        return self.prompt_tokens + self.new_tokens - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The dimensions of a decoder that the cost model needs."""
+
+    num_layers: int  # N
+    num_offloaded_layers: int  # L: layers with an unbounded cache
+    hidden_size: int  # h
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int  # n_kv
+    head_dim: int  # d
+    vocab_size: int
+    kv_itemsize_bytes: int  # p_kv
+    activation_itemsize_bytes: int  # p_x
+    weight_bytes: int
+    mlp_matrices: int = 2  # 3 where the MLP is gated
+
+    @property
+    def kv_row_bytes(self) -> int:
+        """Bytes of K and V of one token of one sequence in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * self.kv_itemsize_bytes  # keys and values
+
+    @property
+    def activation_row_bytes(self) -> int:
+        """Bytes of the activation of one token of one sequence in one layer."""
+        return self.hidden_size * self.activation_itemsize_bytes
+
+    @property
+    def recompute_flops(self) -> int:
+        """Floating-point operations to recompute K and V of one token of one sequence."""
+        return 2 * self.hidden_size * 2 * self.num_kv_heads * self.head_dim  # multiply-add, keys and values
+
+    @property
+    def dense_flops(self) -> int:
+        """Floating-point operations of the projections and the MLP of one layer for one token."""
+        q_and_out = 2 * self.hidden_size * self.num_heads * self.head_dim
+        kv = 2 * self.hidden_size * self.num_kv_heads * self.head_dim
+        mlp = self.mlp_matrices * self.hidden_size * self.intermediate_size
+        return 2 * (q_and_out + kv + mlp)  # multiply-add
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What the machine does with one layer of one model at one batch: the coefficients of the cost model.
+
+    "Token" means one position of the whole batch.
+    """
+
+    h2d_activation_bytes_per_s: float  # B_x, at the activation chunk's size
+    h2d_kv_bytes_per_s: float  # B_kv, at the kv chunk's size
+    recompute_s_per_token: float  # gamma_r, at the chunk's GEMM shape
+    attention_s_per_token: float  # gamma_a
+    dense_s: float  # t_dense: the rest of one layer
+    head_s: float = 0.0  # t_head: final norm, LM head and sampling on the device
+    gap_s: float = 0.0  # t_gap: host time between the last attention of a step and the first of the next
+    host_s_per_layer: float = 0.0  # o_layer
+    host_s_per_chunk: float = 0.0  # o_chunk
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if not value >= 0 or math.isinf(value):
+                raise ConfigError(f"Rates.{spec.name} must be finite and not negative, got {value!r}")
+        if self.h2d_activation_bytes_per_s <= 0 or self.h2d_kv_bytes_per_s <= 0:
+            raise ConfigError("link bandwidth must be above zero: an unpaced link has none, use split='transfer'")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanInputs:
+    """One instance of the planning problem. All token counts are in blocks of `block_tokens`."""
+
+    num_layers: int  # N
+    num_offloaded_layers: int  # L
+    num_blocks: int  # s: cached blocks to place (the tail is not among them)
+    block_tokens: int
+    kv_bytes_per_token: int  # beta_kv, whole batch, one layer
+    activation_bytes_per_token: int  # beta_x, whole batch, one layer
+    rates: Rates
+    chunk_blocks: int
+    num_slots: int
+    device_bytes: int  # cap on everything held on the device
+    fixed_device_bytes: int  # tail + ring + D2H ring + layer buffers + sliding layers
+    host_bytes: int  # cap on host memory for the cache
+    stored_activation_blocks: int = 0  # x >= x_stored when re-planning
+    stored_kv_blocks: int = 0  # t >= t_stored when re-planning
+    stored_resident_blocks: int = 0  # r >= r_stored when re-planning
+    stored_resident_activation_blocks: int = 0
+    split: float | None = None  # None: free; else x is this share of x + t (rounded to a block), and r_x = 0
+    schedule: Schedule = "pipelined"
+    weight_bytes_per_step: int = 0  # streamed weights, over the same link
+    num_micro_batches: int = 1
+    objective: Objective = "latency"
+
+    @property
+    def ring_bytes(self) -> int:
+        """Bytes of K/V or activation that can be on the device before they are needed."""
+        return self.num_slots * self.chunk_blocks * self.block_tokens * self.activation_bytes_per_token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Where the cached blocks of every offloaded layer live, and what the cost model expects of it."""
+
+    num_layers: int
+    num_offloaded_layers: int
+    block_tokens: int
+    chunk_blocks: int
+    num_slots: int
+    resident_kv_blocks: int  # r
+    resident_activation_blocks: int  # r_x
+    kv_blocks: int  # t: transferred
+    activation_blocks: int  # x: transferred as activations and recomputed
+    kv_bytes_per_token: int
+    activation_bytes_per_token: int
+    predicted_step_s: float
+    full_transfer_step_s: float  # the same model's prediction with x = r_x = 0
+    binding_constraint: Constraint
+    schedule: Schedule = "pipelined"
+    weight_bytes_per_step: int = 0
+    num_micro_batches: int = 1
+    objective: Objective = "latency"
+    device_bytes: int = 0  # predicted use
+    host_bytes: int = 0  # predicted use
+    recommendation: str = ""  # what a person should do, with the reason; empty inside the runtime
+    version: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """All cached blocks of one layer."""
+        return self.resident_kv_blocks + self.resident_activation_blocks + self.kv_blocks + self.activation_blocks
+
+    @property
+    def split_fraction(self) -> float:
+        """Share of the offloaded blocks stored as activations, 0..1."""
+        offloaded = self.kv_blocks + self.activation_blocks
+        return self.activation_blocks / offloaded if offloaded else 0.0
+
+    @property
+    def link_bytes_per_step(self) -> int:
+        """Bytes from host to device in one decode step."""
+        per_layer = self.block_tokens * (
+            self.activation_blocks * self.activation_bytes_per_token + self.kv_blocks * self.kv_bytes_per_token
+        )
+        return self.num_offloaded_layers * per_layer + self.weight_bytes_per_step
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with the derived values included."""
+        data = dataclasses.asdict(self)
+        data["split_fraction"] = self.split_fraction
+        data["link_bytes_per_step"] = self.link_bytes_per_step
+        return data
+
+
+class Point(NamedTuple):
+    """One measured point of a curve."""
+
+    x: tuple[float, ...]  # bytes of a copy; (m, n, k) of a GEMM; bytes of K/V read by attention
+    seconds: float
+    spread_fraction: float  # (p80 - p20) / p50 of the trials
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """Measured durations over a size, interpolated linearly in between and by the last rate beyond."""
+
+    unit: str  # of x, e.g. "bytes" or "m,n,k"
+    points: tuple[Point, ...]
+    provenance: Provenance = "measured"
+
+    def seconds(self, size: float) -> float:
+        """Duration at `size` (same unit as x, one-dimensional curves only)."""
+        if not self.points:
+            raise ProfileError("a curve without points cannot predict anything; measure the profile again")
+        sizes = [point.x[0] for point in self.points]
+        idx = bisect.bisect_left(sizes, size)
+        if idx == 0:
+            return self.points[0].seconds
+        if idx == len(sizes):
+            last = self.points[-1]
+            return last.seconds * size / last.x[0]
+        low, high = self.points[idx - 1], self.points[idx]
+        share = (size - low.x[0]) / (high.x[0] - low.x[0])
+        return low.seconds + share * (high.seconds - low.seconds)
+
+    def rate(self, size: float) -> float:
+        """Size per second at `size`."""
+        return size / self.seconds(size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HardwareProfile:
+    """What a machine and its link can do, measured once. Describes no model.
+
+    `h2d` and `d2h` are None for an unpaced emulated link: it has no bandwidth, and `split="auto"` then transfers.
+    """
+
+    device_name: str
+    link_name: str  # e.g. "PCIe 4.0 x16" or "emulated 0.15 GB/s"
+    emulated_link: bool
+    key: str  # device, driver and torch version: what makes a stored profile stale
+    h2d: Curve | None
+    d2h: Curve | None
+    gemm: Curve  # x = (m, n, k)
+    attention: Curve  # x = bytes of K/V read
+    device_copy_bytes_per_s: float  # within device memory; bytes read plus bytes written
+    device_memory_bytes: int
+    dtype: str = "float32"  # of the GEMM and attention curves
+    host_s_per_layer: float = 2e-4
+    host_s_per_chunk: float = 2e-5
+    gap_s: float = 2e-3
+    created: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = PROFILE_SCHEMA_VERSION
+
+    def gemm_seconds(self, m: int, n: int, k: int) -> float:
+        """Duration of a [m, k] x [k, n] product.
+
+        Taken from the measured weight nearest to [k, n] in log size and scaled by n * k; over m linear between the
+        measured sizes, constant below them (reading the weight takes that long) and at the last rate beyond.
+        """
+        if not self.gemm.points:
+            raise ProfileError(f"profile of {self.device_name} holds no GEMM measurement; measure it again")
+
+        def distance(weight: tuple[float, ...]) -> float:
+            return abs(math.log(weight[0] / n)) + abs(math.log(weight[1] / k))
+
+        nearest = min({point.x[1:] for point in self.gemm.points}, key=lambda weight: (distance(weight), weight))
+        rows = sorted((point.x[0], point.seconds) for point in self.gemm.points if point.x[1:] == nearest)
+        scale = n * k / (nearest[0] * nearest[1])
+        if len(rows) == 1:
+            return rows[0][1] * m / rows[0][0] * scale
+        curve = Curve(unit="m", points=tuple(Point((size,), seconds, 0.0) for size, seconds in rows))
+        return curve.seconds(m) * scale
+
+    def gemm_flops_per_s(self, m: int, n: int, k: int) -> float:
+        """Achieved FLOP/s of a [m, k] x [k, n] product."""
+        return 2 * m * n * k / self.gemm_seconds(m, n, k)  # multiply-add
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a file."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any, *, source: str = "profile") -> HardwareProfile:
+        """Inverse of `to_json`.
+
+        Raises:
+            ProfileError: not a profile, or of another schema version; names `source`.
+        """
+        if not isinstance(data, dict) or "schema_version" not in data:
+            raise ProfileError(f"{source} is not a kvoffload hardware profile; create one with `kvoffload profile`")
+        if data["schema_version"] != PROFILE_SCHEMA_VERSION:
+            raise ProfileError(
+                f"{source} has schema version {data['schema_version']!r}, this release reads "
+                f"{PROFILE_SCHEMA_VERSION}; measure again with `kvoffload profile`"
+            )
+        try:
+            values = dict(data)
+            for name in ("h2d", "d2h", "gemm", "attention"):
+                curve = values[name]
+                if curve is not None:
+                    points = tuple(
+                        Point(tuple(float(v) for v in p[0]), float(p[1]), float(p[2])) for p in curve["points"]
+                    )
+                    if any(p.seconds <= 0 or not math.isfinite(p.seconds) for p in points):
+                        raise ValueError(f"{name} holds a duration that is not positive")
+                    values[name] = Curve(unit=curve["unit"], points=points, provenance=curve["provenance"])
+            return cls(**values)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ProfileError(
+                f"{source} is damaged ({type(error).__name__}: {error}); measure again with `kvoffload profile`"
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile as JSON, creating the folder."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> HardwareProfile:
+        """Read a profile written by `save`.
+
+        Raises:
+            ProfileError: missing, unreadable, damaged or of another schema version; names the file.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ProfileError(
+                f"cannot read the hardware profile {path}: {error}; measure again with `kvoffload profile`"
+            ) from error
+        return cls.from_json(data, source=str(path))
+
+    @classmethod
+    def preset(cls, name: str) -> HardwareProfile:
+        """A profile from datasheet figures, e.g. "a100-40gb-pcie4".
+
+        Raises:
+            ProfileError: unknown name; lists the known ones.
+        """
+        path = Path(__file__).parent / "profiler" / "presets.json"
+        presets = json.loads(path.read_text())
+        if name not in presets:
+            raise ProfileError(f"unknown hardware preset {name!r}; known: {', '.join(sorted(presets))}")
+        return cls.from_json(presets[name], source=f"preset {name}")

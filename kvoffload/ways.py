@@ -1,0 +1,195 @@
+"""The ways to do one workload on one machine, and what each is predicted to take.
+
+Owns the inputs of the planning problem made from a model, a workload and a profile, and the memory and time of doing
+without offloading. Does not own the prediction of a step (`cost`), the sizes (`sizing`) or the choice (`planner`,
+`advice`).
+
+Times are for the whole task: prefill, then one step per further token at the mean context, so that short prompts with
+long answers are not judged by their last step.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from kvoffload import cost, planner
+from kvoffload.config import GIB, OffloadConfig
+from kvoffload.errors import InfeasiblePlanError
+from kvoffload.sizing import Geometry, choose_sizes
+from kvoffload.types import HardwareProfile, ModelShape, Plan, PlanInputs, Rates, Workload
+
+PREFILL_TOKENS = 16384  # of all sequences, in one forward of the prefill
+USABLE_HOST_FRACTION = 0.9  # of the host's memory, where the cap is "auto"
+
+Way = Literal["on_device", "sub_batches", "offload"]
+
+
+class Alternative(NamedTuple):
+    """One way to do the whole task, and what it is predicted to take."""
+
+    way: Way
+    batch: int  # sequences at once, beams not counted
+    runs: int
+    prefill_s: float  # of one run
+    step_s: float  # at the mean context
+    total_s: float
+    tokens_per_s: float  # new tokens of all sequences, over everything
+    device_bytes: int  # weights included
+
+
+class Task(NamedTuple):
+    """One workload of one model on one machine."""
+
+    shape: ModelShape
+    window_tokens: int
+    workload: Workload
+    profile: HardwareProfile
+    config: OffloadConfig
+
+    def inputs(self, cached_tokens: int, batch: int | None = None) -> PlanInputs:
+        """The planning problem with `cached_tokens` in the cache of all sequences.
+
+        With `batch` that of fewer sequences without a cap on device memory, for predicting them on the device.
+        """
+        shape, config = self.shape, self.config
+        rows = (batch or self.workload.batch) * self.workload.num_beams
+        cap = None if batch else self._device_cap_bytes(rows)
+        geometry = Geometry(
+            num_offloaded_layers=shape.num_offloaded_layers,
+            rows=rows,
+            max_tokens=self.workload.cached_tokens,
+            kv_row_bytes=shape.kv_row_bytes,
+            activation_row_bytes=shape.activation_row_bytes,
+            beams=self.workload.num_beams,
+            other_device_bytes=self._bounded_layers_bytes(rows),
+        )
+        rates: Rates | None = None
+        for _ in range(2):  # the ring needs rates, rates need the size of a chunk
+            sizes = choose_sizes(
+                geometry, config, keeps_activations=config.fixed_split != 0, device_bytes=cap, rates=rates
+            )
+            rates = cost.rates_from_profile(
+                self.profile,
+                shape,
+                batch=rows,
+                block_tokens=sizes.block_tokens,
+                chunk_blocks=sizes.chunk_blocks,
+                cached_tokens=max(1, cached_tokens),
+            )
+        assert rates is not None
+        num_blocks = cached_tokens // sizes.block_tokens
+        per_token = geometry.kv_bytes_per_token + geometry.activation_bytes_per_token
+        every_bytes = shape.num_offloaded_layers * num_blocks * sizes.block_tokens * per_token
+        return PlanInputs(
+            num_layers=shape.num_layers,
+            num_offloaded_layers=shape.num_offloaded_layers,
+            num_blocks=num_blocks,
+            block_tokens=sizes.block_tokens,
+            kv_bytes_per_token=geometry.kv_bytes_per_token,
+            activation_bytes_per_token=geometry.activation_bytes_per_token,
+            rates=rates,
+            chunk_blocks=sizes.chunk_blocks,
+            num_slots=sizes.num_slots,
+            device_bytes=sizes.fixed_device_bytes if cap is None else cap,
+            fixed_device_bytes=sizes.fixed_device_bytes,
+            host_bytes=min(self._host_cap_bytes(), every_bytes),
+            split=config.fixed_split,
+            schedule=config.schedule,
+        )
+
+    def offload(self, chosen: Plan) -> Alternative:
+        """What the plan is predicted to take; the prefill writes the cache back while it computes."""
+        mean = planner.solve(self.inputs(self._mean_tokens()))
+        written = 0.0
+        if chosen.host_bytes and self.profile.d2h is not None:
+            written = chosen.host_bytes / self.profile.d2h.rate(chosen.host_bytes)
+        prefill_s = max(self._prefill_s(self.workload.batch), written)
+        used = self.shape.weight_bytes + chosen.device_bytes
+        return self._alternative("offload", self.workload.batch, 1, prefill_s, mean.predicted_step_s, used)
+
+    def on_device(self) -> Alternative | None:
+        """The whole batch on the device, else in sub-batches, else None where not even one sequence fits."""
+        beams = self.workload.num_beams
+        fitting = (
+            n for n in range(self.workload.batch, 0, -1) if self.resident_bytes(n) <= self._free_bytes(n * beams)
+        )
+        largest = next(fitting, None)
+        if largest is None:
+            return None
+        runs = -(-self.workload.batch // largest)
+        batch = -(-self.workload.batch // runs)  # equal parts
+        inputs = self.inputs(self._mean_tokens(), batch)
+        step_s = max(cost.device_s(inputs, 0, 0), cost.host_s(inputs, 0, 0))
+        used = self.shape.weight_bytes + self.resident_bytes(batch)
+        way: Way = "on_device" if runs == 1 else "sub_batches"
+        return self._alternative(way, batch, runs, self._prefill_s(batch), step_s, used)
+
+    def resident_bytes(self, batch: int) -> int:
+        """The whole cache of `batch` sequences, plus one layer's, which plain generate() copies to append a token."""
+        rows, tokens = batch * self.workload.num_beams, self.workload.cached_tokens
+        growing = (self.shape.num_offloaded_layers + 1) * rows * tokens * self.shape.kv_row_bytes
+        return growing + self._bounded_layers_bytes(rows)
+
+    def _alternative(
+        self, way: Way, batch: int, runs: int, prefill_s: float, step_s: float, device_bytes: int
+    ) -> Alternative:
+        new_tokens = self.workload.new_tokens
+        total_s = runs * (prefill_s + (new_tokens - 1) * step_s)
+        rate = self.workload.batch * new_tokens / total_s
+        return Alternative(way, batch, runs, prefill_s, step_s, total_s, rate, device_bytes)
+
+    def _mean_tokens(self) -> int:
+        return self.workload.prompt_tokens + (self.workload.new_tokens - 1) // 2
+
+    def _prefill_s(self, batch: int) -> float:
+        """Computing the prompt: projections and MLP, and causal attention (half of all pairs)."""
+        shape, prompt = self.shape, self.workload.prompt_tokens
+        tokens = batch * prompt
+        pairs = batch * prompt * prompt / 2
+        flops = tokens * shape.dense_flops + pairs * 4 * shape.num_heads * shape.head_dim  # scores and values
+        rows = min(tokens, PREFILL_TOKENS)
+        return (
+            shape.num_layers * flops / self.profile.gemm_flops_per_s(rows, shape.intermediate_size, shape.hidden_size)
+        )
+
+    def _free_bytes(self, rows: int) -> int:
+        """Device memory that weights and the prefill peak of `rows` sequences leave; at most the configured cap."""
+        shape = self.shape
+        tokens = min(rows * self.workload.prompt_tokens, PREFILL_TOKENS)
+        widths = 4 * shape.hidden_size + shape.mlp_matrices * shape.intermediate_size
+        peak = tokens * widths * shape.activation_itemsize_bytes + rows * shape.vocab_size * 4  # float32 logits
+        free = self.profile.device_memory_bytes - shape.weight_bytes - peak
+        if isinstance(self.config.device_gib, str):
+            return free
+        return min(free, int(self.config.device_gib * GIB))
+
+    def _device_cap_bytes(self, rows: int) -> int | None:
+        """What we may hold on the device; None for as little as works."""
+        free = self._free_bytes(rows)
+        if free <= 0:
+            raise InfeasiblePlanError(
+                f"device memory: weights of {gb(self.shape.weight_bytes)} and the prefill leave nothing of "
+                f"{gb(self.profile.device_memory_bytes)}: use a larger device, quantised weights or a smaller batch"
+            )
+        is_least = self.config.device_gib == "min" or (self.config.device_gib == "auto" and self.profile.emulated_link)
+        return None if is_least else free
+
+    def _bounded_layers_bytes(self, rows: int) -> int:
+        """Layers with a sliding window, which stay on the device."""
+        bounded = self.shape.num_layers - self.shape.num_offloaded_layers
+        return bounded * rows * min(self.window_tokens, self.workload.cached_tokens) * self.shape.kv_row_bytes
+
+    def _host_cap_bytes(self) -> int:
+        """The cap on host memory; a preset's host is unknown and taken as large enough."""
+        if not isinstance(self.config.host_gib, str):
+            return int(self.config.host_gib * GIB)
+        installed = self.profile.extra.get("host_memory_bytes")
+        if not isinstance(installed, int):
+            return 2**62
+        used = self.shape.weight_bytes if self.profile.emulated_link else 0  # the "device" is host memory there
+        return max(0, int(USABLE_HOST_FRACTION * installed) - used)
+
+
+def gb(num_bytes: float) -> str:
+    """Bytes for a message."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"

@@ -1,0 +1,192 @@
+"""The facts of a machine that explain how fast its link can be: CPU, memory, limits, versions, GPU and PCIe.
+
+Owns the reading. Does not judge (docs/troubleshooting.md does) and does not measure. A fact that cannot be had is
+None, shown as "not available": never a guess.
+
+Where PCIe facts come from, in this order: nvidia-smi, sysfs of the device, nothing. An idle GPU lowers its link to
+save power, so the generation in use is only true when read right after copies, as a profile does.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "triton", "numpy", "pulp", "highspy")
+UNLIMITED_BYTES = 2**60  # limits of this size mean "none"
+GENERATION_BY_GT_PER_S = {2.5: 1, 5.0: 2, 8.0: 3, 16.0: 4, 32.0: 5, 64.0: 6}
+SMI_FIELDS = (
+    "name,driver_version,memory.total,pci.bus_id,"
+    "pcie.link.gen.current,pcie.link.gen.max,pcie.link.width.current,pcie.link.width.max"
+)
+NO_GPU: dict[str, Any] = {
+    "gpu_name": None,
+    "driver_version": None,
+    "gpu_memory_bytes": None,
+    "pcie_generation": None,
+    "pcie_generation_max": None,
+    "pcie_width": None,
+    "pcie_width_max": None,
+    "gpu_numa_node": None,
+}
+
+
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """The facts of this machine, JSON-ready; None where a fact is not available.
+
+    Args:
+        device: the CUDA device to describe; None takes the first GPU the driver shows.
+    """
+    total, available = _meminfo()
+    soft_limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return {
+        "system": platform.system(),
+        "is_wsl": "microsoft" in platform.release().lower(),
+        "cpu_name": cpu_name(),
+        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_bytes": total,
+        "memory_available_bytes": available,
+        "cgroup_memory_limit_bytes": cgroup_memory_limit_bytes(),
+        "locked_memory_limit_bytes": None if soft_limit == resource.RLIM_INFINITY else soft_limit,
+        "locked_memory_is_unlimited": soft_limit == resource.RLIM_INFINITY,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "cuda_version": torch.version.cuda,
+        "cuda_available": torch.cuda.is_available(),
+    } | gpu_facts(device)
+
+
+def gpu_facts(device: torch.device | None = None) -> dict[str, Any]:
+    """Name, driver, memory, PCIe link (in use and maximum) and NUMA node of a GPU; all None without one."""
+    facts = dict(NO_GPU)
+    bus = _bus_id(device)
+    row = _nvidia_smi(bus)
+    if row is not None:
+        facts |= {
+            "gpu_name": row[0],
+            "driver_version": row[1],
+            "gpu_memory_bytes": _scaled(row[2], 2**20),  # MiB
+            "pcie_generation": _number(row[4]),
+            "pcie_generation_max": _number(row[5]),
+            "pcie_width": _number(row[6]),
+            "pcie_width_max": _number(row[7]),
+        }
+        bus = bus or row[3]
+    if bus is None:
+        return facts
+    folder = Path("/sys/bus/pci/devices") / sysfs_bus_id(bus)
+    for key, file in (("pcie_generation", "current_link_speed"), ("pcie_generation_max", "max_link_speed")):
+        speed = _read(folder / file)
+        if facts[key] is None and speed is not None:  # e.g. "16.0 GT/s PCIe"
+            facts[key] = GENERATION_BY_GT_PER_S.get(_float(speed.split()[0]))
+    for key, file in (("pcie_width", "current_link_width"), ("pcie_width_max", "max_link_width")):
+        if facts[key] is None:
+            facts[key] = _number(_read(folder / file))
+    node = _number(_read(folder / "numa_node"))
+    facts["gpu_numa_node"] = node if node is not None and node >= 0 else None  # -1: the system does not know
+    return facts
+
+
+def cpu_name() -> str:
+    """The processor's marketing name, or its architecture."""
+    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cgroup_memory_limit_bytes() -> int | None:
+    """The container's memory limit (cgroup version 2, then 1); None where there is none."""
+    limits = []
+    for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            parts = Path("/sys/fs/cgroup"), "memory.max"
+        elif "memory" in controllers.split(","):
+            parts = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+        else:
+            continue
+        for folder in {parts[0] / path.lstrip("/"), parts[0]}:  # inside a container the path may be the host's
+            limit = _number(_read(folder / parts[1]))
+            if limit is not None and limit < UNLIMITED_BYTES:
+                limits.append(limit)
+    return min(limits, default=None)
+
+
+def memory_bytes() -> int:
+    """Memory this process may use: what is installed, or the container's limit if that is less."""
+    total = _meminfo()[0] or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(total, cgroup_memory_limit_bytes() or total)
+
+
+def sysfs_bus_id(bus: str) -> str:
+    """The PCI address as sysfs writes it: nvidia-smi's domain has eight digits, sysfs' four."""
+    domain, _, rest = bus.lower().partition(":")
+    return f"{domain[-4:]}:{rest}"
+
+
+def _bus_id(device: torch.device | None) -> str | None:
+    if device is None or device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    domain, bus, slot = (getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device"))
+    if domain is None or bus is None or slot is None:  # older PyTorch, or a device without PCI
+        return None
+    return f"{domain:08x}:{bus:02x}:{slot:02x}.0"
+
+
+def _nvidia_smi(bus: str | None) -> list[str] | None:
+    command = ["nvidia-smi", f"--query-gpu={SMI_FIELDS}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run([*command, *([f"--id={bus}"] if bus else [])], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
+    fitting = [row for row in rows if len(row) == SMI_FIELDS.count(",") + 1]
+    return fitting[0] if done.returncode == 0 and fitting else None
+
+
+def _meminfo() -> tuple[int | None, int | None]:
+    """Installed and available memory in bytes."""
+    values = {}
+    for line in (_read(Path("/proc/meminfo")) or "").splitlines():
+        name, _, rest = line.partition(":")
+        values[name] = _scaled(rest.split()[0] if rest.split() else None, 1024)  # KiB
+    return values.get("MemTotal"), values.get("MemAvailable")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and text.lstrip("-").isdigit() else None
+
+
+def _scaled(text: str | None, factor: int) -> int | None:
+    number = _number(text)
+    return None if number is None else number * factor

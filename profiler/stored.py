@@ -1,0 +1,146 @@
+"""Where profiles are kept: one file per device, driver and PyTorch version, and the presets.
+
+Owns the folder (`$XDG_CACHE_HOME` or `~/.cache`, then `kvoffload/`) and the choice of a profile. Does not measure.
+The order in which a profile is found is `load_or_measure`'s; what is found but damaged is an error that names the
+file, never a silent second measurement.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from kvoffload.config import EmulatedLink
+from kvoffload.errors import ProfileError
+from kvoffload.profiler.profile import Link, Progress, machine_key, measure_hardware, resolve_device, with_link
+from kvoffload.types import HardwareProfile
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/kvoffload`, or `~/.cache/kvoffload` where that is unset or not absolute."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "kvoffload"
+
+
+def profile_path(key: str) -> Path:
+    """The file of the machine with that key."""
+    return cache_folder() / f"{_slug(key.split(' | ')[0])}--{_slug(key)}.json"
+
+
+def store(profile: HardwareProfile) -> Path:
+    """Keep `profile` for its machine; a reader never sees half a file.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path = profile_path(profile.key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".profile-", suffix=".tmp")
+    os.close(handle)
+    try:
+        profile.save(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def load_or_measure(
+    device: torch.device | str = "auto", link: Link = "auto", *, progress: Progress | None = None
+) -> HardwareProfile:
+    """The stored profile of this machine; else measure it once and store it, with a log message.
+
+    A profile of the same device with another driver or PyTorch version is stale: told, left where it is, not used.
+    An emulated link is not part of what is stored, it is put in front of the stored machine.
+
+    Raises:
+        ProfileError: the stored file is damaged or of another schema version; names it.
+        ConfigError: as `measure_hardware`.
+    """
+    device = resolve_device(device, link)
+    key = machine_key(device)
+    path = profile_path(key)
+    profile: HardwareProfile | None = None
+    if path.exists():
+        profile = HardwareProfile.load(path)
+        if profile.key != key:
+            _tell_stale(path, profile.key, key)
+            profile = None
+    else:
+        for other in sorted(path.parent.glob(f"{path.name.split('--')[0]}--*.json")):
+            _tell_stale(other, _key_in(other), key)
+    if profile is None:
+        logger.warning("measuring this machine once, up to 20 s")
+        began = time.perf_counter()
+        profile = measure_hardware(device, EmulatedLink() if device.type == "cpu" else "auto", progress=progress)
+        try:
+            path = store(profile)
+            logger.info("measured in %.1f s, stored in %s", time.perf_counter() - began, path)
+        except OSError as error:
+            logger.warning("could not store the profile in %s (%s): it will be measured again", path, error)
+    return with_link(profile, link) if isinstance(link, EmulatedLink) else profile
+
+
+def resolve_profile(
+    choice: HardwareProfile | str | Path, device: torch.device | str = "auto", link: Link = "auto"
+) -> HardwareProfile:
+    """The profile that `OffloadConfig.profile` stands for.
+
+    Args:
+        choice: a profile (taken as it is), "auto" (`load_or_measure`), or a path or preset (`find_profile`).
+        device: the device of the model.
+        link: the link of the session.
+
+    Raises:
+        ProfileError: as `load_or_measure` and `find_profile`.
+    """
+    if isinstance(choice, HardwareProfile):
+        return choice
+    if choice == "auto":
+        return load_or_measure(device, link)
+    profile = find_profile(choice)
+    key = machine_key(resolve_device(device, link))
+    if profile.key != key:
+        logger.warning(
+            "profile %s is of another machine (%s; this is %s): the plan may be off", choice, profile.key, key
+        )
+    return profile
+
+
+def find_profile(name_or_path: str | Path) -> HardwareProfile:
+    """A preset by its name, or a profile file by its path.
+
+    Raises:
+        ProfileError: neither; lists the presets. Or the file is damaged.
+    """
+    path = Path(name_or_path)
+    if path.exists():
+        return HardwareProfile.load(path)
+    if path.suffix == ".json" or len(path.parts) > 1:
+        raise ProfileError(f"there is no profile file {path}; create one with `kvoffload profile --output {path}`")
+    return HardwareProfile.preset(str(name_or_path))
+
+
+def _tell_stale(path: Path, stored_key: str, key: str) -> None:
+    logger.warning("stored profile %s is stale: measured with %s, this machine is %s", path, stored_key, key)
+
+
+def _key_in(path: Path) -> str:
+    """The key of a file that is only mentioned, so a damaged one is no error."""
+    try:
+        return HardwareProfile.load(path).key
+    except ProfileError:
+        return "unknown versions"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.+]+", "-", text.lower()).strip("-")

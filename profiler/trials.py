@@ -1,0 +1,75 @@
+"""Repeated timings of one thing: the median, and how far the trials lie apart.
+
+Owns the protocol every measuring file shares. Does not own a clock: the caller's `burst` does the work `n` times
+and says how long that took (wall clock on a CPU or for a link, CUDA events on a GPU).
+
+    burst(1)          warm-up: page faults, library initialisation, clocks; thrown away
+    burst(1)          estimate, from which n follows so that one trial is long against the clock's resolution
+    burst(n) x 5..    trials, as many as the time allows but at least 3
+
+A measurement is valid when (p80 - p20) / p50 of its trials is at most `MAX_SPREAD_FRACTION`. One that is not gets
+another round, best some time later, when whatever disturbed it is over; `better` keeps one of the two. What stays noisy
+is used (a median is still the best guess) and named to the user.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import NamedTuple
+
+MAX_SPREAD_FRACTION = 0.25
+MIN_TRIALS = 3
+MAX_TRIALS = 9
+
+
+class Trials(NamedTuple):
+    """The result of one measurement."""
+
+    seconds: float  # median duration of one repetition
+    spread_fraction: float  # (p80 - p20) / p50
+    num_trials: int
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the trials agree well enough."""
+        return self.num_trials >= MIN_TRIALS and self.spread_fraction <= MAX_SPREAD_FRACTION
+
+
+def time_trials(
+    burst: Callable[[int], float], *, trial_s: float = 2e-3, budget_s: float = 0.15, max_burst: int = 256
+) -> Trials:
+    """Time `burst` as the module docstring describes.
+
+    Args:
+        burst: does the work the given number of times, returns the seconds it took.
+        trial_s: least length of one trial.
+        budget_s: time for all trials; `MIN_TRIALS` are made whatever they take.
+        max_burst: most repetitions in one trial.
+    """
+    burst(1)
+    estimate_s = max(burst(1), 1e-9)
+    n = max(1, min(max_burst, round(trial_s / estimate_s)))
+    samples: list[float] = []
+    left_s = budget_s
+    while len(samples) < MAX_TRIALS:
+        took_s = burst(n)
+        samples.append(took_s / n)
+        left_s -= took_s
+        if left_s < took_s and len(samples) >= MIN_TRIALS:
+            break
+    return summarize(samples)
+
+
+def better(one: Trials, other: Trials) -> Trials:
+    """The one to trust of two rounds of the same work: a disturbance only ever adds time, so the faster."""
+    return min(one, other, key=lambda trials: trials.seconds)
+
+
+def summarize(samples: list[float]) -> Trials:
+    """Median and spread of the durations of single repetitions, in seconds."""
+    ordered = sorted(samples)
+    median = statistics.median(ordered)
+    last = len(ordered) - 1
+    p20, p80 = ordered[round(0.2 * last)], ordered[round(0.8 * last)]
+    return Trials(median, (p80 - p20) / median, len(ordered))

@@ -1,0 +1,94 @@
+"""Tiny random models of many architectures, each with at least one layer whose cache grows without bound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+BASE: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "vocab_size": 96,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FULL = {"layer_types": ["full_attention"] * 3}
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 16}
+
+# Architectures whose K/V can be recomputed by calling the attention module, and what their configs need.
+RECOMPUTABLE: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 48, "num_key_value_heads": 4, "dropout": 0.0},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 12},
+    "gemma3_text": {**MIXED, "query_pre_attn_scalar": 12},
+    "phi": {"num_key_value_heads": 4, "partial_rotary_factor": 0.5},
+    "phi3": {"sliding_window": None},
+    "stablelm": {"partial_rotary_factor": 0.5},
+    "olmo": {},
+    "olmo2": {},
+    "cohere": {},
+    "cohere2": {**MIXED},
+    "starcoder2": {"sliding_window": None},
+    "granite": {},
+    "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 32},
+    "mixtral": {**MOE, "sliding_window": None},
+    "smollm3": {**FULL, "no_rope_layers": [1, 1, 0]},
+    "glm4": {"partial_rotary_factor": 0.5},
+    "gpt_oss": {**MOE, **MIXED},
+    "exaone4": {**MIXED},
+    "nemotron": {"partial_rotary_factor": 0.5},
+    "helium": {},
+}
+# Architectures whose K/V are always transferred.
+TRANSFERRED: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"num_key_value_heads": 4},
+    "gptj": {"n_embd": 48, "n_layer": 3, "n_head": 4, "rotary_dim": 8, "n_positions": 256},
+    "gpt2": {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 256},
+    "bloom": {"n_layer": 3, "n_head": 4},
+    "mpt": {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 256},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 24,
+        "head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    },
+}
+
+
+def make_model(architecture: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A tiny model in float32, in eval mode, with weights large enough to tell tokens apart."""
+    values = {**BASE, **{**RECOMPUTABLE, **TRANSFERRED}[architecture], **overrides}
+    config = AutoConfig.for_model(architecture, **values)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    model.generation_config.use_cache = True
+    return model

@@ -1,0 +1,199 @@
+"""Tests of the cost model: each formula against numbers worked out by hand, the simulation against the formulas."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+
+from kvoffload import cost
+from kvoffload.errors import ProfileError
+from kvoffload.types import Curve, HardwareProfile, ModelShape, Plan, PlanInputs, Point, Rates
+
+RATES = Rates(
+    h2d_activation_bytes_per_s=100.0,
+    h2d_kv_bytes_per_s=200.0,
+    recompute_s_per_token=0.25,
+    attention_s_per_token=0.125,
+    dense_s=3.0,
+    head_s=5.0,
+    gap_s=0.0,
+    host_s_per_layer=7.0,
+    host_s_per_chunk=0.5,
+)
+INPUTS = PlanInputs(
+    num_layers=4,
+    num_offloaded_layers=3,
+    num_blocks=10,
+    block_tokens=2,
+    kv_bytes_per_token=40,
+    activation_bytes_per_token=20,
+    rates=RATES,
+    chunk_blocks=2,
+    num_slots=2,
+    device_bytes=10_000,
+    fixed_device_bytes=1_000,
+    host_bytes=10_000,
+)
+
+
+def with_rates(inputs: PlanInputs, **changes: Any) -> PlanInputs:
+    return dataclasses.replace(inputs, rates=dataclasses.replace(inputs.rates, **changes))
+
+
+def placed(inputs: PlanInputs, r: int, r_x: int, x: int, t: int) -> Plan:
+    """A plan for any placement, good or bad."""
+    step_s, binding = cost.predict_step_s(inputs, r, r_x, x, t)
+    return Plan(
+        **{name: getattr(inputs, name) for name in ("num_layers", "num_offloaded_layers", "block_tokens")},
+        **{name: getattr(inputs, name) for name in ("chunk_blocks", "num_slots", "schedule", "num_micro_batches")},
+        resident_kv_blocks=r,
+        resident_activation_blocks=r_x,
+        kv_blocks=t,
+        activation_blocks=x,
+        kv_bytes_per_token=inputs.kv_bytes_per_token,
+        activation_bytes_per_token=inputs.activation_bytes_per_token,
+        weight_bytes_per_step=inputs.weight_bytes_per_step,
+        predicted_step_s=step_s,
+        full_transfer_step_s=cost.full_transfer_step_s(inputs),
+        binding_constraint=binding,
+    )
+
+
+def test_the_link_carries_both_forms_at_their_own_rates() -> None:
+    # 3 layers * 2 tokens * (4 blocks * 20 bytes / 100 + 3 blocks * 40 bytes / 200)
+    assert cost.link_s(INPUTS, 4, 3) == pytest.approx(6 * (0.8 + 0.6))
+
+
+def test_the_device_recomputes_resident_and_transferred_activations_and_attends_everything() -> None:
+    # 4 * dense + head + 3 layers * 2 tokens * (0.25 * (1 + 4) + 0.125 * 10)
+    assert cost.device_s(INPUTS, 1, 4) == pytest.approx(12 + 5 + 6 * (1.25 + 1.25))
+
+
+def test_the_host_issues_whole_chunks_of_each_form() -> None:
+    # 4 layers * 7 + 3 layers * 0.5 * (2 chunks of 3 blocks + 1 chunk of 1 block)
+    assert cost.host_s(INPUTS, 3, 1) == pytest.approx(28 + 1.5 * 3)
+
+
+def test_the_gap_counts_as_far_as_the_ring_cannot_hide_it() -> None:
+    ring_s = 2 * 2 * 2 * 20 / 200  # slots * blocks * tokens * bytes / bandwidth
+    hidden, exposed = with_rates(INPUTS, gap_s=ring_s), with_rates(INPUTS, gap_s=ring_s + 3)
+    assert cost.link_s(hidden, 4, 3) == cost.link_s(INPUTS, 4, 3)
+    assert cost.link_s(exposed, 4, 3) == pytest.approx(cost.link_s(INPUTS, 4, 3) + 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "binding"),
+    [
+        ({"host_s_per_layer": 0.0, "dense_s": 0.0, "h2d_kv_bytes_per_s": 1.0}, "link"),
+        ({"host_s_per_layer": 0.0, "dense_s": 90.0}, "device"),
+        ({"host_s_per_layer": 90.0}, "host"),
+    ],
+)
+def test_the_longest_of_the_three_is_the_step(changes: dict[str, float], binding: str) -> None:
+    inputs = with_rates(INPUTS, **changes)
+    terms = {
+        "link": cost.link_s(inputs, 4, 3),
+        "device": cost.device_s(inputs, 1, 4),
+        "host": cost.host_s(inputs, 4, 3),
+    }
+    assert cost.predict_step_s(inputs, 2, 1, 4, 3) == (terms[binding], binding)
+    assert terms[binding] == max(terms.values())
+
+
+@pytest.mark.parametrize("recompute_s", [0.01, 0.25])  # kv transfer and recomputation the longer one
+def test_the_papers_schedule_has_a_barrier_in_every_layer(recompute_s: float) -> None:
+    inputs = with_rates(INPUTS, recompute_s_per_token=recompute_s, dense_s=0.0, head_s=0.0, host_s_per_layer=0.0)
+    kvpr = dataclasses.replace(inputs, schedule="kvpr")
+    x, t = 6, 4  # per layer: 2 tokens a block
+    by_hand = 3 * (2 * 20 * x / 100 + max(2 * recompute_s * x, 2 * 40 * t / 200) + 2 * 10 * 0.125)
+    assert cost.predict_step_s(kvpr, 0, 0, x, t) == (pytest.approx(by_hand), "link")
+    assert cost.predict_step_s(kvpr, 0, 0, 0, 10) == cost.predict_step_s(inputs, 0, 0, 0, 10)  # nothing to wait for
+
+
+def test_without_overlap_copies_gap_and_compute_add_up() -> None:
+    inputs = dataclasses.replace(with_rates(INPUTS, gap_s=0.75, host_s_per_layer=0.0), weight_bytes_per_step=500)
+    by_hand = 6 * (0.8 + 0.6) + 500 / 200 + 0.75 + cost.device_s(inputs, 1, 4)
+    assert cost.sequential_step_s(inputs, 1, 4, 3) == pytest.approx(by_hand)
+    busy_host = with_rates(inputs, host_s_per_layer=99.0)
+    assert cost.sequential_step_s(busy_host, 1, 4, 3) == cost.host_s(busy_host, 4, 3)
+
+
+def test_streamed_weights_and_micro_batches_do_nothing_at_zero_and_one() -> None:
+    plain = cost.terms(INPUTS)
+    assert cost.terms(dataclasses.replace(INPUTS, weight_bytes_per_step=0, num_micro_batches=1)) == plain
+    streamed = cost.terms(dataclasses.replace(INPUTS, weight_bytes_per_step=1000, num_micro_batches=2))
+    assert streamed.link_fixed_s == plain.link_fixed_s + 1000 / 200  # once for both micro-batches
+    assert streamed.host_s(3, 1) == 2 * plain.host_s(3, 1)
+
+
+def test_memory_counts_every_offloaded_layer() -> None:
+    assert cost.device_bytes(INPUTS, 2, 1) == 1_000 + 3 * 2 * (2 * 40 + 1 * 20)
+    assert cost.host_bytes(INPUTS, 4, 3) == 3 * 2 * (4 * 20 + 3 * 40)
+    assert cost.resident_capacity_bytes(INPUTS) == (10_000 - 1_000) // 6
+    assert cost.host_capacity_bytes(INPUTS) == 10_000 // 6
+
+
+def test_full_transfer_keeps_resident_what_fits() -> None:
+    inputs = with_rates(dataclasses.replace(INPUTS, device_bytes=1_000 + 6 * 40 * 4 + 239), host_s_per_layer=0.0)
+    assert cost.full_transfer_step_s(inputs) == cost.predict_step_s(inputs, 4, 0, 0, 6)[0]
+    all_fits = dataclasses.replace(inputs, device_bytes=10**6)
+    assert cost.full_transfer_step_s(all_fits) == cost.predict_step_s(inputs, 10, 0, 0, 0)[0]
+    nothing_fits = dataclasses.replace(inputs, device_bytes=0)
+    assert cost.full_transfer_step_s(nothing_fits) == cost.predict_step_s(inputs, 0, 0, 0, 10)[0]
+
+
+SHAPE = ModelShape(
+    num_layers=2,
+    num_offloaded_layers=2,
+    hidden_size=64,
+    intermediate_size=256,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=1000,
+    kv_itemsize_bytes=2,
+    activation_itemsize_bytes=2,
+    weight_bytes=2 * (2 * 45_056 + 64_000),  # two bytes each
+)
+PROFILE = HardwareProfile(
+    device_name="test",
+    link_name="test link",
+    emulated_link=True,
+    key="test",
+    h2d=Curve(unit="bytes", points=(Point((1024.0,), 1e-3, 0.0), Point((16384.0,), 4e-3, 0.0))),
+    d2h=None,
+    gemm=Curve(unit="m,n,k", points=(Point((4.0, 256.0, 64.0), 1e-6, 0.0), Point((64.0, 32.0, 64.0), 2e-6, 0.0))),
+    attention=Curve(unit="bytes", points=(Point((1e4,), 1e-5, 0.0), Point((1e6,), 1e-4, 0.0))),
+    device_copy_bytes_per_s=1e12,
+    device_memory_bytes=10**9,
+)
+
+
+def test_rates_are_read_at_the_sizes_the_runtime_uses() -> None:
+    rates = cost.rates_from_profile(PROFILE, SHAPE, batch=4, block_tokens=8, chunk_blocks=2)
+    assert rates.h2d_activation_bytes_per_s == pytest.approx(8192 / PROFILE.h2d.seconds(8192))  # 16 tokens * 4 * 64 * 2
+    assert rates.h2d_kv_bytes_per_s == pytest.approx(8192 / PROFILE.h2d.seconds(8192))  # 16 * 4 * 2 * 2 * 16 * 2
+    assert rates.recompute_s_per_token == pytest.approx(4 * 2 * 64 * 64 / (2 * 64 * 32 * 64 / 2e-6))
+    assert rates.attention_s_per_token == pytest.approx(4 * 128 / (1e6 / 1e-4))
+    assert rates.dense_s == pytest.approx(4 * SHAPE.dense_flops / (2 * 4 * 256 * 64 / 1e-6))
+    assert rates.head_s == pytest.approx(2 * 4 * 64_000 / (2 * 4 * 256 * 64 / 1e-6))
+    assert (rates.gap_s, rates.host_s_per_layer) == (PROFILE.gap_s, PROFILE.host_s_per_layer)
+    smaller = cost.rates_from_profile(PROFILE, SHAPE, batch=4, block_tokens=8, chunk_blocks=1)
+    assert smaller.h2d_kv_bytes_per_s == pytest.approx(4096 / PROFILE.h2d.seconds(4096))
+    short = cost.rates_from_profile(PROFILE, SHAPE, batch=4, block_tokens=8, chunk_blocks=1, cached_tokens=10)
+    assert short.attention_s_per_token == pytest.approx(4 * 128 / (5120 / 1e-5))
+
+
+def test_reading_the_weights_bounds_the_dense_part_and_the_head() -> None:
+    slow = dataclasses.replace(PROFILE, device_copy_bytes_per_s=1e6)
+    rates = cost.rates_from_profile(slow, SHAPE, batch=4, block_tokens=8, chunk_blocks=2)
+    assert rates.dense_s == pytest.approx(2 * 45_056 / 1e6)
+    assert rates.head_s == pytest.approx(2 * 64_000 / 1e6)
+
+
+def test_an_unpaced_link_has_no_rates_and_the_message_says_what_to_do() -> None:
+    with pytest.raises(ProfileError, match="unpaced.*split='transfer'"):
+        cost.rates_from_profile(dataclasses.replace(PROFILE, h2d=None), SHAPE, batch=1, block_tokens=8, chunk_blocks=2)
