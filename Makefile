@@ -42,16 +42,16 @@ $(VENV)/bin/python:
 	        exec "$$python" -m venv $(VENV); \
 	    fi; \
 	done; \
-	echo "found no Python 3.11 or newer with its venv module$(and $(PYTHON), at $(PYTHON)): install one" \
+	echo "found no Python 3.11 or newer with its venv module ($(or $(PYTHON),looked on PATH)): install one" \
 	    "(Debian and Ubuntu: python3 and python3-venv) or name it: make PYTHON=/path/to/python3" >&2; \
 	exit 1
 
-# torch first and alone, so that TORCH_INDEX serves nothing else; setuptools before the build that uses it.
+# setuptools for the build below; torch alone and before the rest, so that TORCH_INDEX serves nothing else.
 # Output goes to stderr: the standard output of `make -s demo ARGS=--json` is JSON only.
 $(INSTALLED): setup.py constraints.txt | $(VENV)/bin/python
 	@echo "installing kvoffload and its tools into $(VENV): a few minutes, once" >&2
-	@$(PIP) install --no-deps -c constraints.txt $(and $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch >&2
 	@$(PIP) install --quiet -c constraints.txt setuptools >&2
+	@$(PIP) install --no-deps -c constraints.txt $(and $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch >&2
 	@$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]' >&2
 	@touch $@
 

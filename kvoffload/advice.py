@@ -96,9 +96,10 @@ def describe(model_or_config: Any) -> tuple[ModelShape, int]:
 
 def _recommend(task: Task, chosen: Plan, offload: Alternative, on_device: Alternative | None) -> str:
     """What to do, and the numbers that say so."""
+    cache_bytes = task.resident_bytes(task.workload.batch)
     room = (
-        f"weights take {gb(task.shape.weight_bytes)} and the whole cache {gb(task.resident_bytes(task.workload.batch))} "
-        f"of the device's {gb(task.profile.device_memory_bytes)}"
+        f"weights take {gb(task.shape.weight_bytes)} and the whole cache {gb(cache_bytes)} of the "
+        f"device's {gb(task.profile.device_memory_bytes)}"
     )
     ours = _describe_plan(chosen, offload)
     if on_device is None:
@@ -121,9 +122,10 @@ def _describe_plan(chosen: Plan, offload: Alternative) -> str:
         (chosen.activation_blocks, "are transferred as activations and recomputed"),
     )
     placed = ", ".join(f"{count} {what}" for count, what in places if count)
+    limit = chosen.binding_constraint.replace("_", " ")
     return (
         f"offloaded (of {chosen.num_blocks} blocks per layer {placed or 'none leaves the tail'}) a step takes "
-        f"{_time(chosen.predicted_step_s)} at full length, limited by the {chosen.binding_constraint.replace('_', ' ')} "
+        f"{_time(chosen.predicted_step_s)} at full length, limited by the {limit} "
         f"({_time(chosen.full_transfer_step_s)} with full transfer), and everything {_time(offload.total_s)}"
     )
 

@@ -31,7 +31,10 @@ def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tup
     engine.ensure_buffers(total * row_bytes)
     job = engine.begin(cache, layer)
     landing = job.buffer.bytes
-    _place_resident(layer, landing)
+    resident = _ResidentBlocks(layer, landing)
+    shares = max(1, job.num_activation_chunks)  # so that a long recomputation never keeps the ring full
+    if job.num_activation_chunks == 0:
+        resident.place(1)
     for chunk, data in engine.arriving(job):
         tokens = len(chunk.blocks) * cache.placement.block_tokens
         rows = chunk.blocks[0].rows
@@ -39,7 +42,9 @@ def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tup
         out = _tokens(landing, chunk.landing_offset, tokens, rows, shape)
         engine.backend.compute(reads=(data,), writes=(out,))
         layer.recompute_into(chunk.first_block, chunk.blocks[0], activation, out)
-    index = cache.gather_index()
+        resident.place(1 / shares)
+    resident.place(1)
+    index = cache.gather_index(layer)
     if index is None:
         target = landing
     else:
@@ -60,38 +65,44 @@ def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tup
     return all_keys.permute(1, 2, 0, 3), all_values.permute(1, 2, 0, 3)
 
 
-def _place_resident(layer: CacheLayer, landing: torch.Tensor) -> None:
-    """Copy or recompute the blocks that live on the device, runs of equal form and rows at a time."""
-    cache, shape = layer.cache, layer.shape
-    assert shape is not None
-    bt, offset, idx = cache.placement.block_tokens, 0, 0
-    while idx < len(layer.blocks) and layer.blocks[idx].resident is not None:
-        run = _resident_run(layer.blocks, idx)
-        first, rows = layer.blocks[idx], layer.blocks[idx].rows
-        assert first.resident is not None
-        data = first.resident.as_strided((run * bt, rows, first.resident.shape[2]), first.resident.stride())
-        out = _tokens(landing, offset, run * bt, rows, shape)
-        cache.engine.backend.compute(writes=(out,))
-        if first.form == "kv":
-            out.copy_(data)
-        else:
-            layer.recompute_into(idx, first, data, out)
-        offset += run * bt * rows * shape.row_bytes
-        idx += run
+class _ResidentBlocks:
+    """The blocks of a layer that live on the device (its first ones), placed into the layer buffer bit by bit."""
+
+    def __init__(self, layer: CacheLayer, landing: torch.Tensor) -> None:
+        self._layer, self._landing = layer, landing
+        self._count = next((i for i, block in enumerate(layer.blocks) if block.resident is None), len(layer.blocks))
+        self._placed, self._offset = 0, 0
+        self._due = 0.0
+
+    def place(self, share: float) -> None:
+        """Copy or recompute a further share of the blocks, runs of equal form and rows at a time."""
+        layer, shape, bt = self._layer, self._layer.shape, self._layer.cache.placement.block_tokens
+        assert shape is not None
+        self._due = min(float(self._count), self._due + share * self._count)
+        while self._placed < round(self._due):
+            first = layer.blocks[self._placed]
+            run = _run_length(layer.blocks[self._placed : round(self._due)])
+            assert first.resident is not None
+            data = first.resident.as_strided((run * bt, first.rows, first.resident.shape[2]), first.resident.stride())
+            out = _tokens(self._landing, self._offset, run * bt, first.rows, shape)
+            layer.cache.engine.backend.compute(writes=(out,))
+            if first.form == "kv":
+                out.copy_(data)
+            else:
+                layer.recompute_into(self._placed, first, data, out)
+            self._offset += run * bt * first.rows * shape.row_bytes
+            self._placed += run
 
 
-def _resident_run(blocks: list[Block], start: int) -> int:
-    """How many blocks from `start` on are resident, of one form and contiguous."""
-    first = blocks[start]
+def _run_length(blocks: list[Block]) -> int:
+    """How many resident blocks from the first on are of one form and contiguous."""
+    first = blocks[0]
     assert first.resident is not None
-    stop = start + 1
-    while stop < len(blocks):
-        block = blocks[stop]
-        address = first.resident.data_ptr() + (stop - start) * first.num_bytes
+    for idx, block in enumerate(blocks):
+        address = first.resident.data_ptr() + idx * first.num_bytes
         if block.resident is None or block.form != first.form or block.resident.data_ptr() != address:
-            break
-        stop += 1
-    return stop - start
+            return idx
+    return len(blocks)
 
 
 def _tokens(buffer: torch.Tensor, offset: int, tokens: int, rows: int, shape: KVShape) -> torch.Tensor:

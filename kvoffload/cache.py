@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from kvoffload.cost import transfer_order
 from kvoffload.positions import PositionStore
 from kvoffload.store import Block, Extent, HostPool, RowTable
 from kvoffload.transfer import Chunk, TransferEngine
@@ -68,7 +69,7 @@ class KVShape(NamedTuple):
         return keys, values
 
 
-# Recomputes K and V from activations: (activation [tokens, rows, hidden], position embeddings, out [tokens, rows, width])
+# Recomputes K and V: (activation [tokens, rows, hidden], position embeddings, out [tokens, rows, width])
 Recompute = Callable[[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor], None]
 
 
@@ -133,7 +134,7 @@ class CacheLayer:
         return bool(self.blocks) and not self.awaits_crop and (limit is None or self.num_tokens < limit)
 
     def chunks(self) -> Sequence[Chunk]:
-        """The host blocks in order of transfer: activations first, then K/V."""
+        """The host blocks in order of transfer."""
         if self._chunks[0] != self.version:
             self._chunks = (self.version, self._make_chunks())
         return self._chunks[1]
@@ -158,7 +159,13 @@ class CacheLayer:
         chunks = [
             Chunk(blocks[0].form, first, tuple(blocks), _span(blocks), landing) for first, landing, blocks in runs
         ]
-        return sorted(chunks, key=lambda chunk: chunk.form != "activation")
+        by_form = {
+            True: iter([chunk for chunk in chunks if chunk.form == "activation"]),
+            False: iter([chunk for chunk in chunks if chunk.form == "kv"]),
+        }
+        num_activation = sum(chunk.form == "activation" for chunk in chunks)
+        order = transfer_order(num_activation, len(chunks) - num_activation, self.cache.engine.schedule)
+        return [next(by_form[is_activation]) for is_activation in order]
 
     # ---- growing -------------------------------------------------------------------------------------------------
 
@@ -566,15 +573,15 @@ class OffloadedCache:
         table = self.row_table.table
         return None if table is None else table[block]
 
-    def gather_index(self) -> torch.Tensor | None:
-        """For each (token, logical row) of the stored blocks the row of the layer buffer it is in, flattened.
+    def gather_index(self, layer: CacheLayer) -> torch.Tensor | None:
+        """For each (token, logical row) of a layer's stored blocks the row of the layer buffer it is in, flattened.
 
-        None while these are the same. Computed once per step and shared by the layers.
+        None while these are the same. Computed once per step and shared by the layers (twice where a block filled:
+        the first layers have stored it while the others have not).
         """
-        table = self.row_table.table
-        if table is None:
+        table, blocks = self.row_table.table, layer.blocks
+        if table is None or not blocks:
             return None
-        blocks = self.layers[0].blocks[: table.shape[0]]
         key = (self.row_table.version, len(blocks))
         if self._gather is None or self._gather[0] != key:
             bt, device = self.placement.block_tokens, table.device

@@ -226,6 +226,19 @@ def rates_from_profile(
     )
 
 
+def transfer_order(num_activation_chunks: int, num_kv_chunks: int, schedule: Schedule) -> list[bool]:
+    """In which order a layer's chunks travel: True for an activation chunk, False for a kv chunk.
+
+    Spread evenly, so that activations arrive at the pace at which they are recomputed: with all of them in front the
+    link would stand still behind a full ring while kv chunks could travel. "kvpr" keeps the paper's order.
+    """
+    if schedule == "kvpr":
+        return [True] * num_activation_chunks + [False] * num_kv_chunks
+    keyed = [((idx + 0.5) / num_activation_chunks, True) for idx in range(num_activation_chunks)]
+    keyed += [((idx + 1) / num_kv_chunks, False) for idx in range(num_kv_chunks)]
+    return [is_activation for _, is_activation in sorted(keyed, key=lambda item: (item[0], not item[1]))]
+
+
 class Simulation(NamedTuple):
     """A step in the steady state, as `simulate` sees it."""
 
@@ -237,11 +250,12 @@ class Simulation(NamedTuple):
 def simulate(plan: Plan, rates: Rates, *, overlap: bool = True, num_steps: int = 6) -> Simulation:
     """Play `num_steps` decode steps chunk by chunk and return the average of the later half.
 
-    One link and one compute stream, each in order. Per layer: weights if streamed, activation chunks, kv chunks; the
-    next layer's right behind them, layer 0 of the next step during the gap. An activation chunk needs a free slot
-    (free when its recomputation ended), kv chunks one of two layer buffers (free when attention of the layer two
-    before ended). A layer computes once the host has issued it: resident activations, each chunk when it has arrived,
-    attention after the last one, the dense part; after the last layer the head, then the gap.
+    One link and one compute stream, each in order. Per layer: weights if streamed, then its chunks in
+    `transfer_order`; the next layer's right behind them, layer 0 of the next step during the gap. An activation chunk
+    needs a free slot (free when its recomputation ended), kv chunks one of two layer buffers (free when attention of
+    the layer two before ended). A layer computes once the host has issued it: each chunk when it has arrived and a
+    share of the resident activations behind it, attention after the last one, the dense part; after the last layer
+    the head, then the gap.
 
     `plan.schedule == "kvpr"`: copies of a layer with activations start after attention of the layer before, and its
     recomputation when its whole activation has arrived, or as much of it as the slots hold.
@@ -257,6 +271,7 @@ def simulate(plan: Plan, rates: Rates, *, overlap: bool = True, num_steps: int =
     activation_chunks = _chunk_tokens(plan.activation_blocks, plan)
     kv_chunks = _chunk_tokens(plan.kv_blocks, plan)
     kvpr = plan.schedule == "kvpr" and bool(activation_chunks)
+    order = transfer_order(len(activation_chunks), len(kv_chunks), plan.schedule)
     activation_s = plan.activation_bytes_per_token / rates.h2d_activation_bytes_per_s  # on the link, per token
     kv_s = plan.kv_bytes_per_token / rates.h2d_kv_bytes_per_s
     weights_s = plan.weight_bytes_per_step / num_layers / rates.h2d_kv_bytes_per_s
@@ -286,22 +301,35 @@ def simulate(plan: Plan, rates: Rates, *, overlap: bool = True, num_steps: int =
         compute_busy += seconds
         return compute
 
+    def recompute(done: int, arrived: list[float]) -> int:
+        """All chunks of the layer that have been copied, each followed by its share of the resident activations."""
+        for idx in range(done, len(arrived)):
+            gate = min(max(idx, first_gate), len(arrived) - 1)
+            released.append(work(activation_chunks[idx] * rates.recompute_s_per_token, arrived[gate]))
+            work(resident_s / len(activation_chunks), 0.0)
+        return len(arrived)
+
     marks = []
     for _ in range(num_steps):
         for _ in range(num_layers):
             host += issue_s
             weights_arrived = copy(weights_s, weights_used[0])
-            work(resident_s, host)
-            arrived: list[float] = []
-            for idx, tokens in enumerate(activation_chunks):
-                while len(arrived) <= max(idx, first_gate):
-                    seconds = activation_chunks[len(arrived)] * activation_s
-                    arrived.append(copy(seconds, released[num_copied]))
+            arrived: list[float] = []  # activation chunks
+            kv_arrived, num_kv = 0.0, 0
+            work(0.0 if activation_chunks else resident_s, host)
+            recomputed = 0
+            for is_activation in order:
+                if is_activation:
+                    if num_copied >= len(released):  # its slot is freed by a chunk of this layer
+                        recomputed = recompute(recomputed, arrived)
+                    arrived.append(copy(activation_chunks[len(arrived)] * activation_s, released[num_copied]))
                     num_copied += 1
-                released.append(work(tokens * rates.recompute_s_per_token, arrived[max(idx, first_gate)]))
-            kv_arrived = 0.0
-            for tokens in kv_chunks:
-                kv_arrived = copy(tokens * kv_s, attended[0])
+                    if len(arrived) - 1 >= first_gate:
+                        recomputed = recompute(recomputed, arrived)
+                else:
+                    kv_arrived = copy(kv_chunks[num_kv] * kv_s, attended[0])
+                    num_kv += 1
+            recompute(recomputed, arrived)
             attended.append(work(attention_s, kv_arrived))
             weights_used.append(work(ordinary * rates.dense_s, weights_arrived))
         host = work(rates.head_s, 0.0) + rates.gap_s  # the host waits for the sampled token

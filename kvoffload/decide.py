@@ -144,6 +144,7 @@ class Decider:
             batch=geometry.rows,
             block_tokens=sizes.block_tokens,
             chunk_blocks=sizes.chunk_blocks,
+            cached_tokens=geometry.max_tokens,
         )
         return self.measured.correct(rates, geometry.rows)
 

@@ -104,7 +104,14 @@ def shape_from_config(config: Any, dtype: Any = None) -> ModelShape:
         activation_itemsize_bytes=itemsize,
         weight_bytes=(num_layers * layer_weights + embeddings + hidden) * itemsize,
         mlp_matrices=mlp_matrices,
+        latent_width=_latent_width(get),
     )
+
+
+def _latent_width(get: _Get) -> int:
+    """What multi-head latent attention caches of a token: the compressed K/V and the rotated part of the key."""
+    rank = _first_whole(get, "kv_lora_rank")
+    return rank + (_first_whole(get, "qk_rope_head_dim") or 0) if rank else 0
 
 
 def sliding_window_tokens(config: Any) -> int:
@@ -165,6 +172,8 @@ def _whole(get: _Get, field: str, default: int | None = None) -> int:
         value = get(name)
         if value is None:
             continue
+        if isinstance(value, (list, tuple)) and value:
+            value = max(value)  # one per layer (gemma3n)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} of {_model(get)} must be a whole number of at least 1, got {value!r}")
         return value

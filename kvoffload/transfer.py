@@ -196,7 +196,7 @@ class TransferEngine:
         self._pump()
 
     def arriving(self, job: Job) -> Iterator[tuple[Chunk, torch.Tensor]]:
-        """Activation chunks in order, each on the device when yielded; afterwards all K/V chunks have landed too.
+        """Activation chunks in order, each on the device when yielded; at the end all K/V chunks have landed too.
 
         The caller recomputes a chunk before asking for the next.
         """
@@ -205,9 +205,10 @@ class TransferEngine:
                 issued = self._issue(job)
                 assert issued, "a slot was held back"
             if chunk.form == "kv" and idx + 1 < len(job.chunks) and self.overlap:
-                continue  # the queue is in order: waiting for the last is enough
+                continue  # the queue is in order: waiting for what comes behind is enough
             gate = idx
             if self.schedule == "kvpr" and chunk.form == "activation" and self.overlap:
+                # Activations travel first, and are recomputed once as many have arrived as the slots hold.
                 gate = max(idx, min(job.num_activation_chunks, len(self._slots)) - 1)
                 while len(job.ready) <= gate:
                     if not self._issue(job):

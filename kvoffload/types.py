@@ -67,11 +67,13 @@ class ModelShape:
     activation_itemsize_bytes: int  # p_x
     weight_bytes: int
     mlp_matrices: int = 2  # 3 where the MLP is gated
+    latent_width: int = 0  # values cached per token in place of K and V (multi-head latent attention), else 0
 
     @property
     def kv_row_bytes(self) -> int:
         """Bytes of K and V of one token of one sequence in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim * self.kv_itemsize_bytes  # keys and values
+        values = self.latent_width or 2 * self.num_kv_heads * self.head_dim  # keys and values
+        return values * self.kv_itemsize_bytes
 
     @property
     def activation_row_bytes(self) -> int:

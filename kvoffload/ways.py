@@ -19,7 +19,8 @@ from kvoffload.sizing import Geometry, choose_sizes
 from kvoffload.types import HardwareProfile, ModelShape, Plan, PlanInputs, Rates, Workload
 
 PREFILL_TOKENS = 16384  # of all sequences, in one forward of the prefill
-USABLE_HOST_FRACTION = 0.9  # of the host's memory, where the cap is "auto"
+USABLE_DEVICE_FRACTION = 0.9  # of what weights leave, where the cap is "auto"
+USABLE_HOST_FRACTION = 0.8  # of the host's memory, where the cap is "auto"
 
 Way = Literal["on_device", "sub_batches", "offload"]
 
@@ -89,7 +90,7 @@ class Task(NamedTuple):
             activation_bytes_per_token=geometry.activation_bytes_per_token,
             rates=rates,
             chunk_blocks=sizes.chunk_blocks,
-            num_slots=sizes.num_slots,
+            num_slots=max(2, sizes.num_slots),
             device_bytes=sizes.fixed_device_bytes if cap is None else cap,
             fixed_device_bytes=sizes.fixed_device_bytes,
             host_bytes=min(self._host_cap_bytes(), every_bytes),
@@ -154,11 +155,14 @@ class Task(NamedTuple):
 
     def _free_bytes(self, rows: int) -> int:
         """Device memory that weights and the prefill peak of `rows` sequences leave; at most the configured cap."""
-        shape = self.shape
+        shape, itemsize = self.shape, self.shape.activation_itemsize_bytes
         tokens = min(rows * self.workload.prompt_tokens, PREFILL_TOKENS)
-        widths = 4 * shape.hidden_size + shape.mlp_matrices * shape.intermediate_size
-        peak = tokens * widths * shape.activation_itemsize_bytes + rows * shape.vocab_size * 4  # float32 logits
-        free = self.profile.device_memory_bytes - shape.weight_bytes - peak
+        mlp = shape.mlp_matrices * shape.intermediate_size  # gate, up and their product live at once
+        attention = 4 * shape.num_heads * shape.head_dim  # queries, output and their transposed copies
+        per_token = (max(mlp, attention) + 4 * shape.hidden_size) * itemsize + 2 * shape.kv_row_bytes
+        logits = rows * shape.vocab_size * (itemsize + 4)  # and a float32 copy
+        left = self.profile.device_memory_bytes - shape.weight_bytes
+        free = int(USABLE_DEVICE_FRACTION * left) - tokens * per_token - logits
         if isinstance(self.config.device_gib, str):
             return free
         return min(free, int(self.config.device_gib * GIB))

@@ -14,6 +14,7 @@ import os
 import platform
 import resource
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,16 @@ def memory_bytes() -> int:
     """Memory this process may use: what is installed, or the container's limit if that is less."""
     total = _meminfo()[0] or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(total, cgroup_memory_limit_bytes() or total)
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """CPU time spent so far by everything on this machine (nan where unknown), and by this process."""
+    fields = (_read(Path("/proc/stat")) or "").partition("\n")[0].split()
+    if len(fields) < 9 or fields[0] != "cpu":
+        return float("nan"), time.process_time()
+    user, nice, system, _idle, _iowait, irq, softirq, steal = (int(field) for field in fields[1:9])
+    ticks = user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
 
 
 def sysfs_bus_id(bus: str) -> str:

@@ -10,9 +10,10 @@ Timeline (a GPU, or two CPU cores; every part is bounded in wall-clock time, all
     host      up to 1 s    seconds to issue a chunk and a layer
 
 What makes it valid: the backend is the one the runtime uses; every number is the median of trials that follow a
-warm-up; those whose trials disagree are listed in `extra["noisy"]` and told. The speed of an emulated link is not
-measured but given: its curves are built from bandwidth and latency with provenance "assumed", and an unpaced link has
-none. The result describes no model.
+warm-up; those whose trials disagree are listed in `extra["noisy"]` and told, and so is a CPU that other processes kept
+busy (a loaded machine can be slow without being noisy). The speed of an emulated link is not measured but given: its
+curves are built from bandwidth and latency with provenance "assumed", and an unpaced link has none. The result
+describes no model.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import logging
+import math
+import os
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -39,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 LINK_BUDGET_S = 3.0
 COMPUTE_BUDGET_S = 9.0
+MAX_OTHER_LOAD_FRACTION = 0.1  # of all CPUs, by other processes
 ASSUMED_GAP_S = 2e-3  # between the last attention of a step and the first of the next, as seen with transformers
 Progress = Callable[[str, float], None]  # what is being measured, share done 0..1
 Link = Literal["auto"] | EmulatedLink
@@ -70,7 +74,7 @@ def measure_hardware(
     tell = progress or (lambda _what, _share: None)
     device = resolve_device(device, link)
     dtype = dtype or _default_dtype(device)
-    began = time.perf_counter()
+    began, cpu_before = time.perf_counter(), environment.cpu_seconds()
     backend = _backend(device, link)
     curves: LinkCurves | None = None
     try:
@@ -86,12 +90,19 @@ def measure_hardware(
     finally:
         backend.close()
     tell("done", 1.0)
+    measured_in_s = time.perf_counter() - began
+    everything_s, ours_s = (now - then for now, then in zip(environment.cpu_seconds(), cpu_before, strict=True))
+    other_load = (everything_s - ours_s) / measured_in_s / (os.cpu_count() or 1)
     noisy = [*(curves.noisy if curves else ()), *compute.noisy]
-    if noisy:
+    is_loaded = device.type == "cpu" and other_load > MAX_OTHER_LOAD_FRACTION
+    if noisy or is_loaded:
         logger.warning(
-            "%d of the measurements are noisy, predictions may be off; the noisiest work beside this one should stop "
-            "before measuring again. They are: %s", len(noisy), "; ".join(noisy)
-        )  # fmt: skip
+            "the measurement may be off, repeat it without other work: %.2f of the CPUs were busy with that, and the "
+            "trials of %d points disagree%s",
+            max(0.0, other_load),
+            len(noisy),
+            f" ({'; '.join(noisy)})" if noisy else "",
+        )
     profile = HardwareProfile(
         device_name=device_name(device),
         link_name=_link_name(backend, facts),
@@ -121,7 +132,8 @@ def measure_hardware(
             },
             "pinned": curves.pinned if curves else False,
             "noisy": noisy,
-            "measured_in_s": round(time.perf_counter() - began, 2),
+            "measured_in_s": round(measured_in_s, 2),
+            "other_cpu_load_fraction": None if math.isnan(other_load) else round(max(0.0, other_load), 3),
             "host_memory_bytes": environment.memory_bytes(),
             "environment": facts,
         },

@@ -51,14 +51,7 @@ RECOMPUTABLE: dict[str, dict[str, Any]] = {
     "exaone4": {**MIXED},
     "nemotron": {"partial_rotary_factor": 0.5},
     "helium": {},
-}
-# Architectures whose K/V are always transferred.
-TRANSFERRED: dict[str, dict[str, Any]] = {
-    "gpt_neox": {"num_key_value_heads": 4},
-    "gptj": {"n_embd": 48, "n_layer": 3, "n_head": 4, "rotary_dim": 8, "n_positions": 256},
     "gpt2": {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 256},
-    "bloom": {"n_layer": 3, "n_head": 4},
-    "mpt": {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 256},
     "deepseek_v3": {
         "num_key_value_heads": 4,
         "kv_lora_rank": 16,
@@ -75,6 +68,13 @@ TRANSFERRED: dict[str, dict[str, Any]] = {
         "n_shared_experts": 1,
         "first_k_dense_replace": 1,
     },
+}
+# Architectures whose K/V are always transferred.
+TRANSFERRED: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"num_key_value_heads": 4},
+    "gptj": {"n_embd": 48, "n_layer": 3, "n_head": 4, "rotary_dim": 8, "n_positions": 256},
+    "bloom": {"n_layer": 3, "n_head": 4},
+    "mpt": {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 256},
 }
 
 

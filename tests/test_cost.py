@@ -13,7 +13,7 @@ from kvoffload.errors import ProfileError
 from kvoffload.types import Curve, HardwareProfile, ModelShape, Plan, PlanInputs, Point, Rates
 
 RATES = Rates(
-    h2d_activation_bytes_per_s=100.0,
+    h2d_activation_bytes_per_s=80.0,
     h2d_kv_bytes_per_s=200.0,
     recompute_s_per_token=0.25,
     attention_s_per_token=0.125,
@@ -63,8 +63,8 @@ def placed(inputs: PlanInputs, r: int, r_x: int, x: int, t: int) -> Plan:
 
 
 def test_the_link_carries_both_forms_at_their_own_rates() -> None:
-    # 3 layers * 2 tokens * (4 blocks * 20 bytes / 100 + 3 blocks * 40 bytes / 200)
-    assert cost.link_s(INPUTS, 4, 3) == pytest.approx(6 * (0.8 + 0.6))
+    # 3 layers * 2 tokens * (4 blocks * 20 bytes / 80 + 3 blocks * 40 bytes / 200)
+    assert cost.link_s(INPUTS, 4, 3) == pytest.approx(6 * (1.0 + 0.6))
 
 
 def test_the_device_recomputes_resident_and_transferred_activations_and_attends_everything() -> None:
@@ -108,14 +108,14 @@ def test_the_papers_schedule_has_a_barrier_in_every_layer(recompute_s: float) ->
     inputs = with_rates(INPUTS, recompute_s_per_token=recompute_s, dense_s=0.0, head_s=0.0, host_s_per_layer=0.0)
     kvpr = dataclasses.replace(inputs, schedule="kvpr")
     x, t = 6, 4  # per layer: 2 tokens a block
-    by_hand = 3 * (2 * 20 * x / 100 + max(2 * recompute_s * x, 2 * 40 * t / 200) + 2 * 10 * 0.125)
+    by_hand = 3 * (2 * 20 * x / 80 + max(2 * recompute_s * x, 2 * 40 * t / 200) + 2 * 10 * 0.125)
     assert cost.predict_step_s(kvpr, 0, 0, x, t) == (pytest.approx(by_hand), "link")
     assert cost.predict_step_s(kvpr, 0, 0, 0, 10) == cost.predict_step_s(inputs, 0, 0, 0, 10)  # nothing to wait for
 
 
 def test_without_overlap_copies_gap_and_compute_add_up() -> None:
     inputs = dataclasses.replace(with_rates(INPUTS, gap_s=0.75, host_s_per_layer=0.0), weight_bytes_per_step=500)
-    by_hand = 6 * (0.8 + 0.6) + 500 / 200 + 0.75 + cost.device_s(inputs, 1, 4)
+    by_hand = 6 * (1.0 + 0.6) + 500 / 200 + 0.75 + cost.device_s(inputs, 1, 4)
     assert cost.sequential_step_s(inputs, 1, 4, 3) == pytest.approx(by_hand)
     busy_host = with_rates(inputs, host_s_per_layer=99.0)
     assert cost.sequential_step_s(busy_host, 1, 4, 3) == cost.host_s(busy_host, 4, 3)
@@ -137,7 +137,9 @@ def test_memory_counts_every_offloaded_layer() -> None:
 
 
 def test_full_transfer_keeps_resident_what_fits() -> None:
-    inputs = with_rates(dataclasses.replace(INPUTS, device_bytes=1_000 + 6 * 40 * 4 + 239), host_s_per_layer=0.0)
+    inputs = dataclasses.replace(INPUTS, device_bytes=1_000 + 6 * 40 * 4 + 239)
+    inputs = with_rates(inputs, dense_s=0.0, head_s=0.0, attention_s_per_token=0.0, host_s_per_layer=0.1)
+    assert cost.predict_step_s(inputs, 4, 0, 0, 6)[1] == "link"
     assert cost.full_transfer_step_s(inputs) == cost.predict_step_s(inputs, 4, 0, 0, 6)[0]
     all_fits = dataclasses.replace(inputs, device_bytes=10**6)
     assert cost.full_transfer_step_s(all_fits) == cost.predict_step_s(inputs, 10, 0, 0, 0)[0]
@@ -195,5 +197,95 @@ def test_reading_the_weights_bounds_the_dense_part_and_the_head() -> None:
 
 
 def test_an_unpaced_link_has_no_rates_and_the_message_says_what_to_do() -> None:
-    with pytest.raises(ProfileError, match="unpaced.*split='transfer'"):
+    with pytest.raises(ProfileError, match=r"unpaced.*split='transfer'"):
         cost.rates_from_profile(dataclasses.replace(PROFILE, h2d=None), SHAPE, batch=1, block_tokens=8, chunk_blocks=2)
+
+
+# Simulation. A ring that hides the gap, as the design sizes it, and slots for a whole activation.
+LONG = dataclasses.replace(
+    with_rates(INPUTS, dense_s=0.5, head_s=0.5, host_s_per_layer=0.01, host_s_per_chunk=0.0, gap_s=0.2),
+    num_layers=8,
+    num_offloaded_layers=8,
+    num_blocks=60,
+    num_slots=30,
+)
+
+
+def test_a_link_bound_pipeline_runs_at_the_speed_of_the_link() -> None:
+    inputs = with_rates(LONG, recompute_s_per_token=0.02, attention_s_per_token=0.01)
+    for x, t in ((60, 0), (30, 30), (0, 60)):
+        simulation = cost.simulate(placed(inputs, 0, 0, x, t), inputs.rates)
+        assert simulation.step_s == pytest.approx(cost.link_s(inputs, x, t), rel=0.03)
+        assert simulation.link_busy_fraction == pytest.approx(1.0, abs=0.03)
+
+
+def test_a_compute_bound_pipeline_runs_at_the_speed_of_the_device() -> None:
+    inputs = with_rates(LONG, recompute_s_per_token=2.0)
+    for r_x, x, t in ((0, 60, 0), (20, 40, 0), (60, 0, 0), (0, 40, 20)):
+        simulation = cost.simulate(placed(inputs, 0, r_x, x, t), inputs.rates)
+        assert simulation.step_s == pytest.approx(cost.device_s(inputs, r_x, x), rel=0.03)
+        assert simulation.device_busy_fraction == pytest.approx(1.0, abs=0.03)
+
+
+def random_placement(rng: random.Random) -> tuple[PlanInputs, tuple[int, int, int, int]]:
+    """Any placement on a machine of any balance, `LONG` in all else."""
+    names = ("recompute_s_per_token", "attention_s_per_token", "dense_s", "head_s", "host_s_per_layer")
+    changes = {name: getattr(LONG.rates, name) * rng.choice([0.0, 0.1, 1.0, 5.0]) for name in names}
+    inputs = with_rates(LONG, host_s_per_chunk=rng.choice([0.0, 0.1]), **changes)
+    inputs = dataclasses.replace(inputs, num_layers=rng.choice([8, 10]), weight_bytes_per_step=rng.choice([0, 9999]))
+    cuts = sorted(rng.randint(0, 60) for _ in range(3))
+    return inputs, (cuts[0], cuts[1] - cuts[0], cuts[2] - cuts[1], 60 - cuts[2])
+
+
+def test_no_simulated_step_is_faster_than_its_bound() -> None:
+    rng = random.Random(0)
+    for _ in range(150):
+        inputs, (r, r_x, x, t) = random_placement(rng)
+        pipelined = cost.simulate(placed(inputs, r, r_x, x, t), inputs.rates)
+        assert pipelined.step_s >= cost.predict_step_s(inputs, r, r_x, x, t)[0] * (1 - 1e-9)
+        assert 0 <= pipelined.link_busy_fraction <= 1 + 1e-9
+        assert 0 <= pipelined.device_busy_fraction <= 1 + 1e-9
+        kvpr = dataclasses.replace(inputs, schedule="kvpr")
+        barrier = cost.simulate(placed(kvpr, r, r_x, x, t), inputs.rates)
+        assert barrier.step_s >= cost.predict_step_s(kvpr, r, r_x, x, t)[0] * (1 - 1e-9)
+        assert barrier.step_s >= pipelined.step_s * (1 - 1e-9)
+        sequential = cost.simulate(placed(inputs, r, r_x, x, t), inputs.rates, overlap=False)
+        assert sequential.step_s >= cost.sequential_step_s(inputs, r_x, x, t) * (1 - 1e-9)
+        assert sequential.step_s >= pipelined.step_s * (1 - 1e-9)
+
+
+def test_without_overlap_the_simulation_takes_the_sum() -> None:
+    inputs = with_rates(LONG, host_s_per_layer=0.0)
+    simulation = cost.simulate(placed(inputs, 0, 10, 30, 20), inputs.rates, overlap=False)
+    assert simulation.step_s == pytest.approx(cost.sequential_step_s(inputs, 10, 30, 20))
+    assert simulation.link_busy_fraction + simulation.device_busy_fraction <= 1.0
+
+
+def test_fewer_slots_stall_the_link_when_recomputation_is_slow() -> None:
+    inputs = with_rates(LONG, recompute_s_per_token=0.4)
+    steps = [
+        cost.simulate(placed(dataclasses.replace(inputs, num_slots=n), 0, 0, 30, 30), inputs.rates).step_s
+        for n in (1, 2, 4, 30)
+    ]
+    assert steps == sorted(steps, reverse=True)
+    assert steps[0] > 1.2 * steps[-1]
+
+
+def test_kvpr_with_few_slots_recomputes_as_much_as_they_hold() -> None:
+    inputs = dataclasses.replace(LONG, schedule="kvpr")
+    few = dataclasses.replace(inputs, num_slots=2)  # a gate on the whole activation could never open
+    enough_s = cost.simulate(placed(inputs, 0, 0, 30, 30), inputs.rates).step_s
+    assert 0 < cost.simulate(placed(few, 0, 0, 30, 30), inputs.rates).step_s < 2 * enough_s
+
+
+def test_streamed_weights_pace_a_step_that_transfers_nothing_else() -> None:
+    inputs = dataclasses.replace(LONG, weight_bytes_per_step=40_000)
+    simulation = cost.simulate(placed(inputs, 60, 0, 0, 0), inputs.rates)
+    assert simulation.step_s == pytest.approx(40_000 / 200, rel=0.03)
+    assert simulation.step_s >= 40_000 / 200 * (1 - 1e-9)
+
+
+def test_newer_rates_change_the_simulation_of_an_old_plan() -> None:
+    plan = placed(LONG, 0, 0, 0, 60)
+    slower = dataclasses.replace(LONG.rates, h2d_kv_bytes_per_s=100.0)
+    assert cost.simulate(plan, slower).step_s == pytest.approx(2 * cost.simulate(plan, LONG.rates).step_s, rel=0.03)

@@ -69,7 +69,9 @@ class Backend(ABC):
     def release(self, *buffers: torch.Tensor) -> Event:
         """An event that completes when all compute issued so far has; `buffers` may then be overwritten."""
 
-    def compute(self, *, reads: Iterable[torch.Tensor | None] = (), writes: Iterable[torch.Tensor | None] = ()) -> None:
+    def compute(  # noqa: B027  (a declaration; only a checker does something with it)
+        self, *, reads: Iterable[torch.Tensor | None] = (), writes: Iterable[torch.Tensor | None] = ()
+    ) -> None:
         """Declare what the compute issued next reads and writes (checked by `CheckingBackend`, free elsewhere)."""
 
     @abstractmethod

@@ -1,0 +1,330 @@
+"""The `kvoffload` command: `demo`, `generate`, `env`, `profile` and `plan`, each with `--json`.
+
+Owns options, messages and exit codes (2 and one line on stderr for every error of ours). Does not own what the
+commands compute. PyTorch is imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from kvoffload.config import EmulatedLink, OffloadConfig
+from kvoffload.errors import ConfigError, KVOffloadError
+from kvoffload.types import Curve, HardwareProfile, Workload
+
+NOT_AVAILABLE = "not available"
+SHOWN_COPY_BYTES = (2**16, 2**20, 2**26)
+
+
+class _Commands(TyperGroup):
+    """Turns our errors into one line and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KVOffloadError as error:
+            typer.echo(f"kvoffload: {error}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Decode with the KV cache in host memory: what this machine can do, and whether it pays.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+LinkSpeed = Annotated[
+    float | None, typer.Option("--link-gb-per-s", help="Speed of an emulated link, where there is no GPU.")
+]
+
+
+@app.command("env")
+def env(as_json: AsJson = False) -> None:
+    """Show the facts that decide how fast offloading can be: PCIe, NUMA, memory and pinning limits."""
+    from kvoffload.profiler.environment import environment
+
+    facts = environment()
+    if as_json:
+        _print_json(facts)
+    else:
+        _print_rows("This machine", _fact_rows(facts))
+
+
+@app.command("profile")
+def profile(
+    device: Annotated[str, typer.Option(help="'auto', 'cuda', 'cuda:1' or 'cpu'.")] = "auto",
+    link_gb_per_s: LinkSpeed = None,
+    latency_us: Annotated[float, typer.Option(help="Latency of each copy over the emulated link.")] = 0.0,
+    output: Annotated[Path | None, typer.Option(help="Write the profile here, not to the cache.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure this machine (up to 20 s) and keep the result for planning."""
+    from kvoffload.profiler import stored
+    from kvoffload.profiler.profile import measure_hardware
+
+    link = _link(link_gb_per_s, latency_us)
+    with _progress("measuring") as tell:
+        measured = measure_hardware(device, link or "auto", progress=tell)
+    try:
+        if output is not None:
+            measured.save(output)
+        else:
+            output = stored.store(measured)
+    except OSError as error:
+        raise ConfigError(f"cannot write the profile: {error}; choose another file with --output") from error
+    if as_json:
+        _print_json(measured.to_json())
+    else:
+        _print_rows(f"Profile of {measured.device_name}", _profile_rows(measured))
+    typer.echo(f"stored in {output}", err=True)
+
+
+@app.command("plan")
+def plan(
+    model: Annotated[str, typer.Option("--model", "--config", help="A config.json, or the folder it is in.")],
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 1024,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each sequence.")] = 128,
+    num_beams: Annotated[int, typer.Option(help="Beams of each sequence.")] = 1,
+    hardware: Annotated[str, typer.Option(help="A preset, a profile file, or 'auto' for this machine.")] = "auto",
+    link_gb_per_s: LinkSpeed = None,
+    device_gib: Annotated[str, typer.Option(help="Cap on device memory for the cache, 'auto' or 'min'.")] = "auto",
+    host_gib: Annotated[str, typer.Option(help="Cap on host memory for the cache, or 'auto'.")] = "auto",
+    split: Annotated[str, typer.Option(help="'auto', 'transfer', 'recompute' or a share 0..1.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Say whether offloading pays for a workload, how fast it will be and what limits it."""
+    from kvoffload.advice import advise
+    from kvoffload.profiler import stored
+    from kvoffload.profiler.profile import with_link
+
+    config = OffloadConfig(
+        split=_number_or_word(split), device_gib=_number_or_word(device_gib), host_gib=_number_or_word(host_gib)
+    )
+    workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, num_beams=num_beams)
+    link = _link(link_gb_per_s)
+    if hardware == "auto":
+        with _progress("measuring") as tell:
+            machine = stored.load_or_measure(link=link or "auto", progress=tell)
+    else:
+        machine = stored.find_profile(hardware)
+        machine = with_link(machine, link) if link else machine
+    advice = advise(model, workload, machine, config)
+    if as_json:
+        _print_json(advice.to_json())
+        return
+    typer.echo(advice.plan.recommendation)
+    rows = [
+        (
+            one.way.replace("_", " "),
+            f"{one.runs} x {one.batch} sequences, step {_seconds(one.step_s)}, all {_seconds(one.total_s)}, "
+            f"{one.tokens_per_s:.1f} tokens/s, device memory {_gib(one.device_bytes)}",
+        )
+        for one in advice.alternatives
+    ]
+    _print_rows(f"On {machine.device_name}, {machine.link_name}; best first", rows)
+
+
+@app.command("generate")
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to ask or continue.")],
+    model: Annotated[str | None, typer.Option(help="Folder, hub id or GGUF file; default: the demo's model.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    split: Annotated[str, typer.Option(help="'auto', 'transfer', 'recompute' or a share of activations.")] = "auto",
+    device_gib: Annotated[str, typer.Option(help="'auto', 'min' or a cap in GiB.")] = "auto",
+    link_gb_per_s: LinkSpeed = None,
+    compare: Annotated[bool, typer.Option(help="Also generate without offloading and compare the tokens.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one prompt with the KV cache in host memory."""
+    import torch
+
+    from kvoffload import chat
+
+    config = OffloadConfig(
+        split=_number_or_word(split),
+        device_gib=_number_or_word(device_gib),
+        link=_link(link_gb_per_s) or "auto",
+    )
+    loaded, tokenizer = chat.load(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    streamer = None if as_json else chat.streamer(tokenizer)
+    answer = chat.answer(
+        loaded, tokenizer, prompt, config=config, max_new_tokens=max_new_tokens, compare=compare, streamer=streamer
+    )
+    if as_json:
+        _print_json({"text": answer.text, "tokens_equal": answer.tokens_equal, "stats": answer.stats.to_json()})
+        return
+    if answer.tokens_equal is not None:
+        typer.echo(_same_tokens(answer.tokens_equal), err=True)
+    typer.echo(str(answer.stats), err=True)
+
+
+@app.command("demo")
+def demo(
+    model: Annotated[str | None, typer.Option(help="Folder, hub id or GGUF file; default: the packaged one.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 24,
+    as_json: AsJson = False,
+) -> None:
+    """Show it at work: a real model answers, then a table of what the plan gains (at most 3 minutes)."""
+    from kvoffload import bench
+    from kvoffload import demo as demonstration
+
+    found = demonstration.run(
+        model, prompt or demonstration.PROMPT, max_new_tokens, tell=lambda text: typer.echo(text, err=True)
+    )
+    if as_json:
+        _print_json(found.to_json())
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print()
+    console.print(f"[bold]{prompt or demonstration.PROMPT}[/bold]")
+    console.print(found.answer.text, style="green", markup=False)
+    console.print(_same_tokens(bool(found.answer.tokens_equal)))
+    console.print(str(found.answer.stats), style="dim", markup=False, highlight=False)
+    console.print()
+    console.print(bench.table(found.result))
+
+
+def _same_tokens(equal: bool) -> str:
+    return f"{'the same' if equal else 'NOT the same'} tokens as without offloading"
+
+
+def main() -> None:
+    """The entry point of the `kvoffload` command."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    app()
+
+
+def _link(gb_per_s: float | None, latency_us: float = 0.0) -> EmulatedLink | None:
+    """The emulated link the options ask for."""
+    if gb_per_s is None and not latency_us:
+        return None
+    return EmulatedLink(h2d_gb_per_s=gb_per_s, latency_s=latency_us * 1e-6)
+
+
+def _number_or_word(text: str) -> Any:
+    """A number if it is one; the configuration says which words it knows."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+@contextlib.contextmanager
+def _progress(title: str) -> Iterator[Callable[[str, float], None] | None]:
+    """A progress bar on stderr, only on a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=1.0)
+        yield lambda what, share: bar.update(task, completed=share, description=f"{title} {what}")
+
+
+def _fact_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What `env` shows, and `profile` with it."""
+    if facts["locked_memory_is_unlimited"]:
+        locked = "no limit"
+    else:
+        locked = f"{_gib(facts['locked_memory_limit_bytes'])} may be locked (ulimit -l)"
+    versions = ", ".join(f"{name} {version or NOT_AVAILABLE}" for name, version in facts["versions"].items())
+    return [
+        ("GPU", facts["gpu_name"] or NOT_AVAILABLE),
+        ("GPU memory", _gib(facts["gpu_memory_bytes"])),
+        ("driver, CUDA", f"{facts['driver_version'] or NOT_AVAILABLE}, {facts['cuda_version'] or NOT_AVAILABLE}"),
+        ("PCIe generation", _of_maximum(facts["pcie_generation"], facts["pcie_generation_max"])),
+        ("PCIe lanes", _of_maximum(facts["pcie_width"], facts["pcie_width_max"])),
+        ("NUMA node of the GPU", _shown(facts["gpu_numa_node"])),
+        ("CPU", f"{facts['cpu_name']}, {facts['num_cpus']} usable, {facts['torch_threads']} threads in PyTorch"),
+        ("memory", f"{_gib(facts['memory_bytes'])}, {_gib(facts['memory_available_bytes'])} free"),
+        ("container's memory limit", _gib(facts["cgroup_memory_limit_bytes"])),
+        ("pinned memory", locked + (", WSL2 pins less than there is" if facts["is_wsl"] else "")),
+        ("versions", versions),
+    ]
+
+
+def _profile_rows(measured: HardwareProfile) -> list[tuple[str, str]]:
+    gemm = max(measured.gemm.points, key=lambda point: point.x[0] * point.x[1] * point.x[2] / point.seconds)
+    m, n, k = (int(size) for size in gemm.x)
+    attended = int(measured.attention.points[-1].x[0])
+    noisy = measured.extra.get("noisy", [])
+    return [
+        ("link", measured.link_name),
+        ("host to device", _copy_rates(measured.h2d)),
+        ("device to host", _copy_rates(measured.d2h)),
+        ("matrix product", f"{2 * m * n * k / gemm.seconds / 1e9:.0f} GFLOP/s at {m}x{n}x{k}, {measured.dtype}"),
+        ("attention", f"{measured.attention.rate(attended) / 1e9:.1f} GB/s over {attended / 2**20:g} MiB of K/V"),
+        ("device memory", f"{measured.device_copy_bytes_per_s / 1e9:.1f} GB/s, {_gib(measured.device_memory_bytes)}"),
+        (
+            "host",
+            f"{measured.host_s_per_layer * 1e6:.0f} us per layer, {measured.host_s_per_chunk * 1e6:.0f} us per chunk",
+        ),
+        ("noisy", "; ".join(noisy) or "nothing"),
+        *_fact_rows(measured.extra["environment"]),
+    ]
+
+
+def _copy_rates(curve: Curve | None) -> str:
+    if curve is None:
+        return "no speed: copies are not paced"
+    largest = curve.points[-1].x[0]
+    sizes = [size for size in SHOWN_COPY_BYTES if size <= largest] or [int(largest)]
+    rates = ", ".join(f"{curve.rate(size) / 1e9:.2f} GB/s at {size // 1024} KiB" for size in sizes)
+    return f"{rates} ({curve.provenance})"
+
+
+def _of_maximum(current: int | None, maximum: int | None) -> str:
+    if current is None:
+        return NOT_AVAILABLE
+    return f"{current} in use, {_shown(maximum)} at most"
+
+
+def _shown(value: object) -> str:
+    return NOT_AVAILABLE if value is None else str(value)
+
+
+def _gib(num_bytes: int | None) -> str:
+    if num_bytes is None:
+        return NOT_AVAILABLE
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.2f} MiB"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms"
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    typer.echo(json.dumps(data, indent=1))
+
+
+def _print_rows(title: str, rows: list[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), show_header=False, title_justify="left")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

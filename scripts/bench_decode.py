@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""Decode at a shape, in several modes, through the public API; the benchmark itself is `kvoffload.bench`.
+
+scripts/bench_decode.py --preset cpu-mha --json -
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import rows
+import typer
+from rich.console import Console
+
+from kvoffload import bench
+
+
+def main(
+    preset: Annotated[str, typer.Option(help=f"one of {', '.join(bench.PRESETS)}")] = "cpu-mha",
+    modes: Annotated[str, typer.Option(help="comma-separated")] = ",".join(bench.MODES),
+    new_tokens: Annotated[int, typer.Option(help="decode steps measured, at least 4")] = 8,
+    sweep: Annotated[bool, typer.Option(help="also every split in blocks")] = False,
+    profile: Annotated[str, typer.Option(help="hardware profile: auto, a preset or a file")] = "auto",
+    json_path: Annotated[str, typer.Option("--json", help="write rows as JSON to a file, - for standard output")] = "",
+    csv_path: Annotated[str, typer.Option("--csv", help="add rows to this CSV file")] = "",
+) -> None:
+    """Decode speed of one shape in several modes."""
+    if preset not in bench.PRESETS:
+        raise typer.BadParameter(f"unknown preset {preset!r}; known: {', '.join(bench.PRESETS)}")
+    chosen = modes.split(",")
+    if unknown := [mode for mode in chosen if mode not in bench.MODES]:
+        raise typer.BadParameter(f"unknown modes {unknown}; known: {', '.join(bench.MODES)}")
+    console = Console(stderr=True)
+    result = bench.run(
+        preset,
+        chosen,
+        new_tokens,
+        profile=profile,
+        sweep=sweep,
+        on_row=lambda row: console.print(
+            f"{row['mode']}: {row['decode_step_s_p50'] * 1e3:.1f} ms, {row['fraction_of_bound']:.3f} of the bound"
+        ),
+    )
+    if json_path == "-":
+        json.dump(result, sys.stdout, indent=1)
+        sys.stdout.write("\n")
+    else:
+        Console().print(bench.table(result))
+        if json_path:
+            Path(json_path).write_text(json.dumps(result, indent=1) + "\n")
+    if csv_path:
+        save_csv(result, Path(csv_path))
+
+
+def save_csv(result: dict[str, Any], path: Path) -> None:
+    """Add the rows of a result to a CSV file."""
+    new = []
+    for row in result["rows"]:
+        config = {"preset": result["preset"], "split_fraction": round(row["split_fraction"], 4)}
+        add = [("decode_step", "s", row["decode_step_s"])]
+        add += [(name, "fraction", [row[name]]) for name in ("fraction_of_bound", "link_utilization")]
+        add += [("bound_step", "s", [row["bound_step_s"]])]
+        if row["speedup_vs_full_transfer"] is not None:
+            add += [("speedup_vs_full_transfer", "ratio", [row["speedup_vs_full_transfer"]])]
+        for metric, unit, samples in add:
+            new.append(rows.row("decode", row["mode"], metric, unit, result["preset"], samples, config, result["link"]))
+    rows.save(path, new)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,212 @@
+"""What is recommended, for which reason, and that the numbers behind it agree with the plan's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvoffload import cost, planner
+from kvoffload.advice import advise, describe, plan
+from kvoffload.config import GIB, EmulatedLink, OffloadConfig
+from kvoffload.errors import InfeasiblePlanError, ProfileError, UnsupportedModelError
+from kvoffload.profiler.profile import with_link
+from kvoffload.types import HardwareProfile, Workload
+from kvoffload.ways import Task
+
+LLAMA_2_7B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+    "torch_dtype": "float16",
+}
+LLAMA_3_8B = LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
+RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"
+A100 = HardwareProfile.preset("a100-40gb-pcie4")
+LONG = Workload(batch=1, prompt_tokens=100_000, new_tokens=200)
+LARGE_BATCH = Workload(batch=100, prompt_tokens=1024, new_tokens=128)
+SMALL = Workload(batch=1, prompt_tokens=1024, new_tokens=128)
+
+
+def slower_device(profile: HardwareProfile, factor: float) -> HardwareProfile:
+    """The same machine with a device that computes and reads its memory slower, and the same link."""
+
+    def slower(curve: Any) -> Any:
+        points = tuple(point._replace(seconds=point.seconds * factor) for point in curve.points)
+        return dataclasses.replace(curve, points=points)
+
+    return dataclasses.replace(
+        profile,
+        gemm=slower(profile.gemm),
+        attention=slower(profile.attention),
+        device_copy_bytes_per_s=profile.device_copy_bytes_per_s / factor,
+    )
+
+
+def test_what_fits_on_the_device_is_not_to_be_offloaded() -> None:
+    advice = advise(LLAMA_2_7B, SMALL, A100, OffloadConfig())
+    assert advice.best.way == "on_device"
+    assert advice.plan.recommendation.startswith("Do not offload: ")
+    assert "so it fits" in advice.plan.recommendation
+    assert advice.best.step_s <= advice.alternatives[1].step_s
+
+
+def test_a_batch_that_does_not_fit_is_better_run_in_parts_that_do() -> None:
+    advice = advise(LLAMA_2_7B, LARGE_BATCH, A100, OffloadConfig())
+    assert advice.best.way == "sub_batches"
+    assert advice.best.runs * advice.best.batch >= LARGE_BATCH.batch
+    assert (advice.best.runs - 1) * advice.best.batch < LARGE_BATCH.batch
+    assert "unless the batch must stay together" in advice.plan.recommendation
+    assert f"{advice.best.runs} runs of {advice.best.batch}" in advice.plan.recommendation
+
+
+def test_sub_batches_are_the_fewest_runs_that_fit_in_equal_parts() -> None:
+    task = Task(*describe(LLAMA_2_7B), LARGE_BATCH, A100, OffloadConfig())
+    chosen = task.on_device()
+    assert chosen is not None
+    larger = -(-LARGE_BATCH.batch // (chosen.runs - 1))  # the batch that one run fewer would need
+    assert task.resident_bytes(larger) > task._free_bytes(larger)
+    assert task.resident_bytes(chosen.batch) <= task._free_bytes(chosen.batch)
+    assert chosen.device_bytes <= A100.device_memory_bytes
+
+
+def test_one_context_too_long_for_the_device_is_offloaded() -> None:
+    advice = advise(LLAMA_2_7B, LONG, A100, OffloadConfig())
+    assert [one.way for one in advice.alternatives] == ["offload"]
+    assert advice.plan.recommendation.startswith("Offload: ")
+    assert "not even one sequence fits" in advice.plan.recommendation
+    assert advice.plan.activation_blocks > 0
+    assert advice.plan.predicted_step_s < advice.plan.full_transfer_step_s
+
+
+def test_sub_batches_are_not_recommended_where_offloading_ends_first() -> None:
+    # four sequences of which three fit: two runs on a slow device against one whose link hides behind it
+    workload = Workload(batch=4, prompt_tokens=1024, new_tokens=512)
+    profile = slower_device(A100, 40)
+    task = Task(*describe(LLAMA_3_8B), workload, profile, OffloadConfig())
+    gib = task.resident_bytes(3) / GIB
+    advice = advise(LLAMA_3_8B, workload, profile, OffloadConfig(device_gib=gib))
+    assert [one.way for one in advice.alternatives] == ["offload", "sub_batches"]
+    assert advice.plan.recommendation.startswith("Offload: ")
+    assert "2 runs of 2" in advice.plan.recommendation
+
+
+@pytest.mark.parametrize("workload", [SMALL, LONG, LARGE_BATCH], ids=["small", "long", "large batch"])
+@pytest.mark.parametrize("config", [LLAMA_2_7B, LLAMA_3_8B], ids=["MHA", "GQA"])
+def test_the_way_that_ends_first_is_the_one_recommended(workload: Workload, config: dict[str, Any]) -> None:
+    advice = advise(config, workload, A100, OffloadConfig())
+    totals = [one.total_s for one in advice.alternatives]
+    assert totals == sorted(totals)
+    assert advice.plan.recommendation.startswith("Offload") == (advice.best.way == "offload")
+    for one in advice.alternatives:
+        assert one.total_s == pytest.approx(one.runs * (one.prefill_s + (workload.new_tokens - 1) * one.step_s))
+        assert one.tokens_per_s == pytest.approx(workload.batch * workload.new_tokens / one.total_s)
+
+
+def test_the_plan_is_the_planners_for_the_full_length() -> None:
+    task = Task(*describe(LLAMA_2_7B), LONG, A100, OffloadConfig())
+    chosen = plan(LLAMA_2_7B, LONG, A100, OffloadConfig())
+    assert dataclasses.replace(chosen, recommendation="") == planner.solve(task.inputs(LONG.cached_tokens))
+    assert chosen.num_blocks * chosen.block_tokens == LONG.cached_tokens // chosen.block_tokens * chosen.block_tokens
+    assert chosen.device_bytes <= A100.device_memory_bytes
+
+
+def test_a_grouped_query_model_recomputes_nothing() -> None:
+    chosen = plan(LLAMA_3_8B, Workload(batch=1, prompt_tokens=400_000, new_tokens=100), A100, OffloadConfig())
+    assert chosen.kv_blocks > 0
+    assert chosen.activation_blocks == chosen.resident_activation_blocks == 0
+
+
+def test_the_users_choices_are_kept() -> None:
+    config = OffloadConfig(split="transfer", device_gib="min", block_tokens=16, chunk_blocks=4, slots=3)
+    chosen = plan(LLAMA_2_7B, LONG, A100, config)
+    assert chosen.activation_blocks == chosen.resident_kv_blocks == chosen.resident_activation_blocks == 0
+    assert (chosen.block_tokens, chosen.chunk_blocks) == (16, 4)
+    capped = plan(LLAMA_2_7B, LONG, A100, OffloadConfig(device_gib=6.0))
+    assert capped.device_bytes <= 6 * GIB
+    assert capped.resident_activation_blocks + capped.resident_kv_blocks > 0
+
+
+def test_beams_multiply_the_rows_and_stay_together() -> None:
+    beams = Workload(batch=2, prompt_tokens=4096, new_tokens=64, num_beams=4)
+    rows = Workload(batch=8, prompt_tokens=4096, new_tokens=64)
+    one, other = (plan(LLAMA_2_7B, work, A100, OffloadConfig()) for work in (beams, rows))
+    assert one.kv_bytes_per_token == other.kv_bytes_per_token
+    advice = advise(LLAMA_2_7B, beams, A100, OffloadConfig())
+    assert {alternative.batch for alternative in advice.alternatives} <= {1, 2}
+
+
+def test_too_little_host_memory_says_what_would_work_instead() -> None:
+    with pytest.raises(InfeasiblePlanError, match="host memory") as caught:
+        advise(LLAMA_2_7B, LARGE_BATCH, A100, OffloadConfig(host_gib=1.0))
+    assert re.search(r"Without offloading: on the device in \d+ runs of \d+", str(caught.value))
+    with pytest.raises(InfeasiblePlanError) as caught:
+        advise(LLAMA_2_7B, LONG, A100, OffloadConfig(host_gib=1.0))
+    assert "Without offloading" not in str(caught.value)
+
+
+def test_the_host_of_the_profile_limits_the_cache() -> None:
+    small_host = dataclasses.replace(A100, extra=A100.extra | {"host_memory_bytes": 2 * 10**9})
+    with pytest.raises(InfeasiblePlanError, match="host memory"):
+        plan(LLAMA_2_7B, LONG, small_host, OffloadConfig())
+
+
+def test_weights_larger_than_the_device_are_a_clear_error() -> None:
+    small = dataclasses.replace(A100, device_memory_bytes=8 * 10**9)
+    with pytest.raises(InfeasiblePlanError, match=r"13\.48 GB.*8\.00 GB"):
+        plan(LLAMA_2_7B, SMALL, small, OffloadConfig())
+
+
+def test_a_link_without_a_speed_cannot_be_planned_with() -> None:
+    recorded = HardwareProfile.load(RECORDED)
+    with pytest.raises(ProfileError, match="unpaced"):
+        plan(LLAMA_2_7B, SMALL, with_link(recorded, EmulatedLink()), OffloadConfig())
+
+
+def test_a_model_without_a_growing_cache_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="nothing to offload"):
+        plan(LLAMA_2_7B | {"sliding_window": 1024}, SMALL, A100, OffloadConfig())
+
+
+def test_layers_with_a_window_take_device_memory_only_for_the_window() -> None:
+    mixed = LLAMA_2_7B | {"layer_types": ["sliding_attention", "full_attention"] * 16, "sliding_window": 1000}
+    task = Task(*describe(mixed), LONG, A100, OffloadConfig())
+    row = 2 * 4096 * 2
+    assert task.resident_bytes(1) == 17 * LONG.cached_tokens * row + 16 * 1000 * row
+
+
+def test_a_models_own_parameters_and_dtype_count() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = LLAMA_2_7B
+            self.dtype = torch.float32
+            self.weight = torch.nn.Parameter(torch.zeros(10, dtype=torch.float32))
+
+    shape, _ = describe(Model())
+    assert shape.weight_bytes == 40
+    assert shape.kv_itemsize_bytes == 4
+
+
+def test_the_prediction_on_the_device_has_no_link_in_it() -> None:
+    task = Task(*describe(LLAMA_2_7B), SMALL, A100, OffloadConfig())
+    one = task.on_device()
+    assert one is not None
+    inputs = task.inputs(SMALL.prompt_tokens + 63, 1)
+    assert one.step_s == max(cost.device_s(inputs, 0, 0), cost.host_s(inputs, 0, 0))
+
+
+def test_advice_is_plain_data_with_the_plan_in_it() -> None:
+    data = advise(LLAMA_2_7B, LARGE_BATCH, A100, OffloadConfig()).to_json()
+    assert json.loads(json.dumps(data)) == data
+    assert data["recommendation"]
+    assert data["split_fraction"] >= 0
+    assert data["alternatives"][0]["way"] == "sub_batches"

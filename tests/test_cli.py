@@ -1,0 +1,248 @@
+"""The command line: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import kvoffload.cli as cli
+from kvoffload.errors import ProfileError
+from kvoffload.profiler import profile, stored
+from kvoffload.types import HardwareProfile
+
+RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+    "torch_dtype": "float16",
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(LLAMA))
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, and measurements that take no time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def measure(device: object = "auto", link: Any = "auto", **_options: object) -> HardwareProfile:
+        key = profile.machine_key(profile.resolve_device("cpu", "auto"))
+        recorded = dataclasses.replace(HardwareProfile.load(RECORDED), key=key)
+        return recorded if link == "auto" else profile.with_link(recorded, link)
+
+    monkeypatch.setattr(profile, "measure_hardware", measure)
+    monkeypatch.setattr(stored, "measure_hardware", measure)
+    return tmp_path / "cache" / "kvoffload"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def run_well(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def run_badly(*arguments: object) -> str:
+    """The one line on stderr of a command that ends with our error."""
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("kvoffload: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def test_help_lists_the_commands_and_what_they_are_for() -> None:
+    text = run_well("--help")
+    for command in ("env", "profile", "plan"):
+        assert command in text
+
+
+def test_the_command_line_loads_without_torch() -> None:
+    # the package itself is stood in for: what it imports is not the command line's doing
+    code = (
+        "import sys, types\n"
+        "package = types.ModuleType('kvoffload')\n"
+        f"package.__path__ = [{str(Path(cli.__file__).parent)!r}]\n"
+        "sys.modules['kvoffload'] = package\n"
+        "import kvoffload.cli\n"
+        "assert not {'torch', 'transformers', 'pulp'} & set(sys.modules), 'imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# ---- env and profile ---------------------------------------------------------------------------------------------
+
+
+def test_env_shows_the_link_in_use_against_its_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvoffload.profiler import environment
+
+    facts = {
+        "gpu_name": "NVIDIA A100",
+        "pcie_generation": 3,
+        "pcie_generation_max": 4,
+        "pcie_width": 8,
+        "pcie_width_max": 16,
+        "gpu_numa_node": 1,
+    }
+    monkeypatch.setattr(environment, "gpu_facts", lambda device=None: environment.NO_GPU | facts)
+    text = run_well("env")
+    assert "3 in use, 4 at most" in text
+    assert "8 in use, 16 at most" in text
+    assert "NUMA node of the GPU" in text
+    assert "ulimit -l" in text or "no limit" in text
+    data = json.loads(run_well("env", "--json"))
+    assert data["pcie_width_max"] == 16
+    assert data["gpu_numa_node"] == 1
+
+
+def test_env_says_what_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvoffload.profiler import environment
+
+    monkeypatch.setattr(environment, "gpu_facts", lambda device=None: dict(environment.NO_GPU))
+    lines = [line for line in run_well("env").splitlines() if "PCIe" in line or "NUMA" in line]
+    assert len(lines) == 3
+    assert all("not available" in line for line in lines)
+    assert json.loads(run_well("env", "--json"))["pcie_generation"] is None
+
+
+def test_profile_prints_and_keeps_what_it_measured(cache: Path) -> None:
+    text = run_well("profile", "--link-gb-per-s", 0.5, "--latency-us", 100)
+    assert "emulated 0.5 GB/s" in text
+    assert "(assumed)" in text
+    assert "GFLOP/s" in text
+    assert "PCIe lanes" in text
+    assert len(list(cache.glob("*.json"))) == 1
+
+
+def test_profile_as_json_is_a_profile_file(cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy.json"
+    path.write_text(run_well("profile", "--json"))
+    assert HardwareProfile.load(path).gemm == HardwareProfile.load(RECORDED).gemm
+
+
+def test_profile_of_an_unpaced_link_says_it_has_no_speed(cache: Path) -> None:
+    from kvoffload.config import EmulatedLink
+
+    assert profile.with_link(HardwareProfile.load(RECORDED), EmulatedLink()).h2d is None
+    unpaced = cli._profile_rows(profile.with_link(HardwareProfile.load(RECORDED), EmulatedLink()))
+    assert dict(unpaced)["host to device"].startswith("no speed")
+
+
+def test_profile_goes_where_output_says_and_a_bad_place_is_an_error(cache: Path, tmp_path: Path) -> None:
+    result = run("profile", "--output", tmp_path / "p.json")
+    assert result.exit_code == 0
+    assert result.stderr == f"stored in {tmp_path / 'p.json'}\n"  # and no progress bar: this is no terminal
+    assert not cache.exists()
+    assert HardwareProfile.load(tmp_path / "p.json").emulated_link
+    assert "--output" in run_badly("profile", "--output", tmp_path / "p.json" / "below.json")
+
+
+def test_profile_refuses_a_link_without_speed_and_an_unknown_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "above zero" in run_badly("profile", "--link-gb-per-s", 0)
+    assert "'cuda'" in run_badly("profile", "--device", "toaster")
+
+
+# ---- plan --------------------------------------------------------------------------------------------------------
+
+
+def test_plan_recommends_and_compares(model: Path) -> None:
+    text = run_well("plan", "--model", model, "--batch", 100, "--hardware", "a100-40gb-pcie4")
+    assert text.startswith("Do not offload, unless the batch must stay together")
+    assert "sub batches" in text
+    assert "best first" in text
+
+
+def test_plan_as_json_holds_the_plan_and_the_alternatives(model: Path) -> None:
+    arguments = ["--model", model / "config.json", "--prompt-tokens", 100000, "--hardware", "a100-40gb-pcie4"]
+    data = json.loads(run_well("plan", *arguments, "--json"))
+    assert data["activation_blocks"] > 0
+    assert data["predicted_step_s"] < data["full_transfer_step_s"]
+    assert data["alternatives"][0]["way"] == "offload"
+    transferred = json.loads(run_well("plan", *arguments, "--split", "transfer", "--device-gib", 5, "--json"))
+    assert transferred["activation_blocks"] == 0
+    assert transferred["device_bytes"] <= 5 * 2**30
+
+
+def test_plan_for_this_machine_takes_the_stored_profile_and_an_emulated_speed(model: Path, cache: Path) -> None:
+    (model / "config.json").write_text(json.dumps(LLAMA | {"hidden_size": 128, "intermediate_size": 256}))
+    arguments = ["plan", "--model", model, "--prompt-tokens", 4096, "--json"]
+    slow = json.loads(run_well(*arguments, "--link-gb-per-s", 0.1, "--split", "transfer"))
+    fast = json.loads(run_well(*arguments, "--link-gb-per-s", 1.0, "--split", "transfer"))
+    assert slow["predicted_step_s"] > fast["predicted_step_s"]
+    assert slow["link_bytes_per_step"] == fast["link_bytes_per_step"] > 0
+    assert len(list(cache.glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hardware", "b300"], "a100-40gb-pcie4"),
+        (["--hardware", "missing.json"], "missing.json"),
+        (["--batch", -1], "batch"),
+        (["--new-tokens", 0], "new_tokens"),
+        (["--split", 1.5], "split"),
+        (["--split", "everything"], "split"),
+        (["--device-gib", "lots"], "device_gib"),
+        (["--device-gib", 0.001, "--prompt-tokens", 100000], "device_gib"),
+        (["--host-gib", 0.001, "--prompt-tokens", 100000], "host memory"),
+        (["--link-gb-per-s", 1], "link of its own"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_a_bad_request_is_one_line_and_exit_code_2(arguments: list[object], message: str, model: Path) -> None:
+    assert message in run_badly("plan", "--model", model, "--hardware", "a100-40gb-pcie4", *arguments)
+
+
+def test_a_bad_model_or_profile_file_is_named(tmp_path: Path, model: Path) -> None:
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    assert str(broken) in run_badly("plan", "--model", broken, "--hardware", "a100-40gb-pcie4")
+    assert str(broken) in run_badly("plan", "--model", model, "--hardware", broken)
+    assert "nowhere" in run_badly("plan", "--model", tmp_path / "nowhere", "--hardware", "a100-40gb-pcie4")
+
+
+def test_a_damaged_stored_profile_stops_plan_and_names_the_file(model: Path, cache: Path) -> None:
+    run_well("plan", "--model", model, "--link-gb-per-s", 1)
+    (path,) = cache.glob("*.json")
+    path.write_text("damaged")
+    assert str(path) in run_badly("plan", "--model", model, "--link-gb-per-s", 1)
+
+
+def test_errors_of_commands_added_later_follow_the_same_rule() -> None:
+    import typer
+
+    app = typer.Typer(cls=cli._Commands, pretty_exceptions_enable=False)
+
+    @app.command("one")
+    def one() -> None:
+        raise ProfileError("no profile")
+
+    @app.command("two")
+    def two() -> None:
+        raise RuntimeError("a mistake of ours")
+
+    result = CliRunner().invoke(app, ["one"])
+    assert (result.exit_code, result.stderr) == (2, "kvoffload: no profile\n")
+    assert isinstance(CliRunner().invoke(app, ["two"]).exception, RuntimeError)

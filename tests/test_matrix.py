@@ -1,0 +1,36 @@
+"""Same logits at every step and same tokens as plain `generate`, over architectures x modes x plans x device budgets.
+
+The default run takes one cell for each architecture and mode and chooses split, device budget, block size and pipeline
+so that every pair of values of any two factors occurs in some cell (`matrix.pairwise`); the full product of
+architecture, mode, split and device budget is behind the marker `slow`. Every cell runs on a `CheckingBackend`, so an
+unordered access to any buffer fails it as well, whatever the timing was.
+
+With the oldest supported transformers: `pip install --no-deps --target SIDE transformers==5.17.0`, then
+`PYTHONPATH=SIDE scripts/test tests/test_matrix.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from matrix import FACTORS, Cell, check_cell, full_product, pairwise
+
+CELLS = pairwise()
+
+
+def test_the_default_cells_hold_every_pair_of_values() -> None:
+    for (i, first), (j, second) in itertools.combinations(enumerate(FACTORS), 2):
+        found = {(cell[i], cell[j]) for cell in CELLS}
+        assert found == set(itertools.product(first, second)), (i, j)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_logits_and_tokens_equal_plain_generate(cell: Cell) -> None:
+    check_cell(cell)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", list(full_product()), ids=str)
+def test_logits_and_tokens_equal_plain_generate_in_the_full_product(cell: Cell) -> None:
+    check_cell(cell)
