@@ -2,7 +2,7 @@
 
 import logging
 
-from kvoffload.api import generate, offload
+from kvoffload.api import generate, measure_hardware, offload, plan
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.errors import (
     ConfigError,
@@ -32,6 +32,8 @@ __all__ = [
     "UnsupportedModelError",
     "Workload",
     "generate",
+    "measure_hardware",
     "offload",
+    "plan",
 ]
 logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from kvoffload import advice
 from kvoffload.config import OffloadConfig
+from kvoffload.profiler.profile import measure_hardware
+from kvoffload.profiler.stored import resolve_profile
 from kvoffload.session import Session
+from kvoffload.types import HardwareProfile, Plan, Workload
+
+__all__ = ["generate", "measure_hardware", "offload", "plan"]
 
 
 def offload(model: Any, config: OffloadConfig | None = None) -> Session:
@@ -35,3 +42,27 @@ def generate(model: Any, *args: Any, offload_config: OffloadConfig | None = None
     """
     with offload(model, offload_config):
         return model.generate(*args, **kwargs)
+
+
+def plan(
+    model_or_config: Any,
+    workload: Workload,
+    profile: HardwareProfile | str | Path = "auto",
+    config: OffloadConfig | None = None,
+) -> Plan:
+    """What offloading would do for a workload, and whether to do it: `plan.recommendation` says so, with the numbers.
+
+    Args:
+        model_or_config: a transformers model or configuration, a dict, or a path to a `config.json` or its folder.
+        workload: what will be generated.
+        profile: the machine: a HardwareProfile, a path to one, the name of a preset, or "auto" for this machine.
+        config: options; all "auto" by default.
+
+    Raises:
+        InfeasiblePlanError: it fits nowhere; says which limit and by how much.
+        ProfileError: the profile cannot be used, or its link has no bandwidth.
+        ConfigError: the model's configuration lacks a field.
+        UnsupportedModelError: the model has no cache that grows.
+    """
+    config = config or OffloadConfig()
+    return advice.plan(model_or_config, workload, resolve_profile(profile, link=config.link), config)

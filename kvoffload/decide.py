@@ -82,7 +82,15 @@ class Decider:
         self._profile = profile
         self.measured = MeasuredRates()
 
-    def decide(self, geometry: Geometry, *, prompt_tokens: int, knows_length: bool, host_held_bytes: int) -> Decision:
+    def decide(
+        self,
+        geometry: Geometry,
+        *,
+        prompt_tokens: int,
+        knows_length: bool,
+        host_held_bytes: int,
+        device_held_bytes: int = 0,
+    ) -> Decision:
         """Sizes, plan and placement for a cache.
 
         Args:
@@ -90,6 +98,7 @@ class Decider:
             prompt_tokens: tokens of the prompt.
             knows_length: whether `geometry.max_tokens` is more than a guess.
             host_held_bytes: host memory the session holds already.
+            device_held_bytes: device memory the session holds already, and will use again.
 
         Raises:
             InfeasiblePlanError, HostMemoryError: before any token, with the numbers.
@@ -99,7 +108,7 @@ class Decider:
         rates: Rates | None = None
         if profile is not None and profile.h2d is not None:
             rates = self._rates(profile, geometry)
-        device_bytes = self._device_bytes(geometry)
+        device_bytes = self._device_bytes(geometry, prompt_tokens, device_held_bytes)
         may_recompute = fixed_split != 0 and (fixed_split is not None or rates is not None)
         sizes = choose_sizes(geometry, config, keeps_activations=may_recompute, device_bytes=device_bytes, rates=rates)
         inputs = self._inputs(geometry, sizes, rates, prompt_tokens, device_bytes, host_held_bytes)
@@ -179,16 +188,23 @@ class Decider:
             schedule=self.config.schedule,
         )
 
-    def _device_bytes(self, geometry: Geometry) -> int | None:
+    def _device_bytes(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int | None:
         """The cap on device memory; None for "as little as works"."""
         setting = self.config.device_gib
         if setting == "min" or (setting == "auto" and self.backend.emulated):
             return None
         if setting != "auto":
             return int(float(setting) * GIB)
+        tokens = self.prefill_chunk_tokens(geometry, prompt_tokens, held_bytes) or prompt_tokens
+        room = self._free_device_bytes(held_bytes) - self.prefill_peak_bytes(geometry, tokens)
+        least = choose_sizes(geometry, self.config, keeps_activations=True, device_bytes=None, rates=None)
+        return room if room > least.fixed_device_bytes else None
+
+    def _free_device_bytes(self, held_bytes: int) -> int:
+        """What may be taken on the device: free in the driver's eyes, cached by PyTorch, or held by the session."""
         free, _ = torch.cuda.mem_get_info(self.backend.device)
-        reserved = torch.cuda.memory_reserved(self.backend.device) - torch.cuda.memory_allocated(self.backend.device)
-        return int(DEVICE_SHARE * (free + reserved)) - self.prefill_peak_bytes(geometry, geometry.max_tokens)
+        cached = torch.cuda.memory_reserved(self.backend.device) - torch.cuda.memory_allocated(self.backend.device)
+        return int(DEVICE_SHARE * (free + cached)) + held_bytes
 
     def prefill_peak_bytes(self, geometry: Geometry, tokens: int) -> int:
         """Device memory that a prefill of that many tokens per row needs beside the cache."""
@@ -200,14 +216,12 @@ class Decider:
         logits = geometry.rows * shape.vocab_size * (itemsize + 4)  # and a float32 copy
         return geometry.rows * tokens * per_token + logits
 
-    def prefill_chunk_tokens(self, geometry: Geometry, prompt_tokens: int) -> int | None:
+    def prefill_chunk_tokens(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int | None:
         """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole."""
         if self.backend.emulated or self.config.device_gib != "auto":
             return None
-        free, _ = torch.cuda.mem_get_info(self.backend.device)
-        held = torch.cuda.memory_reserved(self.backend.device) - torch.cuda.memory_allocated(self.backend.device)
         sizes = choose_sizes(geometry, self.config, keeps_activations=True, device_bytes=None, rates=None)
-        room = int(DEVICE_SHARE * (free + held)) - sizes.fixed_device_bytes
+        room = self._free_device_bytes(held_bytes) - sizes.fixed_device_bytes
         tokens = prompt_tokens
         while tokens > MIN_PREFILL_TOKENS and self.prefill_peak_bytes(geometry, tokens) > room:
             tokens = -(-tokens // 2)

@@ -1,8 +1,9 @@
 """Position embeddings of cached tokens, kept so that keys can be recomputed with the rotation they were written with.
 
-Owns one growing device tensor per distinct captured tensor (gemma3 passes one pair per layer type), stored with one
-row where all rows are equal. Dynamic RoPE variants change their frequencies during a generation, so the embeddings
-cannot be rebuilt from positions later.
+Owns, per distinct captured tensor (gemma3 passes one pair per layer type), a table of its distinct vectors and an
+index [tokens, rows] into it. Rows of a batch differ by their padding only, so a vector is stored about once however
+many rows there are, and next to K/V the whole store is small enough to stay on the device. Dynamic RoPE variants
+change their frequencies during a generation, so the embeddings cannot be rebuilt from positions later.
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ from kvoffload.errors import UnsupportedModelError
 
 @dataclass(slots=True)
 class _Stream:
-    """One captured tensor over all tokens: `data` [capacity, rows or 1, width], and what has not been stored yet."""
+    """One captured tensor over all tokens.
 
-    data: torch.Tensor | None = None
+    `table` [capacity, width] holds vectors, `index` [capacity, rows or 1] says which one a token of a row has;
+    `pending` holds what has not been stored yet, each [rows or 1, tokens, width].
+    """
+
+    table: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+    num_vectors: int = 0
     num_stored: int = 0
-    pending: list[torch.Tensor] = field(default_factory=list)  # [rows or 1, tokens, width]
+    pending: list[torch.Tensor] = field(default_factory=list)
     num_pending: int = 0
 
     def append(self, embedding: torch.Tensor) -> None:
@@ -28,27 +35,51 @@ class _Stream:
         self.num_pending += embedding.shape[1]
 
     def store(self, capacity_tokens: int) -> None:
-        """Move what is pending into `data`; the only place where rows are compared."""
+        """Move what is pending into the table; the only place where rows are compared."""
         if not self.pending:
             return
         rows = max(part.shape[0] for part in self.pending)
         new = torch.cat([part.expand(rows, -1, -1) for part in self.pending], dim=1).transpose(0, 1)
-        if rows > 1 and bool((new == new[:, :1]).all()):
-            new = new[:, :1]
         self.pending, self.num_pending = [], 0
-        end = self.num_stored + new.shape[0]
-        old = self.data
-        rows = new.shape[1] if old is None else max(old.shape[1], new.shape[1])
-        if old is None or old.shape[0] < end or old.shape[1] < rows:
-            capacity = max(capacity_tokens, end if old is None else max(old.shape[0], 2 * self.num_stored, end))
-            with torch.inference_mode(False):
-                self.data = torch.empty(capacity, rows, new.shape[2], dtype=new.dtype, device=new.device)
-            if old is not None:
-                self.data[: self.num_stored] = old[: self.num_stored]
-        assert self.data is not None
-        written = rows if new.shape[1] == 1 else new.shape[1]
-        self.data[self.num_stored : end, :written] = new
-        self.num_stored = end
+        tokens = new.shape[0]
+        if rows == 1 or bool((new == new[:, :1]).all()):
+            vectors = new[:, 0]
+            index = torch.arange(tokens, device=new.device).unsqueeze(1)
+        else:
+            vectors, flat = new.reshape(tokens * rows, -1).unique(dim=0, return_inverse=True)
+            index = flat.view(tokens, rows)
+        self.table = _with_room(self.table, self.num_vectors, vectors, vectors.shape[1], capacity_tokens)
+        self.table[self.num_vectors : self.num_vectors + vectors.shape[0]] = vectors
+        index = (index + self.num_vectors).to(torch.int32)
+        width = index.shape[1] if self.index is None else max(index.shape[1], self.index.shape[1])
+        self.index = _with_room(self.index, self.num_stored, index, width, capacity_tokens)
+        written = width if index.shape[1] == 1 else index.shape[1]
+        self.index[self.num_stored : self.num_stored + tokens, :written] = index
+        self.num_vectors += vectors.shape[0]
+        self.num_stored += tokens
+
+    def read(self, start: int, stop: int, rows: int, row_step: int) -> torch.Tensor:
+        """[rows or 1, tokens, width] of stored tokens; every `row_step`-th logical row."""
+        assert self.table is not None and self.index is not None
+        index = self.index[start:stop]
+        if index.shape[1] > 1:
+            index = index[:, : rows * row_step : row_step]
+        index = index.t()  # [rows or 1, tokens]
+        return self.table.index_select(0, index.reshape(-1).long()).view(*index.shape, -1)
+
+
+def _with_room(old: torch.Tensor | None, used: int, new: torch.Tensor, width: int, capacity: int) -> torch.Tensor:
+    """`old` [.., width] if `new` fits behind its first `used` rows, else a larger copy of it."""
+    needed = used + new.shape[0]
+    if old is not None and old.shape[0] >= needed and old.shape[1] == width:
+        return old
+    if old is not None and old.shape[0] < needed:
+        capacity = 2 * needed
+    with torch.inference_mode(False):
+        grown = torch.empty(max(capacity, needed), width, dtype=new.dtype, device=new.device)
+    if old is not None:
+        grown[:used] = old[:used]  # one row per token serves all where there is only one
+    return grown
 
 
 class PositionStore:
@@ -73,6 +104,9 @@ class PositionStore:
             forward: number of the forward pass; tensors are told apart by identity within one.
             layer: the layer they were given to.
             embeddings: each [rows or 1, tokens, width].
+
+        Raises:
+            UnsupportedModelError: layers that shared a tensor in one forward have different ones in another.
         """
         if forward != self._forward:
             self._forward = forward
@@ -104,15 +138,10 @@ class PositionStore:
         self, streams: tuple[int, ...], start: int, stop: int, rows: int, row_step: int
     ) -> tuple[torch.Tensor, ...]:
         """Embeddings of tokens `start..stop`, each [rows or 1, tokens, width]; every `row_step`-th logical row."""
-        result = []
         for idx in streams:
-            stream = self._streams[idx]
-            if stream.num_stored < stop:
-                stream.store(self._capacity_tokens)
-            assert stream.data is not None
-            data = stream.data[start:stop]
-            result.append((data if data.shape[1] == 1 else data[:, : rows * row_step : row_step]).transpose(0, 1))
-        return tuple(result)
+            if self._streams[idx].num_stored < stop:
+                self._streams[idx].store(self._capacity_tokens)
+        return tuple(self._streams[idx].read(start, stop, rows, row_step) for idx in streams)
 
     def truncate(self, num_tokens: int) -> None:
         """Forget the tokens behind the first `num_tokens`."""
@@ -125,14 +154,15 @@ class PositionStore:
         """Rows of the tokens from `first_token` on (those in no block yet) follow the logical rows."""
         for stream in self._streams:
             stream.store(self._capacity_tokens)
-            data = stream.data
-            if data is None or data.shape[1] == 1 or first_token >= stream.num_stored:
+            index = stream.index
+            if index is None or index.shape[1] == 1 or first_token >= stream.num_stored:
                 continue
-            moved = data[first_token : stream.num_stored].index_select(1, indices.to(data.device))
-            stream.num_stored, stream.pending = first_token, [moved.transpose(0, 1)]
-            stream.num_pending = moved.shape[0]
+            tail = stream.read(first_token, stream.num_stored, index.shape[1], 1)
+            moved = tail.index_select(0, indices.to(tail.device))
+            stream.num_stored, stream.pending, stream.num_pending = first_token, [moved], moved.shape[1]
 
     @property
     def device_bytes(self) -> int:
         """Device memory held."""
-        return sum(s.data.numel() * s.data.element_size() for s in self._streams if s.data is not None)
+        held = (tensor for stream in self._streams for tensor in (stream.table, stream.index))
+        return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)

@@ -233,7 +233,9 @@ class Session:
             run.cache = cache
             prompt_tokens = min(run.prompt_tokens, max_cache_length) or max_cache_length
             self._lay_out(cache, batch_size * copies, copies, prompt_tokens, max_cache_length)
-            chunk = self.decider.prefill_chunk_tokens(self._decisions[cache].geometry, prompt_tokens)
+            chunk = self.decider.prefill_chunk_tokens(
+                self._decisions[cache].geometry, prompt_tokens, self._device_held_bytes
+            )
             if chunk is not None and generation_config.prefill_chunk_size is None:
                 logger.info("prefilling in chunks of %d tokens so that the prompt fits on the device", chunk)
                 generation_config.prefill_chunk_size = chunk
@@ -253,6 +255,10 @@ class Session:
         return None
 
     # ---- plans ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _device_held_bytes(self) -> int:
+        return sum(self.engine.held_bytes.values())
 
     def _load_profile(self) -> Any:
         return resolve_profile(self.config.profile, device=self.backend.device, link=self.config.link)
@@ -281,6 +287,7 @@ class Session:
             prompt_tokens=prompt_tokens,
             knows_length=max_tokens is not None,
             host_held_bytes=self.pool.slab_bytes,
+            device_held_bytes=self._device_held_bytes,
         )
         self._apply(cache, decision)
         cache.core.rows, cache.core.prompt_copies = rows, copies

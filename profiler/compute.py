@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 POOL_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 WEIGHTS = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (1024, 2048, 4096, 8192)}  # n = k
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)  # m: a batch when decoding, a chunk's tokens when recomputing
+TRIAL_S = {"cpu": 2e-5, "cuda": 2e-3}  # CUDA events and launches need longer stretches than the wall clock
 MAX_ROUNDS = 4
 MAX_GEMM_S = 0.04  # shapes expected to take longer are left out
 ATTENTION_SHAPE = {"cpu": (8, 8, 64), "cuda": (8, 32, 128)}  # rows, heads, head_dim
@@ -113,7 +114,8 @@ class _Bench:
 
     def time(self, x: tuple[float, ...], what: str, work: Callable[[], object], budget_s: float) -> _Timed:
         """Time `work` at the size `x`."""
-        trials = time_trials(lambda n: self.seconds(work, n), budget_s=budget_s, max_burst=512)
+        trial_s = TRIAL_S[self.device.type]
+        trials = time_trials(lambda n: self.seconds(work, n), trial_s=trial_s, budget_s=budget_s, max_burst=512)
         logger.debug("%s: %.3g s, spread %.2f", what, trials.seconds, trials.spread_fraction)
         return _Timed(x, what, work, trials)
 

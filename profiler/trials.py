@@ -5,7 +5,10 @@ and says how long that took (wall clock on a CPU or for a link, CUDA events on a
 
     burst(1)          warm-up: page faults, library initialisation, clocks; thrown away
     burst(1)          estimate, from which n follows so that one trial is long against the clock's resolution
-    burst(n) x 5..    trials, as many as the time allows but at least 3
+    burst(n) x 3..51  trials, as many as the time allows
+
+Trials are as short as the clock permits: when the system gives a core to other work for some milliseconds, many short
+trials have a few that are far off, which a median does not see, where a few long ones would all be somewhat off.
 
 A measurement is valid when (p80 - p20) / p50 of its trials is at most `MAX_SPREAD_FRACTION`. One that is not gets
 another round, best some time later, when whatever disturbed it is over; `better` keeps one of the two. What stays noisy
@@ -20,7 +23,7 @@ from typing import NamedTuple
 
 MAX_SPREAD_FRACTION = 0.25
 MIN_TRIALS = 3
-MAX_TRIALS = 9
+MAX_TRIALS = 51
 
 
 class Trials(NamedTuple):

@@ -64,7 +64,7 @@ class Mode(NamedTuple):
         run: calls `model.generate` once or more; takes the model and a factory of empty caches.
         rows: sequences decoded at once, beams included.
         sequences: rows whose prompts differ.
-        max_tokens: cached at the end of the first call, at most.
+        max_tokens: cached at the end, at most.
         planned_tokens: what buffers are made for; more than that for caches that may grow over several turns.
         ends_early: the last prefetched layers may never be used.
     """
@@ -180,7 +180,7 @@ MODES: dict[str, Mode] = {
     "assisted": Mode(_assisted, 1, 1, ends_early=True),
     "prompt_lookup": Mode(_prompt_lookup, 1, 1, 36 + NEW_TOKENS - 1, ends_early=True),
     "chunked_prefill": Mode(_once(2, prefill_chunk_size=10), 2, 2),
-    "multi_turn": Mode(_multi_turn, 2, 2, 25, planned_tokens=256),
+    "multi_turn": Mode(_multi_turn, 2, 2, 47, planned_tokens=256),
     "returned_cache": Mode(_returned_cache, 2, 2, PROMPT_TOKENS + 4),
     "early_ends": Mode(_early_ends, 3, 3, ends_early=True),
     "return_sequences": Mode(_once(2, do_sample=True, num_return_sequences=3), 6, 2),
@@ -278,7 +278,9 @@ def half_resident_gib(model: PreTrainedModel, mode: Mode, config: OffloadConfig)
     fixed = choose_sizes(
         geometry, config, keeps_activations=config.split != "transfer", device_bytes=None, rates=None
     ).fixed_device_bytes
-    cached = geometry.num_offloaded_layers * geometry.kv_bytes_per_token * mode.max_tokens
+    # "auto" may keep activations there, where more tokens fit.
+    row = min(bytes_of) if config.split == "auto" else bytes_of.kv
+    cached = geometry.num_offloaded_layers * mode.rows * row * mode.max_tokens
     return (fixed + cached / 2) / GIB
 
 
@@ -528,8 +530,8 @@ def check_cell(cell: Cell, backend: Backend | None = None) -> Run:
         assert resident + activations + kv == tokens // seen.block_tokens
         if share is not None:
             assert abs(activations - share * (activations + kv)) <= 1
+    if cell.split in ("auto", 0.5) and cell.device != "half" and wants and can_recompute:
+        assert any(activations and kv for _, _, activations, kv in seen.placements), "the split is not inside"
     resident = max(placement[1] for placement in seen.placements)
     assert (resident > 0) == (cell.device == "half")
-    if cell.device == "half":
-        assert resident == run.plans[0].resident_kv_blocks + run.plans[0].resident_activation_blocks or not can_recompute
     return run

@@ -25,6 +25,8 @@ from kvoffload.backend.base import Backend, HostBuffer, LinkUse
 
 logger = logging.getLogger(__name__)
 
+MAX_OPEN_MEASUREMENTS = 4096  # events kept before the completed ones are added up
+
 
 class CudaBackend(Backend):
     """Copies on two side streams of one CUDA device.
@@ -86,7 +88,7 @@ class CudaBackend(Backend):
         with torch.cuda.stream(stream):
             dst.copy_(src, non_blocking=True)
         end.record(stream)
-        self._pending[direction].append((start, end, src.numel() * src.element_size()))
+        self._note(direction, start, end, src.numel() * src.element_size())
         return end
 
     def compute_waits(self, event: Any) -> None:
@@ -116,8 +118,11 @@ class CudaBackend(Backend):
         name, start = span
         end = torch.cuda.Event(enable_timing=True)
         end.record(torch.cuda.current_stream(self.device))
-        self._pending[name].append((start, end, 0))
-        if len(self._pending[name]) > 4096:  # long generations: keep the list of open measurements short
+        self._note(name, start, end, 0)
+
+    def _note(self, name: str, start: Any, end: Any, num_bytes: int) -> None:
+        self._pending[name].append((start, end, num_bytes))
+        if len(self._pending[name]) > MAX_OPEN_MEASUREMENTS:
             self._harvest(name)
 
     def span_seconds(self, name: str) -> float:
