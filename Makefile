@@ -3,7 +3,7 @@
 #   PYTHON=...       interpreter for .venv, 3.11 or newer; default: the first one found on PATH
 #   TORCH_INDEX=...  package index to take torch from, e.g. PyTorch's own index of CPU-only wheels (see README.md);
 #                    default: whatever pip finds, on Linux the build with CUDA
-#   ARGS=...         passed on: make test ARGS='-m "not slow"', make -s demo ARGS=--json
+#   ARGS=...         passed on: make test ARGS='-m slow', make -s demo ARGS=--json
 
 SHELL := /bin/bash
 .NOTPARALLEL:

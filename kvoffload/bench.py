@@ -136,9 +136,9 @@ class Bench:
         self._set_link()
 
     def _chunking(self) -> tuple[int, int]:
-        """Sixteen blocks, so that a sweep over all block counts is short and the tail leaves room for the steps."""
+        """Sixteen blocks, so that a sweep over all block counts is short and the tail has room for the steps."""
         block_tokens = max(16, self.preset.cached_tokens // 16)
-        return block_tokens, 1
+        return block_tokens, 1 if self.preset.dtype != torch.float32 else 2
 
     def _set_link(self) -> None:
         preset = self.preset
@@ -160,21 +160,34 @@ class Bench:
 
     # ---- rates of this process -----------------------------------------------------------------------------------
 
-    def recompute_s_per_token(self) -> float:
-        """gamma_r: one position of the whole batch, through the runtime's own recomputation."""
+    def recompute_s_per_token(self, idle_s: float = 0.0) -> float:
+        """gamma_r: one position of the whole batch, through the runtime's own recomputation.
+
+        Args:
+            idle_s: pause before each chunk, for schedules that wait for a copy before they compute: a core that
+                comes out of a pause is slower at first.
+        """
         module = hf.attention_modules(self.model)[0]
         p, tokens = self.preset, self.block_tokens * self.chunk_blocks
         shape = KVShape(p.kv_heads, p.hidden // p.heads, p.kv_heads, p.hidden // p.heads, p.dtype)
-        x = torch.randn(tokens, p.batch, p.hidden, device=self.device, dtype=p.dtype)
-        out = torch.empty(tokens, p.batch, shape.width, device=self.device, dtype=p.dtype)
+        # Chunks arrive in a ring and become K/V all over a layer buffer: neither is in a cache by itself.
+        ring = torch.randn(4, tokens, p.batch, p.hidden, device=self.device, dtype=p.dtype)
+        layer_buffer = torch.empty(p.cached_tokens, p.batch, shape.width, device=self.device, dtype=p.dtype)
+        turns = itertools.count()
         embeddings: tuple[torch.Tensor, ...] = ()
         if p.architecture == "llama":
             positions = torch.arange(tokens, device=self.device)[None]
             with torch.no_grad():
                 model: Any = self.model
-                embeddings = model.model.rotary_emb(x, positions)
+                embeddings = model.model.rotary_emb(ring[0], positions)
         path = recompute.FastRecompute(module, shape)
-        return self._time(lambda: path(x, embeddings, out), budget_s=0.4) / tokens
+
+        def recompute_next() -> None:
+            turn = next(turns)
+            start = turn % (p.cached_tokens // tokens) * tokens
+            path(ring[turn % len(ring)], embeddings, layer_buffer[start : start + tokens])
+
+        return self._time(recompute_next, budget_s=0.4, idle_s=idle_s) / tokens
 
     def attention_s_per_token(self) -> float:
         """gamma_a: SDPA over a layer buffer."""
@@ -198,7 +211,7 @@ class Bench:
         model.generate(self.ids[:, :2], max_new_tokens=14, do_sample=False, stopping_criteria=[_Stamp(times)])
         return statistics.median(after - before for before, after in itertools.pairwise(times[2:]))
 
-    def _time(self, function: Callable[[], Any], budget_s: float) -> float:
+    def _time(self, function: Callable[[], Any], budget_s: float, idle_s: float = 0.0) -> float:
         with torch.no_grad():
             for _ in range(2):
                 function()
@@ -206,19 +219,22 @@ class Bench:
             samples: list[float] = []
             began = time.perf_counter()
             while len(samples) < 5 or time.perf_counter() - began < budget_s:
+                time.sleep(idle_s)
                 start = time.perf_counter()
                 function()
                 _synchronize(self.device)
                 samples.append(time.perf_counter() - start)
         return statistics.median(samples)
 
-    def rates(self) -> Rates:
-        """What the cost model needs, measured now."""
+    def rates(self, mode: str) -> Rates:
+        """What the cost model needs, measured now, as the mode meets it."""
         rest_s = self.step_s_without_cache()
+        chunk_bytes = self.block_tokens * self.chunk_blocks * self.preset.batch * self.shape.activation_row_bytes
+        idle_s = chunk_bytes / self.bytes_per_s if mode == "sequential" else 0.0
         return Rates(
             h2d_activation_bytes_per_s=self.bytes_per_s,
             h2d_kv_bytes_per_s=self.bytes_per_s,
-            recompute_s_per_token=self.recompute_s_per_token(),
+            recompute_s_per_token=self.recompute_s_per_token(idle_s),
             attention_s_per_token=self.attention_s_per_token(),
             dense_s=0.0,
             head_s=rest_s,  # dense parts and host time of a step, in one piece
@@ -285,14 +301,14 @@ class Bench:
     ) -> dict[str, Any]:
         """One row; measured again while the machine's rates move."""
         for tries in range(1, MAX_TRIES + 1):
-            before = self.rates()
+            before = self.rates(mode)
             stats = self.steps(self.config(mode, profile, split), new_tokens)
-            after = self.rates()
+            after = self.rates(mode)
             bounds = [self.bound_s(mode, rates, split) for rates in (before, after)]
             drift = abs(bounds[0] - bounds[1]) / min(bounds)
             if drift <= MAX_RATE_DRIFT_FRACTION or tries == MAX_TRIES:
                 break
-        steps = stats.decode_step_s[1:]  # the first waits for the end of the write-back
+        steps = stats.decode_step_s[2:]  # the first waits for the end of the write-back, the second empties the ring
         p50 = statistics.median(steps)
         offloaded = max(1, stats.plan.activation_blocks + stats.plan.kv_blocks)
         bound = min(bounds)

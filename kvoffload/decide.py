@@ -90,6 +90,7 @@ class Decider:
         knows_length: bool,
         host_held_bytes: int,
         device_held_bytes: int = 0,
+        can_recompute: bool = True,
     ) -> Decision:
         """Sizes, plan and placement for a cache.
 
@@ -99,11 +100,12 @@ class Decider:
             knows_length: whether `geometry.max_tokens` is more than a guess.
             host_held_bytes: host memory the session holds already.
             device_held_bytes: device memory the session holds already, and will use again.
+            can_recompute: False where K/V of this model turned out not to follow from the activation.
 
         Raises:
             InfeasiblePlanError, HostMemoryError: before any token, with the numbers.
         """
-        config, fixed_split = self.config, self.config.fixed_split
+        config, fixed_split = self.config, self.config.fixed_split if can_recompute else 0.0
         profile = self._profile() if self._wants_profile else None
         rates: Rates | None = None
         if profile is not None and profile.h2d is not None:
@@ -111,7 +113,7 @@ class Decider:
         device_bytes = self._device_bytes(geometry, prompt_tokens, device_held_bytes)
         may_recompute = fixed_split != 0 and (fixed_split is not None or rates is not None)
         sizes = choose_sizes(geometry, config, keeps_activations=may_recompute, device_bytes=device_bytes, rates=rates)
-        inputs = self._inputs(geometry, sizes, rates, prompt_tokens, device_bytes, host_held_bytes)
+        inputs = self._inputs(geometry, sizes, rates, prompt_tokens, device_bytes, host_held_bytes, fixed_split)
         if rates is None:
             inputs = replace(inputs, split=fixed_split or 0.0, rates=_UNKNOWN)
         plan = planner.solve(inputs)
@@ -165,6 +167,7 @@ class Decider:
         prompt_tokens: int,
         device_bytes: int | None,
         host_held_bytes: int,
+        split: float | None,
     ) -> PlanInputs:
         mean_tokens = (prompt_tokens + geometry.max_tokens) // 2 if prompt_tokens else geometry.max_tokens
         num_blocks = max(1, mean_tokens // sizes.block_tokens)
@@ -184,7 +187,7 @@ class Decider:
             device_bytes=sizes.fixed_device_bytes if device_bytes is None else device_bytes,
             fixed_device_bytes=sizes.fixed_device_bytes,
             host_bytes=host_bytes,
-            split=self.config.fixed_split,
+            split=split,
             schedule=self.config.schedule,
         )
 
@@ -259,24 +262,25 @@ class Decider:
 
     # ---- checked, not believed -----------------------------------------------------------------------------------
 
-    def measure_chunk(self, decision: Decision, recompute_once: Callable[[int], None]) -> Decision:
+    def measure_chunk(self, decision: Decision, prepare: Callable[[int], Callable[[], None]]) -> Decision:
         """Time one chunk both ways and plan again with what was measured.
 
         Args:
             decision: made from the profile.
-            recompute_once: recomputes that many tokens of all rows of one layer.
+            prepare: returns the recomputation of that many tokens of all rows of one layer.
         """
         if decision.inputs is None or not decision.placement.may_change:
             return decision
         if self.measured.recompute_s_per_row_token is None:
             tokens = decision.sizes.block_tokens * decision.sizes.chunk_blocks
+            recompute_once = prepare(tokens)
             began = time.perf_counter()
-            recompute_once(tokens)
+            recompute_once()
             self.backend.synchronize()
             samples: list[float] = []
             while len(samples) < 3 or (len(samples) < 9 and time.perf_counter() - began < CHECK_BUDGET_S / 2):
                 start = time.perf_counter()
-                recompute_once(tokens)
+                recompute_once()
                 self.backend.synchronize()
                 samples.append(time.perf_counter() - start)
             self.measured.recompute_s_per_row_token = statistics.median(samples) / tokens / decision.geometry.rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +22,7 @@ from kvoffload import attention, recompute
 from kvoffload.cache import CacheLayer, KVShape, OffloadedCache, Recompute
 from kvoffload.errors import UnsupportedModelError
 
+MEASURED_CHUNKS = 4  # recomputed in turn, so that none is in a cache when it is written
 VERIFIED_TOKENS = 16  # of the first prefill, on which recomputation is checked before it is used
 
 
@@ -33,16 +35,21 @@ class FirstTokens(NamedTuple):
     activation_row_bytes: int
 
 
+# Prepares the recomputation of that many tokens of all rows of a layer, to be timed.
+Measure = Callable[[int], Callable[[], None]]
+
+
 class CacheOwner(Protocol):
     """What a cache asks of the session it belongs to."""
 
     def check_usable(self, cache: OffloadedHFCache) -> None: ...
+    def cannot_recompute(self, cache: OffloadedHFCache, first: FirstTokens) -> None: ...
     def before_first_append(
         self,
         cache: OffloadedHFCache,
         layer: CacheLayer,
         first: FirstTokens,
-        measure: Callable[[int], None] | None,
+        measure: Measure | None,
     ) -> None: ...
     @property
     def num_forwards(self) -> int: ...
@@ -201,9 +208,11 @@ class OffloadedLayer(CacheLayerMixin):
             core.recompute = self._choose(keys, values, activation)
             if core.recompute is None:
                 self._owner.warn_not_recomputable(core.position, self._module)
+                if core.position == 0:
+                    session.cannot_recompute(self._owner, first)
             elif activation is not None:
                 shape = KVShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype)
-                measure = functools.partial(self._recompute_once, core.recompute, activation, shape)
+                measure = functools.partial(self._prepare_measurement, core.recompute, activation, shape)
         session.before_first_append(self._owner, core, first, measure)
         core.bind(keys, values, activation)
 
@@ -215,12 +224,18 @@ class OffloadedLayer(CacheLayerMixin):
         shape = KVShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype)
         return recompute.choose(self._module, shape, activation[:, n], embeddings, keys[:, :, n], values[:, :, n])
 
-    def _recompute_once(self, path: Recompute, activation: torch.Tensor, shape: KVShape, num_tokens: int) -> None:
-        """Recompute that many tokens (those of this forward, repeated) for a measurement."""
+    def _prepare_measurement(
+        self, path: Recompute, activation: torch.Tensor, shape: KVShape, num_tokens: int
+    ) -> Callable[[], None]:
+        """Recomputation of that many tokens (those of this forward, repeated), as often as it is called."""
         index = torch.arange(num_tokens, device=activation.device) % activation.shape[1]
         embeddings = tuple(part.index_select(1, index) for part in self._embeddings or ())
         x = activation.transpose(0, 1).index_select(0, index)
-        path(x, embeddings, torch.empty(num_tokens, x.shape[1], shape.width, dtype=shape.dtype, device=x.device))
+        out = torch.empty(
+            MEASURED_CHUNKS, num_tokens, x.shape[1], shape.width, dtype=shape.dtype, device=activation.device
+        )
+        turns = itertools.cycle(out)
+        return lambda: path(x, embeddings, next(turns))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the K/V that the next attention sees."""

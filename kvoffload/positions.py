@@ -157,8 +157,12 @@ class PositionStore:
             index = stream.index
             if index is None or index.shape[1] == 1 or first_token >= stream.num_stored:
                 continue
-            tail = stream.read(first_token, stream.num_stored, index.shape[1], 1)
-            moved = tail.index_select(0, indices.to(tail.device))
+            indices = indices.to(index.device)
+            if indices.numel() == index.shape[1]:
+                tail = index[first_token : stream.num_stored]
+                tail.copy_(tail.index_select(1, indices))
+                continue
+            moved = stream.read(first_token, stream.num_stored, index.shape[1], 1).index_select(0, indices)
             stream.num_stored, stream.pending, stream.num_pending = first_token, [moved], moved.shape[1]
 
     @property

@@ -271,6 +271,8 @@ class Session:
         prompt_tokens: int,
         max_tokens: int | None,
         first: hf.FirstTokens | None = None,
+        *,
+        can_recompute: bool = True,
     ) -> None:
         """Decide for an empty cache and make the engine's buffers."""
         shape = first or self.decider.shape
@@ -288,6 +290,7 @@ class Session:
             knows_length=max_tokens is not None,
             host_held_bytes=self.pool.slab_bytes,
             device_held_bytes=self._device_held_bytes,
+            can_recompute=can_recompute,
         )
         self._apply(cache, decision)
         cache.core.rows, cache.core.prompt_copies = rows, copies
@@ -319,12 +322,20 @@ class Session:
         if changed:
             self._configure(cache)
 
+    def cannot_recompute(self, cache: hf.OffloadedHFCache, first: hf.FirstTokens) -> None:
+        """Called before the first tokens are stored if the first layer's K/V do not follow from its activation."""
+        began = time.perf_counter()
+        known, copies = self._decisions[cache].placement.max_tokens, cache.core.prompt_copies
+        prompt_tokens = max(first.tokens, self._prompt_tokens)
+        self._lay_out(cache, first.rows, copies, prompt_tokens, known, first, can_recompute=False)
+        self._add_setup(time.perf_counter() - began)
+
     def before_first_append(
         self,
         cache: hf.OffloadedHFCache,
         layer: CacheLayer,
         first: hf.FirstTokens,
-        measure: Callable[[int], None] | None,
+        measure: hf.Measure | None,
     ) -> None:
         """Called when a layer gets its first tokens, before any of them is stored; the first layer settles the plan.
 
@@ -332,7 +343,7 @@ class Session:
             cache: whose layer.
             layer: the layer.
             first: what the layer really caches per token.
-            measure: recomputes that many tokens of all rows once; None where the layer cannot recompute.
+            measure: prepares the recomputation of a chunk for timing; None where the layer cannot recompute.
         """
         began = time.perf_counter()
         if cache not in self._decisions:

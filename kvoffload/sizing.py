@@ -13,6 +13,7 @@ from kvoffload.errors import InfeasiblePlanError
 from kvoffload.types import Rates
 
 TARGET_CHUNK_BYTES = 32 * 2**20  # K/V of a chunk: large enough for full link and GEMM rate on GPUs measured by others
+MIN_CHUNK_BYTES = 2**20  # K/V of a chunk: below this the host's time per chunk shows, and nothing is gained
 MIN_CHUNKS_PER_LAYER = 8  # finer than this the first and last chunk of a layer no longer matter
 MAX_BLOCK_TOKENS = 64
 MIN_BLOCK_TOKENS = 8
@@ -127,7 +128,8 @@ def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: b
     if config.chunk_blocks != "auto":
         chunk_blocks = config.chunk_blocks
     else:
-        chunk_tokens = min(TARGET_CHUNK_BYTES // per_token, geometry.max_tokens // MIN_CHUNKS_PER_LAYER)
+        chunk_tokens = max(geometry.max_tokens // MIN_CHUNKS_PER_LAYER, MIN_CHUNK_BYTES // per_token)
+        chunk_tokens = min(chunk_tokens, TARGET_CHUNK_BYTES // per_token, geometry.max_tokens)
         chunk_blocks = max(1, chunk_tokens // block_tokens)
     chunks_per_layer = max(1, math.ceil(geometry.max_tokens / (block_tokens * chunk_blocks)))
     if config.slots != "auto":
@@ -136,7 +138,8 @@ def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: b
         num_slots = chunks_per_layer  # the whole activation of a layer arrives before recomputation starts
     else:
         slot_bytes = block_tokens * chunk_blocks * geometry.activation_bytes_per_token
-        num_slots = 3 if rates is None else 1 + math.ceil(_ring_bytes(geometry, rates) / slot_bytes)
+        # one chunk being filled and one being recomputed, beside what arrives in the meantime
+        num_slots = 3 if rates is None else 2 + math.ceil(_ring_bytes(geometry, rates) / slot_bytes)
         num_slots = max(2, min(MAX_SLOTS, num_slots))
     return _with(
         geometry,

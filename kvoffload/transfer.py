@@ -274,9 +274,10 @@ class TransferEngine:
     def _may_look_ahead(self) -> bool:
         """Whether the next layer's job may start: a layer buffer is free and the layer's own update is over."""
         assert self._cache is not None
-        if len(self._jobs) >= (1 if self.schedule == "kvpr" else len(self._buffers)):
-            return False
         layer = self._cache.sources[self._next_position]
+        waits_for_attention = self.schedule == "kvpr" and any(chunk.form == "activation" for chunk in layer.chunks())
+        if len(self._jobs) >= (1 if waits_for_attention else len(self._buffers)):
+            return False
         return layer.expects_another_step() and all(job.layer is not layer for job in self._jobs)
 
     def _issue(self, job: Job) -> bool:

@@ -270,16 +270,21 @@ class HardwareProfile:
     def gemm_seconds(self, m: int, n: int, k: int) -> float:
         """Duration of a [m, k] x [k, n] product.
 
-        Taken from the measured weight nearest to [k, n] in log size and scaled by n * k; over m linear between the
-        measured sizes, constant below them (reading the weight takes that long) and at the last rate beyond.
+        Taken from the measured weight nearest to [k, n] in log size (counting also how far m is beyond its measured
+        sizes) and scaled by n * k; over m linear between the measured sizes, constant below them (reading the weight
+        takes that long) and at the last rate beyond.
         """
         if not self.gemm.points:
             raise ProfileError(f"profile of {self.device_name} holds no GEMM measurement; measure it again")
+        largest: dict[tuple[float, ...], float] = {}
+        for point in self.gemm.points:
+            largest[point.x[1:]] = max(point.x[0], largest.get(point.x[1:], 0.0))
 
         def distance(weight: tuple[float, ...]) -> float:
-            return abs(math.log(weight[0] / n)) + abs(math.log(weight[1] / k))
+            beyond = max(0.0, math.log(m / largest[weight]))
+            return abs(math.log(weight[0] / n)) + abs(math.log(weight[1] / k)) + beyond
 
-        nearest = min({point.x[1:] for point in self.gemm.points}, key=lambda weight: (distance(weight), weight))
+        nearest = min(largest, key=lambda weight: (distance(weight), weight))
         rows = sorted((point.x[0], point.seconds) for point in self.gemm.points if point.x[1:] == nearest)
         scale = n * k / (nearest[0] * nearest[1])
         if len(rows) == 1:

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 LINK_BUDGET_S = 3.0
 COMPUTE_BUDGET_S = 9.0
-MAX_OTHER_LOAD_FRACTION = 0.1  # of all CPUs, by other processes
+MAX_OTHER_LOAD_FRACTION = 0.25  # of all CPUs, by other processes
 ASSUMED_GAP_S = 2e-3  # between the last attention of a step and the first of the next, as seen with transformers
 Progress = Callable[[str, float], None]  # what is being measured, share done 0..1
 Link = Literal["auto"] | EmulatedLink
@@ -94,8 +94,7 @@ def measure_hardware(
     everything_s, ours_s = (now - then for now, then in zip(environment.cpu_seconds(), cpu_before, strict=True))
     other_load = (everything_s - ours_s) / measured_in_s / (os.cpu_count() or 1)
     noisy = [*(curves.noisy if curves else ()), *compute.noisy]
-    is_loaded = device.type == "cpu" and other_load > MAX_OTHER_LOAD_FRACTION
-    if noisy or is_loaded:
+    if noisy or (device.type == "cpu" and other_load > MAX_OTHER_LOAD_FRACTION):
         logger.warning(
             "the measurement may be off, repeat it without other work: %.2f of the CPUs were busy with that, and the "
             "trials of %d points disagree%s",
@@ -139,6 +138,12 @@ def measure_hardware(
         },
     )
     return with_link(profile, link) if isinstance(link, EmulatedLink) else profile
+
+
+def was_disturbed(profile: HardwareProfile) -> bool:
+    """Whether other work slowed the measurement of a CPU, perhaps by far, so that it should not be kept."""
+    load = profile.extra.get("other_cpu_load_fraction")
+    return profile.emulated_link and load is not None and load > MAX_OTHER_LOAD_FRACTION
 
 
 def with_link(profile: HardwareProfile, link: EmulatedLink) -> HardwareProfile:
@@ -190,7 +195,8 @@ def device_name(device: torch.device) -> str:
     """The name in a profile: the GPU's, or the processor's with the threads PyTorch computes on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{environment.cpu_name()}, {torch.get_num_threads()} threads"
+    num_threads = torch.get_num_threads()
+    return f"{environment.cpu_name()}, {num_threads} thread{'s' if num_threads > 1 else ''}"
 
 
 def machine_key(device: torch.device) -> str:

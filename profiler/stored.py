@@ -18,7 +18,15 @@ import torch
 
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ProfileError
-from kvoffload.profiler.profile import Link, Progress, machine_key, measure_hardware, resolve_device, with_link
+from kvoffload.profiler.profile import (
+    Link,
+    Progress,
+    machine_key,
+    measure_hardware,
+    resolve_device,
+    was_disturbed,
+    with_link,
+)
 from kvoffload.types import HardwareProfile
 
 logger = logging.getLogger(__name__)
@@ -60,7 +68,8 @@ def load_or_measure(
     """The stored profile of this machine; else measure it once and store it, with a log message.
 
     A profile of the same device with another driver or PyTorch version is stale: told, left where it is, not used.
-    An emulated link is not part of what is stored, it is put in front of the stored machine.
+    A measurement that other work disturbed is used but not stored. An emulated link is not part of what is stored, it
+    is put in front of the stored machine.
 
     Raises:
         ProfileError: the stored file is damaged or of another schema version; names it.
@@ -83,8 +92,11 @@ def load_or_measure(
         began = time.perf_counter()
         profile = measure_hardware(device, EmulatedLink() if device.type == "cpu" else "auto", progress=progress)
         try:
-            path = store(profile)
-            logger.info("measured in %.1f s, stored in %s", time.perf_counter() - began, path)
+            if was_disturbed(profile):
+                logger.warning("not stored, since other work disturbed the measurement: it will be repeated")
+            else:
+                path = store(profile)
+                logger.info("measured in %.1f s, stored in %s", time.perf_counter() - began, path)
         except OSError as error:
             logger.warning("could not store the profile in %s (%s): it will be measured again", path, error)
     return with_link(profile, link) if isinstance(link, EmulatedLink) else profile

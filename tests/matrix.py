@@ -136,7 +136,7 @@ def _prompt_lookup(model: PreTrainedModel, new_cache: Callable[[], Any] | None) 
 
 def _multi_turn(model: PreTrainedModel, new_cache: Callable[[], Any] | None) -> list[Any]:
     assert new_cache is not None
-    cache, tokens, outputs = new_cache(), prompt(2, 21), []
+    cache, tokens, outputs = new_cache(), prompt(2), []
     for turn in range(3):
         outputs.append(model.generate(tokens, past_key_values=cache, **{**COMMON, "max_new_tokens": 5}))
         tokens = torch.cat([outputs[-1].sequences, prompt(2, 6, seed=turn + 2)], dim=1)
@@ -180,7 +180,7 @@ MODES: dict[str, Mode] = {
     "assisted": Mode(_assisted, 1, 1, ends_early=True),
     "prompt_lookup": Mode(_prompt_lookup, 1, 1, 36 + NEW_TOKENS - 1, ends_early=True),
     "chunked_prefill": Mode(_once(2, prefill_chunk_size=10), 2, 2),
-    "multi_turn": Mode(_multi_turn, 2, 2, 47, planned_tokens=256),
+    "multi_turn": Mode(_multi_turn, 2, 2, PROMPT_TOKENS + 26, planned_tokens=256),
     "returned_cache": Mode(_returned_cache, 2, 2, PROMPT_TOKENS + 4),
     "early_ends": Mode(_early_ends, 3, 3, ends_early=True),
     "return_sequences": Mode(_once(2, do_sample=True, num_return_sequences=3), 6, 2),
@@ -460,7 +460,12 @@ class Run(NamedTuple):
 
 
 def run_offloaded(
-    model: PreTrainedModel, mode: Mode, config: OffloadConfig, backend: Backend | None = None, *, fixed_rates: bool = True
+    model: PreTrainedModel,
+    mode: Mode,
+    config: OffloadConfig,
+    backend: Backend | None = None,
+    *,
+    fixed_rates: bool = True,
 ) -> Run:
     """Generate with a session of its own; afterwards nothing of it may be left."""
     bytes_of = row_bytes(model)

@@ -44,7 +44,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def measure(device: object = "auto", link: Any = "auto", **_options: object) -> HardwareProfile:
         key = profile.machine_key(profile.resolve_device("cpu", "auto"))
-        recorded = dataclasses.replace(HardwareProfile.load(RECORDED), key=key)
+        recorded = HardwareProfile.load(RECORDED)
+        recorded = dataclasses.replace(recorded, key=key, extra=recorded.extra | {"other_cpu_load_fraction": 0.0})
         return recorded if link == "auto" else profile.with_link(recorded, link)
 
     monkeypatch.setattr(profile, "measure_hardware", measure)
@@ -76,7 +77,8 @@ def run_badly(*arguments: object) -> str:
 def test_help_lists_the_commands_and_what_they_are_for() -> None:
     text = run_well("--help")
     for command in ("env", "profile", "plan"):
-        assert command in text
+        assert f" {command} " in text
+        assert "--json" in run_well(command, "--help")
 
 
 def test_the_command_line_loads_without_torch() -> None:
@@ -123,7 +125,7 @@ def test_env_says_what_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(environment, "gpu_facts", lambda device=None: dict(environment.NO_GPU))
     lines = [line for line in run_well("env").splitlines() if "PCIe" in line or "NUMA" in line]
     assert len(lines) == 3
-    assert all("not available" in line for line in lines)
+    assert all("not available" in line and "in use" not in line for line in lines)
     assert json.loads(run_well("env", "--json"))["pcie_generation"] is None
 
 

@@ -124,6 +124,8 @@ def test_only_layers_whose_cache_grows_are_offloaded(extra: dict[str, Any], full
 def test_the_text_part_of_a_multimodal_configuration_is_used() -> None:
     config = {"model_type": "llava", "torch_dtype": "bfloat16", "text_config": without(LLAMA_2_7B, "torch_dtype")}
     assert shape_from_config(config) == shape_from_config(LLAMA_2_7B)
+    multimodal = AutoConfig.for_model("gemma3")
+    assert shape_from_config(multimodal) == shape_from_config(multimodal.text_config)
 
 
 @pytest.mark.parametrize("missing", ["hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"])

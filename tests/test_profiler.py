@@ -204,9 +204,8 @@ def test_a_profile_is_labelled_and_says_where_its_numbers_come_from(measured: Me
     assert result.device_memory_bytes > 0
     assert result.device_copy_bytes_per_s > 0
     assert result.extra["provenance"]["gap_s"] == "assumed"
-    assert result.extra["measured_in_s"] <= measured.took_s
+    assert 0 < result.extra["measured_in_s"] <= measured.took_s + 0.01  # rounded
     assert result.extra["environment"]["pcie_generation"] is None or torch.cuda.device_count()
-    assert set(result.extra["noisy"]) == {name for name in result.extra["noisy"] if "spread" in name}
 
 
 def test_the_speed_of_an_emulated_link_is_given_not_measured(measured: Measured) -> None:
@@ -305,6 +304,7 @@ def test_a_product_between_measured_shapes_is_linear_in_rows_and_in_the_weight()
     assert one.gemm_seconds(16, 8, 8) == pytest.approx(6.0)
     assert one.gemm_seconds(6, 16, 8) == pytest.approx(4.0)
     assert one.gemm_seconds(4, 64, 32) == pytest.approx(3.5)
+    assert one.gemm_seconds(8, 24, 24) == pytest.approx(27.0)  # of the nearer weight only four rows were measured
     assert one.gemm_flops_per_s(6, 8, 8) == pytest.approx(2 * 6 * 64 / 2.0)
 
 

@@ -26,7 +26,9 @@ def key() -> str:
 @pytest.fixture
 def mine(key: str) -> HardwareProfile:
     """A profile as if measured here, without the time it takes."""
-    return dataclasses.replace(HardwareProfile.load(RECORDED), key=key, h2d=None, d2h=None)
+    recorded = HardwareProfile.load(RECORDED)
+    extra = recorded.extra | {"other_cpu_load_fraction": 0.0}
+    return dataclasses.replace(recorded, key=key, h2d=None, d2h=None, extra=extra)
 
 
 @pytest.fixture
@@ -125,6 +127,15 @@ def test_a_folder_that_cannot_be_written_is_told_and_does_not_stop_the_work(
     (tmp_path / "kvoffload").write_text("a file where the folder should be")
     assert stored.load_or_measure("cpu").key == key
     assert "could not store" in caplog.text
+
+
+def test_a_measurement_that_other_work_disturbed_is_used_and_not_kept(
+    measurements: list[object], mine: HardwareProfile, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine.extra["other_cpu_load_fraction"] = 0.8
+    assert stored.load_or_measure("cpu") == mine
+    assert "not stored" in caplog.text
+    assert not stored.profile_path(key).exists()
 
 
 def test_a_profile_is_found_by_preset_name_or_by_path(tmp_path: Path) -> None:
