@@ -1,20 +1,26 @@
-"""Decoding with Hugging Face models whose KV cache does not fit on the GPU."""
+"""Decoding with Hugging Face models whose KV cache does not fit on the GPU.
 
+Names are imported when first used: PyTorch and transformers take seconds, and `kvoffload --help` needs neither.
+"""
+
+import importlib
 import logging
+from typing import TYPE_CHECKING, Any
 
-from kvoffload.api import generate, measure_hardware, offload, plan
-from kvoffload.config import EmulatedLink, OffloadConfig
-from kvoffload.errors import (
-    ConfigError,
-    HostMemoryError,
-    InfeasiblePlanError,
-    KVOffloadError,
-    ProfileError,
-    UnsupportedModelError,
-)
-from kvoffload.session import Session
-from kvoffload.stats import GenerationStats
-from kvoffload.types import HardwareProfile, Plan, Workload
+if TYPE_CHECKING:
+    from kvoffload.api import generate, measure_hardware, offload, plan
+    from kvoffload.config import EmulatedLink, OffloadConfig
+    from kvoffload.errors import (
+        ConfigError,
+        HostMemoryError,
+        InfeasiblePlanError,
+        KVOffloadError,
+        ProfileError,
+        UnsupportedModelError,
+    )
+    from kvoffload.session import Session
+    from kvoffload.stats import GenerationStats
+    from kvoffload.types import HardwareProfile, Plan, Workload
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,4 +42,25 @@ __all__ = [
     "offload",
     "plan",
 ]
+_HOME = {
+    "api": ("generate", "measure_hardware", "offload", "plan"),
+    "config": ("EmulatedLink", "OffloadConfig"),
+    "errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "session": ("Session",),
+    "stats": ("GenerationStats",),
+    "types": ("HardwareProfile", "Plan", "Workload"),
+}
 logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

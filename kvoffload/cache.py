@@ -91,6 +91,7 @@ class CacheLayer:
         self.hidden_size = 0
         self.activation_dtype = torch.float32
         self.recompute: Recompute | None = None
+        self.is_full_precision = True  # K, V and their recomputation in float32 or better
         self.streams: tuple[int, ...] = ()  # position embeddings, see PositionStore
         self.awaits_crop = False
         self._extents: dict[Form, Extent] = {"kv": Extent(cache.pool), "activation": Extent(cache.pool)}
@@ -328,6 +329,7 @@ class CacheLayer:
         bt = self.cache.placement.block_tokens
         if num_full:
             copies = self.cache.claim_blocks(len(self.blocks) + num_full, new)
+            self.cache.engine.start_layer_write_back()
             start = 0
             for form, resident, count in self._forms(num_full):
                 if resident:
@@ -405,11 +407,13 @@ class CacheLayer:
         width = self.shape.width if form == "kv" else self.hidden_size
         dtype = self.shape.dtype if form == "kv" else self.activation_dtype
         num_bytes = bt * rows * width * dtype.itemsize
-        per_copy = max(1, self.cache.engine.d2h_slot_bytes // num_bytes)
-        for first in range(0, count, per_copy):
-            blocks = [Block(form, rows, num_bytes, copies) for _ in range(min(per_copy, count - first))]
-            begin = (start + first) * bt
+        done = 0
+        while done < count:
+            per_copy = max(1, self.cache.engine.write_back_bytes // num_bytes)
+            blocks = [Block(form, rows, num_bytes, copies) for _ in range(min(per_copy, count - done))]
+            begin = (start + done) * bt
             end = begin + len(blocks) * bt
+            done += len(blocks)
 
             def pack(data: torch.Tensor, begin: int = begin, end: int = end) -> None:
                 self._copy(form, data.view(dtype).view(end - begin, rows, width), begin, end, copies, new)
@@ -524,8 +528,8 @@ class OffloadedCache:
 
     def account(self) -> None:
         """Tell the engine how much device memory the layers hold."""
-        self.engine.account("tails_and_resident", sum(layer.device_bytes for layer in self.layers))
-        self.engine.account("positions", self.positions.device_bytes)
+        layers = sum(layer.device_bytes for layer in self.layers)
+        self.engine.account(f"cache {id(self)}", layers + self.positions.device_bytes)
 
     def claim_blocks(self, num_blocks: int, new: _NewTokens) -> int:
         """Called by each layer before it stores blocks up to `num_blocks`; the first one extends the row table.
@@ -598,7 +602,7 @@ class OffloadedCache:
 
     def reset(self) -> None:
         """Forget all tokens and give their memory back; the cache can be used again."""
-        self.engine.drop()
+        self.engine.forget(self)
         for layer in self.layers:
             layer.close()
         self.row_table = RowTable(self.engine.backend.device)

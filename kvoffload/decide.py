@@ -116,6 +116,7 @@ class Decider:
         inputs = self._inputs(geometry, sizes, rates, prompt_tokens, device_bytes, host_held_bytes, fixed_split)
         if rates is None:
             inputs = replace(inputs, split=fixed_split or 0.0, rates=_UNKNOWN)
+        self._check_least_host(geometry, inputs, prompt_tokens, host_held_bytes)
         plan = planner.solve(inputs)
         if rates is None:
             plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
@@ -172,7 +173,8 @@ class Decider:
         mean_tokens = (prompt_tokens + geometry.max_tokens) // 2 if prompt_tokens else geometry.max_tokens
         num_blocks = max(1, mean_tokens // sizes.block_tokens)
         growth = max(1.0, geometry.max_tokens / max(1, num_blocks * sizes.block_tokens))
-        host_bytes = int(self._host_cap_bytes(host_held_bytes) / growth)
+        # The plan is for the mean length, the cap for the full one, at which beams share the blocks of their prompt.
+        host_bytes = int(self._host_cap_bytes(host_held_bytes) / growth / _stored_share(geometry, prompt_tokens))
         # A kv block is resident in the form it has; the cap is checked at the full length by what is fixed.
         return PlanInputs(
             num_layers=self.shape.num_layers,
@@ -249,15 +251,25 @@ class Decider:
         per_layer = placement.block_tokens * (
             x * geometry.activation_bytes_per_token + (num_blocks - x) * geometry.kv_bytes_per_token
         )
-        needed = geometry.num_offloaded_layers * per_layer
-        copies = geometry.beams if geometry.beams > 1 else 1
-        prompt_share = min(1.0, placement.prompt_tokens / max(1, geometry.max_tokens))
-        needed = int(needed * (1 - prompt_share * (1 - 1 / copies)))
+        needed = geometry.num_offloaded_layers * per_layer * _stored_share(geometry, placement.prompt_tokens)
+        self._require_host(geometry, int(needed), held_bytes)
+
+    def _check_least_host(self, geometry: Geometry, inputs: PlanInputs, prompt_tokens: int, held_bytes: int) -> None:
+        """Refuse what no plan can make fit, with the numbers of the full length."""
+        kv, activation = geometry.kv_bytes_per_token, geometry.activation_bytes_per_token
+        smallest = min(kv, activation) if inputs.split is None else kv
+        token_bytes = smallest if inputs.split is None else inputs.split * activation + (1 - inputs.split) * kv
+        num_tokens = geometry.max_tokens // inputs.block_tokens * inputs.block_tokens
+        needed = geometry.num_offloaded_layers * num_tokens * token_bytes * _stored_share(geometry, prompt_tokens)
+        on_device = max(0, inputs.device_bytes - inputs.fixed_device_bytes) * token_bytes / smallest
+        self._require_host(geometry, int(needed - on_device), held_bytes)
+
+    def _require_host(self, geometry: Geometry, needed: int, held_bytes: int) -> None:
         cap = self._host_cap_bytes(held_bytes)
         if needed > cap:
             raise HostMemoryError(
-                f"{geometry.rows} sequences of {geometry.max_tokens} tokens need {needed / 1e9:.3f} GB of host memory, "
-                f"{cap / 1e9:.3f} GB may be used: raise host_gib, or lower the batch or max_new_tokens"
+                f"{geometry.rows} sequences of {geometry.max_tokens} tokens need {needed / 1e9:.4g} GB of host memory, "
+                f"{cap / 1e9:.4g} GB may be used: raise host_gib, or lower the batch or max_new_tokens"
             )
 
     # ---- checked, not believed -----------------------------------------------------------------------------------
@@ -353,6 +365,12 @@ _UNKNOWN = Rates(
     attention_s_per_token=0.0,
     dense_s=0.0,
 )
+
+
+def _stored_share(geometry: Geometry, prompt_tokens: int) -> float:
+    """Stored rows over logical rows: prompt blocks of beams are stored once per sequence."""
+    prompt_share = min(1.0, prompt_tokens / max(1, geometry.max_tokens))
+    return 1 - prompt_share * (1 - 1 / max(1, geometry.beams))
 
 
 def available_host_bytes() -> int:

@@ -10,6 +10,7 @@ import functools
 import inspect
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -134,7 +135,7 @@ class OffloadedLayer(CacheLayerMixin):
 
     def __init__(self, owner: OffloadedHFCache, core: CacheLayer, module: nn.Module | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._owner = owner
+        self._owner = weakref.ref(owner)  # a cycle would keep the cache, and its memory, until the next collection
         self.core = core
         self._module = module
         self._activation: torch.Tensor | None = None  # input of the attention module in this forward
@@ -168,7 +169,8 @@ class OffloadedLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cache new tokens and return all of K and V, [rows, heads, tokens, head_dim]."""
-        owner, core = self._owner, self.core
+        owner, core = self._owner(), self.core
+        assert owner is not None
         owner.session.check_usable(owner)
         if torch.is_grad_enabled() and key_states.requires_grad:
             raise UnsupportedModelError("gradients do not flow through an offloaded cache: use torch.no_grad()")
@@ -177,7 +179,7 @@ class OffloadedLayer(CacheLayerMixin):
             activation = None
         with torch.no_grad():
             if core.shape is None:
-                self._bind(key_states, value_states, activation)
+                self._bind(owner, key_states, value_states, activation)
             if core.recompute is None:
                 activation = None
             elif activation is None:
@@ -194,26 +196,30 @@ class OffloadedLayer(CacheLayerMixin):
                 core.cache.engine.prefetch(core.cache)
         return result
 
-    def _bind(self, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None) -> None:
+    def _bind(
+        self, owner: OffloadedHFCache, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None
+    ) -> None:
         """First tokens: choose how to recompute, let the session settle the plan, make room."""
-        core, session = self.core, self._owner.session
+        core, session = self.core, owner.session
         self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
+        core.is_full_precision = keys.dtype == values.dtype and keys.dtype in (torch.float32, torch.float64)
+        core.is_full_precision &= not torch.is_autocast_enabled(keys.device.type)
         kv_row_bytes = (keys[0, :, 0].numel() + values[0, :, 0].numel()) * keys.element_size()
         x_row_bytes = kv_row_bytes if activation is None else activation[0, 0].numel() * activation.element_size()
         first = FirstTokens(keys.shape[0], keys.shape[2], kv_row_bytes, x_row_bytes)
         if core.position == 0:
-            session.before_first_append(self._owner, core, first, None)  # whether activations are wanted at all
+            session.before_first_append(owner, core, first, None)  # whether activations are wanted at all
         measure = None
         if core.cache.placement.needs_activations:
             core.recompute = self._choose(keys, values, activation)
             if core.recompute is None:
-                self._owner.warn_not_recomputable(core.position, self._module)
+                owner.warn_not_recomputable(core.position, self._module)
                 if core.position == 0:
-                    session.cannot_recompute(self._owner, first)
+                    session.cannot_recompute(owner, first)
             elif activation is not None:
                 shape = KVShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype)
                 measure = functools.partial(self._prepare_measurement, core.recompute, activation, shape)
-        session.before_first_append(self._owner, core, first, measure)
+        session.before_first_append(owner, core, first, measure)
         core.bind(keys, values, activation)
 
     def _choose(self, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None) -> Recompute | None:
@@ -271,10 +277,17 @@ class OffloadedHFCache(DynamicCache):
         session: whom to ask before the first update.
         core: the offloaded layers.
         modules: attention module per layer index.
+        is_compiled: whether the model's forward is; ours then runs between its graphs.
     """
 
     def __init__(
-        self, model: PreTrainedModel, session: CacheOwner, core: OffloadedCache, modules: dict[int, nn.Module]
+        self,
+        model: PreTrainedModel,
+        session: CacheOwner,
+        core: OffloadedCache,
+        modules: dict[int, nn.Module],
+        *,
+        is_compiled: bool = False,
     ) -> None:
         super().__init__(config=model.config.get_text_config(decoder=True))
         self.session = session
@@ -282,7 +295,11 @@ class OffloadedHFCache(DynamicCache):
         self.is_closed = False
         self._warned = False
         for position, layer_idx in enumerate(offloadable_layers(model)):
-            self.layers[layer_idx] = OffloadedLayer(self, core.layers[position], modules.get(layer_idx))
+            layer = OffloadedLayer(self, core.layers[position], modules.get(layer_idx))
+            if is_compiled:
+                for name in ("update", "get_seq_length", "get_mask_sizes"):
+                    vars(layer)[name] = torch.compiler.disable(getattr(layer, name))
+            self.layers[layer_idx] = layer
 
     @property
     def _others(self) -> list[Any]:
@@ -384,7 +401,14 @@ class ModelHooks:
         self._allowed = is_foreign_forward_allowed
         self._on_forward = on_forward
         self._handles: list[Any] = []
-        wrap: Callable[[Any], Any] = torch.compiler.disable if _is_compiled(model) else lambda function: function
+        self.is_compiled = _is_compiled(model)
+        if self.is_compiled:
+            warnings.warn(
+                f"{type(model).__name__} is compiled: its offloaded cache runs between the compiled graphs, one break "
+                "per layer, so little of the gain is left",
+                stacklevel=4,
+            )
+        wrap: Callable[[Any], Any] = torch.compiler.disable if self.is_compiled else lambda function: function
         for idx, module in self.modules.items():
             names = list(inspect.signature(module.forward).parameters)
             before, after = self._make_hooks(idx, names)

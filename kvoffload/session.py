@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -84,8 +85,9 @@ class Session:
         self._run: _Run | None = None
         self._foreign_depth = 0
         self._decisions: weakref.WeakKeyDictionary[hf.OffloadedHFCache, Decision] = weakref.WeakKeyDictionary()
-        self._configured_for: Any = None
+        self._configured_for: Callable[[], Any] = lambda: None  # a weak reference
         self._caches: weakref.WeakSet[hf.OffloadedHFCache] = weakref.WeakSet()
+        self._abandoned: deque[OffloadedCache] = deque()  # of caches that nobody holds any more
         self._hooks = hf.ModelHooks(
             self.model, is_foreign_forward_allowed=self._may_run_without_us, on_forward=self._before_forward
         )
@@ -122,6 +124,7 @@ class Session:
         del vars(self.model)["_kvoffload_session"]
         for cache in list(self._caches):
             cache.close()
+        self._reap()
         self.engine.close()
         self.backend.close()
         self.pool.close()
@@ -134,6 +137,7 @@ class Session:
         """
         if self.is_closed:
             raise KVOffloadError("this session is closed: call kvoffload.offload(model) again")
+        self._reap()
         core = OffloadedCache(
             self.engine,
             self.pool,
@@ -141,18 +145,25 @@ class Session:
             num_layers=len(self._layer_indices),
             rows=0,
         )
-        cache = hf.OffloadedHFCache(self.model, self, core, self._hooks.modules)
-        weakref.finalize(cache, core.reset)
+        cache = hf.OffloadedHFCache(self.model, self, core, self._hooks.modules, is_compiled=self._hooks.is_compiled)
+        # Python may collect a cache in the middle of a step of another, or in another thread: only take a note then.
+        weakref.finalize(cache, self._abandoned.append, core)
         reference = weakref.ref(cache)  # the core must not keep the cache alive
         core.before_blocks = lambda: self._before_blocks(reference())
         self._caches.add(cache)
         return cache
 
+    def _reap(self) -> None:
+        """Take back the memory of caches that nobody holds any more."""
+        while self._abandoned:
+            self._abandoned.popleft().reset()
+
     def check_usable(self, cache: hf.OffloadedHFCache) -> None:
         """Called with each update: the cache is alive, and the engine's buffers are made for it."""
         if self.is_closed or cache.is_closed:
             raise KVOffloadError("this cache belongs to a session or a generate() that is over: take a new_cache()")
-        if self._configured_for is not cache and cache in self._decisions:
+        self._reap()
+        if self._configured_for() is not cache and cache in self._decisions:
             self._configure(cache)
 
     # ---- generate ------------------------------------------------------------------------------------------------
@@ -191,6 +202,7 @@ class Session:
                 self.engine.drop()
                 if run is not None and run.cache is not None and run.owns_cache:
                     run.cache.close()
+                self._reap()
             self._lock.release()
 
     def _generate_as_assistant(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -308,7 +320,7 @@ class Session:
             buffer_bytes=sizes.buffer_bytes,
             d2h_slot_bytes=sizes.d2h_slot_bytes,
         )
-        self._configured_for = cache
+        self._configured_for = weakref.ref(cache)
 
     def _prolong(self, cache: hf.OffloadedHFCache, max_tokens: int) -> None:
         """A further turn makes the cache longer than was planned."""
@@ -316,7 +328,7 @@ class Session:
         geometry = replace(decision.geometry, max_tokens=max(decision.geometry.max_tokens, max_tokens))
         sizes = grown(decision.sizes, geometry)
         placement = replace(decision.placement, max_tokens=max_tokens)
-        changed = sizes != decision.sizes or self._configured_for is not cache
+        changed = sizes != decision.sizes or self._configured_for() is not cache
         self._decisions[cache] = replace(decision, geometry=geometry, sizes=sizes, placement=placement)
         cache.core.placement = placement
         if changed:
@@ -432,7 +444,6 @@ class Session:
         new_tokens = cache.core.layers[0].num_tokens + 1 - run.prompt_tokens
         plan, p50 = decision.plan, sorted(steps)[len(steps) // 2] if steps else None
         predicted = plan.predicted_step_s or None
-        shape = cache.core.layers[0].shape
         self.stats = GenerationStats(
             setup_s=run.setup_s,
             prefill_s=decode[0] - starts[0] - (run.setup_s if run.forwards else 0.0),
@@ -455,7 +466,7 @@ class Session:
             pinned_bytes=self.pool.pinned_bytes,
             device_kv_peak_decode_bytes=self.engine.take_peak() + cache.other_device_bytes,
             device_kv_peak_prefill_bytes=run.prefill_peak_bytes + cache.other_device_bytes,
-            exact=recomputed == 0 or (shape is not None and shape.dtype == torch.float32),
+            exact=recomputed == 0 or cache.core.layers[0].is_full_precision,
             link_name=self.backend.link_name,
         )
 

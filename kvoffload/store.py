@@ -118,8 +118,8 @@ class HostPool:
             room = self.cap_bytes - self.slab_bytes
         if needed_bytes > room:
             raise HostMemoryError(
-                f"the cache needs {needed_bytes / 1e9:.3f} GB more host memory, {max(room, 0) / 1e9:.3f} GB of the cap "
-                f"of {self.cap_bytes / 1e9:.3f} GB are left: raise host_gib, or lower the batch or max_new_tokens"
+                f"the cache needs {needed_bytes / 1e9:.4g} GB more host memory, {max(room, 0) / 1e9:.4g} GB of the cap "
+                f"of {self.cap_bytes / 1e9:.4g} GB are left: raise host_gib, or lower the batch or max_new_tokens"
             )
         size = min(max(needed_bytes, SLAB_BYTES), room)
         self._slabs.append(self._backend.allocate_host(size))

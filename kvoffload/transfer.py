@@ -7,7 +7,8 @@ over layers and over steps (the paper's schedule, KVPR arXiv 2411.17089 section 
 Ownership:
     slot          H2D until `ready`, then compute until `released` (recorded after the chunk's recomputation)
     layer buffer  H2D and compute for its job; free for the next job at `released` (recorded after the attention)
-    D2H slot      compute until `packed`, then D2H until `written`
+    D2H slot      compute until `packed`, then D2H until `written`; a prefill, which needs no layer buffers for
+                  attention, stages whole layers in these, so that its compute does not wait for the link
 The host hands a buffer to H2D only after it has recorded the event that frees it, so look-ahead is bounded by the
 ring and the two layer buffers.
 """
@@ -72,6 +73,7 @@ class LayerBuffer:
 
     bytes: torch.Tensor
     released: Event
+    written: Event | None = None  # the last copy to the host that it staged, during a prefill
 
 
 @dataclass(slots=True, eq=False)
@@ -110,6 +112,8 @@ class TransferEngine:
         self._buffers: list[LayerBuffer] = []
         self._d2h_slots: list[_D2HSlot] = []
         self._gathered: torch.Tensor | None = None
+        self._stage: tuple[LayerBuffer, int] | None = None  # where a layer's blocks are packed, and how much is used
+        self._next_stage = 0
         self._next_slot = self._next_buffer = self._next_d2h = 0
         self._jobs: deque[Job] = deque()
         self._current: Job | None = None  # begun and not finished; the first of the jobs
@@ -123,10 +127,13 @@ class TransferEngine:
     def configure(self, *, slot_bytes: int, num_slots: int, buffer_bytes: int, d2h_slot_bytes: int) -> None:
         """Make the ring, the two layer buffers and the D2H ring exactly that large."""
         self.drop()
+        self._stage = None
         if [slot.bytes.numel() for slot in self._slots] != [slot_bytes] * num_slots:
             slots = self._replace("slots", self._slots, num_slots, slot_bytes)
             self._slots = [_Slot(data, released=self.backend.release()) for data in slots]
         if [buffer.bytes.numel() for buffer in self._buffers] != [buffer_bytes] * 2:
+            for buffer in self._buffers:
+                self._take_over(buffer)
             buffers = self._replace("layer_buffers", self._buffers, 2, buffer_bytes)
             self._buffers = [LayerBuffer(data, released=self.backend.release()) for data in buffers]
         if [slot.bytes.numel() for slot in self._d2h_slots] != [d2h_slot_bytes] * 2:
@@ -150,17 +157,14 @@ class TransferEngine:
     def account(self, purpose: str, num_bytes: int) -> None:
         """Record how much device memory a purpose holds now."""
         self.held_bytes[purpose] = num_bytes
+        if not num_bytes:
+            del self.held_bytes[purpose]
         self.peak_bytes = max(self.peak_bytes, sum(self.held_bytes.values()))
 
     def take_peak(self) -> int:
         """The most device memory held since the last call."""
         peak, self.peak_bytes = self.peak_bytes, sum(self.held_bytes.values())
         return peak
-
-    @property
-    def d2h_slot_bytes(self) -> int:
-        """What one `write_back` may carry."""
-        return self._d2h_slots[0].bytes.numel()
 
     def ensure_buffers(self, num_bytes: int) -> None:
         """Layer buffers of at least that size, for caches whose maximum length was not known."""
@@ -169,7 +173,7 @@ class TransferEngine:
                 slot_bytes=self._slots[0].bytes.numel() if self._slots else 0,
                 num_slots=len(self._slots),
                 buffer_bytes=max(num_bytes, 2 * self._buffers[0].bytes.numel()),
-                d2h_slot_bytes=self.d2h_slot_bytes,
+                d2h_slot_bytes=self._d2h_slots[0].bytes.numel(),
             )
 
     # ---- host to device ------------------------------------------------------------------------------------------
@@ -183,6 +187,7 @@ class TransferEngine:
             self._cache = cache
             self._next_position = layer.position
             head = self._new_job()
+        self._take_over(head.buffer)
         self._current = head
         self._pump()
         return head
@@ -230,6 +235,7 @@ class TransferEngine:
         self._current = None
         self._jobs.popleft()
         job.buffer.released = self.backend.release(job.buffer.bytes)
+        job.buffer.written = None  # compute has waited for it
         self._pump()
 
     def drop(self) -> None:
@@ -238,6 +244,7 @@ class TransferEngine:
             # A copy may still be landing in a buffer that compute writes next.
             self.backend.compute_waits(self.last_h2d)
         for job in self._jobs:
+            self._take_over(job.buffer)
             job.buffer.released = self.backend.release(job.buffer.bytes)
             for slot in job.slots:
                 if slot is not None and slot.is_busy:
@@ -246,6 +253,11 @@ class TransferEngine:
         self._jobs.clear()
         self._current = None
         self._cache = None
+
+    def forget(self, cache: CacheSource) -> None:
+        """Drop what was prefetched for a cache that goes away; that of another stays."""
+        if self._cache is cache:
+            self.drop()
 
     def _new_job(self) -> Job:
         assert self._cache is not None
@@ -297,6 +309,8 @@ class TransferEngine:
             target, released = job.buffer.bytes[start : start + num_bytes], job.buffer.released
         written = chunk.blocks[-1].written  # blocks are written in order, so the last is enough
         after = [written, released]
+        if slot is None and job.buffer.written is not None:
+            after.append(job.buffer.written)
         if not self.overlap:
             after.append(self.backend.release())
         self.last_h2d = self.backend.copy_to_device(target, chunk.source, after)
@@ -307,6 +321,42 @@ class TransferEngine:
 
     # ---- device to host ------------------------------------------------------------------------------------------
 
+    def start_layer_write_back(self) -> None:
+        """A layer is about to store blocks: it may stage them in a layer buffer if no job uses these."""
+        self._stage = None
+        if not self._jobs and self._cache is None:
+            buffer = self._buffers[self._next_stage]
+            self._next_stage = (self._next_stage + 1) % len(self._buffers)
+            self._take_over(buffer)
+            self._stage = (buffer, 0)
+
+    def _take_over(self, buffer: LayerBuffer) -> None:
+        """Let compute write a layer buffer that a prefill may have staged blocks in."""
+        if buffer.written is not None:
+            self.backend.compute_waits(buffer.written)
+
+    @property
+    def write_back_bytes(self) -> int:
+        """How much the next `write_back` may carry."""
+        if self._stage is not None:
+            buffer, used = self._stage
+            if buffer.bytes.numel() - used >= self._d2h_slots[0].bytes.numel():
+                return buffer.bytes.numel() - used
+        return self._d2h_slots[0].bytes.numel()
+
+    def _staging(self, num_bytes: int) -> tuple[LayerBuffer | _D2HSlot, torch.Tensor]:
+        """Device bytes that compute may fill now, and what owns them."""
+        if self._stage is not None:
+            buffer, used = self._stage
+            if buffer.bytes.numel() - used >= num_bytes:
+                self._stage = (buffer, used + num_bytes)
+                return buffer, buffer.bytes[used : used + num_bytes]
+        slot = self._d2h_slots[self._next_d2h]
+        self._next_d2h = (self._next_d2h + 1) % len(self._d2h_slots)
+        if slot.written is not None:
+            self.backend.compute_waits(slot.written)
+        return slot, slot.bytes[:num_bytes]
+
     def write_back(self, extent: Extent, blocks: Sequence[Block], pack: Callable[[torch.Tensor], None]) -> None:
         """Store consecutive new blocks of equal size on the host.
 
@@ -316,21 +366,17 @@ class TransferEngine:
             pack: fills the given bytes with the blocks' tokens, token-major, on the compute queue.
         """
         num_bytes = sum(block.num_bytes for block in blocks)
-        slot = self._d2h_slots[self._next_d2h]
-        self._next_d2h = (self._next_d2h + 1) % len(self._d2h_slots)
-        if slot.written is not None:
-            self.backend.compute_waits(slot.written)
-        data = slot.bytes[:num_bytes]
+        holder, data = self._staging(num_bytes)
         self.backend.compute(writes=(data,))
         pack(data)
         packed = self.backend.release()
         host, guard = extent.append(num_bytes)
         after = [packed] if guard is None else [packed, guard]
-        slot.written = self.backend.copy_to_host(host, data, after)
+        holder.written = self.backend.copy_to_host(host, data, after)
         offset = 0
         for block in blocks:
             block.host = host[offset : offset + block.num_bytes]
-            block.written = slot.written
+            block.written = holder.written
             offset += block.num_bytes
 
     def fetch(self, block: Block) -> torch.Tensor:
@@ -340,6 +386,7 @@ class TransferEngine:
         fresh = self.backend.release()  # the memory may have been used by earlier compute
         self.last_h2d = self.backend.copy_to_device(data, block.host, [fresh, block.written])
         self.backend.compute_waits(self.last_h2d)
+        self.backend.compute(reads=(data,))
         return data
 
     def gather_buffer(self, num_bytes: int) -> torch.Tensor:

@@ -80,9 +80,12 @@ class _Bench:
         self.device = device
         generator = torch.Generator(device=device)
         generator.manual_seed(0)
-        num = POOL_BYTES[device.type] // dtype.itemsize
+        num_bytes = POOL_BYTES[device.type]
+        if device.type == "cuda":  # a model may be there already
+            num_bytes = min(num_bytes, torch.cuda.mem_get_info(device)[0] // 4)
+        num = num_bytes // dtype.itemsize
         seed = torch.randn(2**18, generator=generator, device=device, dtype=torch.float32).to(dtype)
-        self.pool = seed.repeat(num // seed.numel())
+        self.pool = seed.repeat(max(1, num // seed.numel()))
         self._offset = 0
 
     def take(self, *shape: int) -> torch.Tensor:
@@ -167,7 +170,7 @@ def _gemm(bench: _Bench, dtype: torch.dtype, deadline: float) -> list[_Timed]:
         weight_deadline = time.perf_counter() + (deadline - time.perf_counter()) / (len(WEIGHTS[kind]) - weight_idx)
         last: _Timed | None = None
         for m in ROWS:
-            if m * size > bench.pool.numel() // 2:
+            if (m + size) * size > bench.pool.numel():
                 break
             if last is not None:
                 expected_s = max(last.seconds, 2 * m * size * size / best_flops_per_s)  # multiply-add
@@ -193,6 +196,8 @@ def _attention(bench: _Bench, dtype: torch.dtype, deadline: float) -> list[_Time
     points: list[_Timed] = []
     for size in ATTENTION_BYTES[kind]:
         if points and time.perf_counter() + 5 * points[-1].seconds * size / points[-1].x[0] > deadline:
+            break
+        if size > bench.pool.nbytes:
             break
         tokens = size // (2 * rows * heads * head_dim * dtype.itemsize)  # keys and values
         if tokens < 1:

@@ -18,6 +18,7 @@ describes no model.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import logging
@@ -77,7 +78,11 @@ def measure_hardware(
     began, cpu_before = time.perf_counter(), environment.cpu_seconds()
     backend = _backend(device, link)
     curves: LinkCurves | None = None
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(backend.close)
+        if device.type == "cuda":
+            stack.callback(torch.cuda.empty_cache)
+            stack.enter_context(torch.cuda.device(device))
         tell("link", 0.0)
         if not backend.emulated:
             curves = measure_link(backend, budget_s=LINK_BUDGET_S)
@@ -87,8 +92,6 @@ def measure_hardware(
         tell("host", 0.9)
         per_chunk = measure_host_s_per_chunk(backend)
         per_layer = measure_host_s_per_layer(device)
-    finally:
-        backend.close()
     tell("done", 1.0)
     measured_in_s = time.perf_counter() - began
     everything_s, ours_s = (now - then for now, then in zip(environment.cpu_seconds(), cpu_before, strict=True))

