@@ -186,7 +186,7 @@ class CacheLayer:
         if placement.resident_kv_blocks:
             self._resident["kv"] = self._empty(placement.resident_kv_blocks * bt, rows, self.shape.width)
         if placement.resident_activation_blocks and self.recompute is not None:
-            self._resident["activation"] = self._empty_x(placement.resident_activation_blocks * bt)
+            self._resident["activation"] = self._empty_x(placement.resident_activation_blocks * bt, rows)
         for extent in self._extents.values():
             extent.doubles = placement.max_tokens is None
         if placement.max_tokens is not None:
@@ -216,9 +216,9 @@ class CacheLayer:
         data = self.cache.engine.backend.allocate_device(tokens * rows * width * self.shape.dtype.itemsize)
         return data.view(self.shape.dtype).view(tokens, rows, width)
 
-    def _empty_x(self, tokens: int) -> torch.Tensor:
-        data = self.cache.engine.backend.allocate_device(tokens * self.cache.rows * self.activation_row_bytes)
-        return data.view(self.activation_dtype).view(tokens, self.cache.rows, self.hidden_size)
+    def _empty_x(self, tokens: int, rows: int) -> torch.Tensor:
+        data = self.cache.engine.backend.allocate_device(tokens * rows * self.activation_row_bytes)
+        return data.view(self.activation_dtype).view(tokens, rows, self.hidden_size)
 
     def _grow_tail(self, tokens: int) -> None:
         assert self.shape is not None
@@ -227,7 +227,7 @@ class CacheLayer:
         old_kv, old_x = self._tail_kv, self._tail_x
         self._tail_kv = self._empty(tokens, self.cache.rows, self.shape.width)
         if self.recompute is not None and self.cache.placement.needs_activations:
-            self._tail_x = self._empty_x(tokens)
+            self._tail_x = self._empty_x(tokens, self.cache.rows)
         if old_kv is not None:
             self._tail_kv[: self.tail_tokens] = old_kv[: self.tail_tokens]
             if old_x is not None and self._tail_x is not None:
@@ -365,6 +365,8 @@ class CacheLayer:
         """(form, resident, number of blocks) of the next blocks, in order."""
         placement = self.cache.placement
         r, r_x = placement.resident_kv_blocks, placement.resident_activation_blocks
+        if any(data.shape[1] < self.cache.rows for data in self._resident.values()):
+            r = r_x = 0  # rows were repeated since that memory was made
         can_recompute = self._tail_x is not None
         forms: list[tuple[Form, bool]] = []
         idx = len(self.blocks)
@@ -450,10 +452,17 @@ class CacheLayer:
 
     def select_rows(self, indices: torch.Tensor) -> None:
         """The tail's logical row i becomes what row `indices[i]` was."""
-        if self._tail_kv is not None:
-            self._tail_kv = self._tail_kv.index_select(1, indices)
-        if self._tail_x is not None:
-            self._tail_x = self._tail_x.index_select(1, indices)
+        old_kv, old_x, used = self._tail_kv, self._tail_x, self.tail_tokens
+        if old_kv is None:
+            return
+        capacity, rows = old_kv.shape[0], indices.numel()
+        if rows != old_kv.shape[1]:
+            assert self.shape is not None
+            self._tail_kv = self._empty(capacity, rows, self.shape.width)
+            self._tail_x = None if old_x is None else self._empty_x(capacity, rows)
+        for old, new in ((old_kv, self._tail_kv), (old_x, self._tail_x)):
+            if old is not None and new is not None:
+                new[:used] = old[:used].index_select(1, indices)
 
     def close(self) -> None:
         """Give the memory back."""

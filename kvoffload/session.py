@@ -29,7 +29,7 @@ from kvoffload.decide import Decider, Decision
 from kvoffload.errors import ConfigError, KVOffloadError
 from kvoffload.model_shape import shape_from_config
 from kvoffload.profiler.stored import resolve_profile
-from kvoffload.sizing import Geometry, grown
+from kvoffload.sizing import Geometry, grown, widened
 from kvoffload.stats import GenerationStats
 from kvoffload.store import HostPool
 from kvoffload.transfer import TransferEngine
@@ -163,7 +163,13 @@ class Session:
         if self.is_closed or cache.is_closed:
             raise KVOffloadError("this cache belongs to a session or a generate() that is over: take a new_cache()")
         self._reap()
-        if self._configured_for() is not cache and cache in self._decisions:
+        decision = self._decisions.get(cache)
+        if decision is not None and cache.core.rows > decision.geometry.rows:
+            sizes = widened(decision.sizes, decision.geometry.rows, cache.core.rows)
+            geometry = replace(decision.geometry, rows=cache.core.rows)
+            self._decisions[cache] = replace(decision, geometry=geometry, sizes=sizes)
+            self._configure(cache)
+        elif decision is not None and self._configured_for() is not cache:
             self._configure(cache)
 
     # ---- generate ------------------------------------------------------------------------------------------------

@@ -181,6 +181,17 @@ def _with(
     )
 
 
+def widened(sizes: Sizes, rows_before: int, rows: int) -> Sizes:
+    """The same sizes for more rows, where a cache had its rows repeated."""
+    return replace(
+        sizes,
+        slot_bytes=sizes.slot_bytes // rows_before * rows,
+        buffer_bytes=sizes.buffer_bytes // rows_before * rows,
+        d2h_slot_bytes=sizes.d2h_slot_bytes // rows_before * rows,
+        tail_bytes=sizes.tail_bytes // rows_before * rows,
+    )
+
+
 def grown(sizes: Sizes, geometry: Geometry) -> Sizes:
     """The same sizes with layer buffers for a longer cache."""
     return replace(sizes, buffer_bytes=max(sizes.buffer_bytes, geometry.max_tokens * geometry.kv_bytes_per_token))
