@@ -214,11 +214,13 @@ class CacheLayer:
     def _empty(self, tokens: int, rows: int, width: int) -> torch.Tensor:
         assert self.shape is not None
         data = self.cache.engine.backend.allocate_device(tokens * rows * width * self.shape.dtype.itemsize)
-        return data.view(self.shape.dtype).view(tokens, rows, width)
+        with torch.inference_mode(False):  # else the view could not be written outside of inference mode
+            return data.view(self.shape.dtype).view(tokens, rows, width)
 
     def _empty_x(self, tokens: int, rows: int) -> torch.Tensor:
         data = self.cache.engine.backend.allocate_device(tokens * rows * self.activation_row_bytes)
-        return data.view(self.activation_dtype).view(tokens, rows, self.hidden_size)
+        with torch.inference_mode(False):
+            return data.view(self.activation_dtype).view(tokens, rows, self.hidden_size)
 
     def _grow_tail(self, tokens: int) -> None:
         assert self.shape is not None

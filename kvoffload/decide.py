@@ -46,12 +46,15 @@ class MeasuredRates:
 
     def __init__(self) -> None:
         self.recompute_s_per_row_token: float | None = None
+        self.attention_s_per_row_token: float | None = None
         self.h2d_bytes_per_s: float | None = None
 
     def correct(self, rates: Rates, rows: int) -> Rates:
         """`rates` with what has been measured."""
         if self.recompute_s_per_row_token is not None:
             rates = replace(rates, recompute_s_per_token=self.recompute_s_per_row_token * rows)
+        if self.attention_s_per_row_token is not None:
+            rates = replace(rates, attention_s_per_token=self.attention_s_per_row_token * rows)
         if self.h2d_bytes_per_s is not None:
             rates = replace(
                 rates, h2d_activation_bytes_per_s=self.h2d_bytes_per_s, h2d_kv_bytes_per_s=self.h2d_bytes_per_s
@@ -285,17 +288,9 @@ class Decider:
             return decision
         if self.measured.recompute_s_per_row_token is None:
             tokens = decision.sizes.block_tokens * decision.sizes.chunk_blocks
-            recompute_once = prepare(tokens)
-            began = time.perf_counter()
-            recompute_once()
-            self.backend.synchronize()
-            samples: list[float] = []
-            while len(samples) < 3 or (len(samples) < 9 and time.perf_counter() - began < CHECK_BUDGET_S / 2):
-                start = time.perf_counter()
-                recompute_once()
-                self.backend.synchronize()
-                samples.append(time.perf_counter() - start)
-            self.measured.recompute_s_per_row_token = statistics.median(samples) / tokens / decision.geometry.rows
+            row_tokens = tokens * decision.geometry.rows
+            self.measured.recompute_s_per_row_token = self._time(prepare(tokens)) / row_tokens
+            self.measured.attention_s_per_row_token = self._time(self._prepare_attention(tokens, decision)) / row_tokens
             if not self.backend.emulated:
                 self.measured.h2d_bytes_per_s = self._time_link(decision)
         rates = self.measured.correct(decision.inputs.rates, decision.geometry.rows)
@@ -313,6 +308,34 @@ class Decider:
             activation_share=plan.split_fraction,
         )
         return replace(decision, inputs=inputs, plan=plan, placement=placement)
+
+    def _prepare_attention(self, tokens: int, decision: Decision) -> Callable[[], None]:
+        """Attention of one query per row over that many tokens, laid out as in a layer buffer."""
+        shape, rows = self.shape, decision.geometry.rows
+        dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[shape.kv_itemsize_bytes]
+        kv = torch.zeros(tokens, rows, 2, shape.num_kv_heads, shape.head_dim, dtype=dtype, device=self.backend.device)
+        keys, values = (kv[:, :, half].permute(1, 2, 0, 3) for half in range(2))
+        query = torch.zeros(rows, shape.num_heads, 1, shape.head_dim, dtype=dtype, device=self.backend.device)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        grouped = shape.num_heads != shape.num_kv_heads
+
+        def run() -> None:
+            attend(query, keys, values, enable_gqa=grouped)
+
+        return run
+
+    def _time(self, function: Callable[[], None]) -> float:
+        """Median duration, within a third of the budget of the check."""
+        function()
+        self.backend.synchronize()
+        samples: list[float] = []
+        began = time.perf_counter()
+        while len(samples) < 3 or (len(samples) < 9 and time.perf_counter() - began < CHECK_BUDGET_S / 3):
+            start = time.perf_counter()
+            function()
+            self.backend.synchronize()
+            samples.append(time.perf_counter() - start)
+        return statistics.median(samples)
 
     def _time_link(self, decision: Decision) -> float:
         """Bytes per second of a K/V chunk from pinned memory."""

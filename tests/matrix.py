@@ -215,30 +215,21 @@ def profile(h2d_gb_per_s: float = LINK_GB_PER_S) -> HardwareProfile:
 class FixedRates(MeasuredRates):
     """Rates that no measurement changes, so that "auto" chooses the same split on any machine.
 
+    Link and recomputation take equally long where 0.6 of the tokens are activations.
+
     Args:
         kv_row_bytes: of the model; `activation_row_bytes` likewise.
     """
 
     def __init__(self, kv_row_bytes: int, activation_row_bytes: int) -> None:
-        # Link and recomputation take equally long where 0.6 of the tokens are activations.
         link_s = (0.6 * activation_row_bytes + 0.4 * kv_row_bytes) / (LINK_GB_PER_S * 1e9)
-        self._recompute_s = link_s / 0.6
+        fixed = {"recompute_s_per_row_token": link_s / 0.6, "h2d_bytes_per_s": LINK_GB_PER_S * 1e9}
+        super().__init__()
+        vars(self).update(fixed)
 
-    @property
-    def recompute_s_per_row_token(self) -> float:  # type: ignore[override]
-        return self._recompute_s
-
-    @recompute_s_per_row_token.setter
-    def recompute_s_per_row_token(self, value: float | None) -> None:
-        pass
-
-    @property
-    def h2d_bytes_per_s(self) -> float:  # type: ignore[override]
-        return LINK_GB_PER_S * 1e9
-
-    @h2d_bytes_per_s.setter
-    def h2d_bytes_per_s(self, value: float | None) -> None:
-        pass
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in vars(self):
+            super().__setattr__(name, value)
 
 
 @functools.lru_cache(maxsize=8)

@@ -153,11 +153,10 @@ def test_buffers_are_made_anew_only_when_they_change(model: PreTrainedModel) -> 
     """A second call of the same shape allocates its tails, and nothing else."""
     config = OffloadConfig(split=0.5, link=FAST_LINK, profile=profile(), device_gib="min", block_tokens=4, slots=2)
     backend = CountingBackend()
-    with Session(model, config, backend) as session:
+    with Session(model, config, backend):
         for _ in range(3):
             model.generate(prompt(2), **COMMON)
             held = backend.device_bytes
-            assert held == sum(session.engine.held_bytes.values())
         host = backend.host_bytes
         model.generate(prompt(2), **COMMON)
         assert backend.device_bytes == held

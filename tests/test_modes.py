@@ -591,6 +591,50 @@ def test_a_cache_that_is_collected_in_the_middle_of_a_step_of_another(
         assert session.pool.used_bytes == 0
 
 
+@pytest.mark.parametrize("split", ["transfer", "recompute", 0.5])
+@pytest.mark.parametrize("device_gib", ["min", 0.0006])
+def test_a_prompt_that_many_rows_continue(split: Any, device_gib: Any, model: PreTrainedModel) -> None:
+    """Rows repeated after the first tokens: every buffer must grow, and resident blocks were made for fewer rows."""
+
+    def play(cache: Any) -> list[torch.Tensor]:
+        logits = [model(prompt(2, 9), past_key_values=cache).logits[:, -1]]
+        cache.batch_repeat_interleave(5)
+        for step, tokens in enumerate((7, 7, 7, 1)):
+            logits.append(model(prompt(10, tokens, seed=step), past_key_values=cache).logits[:, -1])
+        cache.crop(-9)
+        logits.append(model(prompt(10, 1), past_key_values=cache).logits[:, -1])
+        return logits
+
+    with torch.no_grad():
+        wanted = play(plain_cache(model))
+        with Session(model, config(split, device_gib=device_gib), checking_backend()) as session:
+            found = play(session.new_cache())
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours - theirs).abs().max().item() <= TOLERANCE
+
+
+@pytest.mark.parametrize("split", ["transfer", "recompute", 0.5])
+@pytest.mark.parametrize("device_gib", ["min", 0.0006])
+def test_a_cache_goes_in_and_out_of_inference_mode(split: Any, device_gib: Any, model: PreTrainedModel) -> None:
+    def play(cache: Any, *, with_inference_mode: bool) -> list[torch.Tensor]:
+        logits = []
+        for step in range(12):
+            with torch.inference_mode() if with_inference_mode and step % 3 == 0 else torch.no_grad():
+                tokens = 9 if step == 0 else 1 + step % 5
+                logits.append(model(prompt(2, tokens, seed=step), past_key_values=cache).logits[:, -1])
+                cache.reorder_cache(torch.tensor([1, 0]))
+            if step == 7:
+                cache.crop(-6)
+        return logits
+
+    with torch.no_grad():
+        wanted = play(plain_cache(model), with_inference_mode=False)
+        with Session(model, config(split, device_gib=device_gib), checking_backend()) as session:
+            found = play(session.new_cache(), with_inference_mode=True)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours - theirs).abs().max().item() <= TOLERANCE
+
+
 def test_the_short_form_for_a_single_call(model: PreTrainedModel) -> None:
     wanted = model.generate(**padded_prompt(2), **COMMON)
     found = kvoffload.generate(model, **padded_prompt(2), **COMMON, offload_config=config(0.5))

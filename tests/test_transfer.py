@@ -1,8 +1,8 @@
 """Every wait in the transfer engine is there for a reason: without it, a scenario finds a race or wrong logits.
 
-The engine's source is parsed, and each single wait is deleted in turn: every `compute_waits(...)` statement (or call
-of a function that does nothing else), and every event that a copy is told to start after. The mutated engine then runs scenarios under `CheckingBackend`, whose verdict
-depends on the order of events alone, not on timing.
+The engine's source is parsed, and each single wait is deleted in turn: every `compute_waits(...)` statement (or call of
+a function that does nothing else), and every event that a copy is told to start after. The mutated engine then runs
+scenarios under `CheckingBackend`, whose verdict depends on the order of events alone, not on timing.
 """
 
 from __future__ import annotations
