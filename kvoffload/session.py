@@ -122,12 +122,14 @@ class Session:
             del vars(self.model)[name]
         vars(self.model).update(self._shadowed)
         del vars(self.model)["_kvoffload_session"]
-        for cache in list(self._caches):
-            cache.close()
-        self._reap()
-        self.engine.close()
-        self.backend.close()
-        self.pool.close()
+        try:
+            for cache in list(self._caches):
+                cache.close()
+            self._reap()
+            self.engine.close()
+        finally:  # whatever interrupts this, the threads and the pinned memory go
+            self.backend.close()
+            self.pool.close()
 
     def new_cache(self) -> hf.OffloadedHFCache:
         """An empty cache for a custom loop or several turns; pass it as `past_key_values`.
@@ -204,11 +206,14 @@ class Session:
             raise
         finally:
             run, self._run = self._run, None
-            if not self.is_closed:
-                self.engine.drop()
-                if run is not None and run.cache is not None and run.owns_cache:
-                    run.cache.close()
-                self._reap()
+            try:
+                if not self.is_closed:
+                    self.engine.drop()
+                    if run is not None and run.cache is not None and run.owns_cache:
+                        run.cache.close()
+                    self._reap()
+            finally:
+                pass
             self._lock.release()
 
     def _generate_as_assistant(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:

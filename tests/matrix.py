@@ -255,7 +255,9 @@ def row_bytes(model: PreTrainedModel) -> RowBytes:
     return RowBytes(kv, model.config.get_text_config(decoder=True).hidden_size * layer.keys.element_size())
 
 
-def half_resident_gib(model: PreTrainedModel, mode: Mode, config: OffloadConfig) -> float:
+def half_resident_gib(
+    model: PreTrainedModel, mode: Mode, config: OffloadConfig, *, can_recompute: bool = True
+) -> float:
     """What everything we hold takes with half of the cache on the device."""
     bytes_of = row_bytes(model)
     geometry = Geometry(
@@ -267,10 +269,10 @@ def half_resident_gib(model: PreTrainedModel, mode: Mode, config: OffloadConfig)
         beams=mode.rows // mode.sequences,
     )
     fixed = choose_sizes(
-        geometry, config, keeps_activations=config.split != "transfer", device_bytes=None, rates=None
+        geometry, config, keeps_activations=can_recompute and config.split != "transfer", device_bytes=None, rates=None
     ).fixed_device_bytes
     # "auto" may keep activations there, where more tokens fit.
-    row = min(bytes_of) if config.split == "auto" else bytes_of.kv
+    row = min(bytes_of) if config.split == "auto" and can_recompute else bytes_of.kv
     cached = geometry.num_offloaded_layers * mode.rows * row * mode.max_tokens
     return (fixed + cached / 2) / GIB
 
@@ -283,7 +285,9 @@ def config_for(cell: Cell) -> OffloadConfig:
         return config
     gib: Any = "auto"
     if cell.device == "half":
-        gib = half_resident_gib(model_for(cell.architecture, cell.multi_head), MODES[cell.mode], config)
+        model = model_for(cell.architecture, cell.multi_head)
+        can_recompute = cell.architecture in RECOMPUTABLE
+        gib = half_resident_gib(model, MODES[cell.mode], config, can_recompute=can_recompute)
     return OffloadConfig(split=cell.split, link=FAST_LINK, profile=profile(), device_gib=gib, **values)
 
 
