@@ -331,6 +331,7 @@ class OffloadedHFCache(DynamicCache):
         Raises:
             ValueError: a positive number (the old meaning of a final length).
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts candidates in a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         removed = min(-tokens_to_remove, self.core.layers[0].num_tokens)

@@ -213,8 +213,7 @@ class Session:
                         run.cache.close()
                     self._reap()
             finally:
-                pass
-            self._lock.release()
+                self._lock.release()
 
     def _generate_as_assistant(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The model drafts for itself (early exit): its drafts use transformers' cache."""

@@ -5,8 +5,8 @@ so that every pair of values of any two factors occurs in some cell (`matrix.pai
 architecture, mode, split and device budget is behind the marker `slow`. Every cell runs on a `CheckingBackend`, so an
 unordered access to any buffer fails it as well, whatever the timing was.
 
-With the oldest supported transformers: `pip install --no-deps --target SIDE transformers==5.17.0`, then
-`PYTHONPATH=SIDE scripts/test tests/test_matrix.py`.
+With the oldest supported transformers: `pip install --target SIDE transformers==5.17.0`, then
+`PYTHONPATH=SIDE scripts/test -m "not slow" tests/test_matrix.py tests/test_exactness.py tests/test_modes.py`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,19 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import transformers
 from matrix import FACTORS, Cell, check_cell, full_product, pairwise
+from models import RECOMPUTABLE
 
 CELLS = pairwise()
+WITH_SLIDING_LAYERS = [name for name, values in RECOMPUTABLE.items() if values.get("sliding_window")]
+
+
+def check(cell: Cell) -> None:
+    release = tuple(map(int, transformers.__version__.split(".")[:2]))
+    if release < (5, 23) and cell.mode == "assisted" and cell.architecture in WITH_SLIDING_LAYERS:
+        pytest.skip("transformers 5.17 cannot draft with a model that has sliding layers, offloaded or not")
+    check_cell(cell)
 
 
 def test_the_default_cells_hold_every_pair_of_values() -> None:
@@ -27,10 +37,10 @@ def test_the_default_cells_hold_every_pair_of_values() -> None:
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_logits_and_tokens_equal_plain_generate(cell: Cell) -> None:
-    check_cell(cell)
+    check(cell)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", list(full_product()), ids=str)
 def test_logits_and_tokens_equal_plain_generate_in_the_full_product(cell: Cell) -> None:
-    check_cell(cell)
+    check(cell)
