@@ -27,6 +27,7 @@ from kvoffload.cache import KVShape
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.model_shape import shape_from_config
 from kvoffload.profiler.environment import cpu_name
+from kvoffload.profiler.profile import with_link
 from kvoffload.stats import GenerationStats
 from kvoffload.types import HardwareProfile, PlanInputs, Rates
 
@@ -296,13 +297,19 @@ class Bench:
         assert session.stats is not None
         return session.stats
 
+    def on_this_link(self, profile: HardwareProfile | str) -> HardwareProfile | str:
+        """A profile of this machine with the benchmark's emulated link in front of it."""
+        if isinstance(profile, HardwareProfile) and isinstance(self.link, EmulatedLink):
+            return with_link(profile, self.link)
+        return profile
+
     def measure(
         self, mode: str, profile: HardwareProfile | str, new_tokens: int, split: float | None = None
     ) -> dict[str, Any]:
         """One row; measured again while the machine's rates move."""
         for tries in range(1, MAX_TRIES + 1):
             before = self.rates(mode)
-            stats = self.steps(self.config(mode, profile, split), new_tokens)
+            stats = self.steps(self.config(mode, self.on_this_link(profile), split), new_tokens)
             after = self.rates(mode)
             bounds = [self.bound_s(mode, rates, split) for rates in (before, after)]
             drift = abs(bounds[0] - bounds[1]) / min(bounds)

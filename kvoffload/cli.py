@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -207,6 +208,8 @@ def _same_tokens(equal: bool) -> str:
 def main() -> None:
     """The entry point of the `kvoffload` command."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the progress bars of what we load
     app()
 
 

@@ -145,11 +145,10 @@ class Decider:
 
     @property
     def _wants_profile(self) -> bool:
-        """A prediction is worth a measurement only if it decides something, or if the profile was given."""
-        emulated = self.config.link != "auto"
-        given = not isinstance(self.config.profile, str) or self.config.profile != "auto"
-        unpaced = self.backend.emulated and "unpaced" in self.backend.link_name
-        return not unpaced and (given or self.config.fixed_split is None or not self.backend.emulated or emulated)
+        """Whether a prediction decides something (a free split over a link with a speed), or was paid for already."""
+        if self.backend.emulated and "unpaced" in self.backend.link_name:
+            return False
+        return self.config.fixed_split is None or self.config.profile != "auto"
 
     def _rates(self, profile: HardwareProfile, geometry: Geometry) -> Rates:
         sizes = choose_sizes(geometry, self.config, keeps_activations=True, device_bytes=None, rates=None)

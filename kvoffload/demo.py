@@ -10,6 +10,8 @@ import torch
 
 from kvoffload import bench, chat
 from kvoffload.config import EmulatedLink, OffloadConfig
+from kvoffload.profiler.profile import with_link
+from kvoffload.profiler.stored import load_or_measure
 
 PROMPT = "What is the capital of France? Answer in one sentence."
 MODES = ["full_transfer", "kvpr", "planned"]
@@ -50,16 +52,25 @@ def run(model: str | None, prompt: str, max_new_tokens: int, tell: Callable[[str
     tell(f"loading {model or 'SmolLM2-135M-Instruct'} on {device}")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     loaded, tokenizer = chat.load(model, device)
+    tell("measuring this machine (once: the result is kept)")
+    profile = load_or_measure(device)
     where = "the GPU's link" if on_gpu else f"an emulated link of {CHAT_LINK.h2d_gb_per_s:g} GB/s"
     tell(f"answering with the KV cache in host memory over {where}, then again without offloading")
-    config = OffloadConfig(split="transfer", block_tokens=8, device_gib="min", link="auto" if on_gpu else CHAT_LINK)
+    config = OffloadConfig(
+        split="transfer",
+        block_tokens=8,
+        device_gib="min",
+        profile=profile if on_gpu else with_link(profile, CHAT_LINK),
+        link="auto" if on_gpu else CHAT_LINK,
+    )
     answer = chat.answer(loaded, tokenizer, prompt, config=config, max_new_tokens=max_new_tokens, compare=True)
     del loaded
-    tell("measuring this machine and decoding a multi-head-attention model of random weights in three modes")
+    tell("decoding a multi-head-attention model of random weights in three modes")
     result = bench.run(
         "llama-2-7b" if on_gpu else "cpu-mha",
         MODES,
         DECODE_STEPS,
+        profile=profile,
         on_row=lambda row: tell(f"  {row['mode']}: {row['decode_step_s_p50'] * 1e3:.0f} ms a step"),
     )
     return Demo(answer, result)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import time
 import warnings
 import weakref
 from collections.abc import Callable
@@ -52,6 +53,7 @@ class CacheOwner(Protocol):
         first: FirstTokens,
         measure: Measure | None,
     ) -> None: ...
+    def add_setup(self, seconds: float) -> None: ...
     @property
     def num_forwards(self) -> int: ...
 
@@ -220,7 +222,9 @@ class OffloadedLayer(CacheLayerMixin):
                 shape = KVShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype)
                 measure = functools.partial(self._prepare_measurement, core.recompute, activation, shape)
         session.before_first_append(owner, core, first, measure)
-        core.bind(keys, values, activation)
+        began = time.perf_counter()
+        core.bind(keys, values, activation)  # allocates and pins
+        session.add_setup(time.perf_counter() - began)
 
     def _choose(self, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None) -> Recompute | None:
         if self._module is None or activation is None or self._embeddings is None:
@@ -446,6 +450,8 @@ class ModelHooks:
                         "their cache when a context grows past a limit); use plain generate() for this call"
                     )
                 return None
+            if layer_idx >= len(cache.layers):
+                return None  # it reads what an earlier layer cached, and has no cache of its own
             layer = cache.layers[layer_idx]
             return layer if isinstance(layer, OffloadedLayer) else None
 

@@ -33,6 +33,7 @@ from kvoffload.sizing import Geometry, grown, widened
 from kvoffload.stats import GenerationStats
 from kvoffload.store import HostPool
 from kvoffload.transfer import TransferEngine
+from kvoffload.types import HardwareProfile
 
 logger = logging.getLogger(__name__)
 SHADOWED = ("generate", "_prepare_cache_for_generation")
@@ -53,6 +54,7 @@ class _Run:
     owns_cache: bool = False
     recomputed_tokens: int = 0
     setup_s: float = 0.0
+    setup_in_forward_s: float = 0.0  # the part of it that fell into the prefill
     forwards: list[float] = field(default_factory=list)  # start of each forward
     num_prefill_forwards: int = 0
     decode_h2d: LinkUse | None = None
@@ -73,6 +75,7 @@ class Session:
         self.stats: GenerationStats | None = None
         self.num_forwards = 0
         self.is_closed = False
+        self._profile: HardwareProfile | None = None
         self._layer_indices = hf.offloadable_layers(self.model)
         device = next(self.model.parameters()).device
         self.backend = backend or _make_backend(device, config)
@@ -282,8 +285,10 @@ class Session:
     def _device_held_bytes(self) -> int:
         return sum(self.engine.held_bytes.values())
 
-    def _load_profile(self) -> Any:
-        return resolve_profile(self.config.profile, device=self.backend.device, link=self.config.link)
+    def _load_profile(self) -> HardwareProfile:
+        if self._profile is None:
+            self._profile = resolve_profile(self.config.profile, device=self.backend.device, link=self.config.link)
+        return self._profile
 
     def _lay_out(
         self,
@@ -350,7 +355,7 @@ class Session:
         known, copies = self._decisions[cache].placement.max_tokens, cache.core.prompt_copies
         prompt_tokens = max(first.tokens, self._prompt_tokens)
         self._lay_out(cache, first.rows, copies, prompt_tokens, known, first, can_recompute=False)
-        self._add_setup(time.perf_counter() - began)
+        self.add_setup(time.perf_counter() - began)
 
     def before_first_append(
         self,
@@ -385,15 +390,17 @@ class Session:
             if decision is not self._decisions[cache]:
                 self._decisions[cache] = decision
                 cache.core.placement = decision.placement
-        self._add_setup(time.perf_counter() - began)
+        self.add_setup(time.perf_counter() - began)
 
     @property
     def _prompt_tokens(self) -> int:
         return 0 if self._run is None else self._run.prompt_tokens
 
-    def _add_setup(self, seconds: float) -> None:
+    def add_setup(self, seconds: float) -> None:
+        """Count time spent on memory and measurements during a forward as set-up, not as prefill."""
         if self._run is not None:
             self._run.setup_s += seconds
+            self._run.setup_in_forward_s += seconds
 
     def _before_blocks(self, cache: hf.OffloadedHFCache | None) -> None:
         """Called before a step stores new blocks: the rates of real steps may change their form."""
@@ -456,7 +463,7 @@ class Session:
         predicted = plan.predicted_step_s or None
         self.stats = GenerationStats(
             setup_s=run.setup_s,
-            prefill_s=decode[0] - starts[0] - (run.setup_s if run.forwards else 0.0),
+            prefill_s=decode[0] - starts[0] - run.setup_in_forward_s,
             ttft_s=decode[0] - run.began - run.setup_s,
             tpot_s=wall_s / len(steps) if steps else None,
             decode_step_s=steps,

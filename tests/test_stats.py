@@ -1,0 +1,71 @@
+"""Statistics of a generation: what is counted where, and how it reads."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+import torch
+from models import make_model
+
+import kvoffload
+from kvoffload.backend import EmulatedBackend
+from kvoffload.backend.base import HostBuffer
+from kvoffload.session import Session
+
+SLOW_PINNING_S = 0.05
+LINK = kvoffload.EmulatedLink(h2d_gb_per_s=0.2)
+
+
+class SlowPinning(EmulatedBackend):
+    """Host memory takes its time, as pinning does."""
+
+    def allocate_host(self, num_bytes: int) -> HostBuffer:
+        time.sleep(SLOW_PINNING_S)
+        return super().allocate_host(num_bytes)
+
+
+def _run(split: Any = 0.5, new_tokens: int = 12, backend: Any = None) -> kvoffload.GenerationStats:
+    model = make_model("llama")
+    ids = torch.randint(3, 90, (2, 64))
+    config = kvoffload.OffloadConfig(split=split, block_tokens=8, chunk_blocks=2, link=LINK)
+    with Session(model, config, backend=backend) as session:
+        model.generate(ids, max_new_tokens=new_tokens, do_sample=False)
+    assert session.stats is not None
+    return session.stats
+
+
+def test_pinning_is_set_up_and_neither_prefill_nor_time_to_first_token() -> None:
+    _run()  # first use of everything
+    usual, slow = _run(), _run(backend=SlowPinning(LINK))
+    assert slow.setup_s >= usual.setup_s + 0.9 * SLOW_PINNING_S
+    assert slow.prefill_s < slow.setup_s + usual.prefill_s
+    assert slow.ttft_s < usual.ttft_s + SLOW_PINNING_S
+
+
+def test_steps_bytes_and_rates_belong_together() -> None:
+    stats = _run("transfer")
+    assert len(stats.decode_step_s) == 11  # twelve tokens: one from the prefill, eleven steps
+    assert stats.tpot_s == pytest.approx(sum(stats.decode_step_s) / 11, rel=0.05)
+    assert stats.tokens_per_s == pytest.approx(2 / stats.tpot_s, rel=0.05)
+    row_bytes = 2 * 2 * 12 * 4  # K and V, heads, head_dim, float32
+    step_bytes = [3 * 2 * row_bytes * (cached // 8 * 8) for cached in range(64, 75)]  # layers, rows, whole blocks
+    assert stats.h2d_bytes == pytest.approx(sum(step_bytes), rel=0.02)
+    assert stats.d2h_bytes == 3 * 2 * row_bytes * 72  # each whole block once
+    assert stats.h2d_gb_per_s == pytest.approx(0.2, rel=0.02)
+    assert stats.exact
+    assert stats.recomputed_tokens == 0
+    assert stats.host_bytes >= stats.d2h_bytes
+    assert stats.pinned_bytes == 0  # nothing is pinned without a GPU
+
+
+def test_it_prints_four_lines_that_end_in_the_verdict_and_survives_json() -> None:
+    stats = _run()
+    lines = str(stats).splitlines()
+    assert len(lines) == 4
+    assert lines[-1].startswith("verdict: ")
+    data = json.loads(json.dumps(stats.to_json()))
+    assert data["plan"]["split_fraction"] == pytest.approx(0.5, abs=0.1)
+    assert data["h2d_bytes"] == stats.h2d_bytes
