@@ -24,7 +24,6 @@ from kvoffload import attention, recompute
 from kvoffload.cache import CacheLayer, KVShape, OffloadedCache, Recompute
 from kvoffload.errors import UnsupportedModelError
 
-MEASURED_CHUNKS = 4  # recomputed in turn, so that none is in a cache when it is written
 VERIFIED_TOKENS = 16  # of the first prefill, on which recomputation is checked before it is used
 
 
@@ -241,10 +240,14 @@ class OffloadedLayer(CacheLayerMixin):
         index = torch.arange(num_tokens, device=activation.device) % activation.shape[1]
         embeddings = tuple(part.index_select(1, index) for part in self._embeddings or ())
         x = activation.transpose(0, 1).index_select(0, index)
-        out = torch.empty(
-            MEASURED_CHUNKS, num_tokens, x.shape[1], shape.width, dtype=shape.dtype, device=activation.device
-        )
-        turns = itertools.cycle(out)
+        # All over a layer buffer, as in a step: in a cache it would look faster than it is.
+        scratch = self.core.cache.engine.scratch()
+        num_bytes = num_tokens * x.shape[1] * shape.row_bytes
+        starts = range(0, scratch.numel() - num_bytes + 1, num_bytes)
+        chunks = [scratch[start : start + num_bytes].view(shape.dtype) for start in starts]
+        if not chunks:  # a cache shorter than a chunk
+            chunks = [torch.empty(num_bytes // shape.dtype.itemsize, dtype=shape.dtype, device=x.device)]
+        turns = itertools.cycle(chunk.view(num_tokens, x.shape[1], shape.width) for chunk in chunks)
         return lambda: path(x, embeddings, next(turns))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

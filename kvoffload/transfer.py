@@ -330,6 +330,12 @@ class TransferEngine:
             self._take_over(buffer)
             self._stage = (buffer, 0)
 
+    def scratch(self) -> torch.Tensor:
+        """A layer buffer to measure in while nothing is in flight; synchronise before and after."""
+        assert not self._jobs
+        self.backend.compute(writes=(self._buffers[0].bytes,))
+        return self._buffers[0].bytes
+
     def _take_over(self, buffer: LayerBuffer) -> None:
         """Let compute write a layer buffer that a prefill may have staged blocks in."""
         if buffer.written is not None:
