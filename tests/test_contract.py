@@ -108,8 +108,9 @@ def test_a_positive_crop_has_no_meaning_any_more() -> None:
     config = OffloadConfig(split=0.5, link=FAST_LINK, profile=profile())
     with Session(model, config, checking_backend()) as session, torch.no_grad():
         cache = session.new_cache()
-        model(prompt(2, 9), past_key_values=cache)
+        model(prompt(2, 19), past_key_values=cache)
         with pytest.raises(ValueError, match="minus the number of tokens to remove, got 3"):
             cache.crop(3)
-        cache.crop(torch.tensor(-3))
-        assert cache.get_seq_length() == 6
+        cache.crop(torch.tensor(-3))  # as transformers 5.17 counts rejected candidates
+        assert cache.get_seq_length() == 16
+        assert type(cache.get_seq_length()) is int

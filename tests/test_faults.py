@@ -438,6 +438,17 @@ def test_an_exception_in_a_logits_processor(
     assert session.pool.slab_bytes == 0
 
 
+def test_a_cache_given_to_a_generate_that_failed_is_not_used_again(model: PreTrainedModel, wanted: Outcome) -> None:
+    """It may have stopped between two layers, whose lengths then differ."""
+    with kvoffload.offload(model, config()) as session:
+        cache = session.new_cache()
+        with pytest.raises(Planted):
+            generate(model, past_key_values=cache, logits_processor=[failing_at(3, Planted)])
+        with torch.no_grad(), pytest.raises(KVOffloadError, match=r"is over: take a new_cache\(\)"):
+            model(prompt(3, 1), past_key_values=cache)
+        check_after(session, model, wanted)
+
+
 def test_an_exception_in_a_streamer(model: PreTrainedModel, wanted: Outcome) -> None:
     with kvoffload.offload(model, config()) as session:
         with pytest.raises(Planted):

@@ -31,7 +31,7 @@ class CountingBackend(EmulatedBackend):
         super().__init__(link)
         self._device: list[tuple[StorageWeakRef, int]] = []
         self._host: dict[int, int] = {}
-        self.peak_device_bytes = self.peak_host_bytes = 0
+        self.peak_device_bytes = self.peak_host_bytes = self.num_allocations = 0
 
     @property
     def device_bytes(self) -> int:
@@ -43,6 +43,7 @@ class CountingBackend(EmulatedBackend):
         return sum(self._host.values())
 
     def allocate_device(self, num_bytes: int) -> torch.Tensor:
+        self.num_allocations += 1
         tensor = super().allocate_device(num_bytes)
         self._device.append((StorageWeakRef(tensor.untyped_storage()), tensor.untyped_storage().nbytes()))
         self.peak_device_bytes = max(self.peak_device_bytes, self.device_bytes)
@@ -157,8 +158,9 @@ def test_buffers_are_made_anew_only_when_they_change(model: PreTrainedModel) -> 
         for _ in range(3):
             model.generate(prompt(2), **COMMON)
             held = backend.device_bytes
-        host = backend.host_bytes
+        host, allocations = backend.host_bytes, backend.num_allocations
         model.generate(prompt(2), **COMMON)
+        assert backend.num_allocations == allocations + 2 * LAYERS  # K/V and activations of each tail
         assert backend.device_bytes == held
         assert backend.host_bytes == host
         model.generate(prompt(2, 90), **COMMON)

@@ -445,6 +445,46 @@ def test_further_options_of_generate(split: Any, kwargs: dict[str, Any], model: 
     compare(model, run, split)
 
 
+@pytest.mark.parametrize("split", ["transfer", "recompute", 0.5])
+@pytest.mark.parametrize(
+    ("tokens", "new_tokens", "options"),
+    [
+        (1, 30, {}),  # everything is written by single steps
+        (37, 2, {}),  # one decode step
+        (37, 12, {"block_tokens": 1, "chunk_blocks": 1}),
+        (37, 12, {"block_tokens": 1, "chunk_blocks": 7}),  # no chunk is full
+        (37, 12, {"block_tokens": 37, "chunk_blocks": 1}),  # the prompt is one block
+        (41, 12, {"slots": 1}),  # a slot must be free before the next chunk leaves
+        (41, 12, {"slots": 1, "schedule": "kvpr"}),
+        (41, 12, {"slots": 9}),  # more than a layer has chunks
+        (41, 12, {"device_gib": 0.1}),  # nearly all on the device
+    ],
+    ids=str,
+)
+def test_odd_sizes(tokens: int, new_tokens: int, options: dict[str, Any], split: Any, model: PreTrainedModel) -> None:
+    for beams in (1, 3):
+        kwargs = {**COMMON, "max_new_tokens": new_tokens, "num_beams": beams}
+        wanted = model.generate(prompt(2, tokens), **kwargs)
+        with Session(model, config(split, **options), checking_backend()) as session:
+            found = model.generate(prompt(2, tokens), **kwargs)
+        assert distance(outcome([found]), outcome([wanted])) <= TOLERANCE
+        assert session.stats is not None
+        assert session.stats.h2d_bytes > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"block_tokens": 64, "chunk_blocks": 1}], ids=str)
+def test_a_generation_that_never_reads_the_host(options: dict[str, Any], model: PreTrainedModel) -> None:
+    """No decode step at all, or a tail that holds every token."""
+    kwargs = {**COMMON, "max_new_tokens": 12 if options else 1}
+    wanted = model.generate(prompt(2), **kwargs)
+    with Session(model, config(0.5, **options), checking_backend()) as session:
+        found = model.generate(prompt(2), **kwargs)
+    assert distance(outcome([found]), outcome([wanted])) <= TOLERANCE
+    assert session.stats is not None
+    assert session.stats.h2d_bytes == session.stats.recomputed_tokens == 0
+    assert len(str(session.stats).splitlines()) == 4
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_sampling_with_an_assistant(split: Any, model: PreTrainedModel) -> None:
     from matrix import assistant_of
