@@ -254,6 +254,20 @@ def test_inside_autocast(split: Any, mode: str, model: PreTrainedModel) -> None:
         assert step <= 2**-6 * wanted.logits[1].abs().max().item()
 
 
+def test_full_precision_keys_from_half_precision_products_are_not_called_exact(model: PreTrainedModel) -> None:
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            projection.register_forward_hook(lambda module, args, output: output.float())
+    with Session(model, config("recompute"), checking_backend()) as session:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            MODES["left_padding"].run(model, None)
+        assert session.stats is not None
+        assert session.stats.recomputed_tokens > 0
+        assert not session.stats.exact
+        MODES["left_padding"].run(model, None)
+        assert session.stats.exact
+
+
 # ---- callbacks -------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,186 @@
+"""Which way K and V are recomputed, and that the fast way is taken only where nothing can come between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import RECOMPUTABLE, TRANSFERRED, make_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from kvoffload import ops
+from kvoffload.cache import KVShape
+from kvoffload.hf import attention_modules
+from kvoffload.recompute import FastRecompute, GenericRecompute, choose
+
+# Two plain projections, keys rotated in halves as they are: the others norm, fuse or interleave.
+FAST = ("llama", "mistral", "qwen2", "gemma", "granite", "mixtral", "starcoder2")
+
+
+class Seen:
+    """What the first attention module of a model was given, and the K and V it made of that."""
+
+    def __init__(self, model: PreTrainedModel, rows: int = 2, tokens: int = 11) -> None:
+        from transformers import DynamicCache
+
+        from kvoffload.hf import offloadable_layers
+
+        idx = offloadable_layers(model)[0]
+        self.module = attention_modules(model)[idx]
+        given: dict[str, Any] = {}
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given.update(kwargs, hidden_states=kwargs.get("hidden_states", args[0] if args else None))
+
+        handle = self.module.register_forward_pre_hook(before, with_kwargs=True)
+        cache = DynamicCache(config=model.config)
+        ids = torch.randint(3, 96, (rows, tokens), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        handle.remove()
+        self.activation: torch.Tensor = given["hidden_states"].detach()
+        self.embeddings = tuple(part.detach() for part in given.get("position_embeddings") or ())
+        layer: Any = cache.layers[idx]
+        self.keys, self.values = layer.keys, layer.values
+        self.shape = KVShape(
+            self.keys.shape[1], self.keys.shape[3], self.values.shape[1], self.values.shape[3], self.keys.dtype
+        )
+
+    def choose(self) -> Any:
+        return choose(self.module, self.shape, self.activation, self.embeddings, self.keys, self.values)
+
+
+@pytest.mark.parametrize("architecture", RECOMPUTABLE)
+def test_the_fast_path_is_chosen_where_it_reproduces_the_model(architecture: str) -> None:
+    chosen = Seen(make_model(architecture)).choose()
+    assert isinstance(chosen, FastRecompute if architecture in FAST else (FastRecompute, GenericRecompute))
+    if architecture in ("qwen3", "olmo2", "phi3", "gpt2", "deepseek_v3"):  # key norms, fused or latent projections
+        assert isinstance(chosen, GenericRecompute)
+
+
+@pytest.mark.parametrize("architecture", TRANSFERRED)
+def test_what_cannot_be_reproduced_is_not_recomputed(architecture: str) -> None:
+    assert Seen(make_model(architecture)).choose() is None
+
+
+@pytest.mark.parametrize("path", [FastRecompute, GenericRecompute])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (2, 11), (5, 3)])
+def test_both_paths_write_keys_and_values_where_a_transfer_would_have(path: Any, rows: int, tokens: int) -> None:
+    seen = Seen(make_model("llama"), rows, tokens)
+    buffer = torch.full((tokens + 2, rows, seen.shape.width), torch.nan)
+    out = buffer[1:-1]
+    path(seen.module, seen.shape)(seen.activation.transpose(0, 1).contiguous(), seen.embeddings, out)
+    keys, values = seen.shape.split(out)
+    torch.testing.assert_close(keys.permute(1, 2, 0, 3), seen.keys, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(values.permute(1, 2, 0, 3), seen.values, atol=1e-6, rtol=1e-5)
+    assert buffer[0].isnan().all()
+    assert buffer[-1].isnan().all()
+
+
+def test_a_wrong_reproduction_is_not_chosen() -> None:
+    """Another rotation, a missing norm or a value that is not a number: nothing of that kind may pass."""
+    seen = Seen(make_model("llama"))
+    seen.keys = seen.keys * 1.001
+    assert seen.choose() is None
+    seen = Seen(make_model("llama"))
+    seen.embeddings = tuple(part.roll(1, dims=1) for part in seen.embeddings)
+    assert seen.choose() is None
+    seen = Seen(make_model("llama"))
+    seen.values = torch.full_like(seen.values, torch.nan)
+    assert seen.choose() is None
+
+
+def hook(attention: Any) -> None:
+    attention.k_proj.register_forward_hook(lambda module, args, output: output)
+
+
+def pre_hook(attention: Any) -> None:
+    attention.v_proj.register_forward_pre_hook(lambda module, args: None)
+
+
+def parametrize(attention: Any) -> None:
+    nn.utils.parametrizations.weight_norm(attention.k_proj)
+
+
+def half(attention: Any) -> None:
+    attention.v_proj.to(torch.bfloat16)
+
+
+def subclass(attention: Any) -> None:
+    class Linear(nn.Linear):
+        pass
+
+    attention.k_proj.__class__ = Linear
+
+
+def fused(attention: Any) -> None:
+    attention.qkv_proj = attention.k_proj
+    del attention.k_proj
+
+
+def adapter(attention: Any) -> None:
+    """PEFT's layer shows the weight of the base layer as its own."""
+    from peft.tuners.lora import Linear, LoraConfig
+
+    attention.v_proj = Linear(attention.v_proj, "default", config=LoraConfig(r=2), r=2)
+
+
+@pytest.mark.parametrize("change", [hook, pre_hook, parametrize, half, subclass, fused, adapter])
+def test_the_fast_path_needs_plain_projections(change: Callable[[Any], None]) -> None:
+    """Decided by what is there, not only by comparing: what is hooked in may act on later tokens only."""
+    attention = attention_modules(make_model("llama"))[0]
+    assert FastRecompute.applies_to(attention, torch.float32)
+    change(attention)
+    assert not FastRecompute.applies_to(attention, torch.float32)
+
+
+def test_the_fast_path_is_off_under_autocast() -> None:
+    attention = attention_modules(make_model("llama"))[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not FastRecompute.applies_to(attention, torch.float32)
+    assert FastRecompute.applies_to(attention, torch.float32)
+
+
+# ---- the operations below --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "rows", "heads"), [(1, 1, 1), (7, 3, 2), (64, 1, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rope_equals_transformers_bit_for_bit(tokens: int, rows: int, heads: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(tokens, rows, heads, 24, generator=generator).to(dtype)
+    angle = torch.rand(rows, tokens, 12, generator=generator).repeat(1, 1, 2) * 6
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    heads_first = keys.permute(1, 2, 0, 3)
+    _, wanted = apply_rotary_pos_emb(heads_first, heads_first, cos, sin)
+    buffer = torch.randn(tokens, rows, 2, heads, 24, generator=generator).to(dtype)
+    values = buffer[:, :, 1].clone()
+    strided = buffer[:, :, 0]  # the K half of token-major K and V
+    strided.copy_(keys)
+    ops.rope_(strided, cos.transpose(0, 1), sin.transpose(0, 1))
+    assert torch.equal(strided.permute(1, 2, 0, 3), wanted)
+    assert torch.equal(buffer[:, :, 1], values)
+
+
+def test_rope_of_a_part_of_each_head_leaves_the_rest() -> None:
+    keys = torch.randn(5, 2, 3, 16)
+    before = keys.clone()
+    angle = torch.rand(5, 1, 4).repeat(1, 1, 2)  # one row for all
+    ops.rope_(keys, angle.cos(), angle.sin())
+    assert torch.equal(keys[..., 8:], before[..., 8:])
+    assert not torch.equal(keys[..., :8], before[..., :8])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (7, 24, 48), (64, 13, 5)])
+def test_linear_into_a_strided_half(m: int, n: int, k: int, bias: bool) -> None:
+    linear = nn.Linear(k, n, bias=bias)
+    x, buffer = torch.randn(m, k), torch.full((m, n + 3), torch.nan)
+    with torch.no_grad():
+        ops.linear_into(x, linear.weight, linear.bias, buffer[:, 3:])
+        torch.testing.assert_close(buffer[:, 3:], linear(x), atol=1e-6, rtol=1e-5)
+    assert buffer[:, :3].isnan().all()
