@@ -47,6 +47,11 @@ def run(model: str | None, prompt: str, max_new_tokens: int, tell: Callable[[str
         max_new_tokens: length of the answer.
         tell: called with what happens next.
     """
+    with bench.core_for_the_link():
+        return _run(model, prompt, max_new_tokens, tell)
+
+
+def _run(model: str | None, prompt: str, max_new_tokens: int, tell: Callable[[str], None]) -> Demo:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     tell(f"loading {model or 'SmolLM2-135M-Instruct'} on {device}")

@@ -23,6 +23,7 @@ def main(
     modes: Annotated[str, typer.Option(help="comma-separated")] = ",".join(bench.MODES),
     new_tokens: Annotated[int, typer.Option(min=5, help="tokens; two steps are not counted")] = 12,
     sweep: Annotated[bool, typer.Option(help="also every split in blocks")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="passes over all rows, pooled")] = 1,
     profile: Annotated[str, typer.Option(help="hardware profile: auto, a preset or a file")] = "auto",
     json_path: Annotated[str, typer.Option("--json", help="write rows as JSON to a file, - for standard output")] = "",
     csv_path: Annotated[str, typer.Option("--csv", help="add rows to this CSV file")] = "",
@@ -40,6 +41,7 @@ def main(
         new_tokens,
         profile=profile,
         sweep=sweep,
+        rounds=rounds,
         on_row=lambda row: console.print(
             f"{row['mode']}: {row['decode_step_s_p50'] * 1e3:.1f} ms, {row['fraction_of_bound']:.3f} of the bound"
         ),
