@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from kvoffload.cache import CacheLayer, KVShape
+from kvoffload.layer import CacheLayer
 from kvoffload.store import Block
+from kvoffload.tail import KVShape
 
 
 def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,8 +25,8 @@ def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tup
     Returns:
         K and V, [rows, heads, cached + new tokens, dim], views of a layer buffer.
     """
-    cache, engine, shape = layer.cache, layer.cache.engine, layer.shape
-    assert shape is not None
+    cache, engine, shape, tail = layer.cache, layer.cache.engine, layer.shape, layer.tail
+    assert shape is not None and tail is not None
     row_bytes = cache.rows * shape.row_bytes
     total = layer.num_tokens + keys.shape[2]
     engine.ensure_buffers(total * row_bytes)
@@ -38,7 +39,7 @@ def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tup
     for chunk, data in engine.arriving(job):
         tokens = len(chunk.blocks) * cache.placement.block_tokens
         rows = chunk.blocks[0].rows
-        activation = data.view(layer.activation_dtype).view(tokens, rows, layer.hidden_size)
+        activation = layer.row_shapes["activation"].view(data, tokens, rows)
         out = _tokens(landing, chunk.landing_offset, tokens, rows, shape)
         engine.backend.compute(reads=(data,), writes=(out,))
         layer.recompute_into(chunk.first_block, chunk.blocks[0], activation, out)
@@ -56,8 +57,8 @@ def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tup
     everything = _tokens(target, 0, total, cache.rows, shape)
     newest = everything[layer.num_stored_tokens :]
     engine.backend.compute(writes=(newest,))
-    newest[: layer.tail_tokens] = layer.tail
-    new_keys, new_values = shape.split(newest[layer.tail_tokens :])
+    newest[: tail.num_tokens] = tail.kv
+    new_keys, new_values = shape.split(newest[tail.num_tokens :])
     new_keys.copy_(keys.permute(2, 0, 1, 3))
     new_values.copy_(values.permute(2, 0, 1, 3))
     engine.backend.compute(reads=(everything,))  # the attention that follows

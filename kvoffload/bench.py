@@ -24,12 +24,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from kvoffload import cost, hf, planner, recompute
 from kvoffload.api import offload
 from kvoffload.backend import Backend, CudaBackend
-from kvoffload.cache import KVShape
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.model_shape import shape_from_config
 from kvoffload.profiler.environment import cpu_name
 from kvoffload.profiler.profile import with_link
 from kvoffload.stats import GenerationStats
+from kvoffload.tail import KVShape
 from kvoffload.types import HardwareProfile, PlanInputs, Rates
 
 MODES = ("full_transfer", "recompute_all", "sequential", "kvpr", "planned")

@@ -18,9 +18,9 @@ import torch
 
 from kvoffload import cost, planner
 from kvoffload.backend import Backend
-from kvoffload.cache import Placement
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import HostMemoryError
+from kvoffload.placement import Placement
 from kvoffload.sizing import Geometry, Sizes, choose_sizes
 from kvoffload.types import HardwareProfile, ModelShape, Plan, PlanInputs, Rates
 

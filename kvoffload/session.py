@@ -23,11 +23,13 @@ import torch
 
 from kvoffload import hf
 from kvoffload.backend import Backend, CudaBackend, EmulatedBackend, LinkUse
-from kvoffload.cache import CacheLayer, OffloadedCache, Placement
+from kvoffload.cache import OffloadedCache
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.decide import Decider, Decision
 from kvoffload.errors import ConfigError, KVOffloadError
+from kvoffload.layer import CacheLayer
 from kvoffload.model_shape import shape_from_config
+from kvoffload.placement import Placement
 from kvoffload.profiler.stored import resolve_profile
 from kvoffload.sizing import Geometry, grown, widened
 from kvoffload.stats import GenerationStats

@@ -11,10 +11,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kvoffload"
 
 _LAYER_0 = {"errors", "types"}
-_LAYER_1 = _LAYER_0 | {"config", "cost", "model_shape", "stats"}
+_LAYER_1 = _LAYER_0 | {"config", "cost", "model_shape", "placement", "stats"}
 _LAYER_2 = _LAYER_1 | {"planner", "sizing", "backend", "store", "positions", "ops"}
 _LAYER_3 = _LAYER_2 | {"transfer", "ways", "advice"}
-_LAYER_4 = _LAYER_3 | {"cache", "attention", "recompute"}
+_LAYER_4 = _LAYER_3 | {"tail", "layer", "cache", "attention", "recompute"}
 _LAYER_5 = _LAYER_4 | {"hf", "decide", "profiler"}
 
 # module (a file, or a folder as a whole) -> the modules of ours it may import
@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": _LAYER_0,
     "cost": _LAYER_0,
     "model_shape": _LAYER_0,
+    "placement": _LAYER_0,
     "stats": _LAYER_0,
     "kernels": _LAYER_0,
     "planner": _LAYER_1,
@@ -36,9 +37,11 @@ ALLOWED: dict[str, set[str]] = {
     "ways": _LAYER_2,
     "advice": _LAYER_2 | {"ways"},
     "profiler": _LAYER_3,
-    "cache": _LAYER_3,
-    "attention": _LAYER_3 | {"cache"},
-    "recompute": _LAYER_3 | {"cache"},
+    "tail": _LAYER_2,
+    "layer": _LAYER_3 | {"tail"},
+    "cache": _LAYER_3 | {"tail", "layer"},
+    "attention": _LAYER_3 | {"tail", "layer"},
+    "recompute": _LAYER_3 | {"tail", "layer"},
     "hf": _LAYER_4,
     "decide": _LAYER_4,
     "session": _LAYER_5,
@@ -58,7 +61,19 @@ ONLY_IN: dict[str, set[str]] = {
     "transformers": {"hf", "cli", "bench", "chat"},  # the seam, and the commands that load a model
     "typer": {"cli"},
 }
-TORCH_FREE = {"errors", "types", "config", "cost", "model_shape", "stats", "planner", "sizing", "ways", "advice"}
+TORCH_FREE = {
+    "errors",
+    "types",
+    "config",
+    "cost",
+    "model_shape",
+    "placement",
+    "stats",
+    "planner",
+    "sizing",
+    "ways",
+    "advice",
+}
 
 # the only modules that create streams, events or pinned memory
 DEVICE_OWNERS = {"backend", "store", "profiler"}

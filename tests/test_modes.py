@@ -52,7 +52,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import kvoffload
 from kvoffload import OffloadConfig, attention, hf
-from kvoffload.cache import CacheLayer
+from kvoffload.layer import CacheLayer
 from kvoffload.recompute import FastRecompute
 from kvoffload.session import Session
 

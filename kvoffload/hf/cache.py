@@ -1,13 +1,8 @@
-"""Where transformers and the cache meet: a Cache of our layers, and hooks that see each attention layer's input.
-
-Owns what is attached to a user's model and takes it off again. With the CLI the only importer of transformers.
-Nothing is patched globally: hooks sit on the attention modules of one model, methods are shadowed on one instance.
-"""
+"""A transformers Cache of our layers: the interface that `generate()` and attention modules call."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import time
 import warnings
@@ -18,11 +13,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from kvoffload import attention, recompute
-from kvoffload.cache import CacheLayer, KVShape, OffloadedCache, Recompute
+from kvoffload.cache import OffloadedCache
 from kvoffload.errors import UnsupportedModelError
+from kvoffload.hf.models import offloadable_layers
+from kvoffload.layer import CacheLayer, Recompute
+from kvoffload.tail import KVShape
 
 VERIFIED_TOKENS = 16  # of the first prefill, on which recomputation is checked before it is used
 
@@ -55,76 +53,6 @@ class CacheOwner(Protocol):
     def add_setup(self, seconds: float) -> None: ...
     @property
     def num_forwards(self) -> int: ...
-
-
-def unwrap(model: Any) -> PreTrainedModel:
-    """The transformers model inside compiled and PEFT wrappers."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            inner: PreTrainedModel = model
-            return inner
-
-
-def check_supported(model: Any) -> None:
-    """Refuse what cannot be offloaded correctly.
-
-    Raises:
-        UnsupportedModelError: not a generative decoder, encoder-decoder, attention-free, or on several devices.
-    """
-    if not isinstance(model, PreTrainedModel) or not hasattr(model, "_prepare_cache_for_generation"):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers model with generate(); pass an AutoModelForCausalLM"
-        )
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder-only models can be offloaded")
-    devices = {str(p.device) for p in model.parameters()}
-    placed = set(map(str, getattr(model, "hf_device_map", {}).values()))
-    if len(devices) > 1 or len(placed) > 1:
-        raise UnsupportedModelError(
-            f"{name} is spread over {', '.join(sorted(devices | placed))}; load it on one device, "
-            "for example with device_map={'': 0}"
-        )
-    if not offloadable_layers(model):
-        raise UnsupportedModelError(
-            f"{name} has no attention layer with an unbounded cache (only sliding-window, linear or stateful layers); "
-            "its cache does not grow, use plain generate()"
-        )
-
-
-def offloadable_layers(model: PreTrainedModel) -> list[int]:
-    """Indices of the layers whose cache grows without bound and is read by no other layer."""
-    supports: Any = model._supports_default_dynamic_cache
-    if not supports():
-        return []
-    config = model.config.get_text_config(decoder=True)
-    layers = DynamicCache(config=config).layers
-    shared = _kv_producers(config, len(layers))
-    return [idx for idx, layer in enumerate(layers) if type(layer) is DynamicLayer and idx not in shared]
-
-
-def _kv_producers(config: Any, num_layers: int) -> set[int]:
-    """Layers whose K/V later layers use (gemma3n): they keep a cache of their own on the device."""
-    num_shared = getattr(config, "num_kv_shared_layers", 0) or 0
-    if not num_shared:
-        return set()
-    first_shared = config.num_hidden_layers - num_shared
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return {max(idx for idx in range(first_shared) if types[idx] == kind) for kind in set(types[:first_shared])}
-
-
-def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The attention module of each layer index."""
-    found: dict[int, nn.Module] = {}
-    for _, module in model.named_modules():
-        idx = getattr(module, "layer_idx", None)
-        if isinstance(idx, int) and "attention" in type(module).__name__.lower():
-            found[idx] = module  # inner modules come after outer ones
-    return found
 
 
 class OffloadedLayer(CacheLayerMixin):
@@ -193,8 +121,8 @@ class OffloadedLayer(CacheLayerMixin):
             if core.num_tokens:
                 result = attention.assemble(core, key_states, value_states)
             core.append(key_states, value_states, activation)
-            if core.position == len(core.cache.layers) - 1 and not core.awaits_crop:
-                core.cache.engine.prefetch(core.cache)
+            if core.position == len(owner.core.layers) - 1 and not core.awaits_crop:
+                core.cache.engine.prefetch(owner.core)
         return result
 
     def _bind(
@@ -218,7 +146,7 @@ class OffloadedLayer(CacheLayerMixin):
                 if core.position == 0:
                     session.cannot_recompute(owner, first)
             elif activation is not None:
-                shape = KVShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype)
+                shape = KVShape.of(keys, values)
                 measure = functools.partial(self._prepare_measurement, core.recompute, activation, shape)
         session.before_first_append(owner, core, first, measure)
         began = time.perf_counter()
@@ -230,7 +158,7 @@ class OffloadedLayer(CacheLayerMixin):
             return None
         n = slice(0, VERIFIED_TOKENS)
         embeddings = tuple(part[:, n] for part in self._embeddings)
-        shape = KVShape(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype)
+        shape = KVShape.of(keys, values)
         return recompute.choose(self._module, shape, activation[:, n], embeddings, keys[:, :, n], values[:, :, n])
 
     def _prepare_measurement(
@@ -387,93 +315,3 @@ class OffloadedHFCache(DynamicCache):
             self.core.reset()
             for layer in self._others:
                 layer.reset()
-
-
-class ModelHooks:
-    """Hooks on the attention modules and the model itself, and their removal.
-
-    Args:
-        model: the model.
-        is_foreign_forward_allowed: whether a forward with another cache is fine now.
-        on_forward: called before each forward of the model with a cache of ours.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        is_foreign_forward_allowed: Callable[[], bool],
-        on_forward: Callable[[OffloadedHFCache], None],
-    ) -> None:
-        self.modules = attention_modules(model)
-        self._allowed = is_foreign_forward_allowed
-        self._on_forward = on_forward
-        self._handles: list[Any] = []
-        self.is_compiled = _is_compiled(model)
-        if self.is_compiled:
-            warnings.warn(
-                f"{type(model).__name__} is compiled: its offloaded cache runs between the compiled graphs, one break "
-                "per layer, so little of the gain is left",
-                stacklevel=4,
-            )
-        wrap: Callable[[Any], Any] = torch.compiler.disable if self.is_compiled else lambda function: function
-        for idx, module in self.modules.items():
-            names = list(inspect.signature(module.forward).parameters)
-            before, after = self._make_hooks(idx, names)
-            self._handles.append(module.register_forward_pre_hook(wrap(before), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(wrap(after), with_kwargs=True))
-        self._handles.append(model.register_forward_pre_hook(wrap(self._before_model), with_kwargs=True))
-
-    def remove(self) -> None:
-        """Leave the model as it was."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, OffloadedHFCache):
-            self._on_forward(cache)
-
-    def _make_hooks(self, layer_idx: int, names: list[str]) -> tuple[Any, Any]:
-        def argument(name: str, args: Any, kwargs: Any) -> Any:
-            if name in kwargs:
-                return kwargs[name]
-            position = names.index(name) if name in names else len(args)
-            return args[position] if position < len(args) else None
-
-        def our_layer(args: Any, kwargs: Any) -> OffloadedLayer | None:
-            cache = argument("past_key_values", args, kwargs)
-            if cache is None:
-                cache = argument("layer_past", args, kwargs)
-            if not isinstance(cache, OffloadedHFCache):
-                if not self._allowed():
-                    raise UnsupportedModelError(
-                        f"the model ran layer {layer_idx} without the offloaded cache it was given (some models drop "
-                        "their cache when a context grows past a limit); use plain generate() for this call"
-                    )
-                return None
-            if layer_idx >= len(cache.layers):
-                return None  # it reads what an earlier layer cached, and has no cache of its own
-            layer = cache.layers[layer_idx]
-            return layer if isinstance(layer, OffloadedLayer) else None
-
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            layer = our_layer(args, kwargs)
-            if layer is not None:
-                activation = kwargs.get("hidden_states", args[0] if args else None)
-                layer.capture(activation, argument("position_embeddings", args, kwargs))
-
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            layer = our_layer(args, kwargs)
-            if layer is not None:
-                layer.core.cache.engine.finish_current()
-
-        return before, after
-
-
-def _is_compiled(model: PreTrainedModel) -> bool:
-    return getattr(model, "_compiled_call_impl", None) is not None or any(
-        "_orig_mod" in name or hasattr(module.forward, "_torchdynamo_orig_callable")
-        for name, module in model.named_modules()
-    )
