@@ -44,13 +44,14 @@ ALLOWED: dict[str, set[str]] = {
     "recompute": _LAYER_3 | {"tail", "layer"},
     "hf": _LAYER_4,
     "decide": _LAYER_4,
-    "session": _LAYER_5,
-    "api": _LAYER_5 | {"session"},
-    "__init__": _LAYER_5 | {"session", "api"},
-    "bench": _LAYER_5 | {"session", "api"},
-    "chat": _LAYER_5 | {"session", "api"},
-    "demo": _LAYER_5 | {"session", "api", "bench", "chat"},
-    "cli": _LAYER_5 | {"session", "api", "__init__", "bench", "chat", "demo"},
+    "run": _LAYER_5,
+    "session": _LAYER_5 | {"run"},
+    "api": _LAYER_5 | {"run", "session"},
+    "__init__": _LAYER_5 | {"run", "session", "api"},
+    "bench": _LAYER_5 | {"run", "session", "api"},
+    "chat": _LAYER_5 | {"run", "session", "api"},
+    "demo": _LAYER_5 | {"run", "session", "api", "bench", "chat"},
+    "cli": _LAYER_5 | {"run", "session", "api", "__init__", "bench", "chat", "demo"},
 }
 
 # third-party package -> the only modules of ours that may import it

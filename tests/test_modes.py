@@ -631,7 +631,7 @@ def test_a_cache_that_is_collected_in_the_middle_of_a_step_of_another(
                 collected_at.append(layer.num_tokens)
             return result
 
-        monkeypatch.setattr(hf, "attention", SimpleNamespace(assemble=assemble))
+        monkeypatch.setattr("kvoffload.hf.cache.attention", SimpleNamespace(assemble=assemble))
         gc.disable()
         try:
             del abandoned
