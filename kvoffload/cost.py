@@ -253,7 +253,8 @@ def simulate(plan: Plan, rates: Rates, *, overlap: bool = True, num_steps: int =
     One link and one compute stream, each in order. Per layer: weights if streamed, then its chunks in
     `transfer_order`; the next layer's right behind them, layer 0 of the next step during the gap. An activation chunk
     needs a free slot (free when its recomputation ended), kv chunks one of two layer buffers (free when attention of
-    the layer two before ended). A layer computes once the host has issued it: each chunk when it has arrived and a
+    the layer two before ended); where attention takes chunks one by one every chunk needs a slot, free when it was
+    attended to. A layer computes once the host has issued it: each chunk when it has arrived and a
     share of the resident activations behind it, attention after the last one, the dense part; after the last layer
     the head, then the gap.
 
@@ -309,6 +310,21 @@ def simulate(plan: Plan, rates: Rates, *, overlap: bool = True, num_steps: int =
             work(resident_s / len(activation_chunks), 0.0)
         return len(arrived)
 
+    def attend_chunks() -> None:
+        """All chunks of a layer through slots, each attended to when it is there; then the rest of its attention."""
+        nonlocal num_copied
+        chunks = {True: iter(activation_chunks), False: iter(kv_chunks)}
+        for is_activation in order:
+            tokens = next(chunks[is_activation])
+            there_s = copy(tokens * (activation_s if is_activation else kv_s), released[num_copied])
+            num_copied += 1
+            recompute_s = rates.recompute_s_per_token if is_activation else 0.0
+            released.append(work(tokens * (recompute_s + rates.attention_s_per_token), there_s))
+            if is_activation:
+                work(resident_s / len(activation_chunks), 0.0)
+        chunk_tokens = sum(activation_chunks) + sum(kv_chunks)
+        work(attention_s - chunk_tokens * rates.attention_s_per_token, 0.0)
+
     marks = []
     for _ in range(num_steps):
         for _ in range(num_layers):
@@ -318,6 +334,10 @@ def simulate(plan: Plan, rates: Rates, *, overlap: bool = True, num_steps: int =
             kv_arrived, num_kv = 0.0, 0
             work(0.0 if activation_chunks else resident_s, host)
             recomputed = 0
+            if plan.is_segmented:
+                attend_chunks()
+                weights_used.append(work(ordinary * rates.dense_s, weights_arrived))
+                continue
             for is_activation in order:
                 if is_activation:
                     if num_copied >= len(released):  # its slot is freed by a chunk of this layer

@@ -15,7 +15,7 @@ import torch
 from kvoffload.cost import transfer_order
 from kvoffload.placement import Kind, Placement, Run, next_runs
 from kvoffload.positions import PositionStore
-from kvoffload.store import Block, Extent, HostPool
+from kvoffload.store import Block, Extent, HostPool, RowTable
 from kvoffload.tail import KVShape, NewTokens, RowShape, Tail
 from kvoffload.transfer import Chunk, TransferEngine
 from kvoffload.types import Form
@@ -33,6 +33,7 @@ class LayerOwner(Protocol):
     pool: HostPool
     placement: Placement
     positions: PositionStore
+    row_table: RowTable
     rows: int
     prompt_copies: int
     is_recording: bool
@@ -64,6 +65,7 @@ class CacheLayer:
         self.is_full_precision = True  # K, V and their recomputation in float32 or better
         self.streams: tuple[int, ...] = ()  # position embeddings, see PositionStore
         self.awaits_crop = False
+        self.is_segmented = False  # attention runs over its chunks one by one
         self.tail: Tail | None = None
         self.row_shapes: dict[Form, RowShape] = {}  # of one token, per form
         self._extents: dict[Form, Extent] = {"kv": Extent(cache.pool), "activation": Extent(cache.pool)}
@@ -276,9 +278,11 @@ class CacheLayer:
         bt = self.cache.placement.block_tokens
         if num_full:
             copies = self.cache.claim_blocks(len(self.blocks) + num_full, new)
-            self.cache.engine.start_layer_write_back()
+            runs = self._next_runs(num_full)
+            stored = (bt * run.num_blocks * self.row_shapes[run.form].num_bytes for run in runs if not run.is_resident)
+            self.cache.engine.start_layer_write_back(sum(stored) * (self.cache.rows // copies))
             start = 0
-            for form, is_resident, count in self._next_runs(num_full):
+            for form, is_resident, count in runs:
                 store = self._keep if is_resident else self._write_back
                 store(form, start, count, copies, new)
                 start += count

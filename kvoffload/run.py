@@ -97,6 +97,7 @@ class Run:
             self._num_prefill_forwards += 1
         elif self._decode is None:
             self._decode = _Readings.of(self._backend)
+            engine.release_stages()
             self._prefill_peak_bytes = engine.take_peak()
 
     def step_rates(self) -> StepRates:

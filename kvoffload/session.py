@@ -72,6 +72,9 @@ class Session:
         self._hooks = hf.ModelHooks(
             self.model, is_foreign_forward_allowed=self._may_run_without_us, on_forward=self._before_forward
         )
+        self._segment_attention: hf.SegmentAttention | None = None
+        if config.attention == "auto" and config.schedule == "pipelined":
+            self._segment_attention = hf.SegmentAttention.install(self.model, self._hooks)
         self._shadowed = {name: vars(self.model)[name] for name in SHADOWED if name in vars(self.model)}
         self._originals: dict[str, Callable[..., Any]] = {name: getattr(self.model, name) for name in SHADOWED}
 
@@ -99,6 +102,8 @@ class Session:
             return
         self.is_closed = True
         self._hooks.remove()
+        if self._segment_attention is not None:
+            self._segment_attention.remove()
         for name in SHADOWED:
             del vars(self.model)[name]
         vars(self.model).update(self._shadowed)
@@ -271,6 +276,7 @@ class Session:
         first: hf.FirstTokens | None = None,
         *,
         can_recompute: bool = True,
+        is_segmented: bool | None = None,
     ) -> None:
         """Decide for an empty cache and make the engine's buffers."""
         shape = first or self.decider.shape
@@ -281,6 +287,7 @@ class Session:
             kv_row_bytes=shape.kv_row_bytes,
             activation_row_bytes=shape.activation_row_bytes,
             beams=copies,
+            is_segmented=self.offers_segments if is_segmented is None else is_segmented,
         )
         decision = self.decider.decide(
             geometry,
@@ -305,6 +312,7 @@ class Session:
             num_slots=sizes.num_slots,
             buffer_bytes=sizes.buffer_bytes,
             d2h_slot_bytes=sizes.d2h_slot_bytes,
+            scratch_bytes=sizes.scratch_bytes,
         )
         self._configured_for = weakref.ref(cache)
 
@@ -325,7 +333,10 @@ class Session:
         began = time.perf_counter()
         known, copies = self._decisions[cache].placement.max_tokens, cache.core.prompt_copies
         prompt_tokens = max(first.tokens, self._prompt_tokens)
-        self._lay_out(cache, first.rows, copies, prompt_tokens, known, first, can_recompute=False)
+        segmented = cache.core.layers[0].is_segmented
+        self._lay_out(
+            cache, first.rows, copies, prompt_tokens, known, first, can_recompute=False, is_segmented=segmented
+        )
         self.add_setup(time.perf_counter() - began)
 
     def before_first_append(
@@ -345,16 +356,17 @@ class Session:
         """
         began = time.perf_counter()
         if cache not in self._decisions:
-            self._lay_out(cache, first.rows, 1, first.tokens, None, first)
+            self._lay_out(cache, first.rows, 1, first.tokens, None, first, is_segmented=layer.is_segmented)
         geometry = self._decisions[cache].geometry
-        if layer.position == 0 and (first.kv_row_bytes, first.activation_row_bytes) != (
+        if layer.position == 0 and (first.kv_row_bytes, first.activation_row_bytes, layer.is_segmented) != (
             geometry.kv_row_bytes,
             geometry.activation_row_bytes,
+            geometry.is_segmented,
         ):
-            known = self._decisions[cache].placement.max_tokens
-            copies = cache.core.prompt_copies
-            self._lay_out(cache, first.rows, copies, max(first.tokens, self._prompt_tokens), known, first)
-        elif layer.position > 0:
+            known, copies = self._decisions[cache].placement.max_tokens, cache.core.prompt_copies
+            prompt_tokens = max(first.tokens, self._prompt_tokens)
+            self._lay_out(cache, first.rows, copies, prompt_tokens, known, first, is_segmented=layer.is_segmented)
+        elif layer.position > 0 and not layer.is_segmented:
             self.engine.ensure_buffers(geometry.max_tokens * first.rows * first.kv_row_bytes)
         if layer.position == 0 and measure is not None:
             decision = self.decider.measure_chunk(self._decisions[cache], measure)
@@ -362,6 +374,11 @@ class Session:
                 self._decisions[cache] = decision
                 cache.core.placement = decision.placement
         self.add_setup(time.perf_counter() - began)
+
+    @property
+    def offers_segments(self) -> bool:
+        """Whether attention over segments is installed on the model."""
+        return self._segment_attention is not None
 
     @property
     def _prompt_tokens(self) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
-from kvoffload.types import Rates
+from kvoffload.types import ModelShape, Rates
 
 TARGET_CHUNK_BYTES = 32 * 2**20  # K/V of a chunk: large enough for full link and GEMM rate on GPUs measured by others
 MIN_CHUNK_BYTES = 2**20  # K/V of a chunk: below this the host's time per chunk shows, and nothing is gained
@@ -31,6 +31,7 @@ class Geometry:
     activation_row_bytes: int
     beams: int = 1
     other_device_bytes: int = 0  # layers that stay on the device
+    is_segmented: bool = False  # attention takes chunks one by one: no layer buffers, and kv chunks use the ring
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -54,6 +55,7 @@ class Sizes:
     buffer_bytes: int
     num_buffers: int
     d2h_slot_bytes: int
+    scratch_bytes: int  # K/V of a recomputed chunk
     tail_bytes: int  # all layers
     other_device_bytes: int
 
@@ -64,6 +66,7 @@ class Sizes:
             self.num_slots * self.slot_bytes
             + self.num_buffers * self.buffer_bytes
             + 2 * self.d2h_slot_bytes  # one being filled, one being written
+            + self.scratch_bytes
             + self.tail_bytes
             + self.other_device_bytes
         )
@@ -98,8 +101,7 @@ def choose_sizes(
     if smallest.fixed_device_bytes > device_bytes:
         raise InfeasiblePlanError(
             f"offloading {geometry.rows} sequences of {geometry.max_tokens} tokens needs at least "
-            f"{smallest.fixed_device_bytes / GIB:.4f} GiB on the device ({smallest.num_buffers} layer buffers of "
-            f"{smallest.buffer_bytes / GIB:.4f} GiB, tails {smallest.tail_bytes / GIB:.4f} GiB), device_gib allows "
+            f"{smallest.fixed_device_bytes / GIB:.4f} GiB on the device ({_describe(smallest)}), device_gib allows "
             f"{device_bytes / GIB:.4f}: raise device_gib, or lower the batch or max_new_tokens"
         )
     best = smallest
@@ -137,7 +139,8 @@ def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: b
     elif config.schedule == "kvpr":
         num_slots = chunks_per_layer  # the whole activation of a layer arrives before recomputation starts
     else:
-        slot_bytes = block_tokens * chunk_blocks * geometry.activation_bytes_per_token
+        row_bytes = _slot_row_bytes(geometry, keeps_activations)
+        slot_bytes = block_tokens * chunk_blocks * geometry.rows * row_bytes
         # one chunk being filled and one being recomputed, beside what arrives in the meantime
         num_slots = 3 if rates is None else 2 + math.ceil(_ring_bytes(geometry, rates) / slot_bytes)
         num_slots = max(2, min(MAX_SLOTS, num_slots))
@@ -168,17 +171,36 @@ def _with(
 ) -> Sizes:
     tail_row = geometry.kv_row_bytes + (geometry.activation_row_bytes if keeps_activations else 0)
     largest_row = max(geometry.kv_row_bytes, geometry.activation_row_bytes if keeps_activations else 0)
+    chunk_rows = block_tokens * chunk_blocks * geometry.rows
+    num_buffers = 3 if geometry.beams > 1 else 2
     return Sizes(
         block_tokens=block_tokens,
         chunk_blocks=chunk_blocks,
-        num_slots=num_slots if keeps_activations else 0,
-        slot_bytes=block_tokens * chunk_blocks * geometry.activation_bytes_per_token,
-        buffer_bytes=geometry.max_tokens * geometry.kv_bytes_per_token,
-        num_buffers=3 if geometry.beams > 1 else 2,
-        d2h_slot_bytes=block_tokens * chunk_blocks * geometry.rows * largest_row,
+        num_slots=num_slots if keeps_activations or geometry.is_segmented else 0,
+        slot_bytes=chunk_rows * _slot_row_bytes(geometry, keeps_activations),
+        buffer_bytes=0 if geometry.is_segmented else geometry.max_tokens * geometry.kv_bytes_per_token,
+        num_buffers=0 if geometry.is_segmented else num_buffers,
+        d2h_slot_bytes=chunk_rows * largest_row,
+        scratch_bytes=chunk_rows * geometry.kv_row_bytes if geometry.is_segmented and keeps_activations else 0,
         tail_bytes=geometry.num_offloaded_layers * block_tokens * geometry.rows * tail_row,
         other_device_bytes=geometry.other_device_bytes,
     )
+
+
+def _slot_row_bytes(geometry: Geometry, keeps_activations: bool) -> int:
+    """The largest form that travels through the ring."""
+    if not geometry.is_segmented:
+        return geometry.activation_row_bytes  # kv chunks land in a layer buffer
+    return max(geometry.kv_row_bytes, geometry.activation_row_bytes if keeps_activations else 0)
+
+
+def _describe(sizes: Sizes) -> str:
+    parts = [f"tails {sizes.tail_bytes / GIB:.4f} GiB"]
+    if sizes.num_buffers:
+        parts.insert(0, f"{sizes.num_buffers} layer buffers of {sizes.buffer_bytes / GIB:.4f} GiB")
+    else:
+        parts.insert(0, f"{sizes.num_slots} slots of {sizes.slot_bytes / GIB:.4f} GiB")
+    return ", ".join(parts)
 
 
 def widened(sizes: Sizes, rows_before: int, rows: int) -> Sizes:
@@ -187,6 +209,7 @@ def widened(sizes: Sizes, rows_before: int, rows: int) -> Sizes:
         sizes,
         slot_bytes=sizes.slot_bytes // rows_before * rows,
         buffer_bytes=sizes.buffer_bytes // rows_before * rows,
+        scratch_bytes=sizes.scratch_bytes // rows_before * rows,
         d2h_slot_bytes=sizes.d2h_slot_bytes // rows_before * rows,
         tail_bytes=sizes.tail_bytes // rows_before * rows,
     )
@@ -194,7 +217,20 @@ def widened(sizes: Sizes, rows_before: int, rows: int) -> Sizes:
 
 def grown(sizes: Sizes, geometry: Geometry) -> Sizes:
     """The same sizes with layer buffers for a longer cache."""
+    if geometry.is_segmented:
+        return sizes
     return replace(sizes, buffer_bytes=max(sizes.buffer_bytes, geometry.max_tokens * geometry.kv_bytes_per_token))
+
+
+def prefill_peak_bytes(shape: ModelShape, rows: int, tokens: int) -> int:
+    """Device memory that a prefill of `tokens` tokens in each of `rows` rows needs beside weights and cache."""
+    itemsize = shape.activation_itemsize_bytes
+    mlp = shape.mlp_matrices * shape.intermediate_size  # gate, up and their product live at once
+    attention = 4 * shape.num_heads * shape.head_dim  # queries, output and their transposed copies
+    kv = 3 * shape.kv_row_bytes  # one layer's K/V, and packed for two
+    per_token = (max(mlp, attention) + 4 * shape.hidden_size) * itemsize + kv  # residual, norm, input, output
+    logits = rows * shape.vocab_size * (itemsize + 4)  # and a float32 copy
+    return rows * tokens * per_token + logits
 
 
 def _power_of_two(value: int) -> int:

@@ -51,7 +51,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import kvoffload
-from kvoffload import OffloadConfig, attention, hf
+from kvoffload import OffloadConfig, attention
 from kvoffload.layer import CacheLayer
 from kvoffload.recompute import FastRecompute
 from kvoffload.session import Session

@@ -6,6 +6,7 @@ modules of one model, methods are shadowed on one instance.
 
 from kvoffload.hf.cache import FirstTokens, Measure, OffloadedHFCache, OffloadedLayer
 from kvoffload.hf.hooks import ModelHooks
+from kvoffload.hf.interface import SegmentAttention
 from kvoffload.hf.models import attention_modules, check_supported, offloadable_layers, unwrap
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ModelHooks",
     "OffloadedHFCache",
     "OffloadedLayer",
+    "SegmentAttention",
     "attention_modules",
     "check_supported",
     "offloadable_layers",

@@ -15,13 +15,20 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
-from kvoffload import attention, recompute
+from kvoffload import attention, recompute, segments
 from kvoffload.cache import OffloadedCache
 from kvoffload.errors import UnsupportedModelError
+from kvoffload.hf.masks import MaskReader
 from kvoffload.hf.models import offloadable_layers
 from kvoffload.layer import CacheLayer, Recompute
 from kvoffload.tail import KVShape
 
+# What attention functions are called with. A window is in the mask; the others say nothing about the result.
+KNOWN_ARGUMENTS = {
+    *("scaling", "softcap", "s_aux", "dropout", "is_causal", "sliding_window"),
+    *("position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+    *("output_router_logits", "logits_to_keep"),
+}
 VERIFIED_TOKENS = 16  # of the first prefill, on which recomputation is checked before it is used
 
 
@@ -53,6 +60,16 @@ class CacheOwner(Protocol):
     def add_setup(self, seconds: float) -> None: ...
     @property
     def num_forwards(self) -> int: ...
+    @property
+    def offers_segments(self) -> bool: ...
+
+
+class _Update(NamedTuple):
+    """What an attention module handed over in one forward."""
+
+    keys: torch.Tensor  # [rows, heads, tokens, head_dim]
+    values: torch.Tensor
+    activation: torch.Tensor | None  # [rows, tokens, hidden]
 
 
 class OffloadedLayer(CacheLayerMixin):
@@ -69,6 +86,8 @@ class OffloadedLayer(CacheLayerMixin):
         self._module = module
         self._activation: torch.Tensor | None = None  # input of the attention module in this forward
         self._embeddings: tuple[torch.Tensor, ...] | None = ()  # None: of a kind that cannot be stored
+        self._is_in_module = False
+        self._pending: _Update | None = None  # to be cached once its attention has run
 
     @property
     def record_past(self) -> bool:
@@ -81,7 +100,7 @@ class OffloadedLayer(CacheLayerMixin):
 
     def capture(self, activation: torch.Tensor, embeddings: Any) -> None:
         """Remember what the attention module was called with."""
-        self._activation = activation
+        self._activation, self._is_in_module, self._pending = activation, True, None
         if embeddings is None:
             self._embeddings = ()
         elif isinstance(embeddings, (tuple, list)) and all(
@@ -106,24 +125,136 @@ class OffloadedLayer(CacheLayerMixin):
         activation, self._activation = self._activation, None
         if activation is not None and activation.shape[:2] != key_states.permute(0, 2, 1, 3).shape[:2]:
             activation = None
+        update = _Update(key_states, value_states, activation)
+        if self._is_in_module and owner.session.offers_segments and (core.shape is None or core.is_segmented):
+            self._pending = update
+            return key_states, value_states
         with torch.no_grad():
-            if core.shape is None:
-                self._bind(owner, key_states, value_states, activation)
-            if core.recompute is None:
-                activation = None
-            elif activation is None:
-                raise UnsupportedModelError(
-                    f"layer {core.position} was updated outside its attention module; use split='transfer'"
-                )
-            if core.recompute is not None and self._embeddings:
-                core.streams = core.cache.positions.capture(owner.session.num_forwards, core.position, self._embeddings)
+            self._prepare(update, is_segmented=False)
             result = (key_states, value_states)
             if core.num_tokens:
                 result = attention.assemble(core, key_states, value_states)
-            core.append(key_states, value_states, activation)
-            if core.position == len(owner.core.layers) - 1 and not core.awaits_crop:
-                core.cache.engine.prefetch(owner.core)
+            self._append(update)
         return result
+
+    @property
+    def awaits_attention(self) -> bool:
+        """Whether K and V were handed over in this forward and their attention is to come."""
+        return self._pending is not None
+
+    def attend(
+        self,
+        original: Callable[..., Any],
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The attention of the tokens just handed over, over all that is cached; then these are cached.
+
+        Args:
+            original: the attention function that was selected before ours.
+            module: the attention module.
+            query: [rows, heads, tokens, head_dim]; key and value are those of the new tokens.
+            mask: as the original takes it.
+            kwargs: further arguments of the call.
+        """
+        update, self._pending = self._pending, None
+        owner, core = self._owner(), self.core
+        assert update is not None and owner is not None
+        untouched = _same(key, update.keys) and _same(value, update.values)
+        with torch.no_grad():
+            if core.shape is None:
+                output = original(module, query, key, value, mask, **kwargs)
+                is_segmented = untouched and can_segment(query, key, value, kwargs)
+                if not is_segmented:
+                    owner.warn_whole_layer(module)
+                self._prepare(update, is_segmented=is_segmented)
+            elif not untouched:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} changes K or V after caching them in some calls only; "
+                    "use OffloadConfig(attention='whole_layer')"
+                )
+            elif not core.num_tokens:
+                output = original(module, query, key, value, mask, **kwargs)
+                self._prepare(update, is_segmented=core.is_segmented)
+            else:
+                self._prepare(update, is_segmented=core.is_segmented)
+                question = self._question(owner, query, key, value, mask, kwargs)
+                if question is None:
+                    owner.warn_whole_layer(module)
+                    key, value = attention.assemble(core, key, value)
+                    output = original(module, query, key, value, mask, **kwargs)
+                else:
+                    output = segments.attend(core, key, value, question), None
+            self._append(update)
+        return output
+
+    def _question(
+        self,
+        owner: OffloadedHFCache,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> segments.Question | None:
+        if not can_segment(query, key, value, kwargs):
+            return None
+        padding = owner.masks.read(
+            mask,
+            forward=owner.session.num_forwards,
+            rows=query.shape[0],
+            query_tokens=query.shape[2],
+            cached_tokens=self.core.num_tokens,
+        )
+        if padding is None:
+            return None
+        return segments.Question(
+            query=query.transpose(1, 2),
+            scale=query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"],
+            valid=padding.valid,
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+        )
+
+    def finish(self) -> None:
+        """The attention module is done: cache what its own attention did not come to us for, free the layer buffer."""
+        self._is_in_module = False
+        update, self._pending = self._pending, None
+        if update is not None:
+            if self.core.num_tokens:
+                raise UnsupportedModelError(
+                    f"layer {self.core.position} attended without its cached tokens; "
+                    "use OffloadConfig(attention='whole_layer')"
+                )
+            with torch.no_grad():
+                self._prepare(update, is_segmented=False)
+                self._append(update)
+        self.core.cache.engine.finish_current()
+
+    def _prepare(self, update: _Update, *, is_segmented: bool) -> None:
+        """Make ready for the tokens of an update: the first ones settle how, all bring their position embeddings."""
+        owner, core = self._owner(), self.core
+        assert owner is not None
+        if core.shape is None:
+            core.is_segmented = is_segmented
+            self._bind(owner, *update)
+        if core.recompute is not None and update.activation is None:
+            raise UnsupportedModelError(
+                f"layer {core.position} was updated outside its attention module; use split='transfer'"
+            )
+        if core.recompute is not None and self._embeddings:
+            core.streams = core.cache.positions.capture(owner.session.num_forwards, core.position, self._embeddings)
+
+    def _append(self, update: _Update) -> None:
+        owner, core = self._owner(), self.core
+        assert owner is not None
+        core.append(update.keys, update.values, None if core.recompute is None else update.activation)
+        if core.position == len(owner.core.layers) - 1 and not core.awaits_crop:
+            owner.core.engine.prefetch(owner.core)
 
     def _bind(
         self, owner: OffloadedHFCache, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None
@@ -169,7 +300,7 @@ class OffloadedLayer(CacheLayerMixin):
         embeddings = tuple(part.index_select(1, index) for part in self._embeddings or ())
         x = activation.transpose(0, 1).index_select(0, index)
         # All over a layer buffer, as in a step: in a cache it would look faster than it is.
-        scratch = self.core.cache.engine.scratch()
+        scratch = self.core.cache.engine.measuring_room()
         num_bytes = num_tokens * x.shape[1] * shape.row_bytes
         starts = range(0, scratch.numel() - num_bytes + 1, num_bytes)
         chunks = [scratch[start : start + num_bytes].view(shape.dtype) for start in starts]
@@ -184,7 +315,7 @@ class OffloadedLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Cached tokens."""
-        return self.core.num_tokens
+        return self.core.num_tokens + (0 if self._pending is None else self._pending.keys.shape[2])
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -202,6 +333,28 @@ class OffloadedLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Nothing: the engine does that."""
+
+
+def can_segment(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether attention over segments knows these tensors, [rows, heads, tokens, head_dim], and arguments."""
+    return (
+        key.shape == value.shape
+        and query.shape[-1] == key.shape[-1]
+        and query.shape[1] % key.shape[1] == 0
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and not kwargs.get("dropout")
+        and not kwargs.get("output_attentions")
+        and kwargs.get("is_causal") is not False
+        and all(value is None for name, value in kwargs.items() if name not in KNOWN_ARGUMENTS)
+    )
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same memory seen the same way."""
+    return a is b or (
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    )
 
 
 class OffloadedHFCache(DynamicCache):
@@ -228,7 +381,8 @@ class OffloadedHFCache(DynamicCache):
         self.session = session
         self.core = core
         self.is_closed = False
-        self._warned = False
+        self.masks = MaskReader()
+        self._warned: set[str] = set()
         for position, layer_idx in enumerate(offloadable_layers(model)):
             layer = OffloadedLayer(self, core.layers[position], modules.get(layer_idx))
             if is_compiled:
@@ -248,13 +402,22 @@ class OffloadedHFCache(DynamicCache):
 
     def warn_not_recomputable(self, position: int, module: nn.Module | None) -> None:
         """Say once that K/V of this model are transferred."""
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"K/V of {type(module).__name__} cannot be recomputed from its input (layer {position}); "
-                "they are transferred instead",
-                stacklevel=2,
-            )
+        self._warn_once(
+            f"K/V of {type(module).__name__} cannot be recomputed from its input (layer {position}); "
+            "they are transferred instead"
+        )
+
+    def warn_whole_layer(self, module: nn.Module) -> None:
+        """Say once that attention cannot take chunks one by one here."""
+        self._warn_once(
+            f"{type(module).__name__} attends in a way that attention over segments does not know (K and V of other "
+            "shapes, a bias, a mask that is more than causal): whole layers are put together on the device"
+        )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=3)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Cached tokens of a layer."""

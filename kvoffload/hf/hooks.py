@@ -36,6 +36,7 @@ class ModelHooks:
         self._allowed = is_foreign_forward_allowed
         self._on_forward = on_forward
         self._handles: list[Any] = []
+        self.running: dict[nn.Module, OffloadedLayer] = {}  # attention modules in a forward, and the layer each feeds
         self.is_compiled = is_compiled(model)
         if self.is_compiled:
             warnings.warn(
@@ -56,6 +57,7 @@ class ModelHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.running.clear()
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         cache = kwargs.get("past_key_values")
@@ -90,10 +92,11 @@ class ModelHooks:
             if layer is not None:
                 activation = kwargs.get("hidden_states", args[0] if args else None)
                 layer.capture(activation, argument("position_embeddings", args, kwargs))
+                self.running[module] = layer
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            layer = our_layer(args, kwargs)
+            layer = self.running.pop(module, None)
             if layer is not None:
-                layer.core.cache.engine.finish_current()
+                layer.finish()
 
         return before, after
