@@ -6,6 +6,9 @@ import torch
 
 from kvoffload.kernels import reference
 
+segment_attention = reference.segment_attention
+merge_ = reference.merge_
+finish = reference.finish
 rope_ = reference.rope_
 
 
