@@ -40,6 +40,7 @@ class Decision:
     plan: Plan
     placement: Placement
     inputs: PlanInputs | None  # None where nothing could be predicted
+    stage_limit_bytes: int | None  # what the cap on device memory leaves for staging a prefill's blocks
 
 
 class MeasuredRates:
@@ -125,7 +126,9 @@ class Decider:
         if rates is None:
             plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
         share = plan.split_fraction if fixed_split is None else fixed_split
+        room = None if device_bytes is None else max(0, device_bytes - plan.device_bytes)
         decision = Decision(
+            stage_limit_bytes=room,
             geometry=geometry,
             sizes=sizes,
             plan=plan,

@@ -306,7 +306,8 @@ class Session:
         self._configure(cache)
 
     def _configure(self, cache: hf.OffloadedHFCache) -> None:
-        sizes = self._decisions[cache].sizes
+        decision = self._decisions[cache]
+        sizes, self.engine.stage_limit_bytes = decision.sizes, decision.stage_limit_bytes
         self.engine.configure(
             slot_bytes=sizes.slot_bytes,
             num_slots=sizes.num_slots,

@@ -170,7 +170,7 @@ class OffloadedLayer(CacheLayerMixin):
                 output = original(module, query, key, value, mask, **kwargs)
                 is_segmented = untouched and can_segment(query, key, value, kwargs)
                 if not is_segmented:
-                    owner.warn_whole_layer(module)
+                    owner.warn_whole_layer(module, query, kwargs)
                 self._prepare(update, is_segmented=is_segmented)
             elif not untouched:
                 raise UnsupportedModelError(
@@ -184,7 +184,7 @@ class OffloadedLayer(CacheLayerMixin):
                 self._prepare(update, is_segmented=core.is_segmented)
                 question = self._question(owner, query, key, value, mask, kwargs)
                 if question is None:
-                    owner.warn_whole_layer(module)
+                    owner.warn_whole_layer(module, query, kwargs)
                     key, value = attention.assemble(core, key, value)
                     output = original(module, query, key, value, mask, **kwargs)
                 else:
@@ -343,6 +343,7 @@ def can_segment(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwa
         and query.shape[1] % key.shape[1] == 0
         and query.dtype == key.dtype == value.dtype
         and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and not torch.is_autocast_enabled(query.device.type)  # which decides about the dtypes of the model's own
         and not kwargs.get("dropout")
         and not kwargs.get("output_attentions")
         and kwargs.get("is_causal") is not False
@@ -407,8 +408,10 @@ class OffloadedHFCache(DynamicCache):
             "they are transferred instead"
         )
 
-    def warn_whole_layer(self, module: nn.Module) -> None:
-        """Say once that attention cannot take chunks one by one here."""
+    def warn_whole_layer(self, module: nn.Module, query: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        """Say once that attention cannot take chunks one by one here, unless the caller has asked for that."""
+        if kwargs.get("output_attentions") or torch.is_autocast_enabled(query.device.type):
+            return
         self._warn_once(
             f"{type(module).__name__} attends in a way that attention over segments does not know (K and V of other "
             "shapes, a bias, a mask that is more than causal): whole layers are put together on the device"
