@@ -89,7 +89,7 @@ def segment_attention(
         out.copy_(part_out)
         lse.copy_(part_lse)
     else:
-        merge_(out, lse, part_out.contiguous(), part_lse.contiguous())
+        combine_(out, lse, part_out, part_lse)
 
 
 def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
@@ -103,6 +103,11 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
         ValueError: if shapes, dtypes, strides or devices do not fit.
     """
     checks.merge(out, lse, part_out, part_lse)
+    combine_(out, lse, part_out, part_lse)
+
+
+def combine_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """`merge_` without its checks: any strides and leading dimensions, those of `lse` and head_dim for `out`."""
     share = torch.sigmoid(part_lse - lse)  # of the part in the sum of the weights
     share.masked_fill_(part_lse.isneginf(), 0.0)  # also where neither has any
     out.lerp_(part_out, share.unsqueeze(-1))
