@@ -16,6 +16,9 @@ from typing import NamedTuple
 from kvoffload.errors import ProfileError
 from kvoffload.types import Constraint, HardwareProfile, ModelShape, Plan, PlanInputs, Rates, Schedule
 
+CHUNK_SPEED_FRACTION = 0.95
+LARGEST_CHUNK_BYTES = 32 * 2**20
+
 
 class Terms(NamedTuple):
     """The cost model of one instance: seconds per step, all layers together; a "block" is one of every layer."""
@@ -224,6 +227,32 @@ def rates_from_profile(
         host_s_per_layer=profile.host_s_per_layer,
         host_s_per_chunk=profile.host_s_per_chunk,
     )
+
+
+def least_chunk_bytes(profile: HardwareProfile, shape: ModelShape, *, recomputes: bool) -> int:
+    """K/V bytes of the smallest chunk that keeps link, recomputation and host out of each other's way.
+
+    That is a power of two at which the link and the GEMM of recomputation reach `CHUNK_SPEED_FRACTION` of their speed
+    at `LARGEST_CHUNK_BYTES`, and the host's time per chunk is at most the rest of the copy's.
+
+    Args:
+        profile: the machine.
+        shape: the model.
+        recomputes: whether activations may be stored at all.
+    """
+
+    def is_fast(num_bytes: int) -> bool:
+        slowest_copy_s = 0.0 if profile.h2d is None else profile.h2d.seconds(num_bytes)
+        if profile.h2d is not None and profile.host_s_per_chunk > (1 - CHUNK_SPEED_FRACTION) * slowest_copy_s:
+            return False
+        rates = [] if profile.h2d is None else [profile.h2d.rate]
+        if recomputes:
+            n, k = shape.num_kv_heads * shape.head_dim, shape.hidden_size
+            rates.append(lambda size: profile.gemm_flops_per_s(max(1, int(size // shape.kv_row_bytes)), n, k))
+        return all(rate(num_bytes) >= CHUNK_SPEED_FRACTION * rate(LARGEST_CHUNK_BYTES) for rate in rates)
+
+    sizes = (2**exponent for exponent in range(16, LARGEST_CHUNK_BYTES.bit_length()))
+    return next((num_bytes for num_bytes in sizes if is_fast(num_bytes)), LARGEST_CHUNK_BYTES)
 
 
 def transfer_order(num_activation_chunks: int, num_kv_chunks: int, schedule: Schedule) -> list[bool]:

@@ -113,6 +113,9 @@ class Decider:
         config, fixed_split = self.config, self.config.fixed_split if can_recompute else 0.0
         profile = self._profile() if self._wants_profile else None
         rates: Rates | None = None
+        if profile is not None:
+            least = cost.least_chunk_bytes(profile, self.shape, recomputes=fixed_split != 0)
+            geometry = replace(geometry, least_chunk_bytes=least)
         if profile is not None and profile.h2d is not None:
             rates = self._rates(profile, geometry)
         device_bytes = self._device_bytes(geometry, prompt_tokens, device_held_bytes)

@@ -14,6 +14,7 @@ from kvoffload.types import ModelShape, Rates
 
 TARGET_CHUNK_BYTES = 32 * 2**20  # K/V of a chunk: large enough for full link and GEMM rate on GPUs measured by others
 MIN_CHUNK_BYTES = 2**20  # K/V of a chunk: below this the host's time per chunk shows, and nothing is gained
+SEGMENT_CHUNK_BYTES = 4 * 2**20  # the same where attention takes chunks one by one and nothing was measured
 MIN_CHUNKS_PER_LAYER = 8  # finer than this the first and last chunk of a layer no longer matter
 MAX_BLOCK_TOKENS = 64
 MIN_BLOCK_TOKENS = 8
@@ -32,6 +33,7 @@ class Geometry:
     beams: int = 1
     other_device_bytes: int = 0  # layers that stay on the device
     is_segmented: bool = False  # attention takes chunks one by one: no layer buffers, and kv chunks use the ring
+    least_chunk_bytes: int = SEGMENT_CHUNK_BYTES  # K/V of a chunk that keeps link and GEMM fast, see cost
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -121,17 +123,21 @@ def choose_sizes(
 
 def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: bool, rates: Rates | None) -> Sizes:
     per_token = geometry.kv_bytes_per_token
+    if geometry.is_segmented:  # nothing here grows with the context, but where that is shorter than a chunk
+        chunk_tokens = min(geometry.max_tokens, max(1, geometry.least_chunk_bytes // per_token))
+        by_length = geometry.max_tokens // MIN_CHUNKS_PER_LAYER
+    else:
+        chunk_tokens = max(geometry.max_tokens // MIN_CHUNKS_PER_LAYER, MIN_CHUNK_BYTES // per_token)
+        chunk_tokens = min(chunk_tokens, TARGET_CHUNK_BYTES // per_token, geometry.max_tokens)
+        by_length = geometry.max_tokens // (2 * MIN_CHUNKS_PER_LAYER)
     if config.block_tokens != "auto":
         block_tokens = config.block_tokens
     else:
-        by_length = geometry.max_tokens // (2 * MIN_CHUNKS_PER_LAYER)
         by_bytes = TARGET_CHUNK_BYTES // per_token
         block_tokens = min(MAX_BLOCK_TOKENS, max(MIN_BLOCK_TOKENS, _power_of_two(min(by_length, by_bytes))))
     if config.chunk_blocks != "auto":
         chunk_blocks = config.chunk_blocks
     else:
-        chunk_tokens = max(geometry.max_tokens // MIN_CHUNKS_PER_LAYER, MIN_CHUNK_BYTES // per_token)
-        chunk_tokens = min(chunk_tokens, TARGET_CHUNK_BYTES // per_token, geometry.max_tokens)
         chunk_blocks = max(1, chunk_tokens // block_tokens)
     chunks_per_layer = max(1, math.ceil(geometry.max_tokens / (block_tokens * chunk_blocks)))
     if config.slots != "auto":
@@ -156,7 +162,9 @@ def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: b
 
 def _ring_bytes(geometry: Geometry, rates: Rates) -> float:
     """What the link can bring while compute is busy with anything but the next layer's chunks."""
-    away_s = rates.gap_s + rates.dense_s + rates.attention_s_per_token * geometry.max_tokens
+    away_s = rates.gap_s + rates.dense_s
+    if not geometry.is_segmented:  # else each chunk is attended to as it arrives
+        away_s += rates.attention_s_per_token * geometry.max_tokens
     return rates.h2d_activation_bytes_per_s * away_s
 
 

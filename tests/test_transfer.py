@@ -244,7 +244,7 @@ SCENARIOS = {
     "one after another": Scenario(generations("greedy", "prompt_lookup", "left_padding", "early_ends"), *BY_FORM),
     "growing": Scenario(growing, *BY_FORM),
     "cropping": Scenario(cropping, *BY_FORM),
-    "two caches": Scenario(two_caches, *BY_FORM, config("transfer", device_gib=500_000 / GIB)),
+    "two caches": Scenario(two_caches, *BY_FORM, config("transfer", device_gib=500_000 / GIB, attention="whole_layer")),
     "freed and reused": Scenario(one_then_another, *BY_FORM),
     "chunked prefill": Scenario(generations("chunked_prefill"), *BY_FORM),
     "sequential": Scenario(
