@@ -109,6 +109,7 @@ def plan(
     """Say whether offloading pays for a workload, how fast it will be and what limits it."""
     from kvoffload.advice import advise
     from kvoffload.profiler import stored
+    from kvoffload.profiler.hardware import find_profile
     from kvoffload.profiler.profile import with_link
 
     config = OffloadConfig(
@@ -120,7 +121,7 @@ def plan(
         with _progress("measuring") as tell:
             machine = stored.load_or_measure(link=link or "auto", progress=tell)
     else:
-        machine = stored.find_profile(hardware)
+        machine = find_profile(hardware)
         machine = with_link(machine, link) if link else machine
     advice = advise(model, workload, machine, config)
     if as_json:

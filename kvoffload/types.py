@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from kvoffload import datasheet
 from kvoffload.errors import ConfigError, ProfileError
 
 Form = Literal["kv", "activation"]
@@ -359,10 +360,6 @@ class HardwareProfile:
         """A profile from datasheet figures, e.g. "a100-40gb-pcie4".
 
         Raises:
-            ProfileError: unknown name; lists the known ones.
+            ProfileError: unknown name; lists the near and the known ones.
         """
-        path = Path(__file__).parent / "profiler" / "presets.json"
-        presets = json.loads(path.read_text())
-        if name not in presets:
-            raise ProfileError(f"unknown hardware preset {name!r}; known: {', '.join(sorted(presets))}")
-        return cls.from_json(presets[name], source=f"preset {name}")
+        return cls.from_json(datasheet.profile_data(datasheet.preset(name)), source=f"preset {name}")

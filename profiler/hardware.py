@@ -1,104 +1,142 @@
-"""Machines that are not here: a profile from a handful of datasheet figures, the form of `presets.json`.
+"""A device as predictions see it, whether it was measured or is known from a preset or a user's file only.
 
-Owns the arithmetic from figures to curves. Does not claim achieved rates: every curve has provenance "datasheet", so a
-plan made from it is an upper bound on the device's side. The link is the exception that matters most: nominal PCIe
-bandwidth is never reached, so the *achievable* pinned-memory bandwidth is used and said beside the nominal one.
+Owns the choice of numbers: peaks by the width of the operands, bandwidths, what is paid for and drawn. Does not own
+presets and their files (`kvoffload/datasheet.py`) nor profiles (`kvoffload/types.py`). Torch-free.
 
-    GEMM       max(2*m*n*k / peak, bytes of both operands and the result / memory bandwidth)
-    attention  bytes of K/V / memory bandwidth
-    copies     bytes / achievable link bandwidth, no latency
-
-Source: the roofline model (Williams et al. 2009).
+Of a measured profile the best measured rates stand for the peaks, and the fitted formula goes with them; of a datasheet
+there are peaks alone, so that a time made from them is a lower bound.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from kvoffload.profiler.compute import ATTENTION_BYTES, ROWS, WEIGHTS
-from kvoffload.profiler.link import GIVEN_SIZES_BYTES
-from kvoffload.types import Curve, HardwareProfile, Point
+from kvoffload import datasheet
+from kvoffload.datasheet import BITS, Datasheet
+from kvoffload.errors import ProfileError
+from kvoffload.profiler.fit import Fit
+from kvoffload.types import HardwareProfile
+
+LINK_BYTES = 2**26  # the copy whose rate is taken for the link's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Datasheet:
-    """The figures a profile is made from. Bandwidths are bytes/s in each direction."""
+class Machine:
+    """One device, its memory and its link."""
 
     device_name: str
     link_name: str
-    dtype: str
-    itemsize_bytes: int
-    peak_flops_per_s: float  # dense, at `dtype`
+    peak_flops_per_s: dict[int, float]  # by the bits of the wider operand
     memory_bytes: int
     memory_bytes_per_s: float
-    link_nominal_bytes_per_s: float
-    link_achievable_bytes_per_s: float
-    source: str
+    link_bytes_per_s: float  # host to device, as copies achieve it; infinite for an unpaced link
+    power_w: float | None = None
+    price_per_hour: float | None = None
+    host_memory_bytes: int | None = None
+    fits: dict[str, Fit] = field(default_factory=dict)  # empty: the peaks are all that is known
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    def flops_per_s(self, bits: int) -> float:
+        """The peak for operands of `bits`: of the next wider ones where the device has no units for these."""
+        return self.peak_flops_per_s[self.compute_bits(bits)]
+
+    def compute_bits(self, bits: int) -> int:
+        """The narrowest width of at least `bits` that the device computes in; the widest it has where none is."""
+        widths = sorted(self.peak_flops_per_s)
+        return next((width for width in widths if width >= bits), widths[-1])
 
 
-def datasheet_profile(sheet: Datasheet) -> HardwareProfile:
-    """The profile of a machine that does what its datasheet says, over its link as pinned copies achieve it."""
+def find_machine(name_or_path: str | Path) -> Machine:
+    """A preset by its name; or a file: a measured profile, or one with the fields of a preset.
 
-    def gemm_s(m: int, n: int, k: int) -> float:
-        moved_bytes = (m * k + k * n + m * n) * sheet.itemsize_bytes
-        return max(2 * m * n * k / sheet.peak_flops_per_s, moved_bytes / sheet.memory_bytes_per_s)  # multiply-add
+    Raises:
+        ProfileError: neither, or the file is damaged or of another schema version; names it.
+    """
+    found = _find(name_or_path)
+    return machine_of(found) if isinstance(found, HardwareProfile) else _from_datasheet(found)
 
-    def curve(sizes: tuple[int, ...], bytes_per_s: float) -> Curve:
-        return Curve(
-            unit="bytes", points=tuple(_point(size, size / bytes_per_s) for size in sizes), provenance="datasheet"
-        )
 
-    link = curve(GIVEN_SIZES_BYTES, sheet.link_achievable_bytes_per_s)
-    gemm = tuple(
-        Point((float(m), float(size), float(size)), gemm_s(m, size, size), 0.0)
-        for size in WEIGHTS["cuda"]
-        for m in ROWS
-    )
-    return HardwareProfile(
-        device_name=sheet.device_name,
-        link_name=sheet.link_name,
-        emulated_link=False,
-        key=f"{sheet.device_name} | datasheet",
-        h2d=link,
-        d2h=link,
-        gemm=Curve(unit="m,n,k", points=gemm, provenance="datasheet"),
-        attention=curve(ATTENTION_BYTES["cuda"], sheet.memory_bytes_per_s),
-        device_copy_bytes_per_s=sheet.memory_bytes_per_s,
-        device_memory_bytes=sheet.memory_bytes,
-        dtype=sheet.dtype,
-        extra={
-            "provenance": {
-                "device_copy_bytes_per_s": "datasheet",
-                "host_s_per_layer": "assumed",
-                "host_s_per_chunk": "assumed",
-                "gap_s": "assumed",
-            },
-            "peak_flops_per_s": sheet.peak_flops_per_s,
-            "itemsize_bytes": sheet.itemsize_bytes,
-            "link_nominal_bytes_per_s": sheet.link_nominal_bytes_per_s,
-            "link_achievable_bytes_per_s": sheet.link_achievable_bytes_per_s,
-            "note": "peaks are the datasheet's; the link curve is the bandwidth that pinned copies achieve "
-            f"({sheet.link_achievable_bytes_per_s / 1e9:g} GB/s of {sheet.link_nominal_bytes_per_s / 1e9:g} nominal)",
-            "source": sheet.source,
+def find_profile(name_or_path: str | Path) -> HardwareProfile:
+    """As `find_machine`, as the profile that plans are made with."""
+    found = _find(name_or_path)
+    if isinstance(found, HardwareProfile):
+        return found
+    return HardwareProfile.from_json(datasheet.profile_data(found), source=str(name_or_path))
+
+
+def machine_of(profile: HardwareProfile) -> Machine:
+    """The machine of a profile, measured or made from a datasheet."""
+    if "datasheet" in profile.extra:
+        return _from_datasheet(datasheet.read(profile.extra["datasheet"], source=profile.device_name))
+    from kvoffload.profiler.fitting import fit_profile  # with numpy, which datasheets do without
+
+    fits = fit_profile(profile)
+    best = max(2 * math.prod(point.x) / point.seconds for point in profile.gemm.points)  # multiply-add
+    read = [point.x[0] / point.seconds for point in profile.attention.points]
+    facts = profile.extra.get("provenance", {})
+    return Machine(
+        device_name=profile.device_name,
+        link_name=profile.link_name,
+        peak_flops_per_s={BITS.get(profile.dtype, 16): best},
+        memory_bytes=profile.device_memory_bytes,
+        memory_bytes_per_s=max(profile.device_copy_bytes_per_s, *read),
+        link_bytes_per_s=profile.h2d.rate(LINK_BYTES) if profile.h2d else math.inf,
+        host_memory_bytes=profile.extra.get("host_memory_bytes"),
+        fits={str(name): fitted for name, fitted in fits.items()},
+        provenance={
+            "peak_flops_per_s": profile.gemm.provenance,
+            "memory_bytes_per_s": facts.get("device_copy_bytes_per_s", "measured"),
+            "link_bytes_per_s": profile.h2d.provenance if profile.h2d else "assumed",
         },
     )
 
 
-def datasheet_of(profile: HardwareProfile) -> Datasheet:
-    """Inverse of `datasheet_profile`."""
-    return Datasheet(
-        device_name=profile.device_name,
-        link_name=profile.link_name,
-        dtype=profile.dtype,
-        itemsize_bytes=profile.extra["itemsize_bytes"],
-        peak_flops_per_s=profile.extra["peak_flops_per_s"],
-        memory_bytes=profile.device_memory_bytes,
-        memory_bytes_per_s=profile.device_copy_bytes_per_s,
-        link_nominal_bytes_per_s=profile.extra["link_nominal_bytes_per_s"],
-        link_achievable_bytes_per_s=profile.extra["link_achievable_bytes_per_s"],
-        source=profile.extra["source"],
+def _from_datasheet(sheet: Datasheet) -> Machine:
+    peaks: dict[int, float] = {}
+    for dtype, peak in sheet.peak_flops_per_s.items():
+        peaks[BITS[dtype]] = max(peak, peaks.get(BITS[dtype], 0.0))
+    return Machine(
+        device_name=sheet.device_name,
+        link_name=sheet.link_name,
+        peak_flops_per_s=peaks,
+        memory_bytes=sheet.memory_bytes,
+        memory_bytes_per_s=sheet.memory_bytes_per_s,
+        link_bytes_per_s=sheet.link_achievable_bytes_per_s,
+        power_w=sheet.power_w,
+        price_per_hour=sheet.price_per_hour,
+        provenance={
+            "peak_flops_per_s": sheet.provenance_of("peak_flops_per_s"),
+            "memory_bytes_per_s": sheet.provenance_of("memory_bytes_per_s"),
+            "link_bytes_per_s": sheet.provenance_of("link_achievable_bytes_per_s"),
+        },
     )
 
 
-def _point(size: int, seconds: float) -> Point:
-    return Point((float(size),), seconds, 0.0)
+def _find(name_or_path: str | Path) -> HardwareProfile | Datasheet:
+    path = Path(name_or_path)
+    if path.is_file():
+        data = _read(path)
+        if isinstance(data, dict) and "gemm" in data:
+            return HardwareProfile.from_json(data, source=str(path))
+        if isinstance(data, dict) and ({"peak_flops_per_s", "like"} & set(data)):
+            return datasheet.read(data, source=str(path))
+        raise ProfileError(
+            f"{path} is neither a profile of `kvoffload profile --output` nor a file with the fields of a preset "
+            '(at least "schema_version" and "like")'
+        )
+    if path.suffix == ".json" or len(path.parts) > 1:
+        raise ProfileError(f"there is no profile file {path}; create one with `kvoffload profile --output {path}`")
+    return datasheet.preset(str(name_or_path))
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ProfileError(
+            f"cannot read the hardware profile {path}: {error}; measure again with `kvoffload profile`"
+        ) from error

@@ -18,6 +18,7 @@ import torch
 
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ProfileError
+from kvoffload.profiler.hardware import find_profile
 from kvoffload.profiler.profile import (
     Link,
     Progress,
@@ -126,20 +127,6 @@ def resolve_profile(
             "profile %s is of another machine (%s; this is %s): the plan may be off", choice, profile.key, key
         )
     return profile
-
-
-def find_profile(name_or_path: str | Path) -> HardwareProfile:
-    """A preset by its name, or a profile file by its path.
-
-    Raises:
-        ProfileError: neither; lists the presets. Or the file is damaged.
-    """
-    path = Path(name_or_path)
-    if path.exists():
-        return HardwareProfile.load(path)
-    if path.suffix == ".json" or len(path.parts) > 1:
-        raise ProfileError(f"there is no profile file {path}; create one with `kvoffload profile --output {path}`")
-    return HardwareProfile.preset(str(name_or_path))
 
 
 def _tell_stale(path: Path, stored_key: str, key: str) -> None:

@@ -14,7 +14,6 @@ from kvoffload.backend.base import HostBuffer
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError, ProfileError
 from kvoffload.profiler import compute, host, link, profile, trials
-from kvoffload.profiler.hardware import datasheet_of, datasheet_profile
 from kvoffload.profiler.profile import measure_hardware, with_link
 from kvoffload.types import Curve, HardwareProfile, Point
 
@@ -285,7 +284,6 @@ def test_a_preset_is_what_its_datasheet_figures_say(
     name: str, peak: float, memory_rate: float, link_rate: float
 ) -> None:
     preset = HardwareProfile.preset(name)
-    assert datasheet_profile(datasheet_of(preset)) == preset
     assert preset.h2d is not None
     assert {preset.h2d.provenance, preset.gemm.provenance, preset.attention.provenance} == {"datasheet"}
     assert preset.h2d.rate(2**24) == pytest.approx(link_rate)

@@ -12,6 +12,7 @@ import pytest
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ProfileError
 from kvoffload.profiler import stored
+from kvoffload.profiler.hardware import find_profile
 from kvoffload.profiler.profile import machine_key, resolve_device
 from kvoffload.types import HardwareProfile
 
@@ -139,12 +140,12 @@ def test_a_measurement_that_other_work_disturbed_is_used_and_not_kept(
 
 
 def test_a_profile_is_found_by_preset_name_or_by_path(tmp_path: Path) -> None:
-    assert stored.find_profile("a100-40gb-pcie4").link_name == "PCIe 4.0 x16"
-    assert stored.find_profile(RECORDED).emulated_link
+    assert find_profile("a100-40gb-pcie4").link_name == "PCIe 4.0 x16"
+    assert find_profile(RECORDED).emulated_link
     with pytest.raises(ProfileError, match="a100-40gb-pcie4"):
-        stored.find_profile("b300")
+        find_profile("b300")
     with pytest.raises(ProfileError, match="no profile file"):
-        stored.find_profile(tmp_path / "missing.json")
+        find_profile(tmp_path / "missing.json")
 
 
 def test_a_given_profile_is_taken_and_one_of_another_machine_is_told(

@@ -1,0 +1,180 @@
+"""The time of any shape from a formula with a few numbers per class of operations, and how far it may be off.
+
+Owns the formula, its numbers and the interval of a prediction. Does not own where the numbers come from (`fitting`),
+nor which operations a model consists of. An operation of F floating-point operations that reads R bytes and writes W
+takes
+
+    t = max(t_host, o + (x^p + r^p)^(1/p) + w)     x = F / (e_f * peak), r = R * s / (e_b * bw), w = W * s / (e_b * bw)
+
+    o           seconds of a launch, paid once
+    e_f, e_b    shares of the peaks that are reached, above 0 and at most 1: nothing is faster than its datasheet
+    p           how far computing and reading overlap: 1 not at all, towards infinity completely
+    w           stands outside the overlap: a tile of the result is stored when its own products are done
+    t_host      what issuing from the host takes, the floor of short operations
+    s           rows longer than what the chip holds are fetched again: 1 up to a row of row_fit bytes, 1 + c from
+                row_over on, and in between linear in the logarithm of the row
+
+Source: the roofline model (Williams et al. 2009) with a p-norm for its corner; w, t_host, s and the limit on e_f and
+e_b are ours, each because shapes left out of a fit were predicted better with it (docs/adr/0009-*.md).
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any, Literal, NamedTuple
+
+from kvoffload.errors import ProfileError
+
+FIT_SCHEMA_VERSION = 1
+OperationClass = Literal["gemm", "attention", "softmax", "norm", "elementwise", "all_reduce"]
+
+
+class Work(NamedTuple):
+    """What one operation does, on whatever machine."""
+
+    flops: float
+    read_bytes: float
+    written_bytes: float
+    row_bytes: float = 0.0  # of one row that is reduced (softmax, norms); 0 where there is none
+
+
+class Prediction(NamedTuple):
+    """Seconds, and between which limits a measurement lies with the probability asked for."""
+
+    seconds: float
+    low_s: float
+    high_s: float
+
+
+def gemm_work(m: int, n: int, k: int, *, count: int = 1, itemsize_bytes: float = 2) -> Work:
+    """`count` products [m, k] x [k, n] in one launch, each with operands of its own."""
+    return Work(
+        2.0 * count * m * n * k,  # multiply-add
+        count * (m * k + k * n) * itemsize_bytes,
+        count * m * n * itemsize_bytes,
+    )
+
+
+def elementwise_work(rows: int, width: int, *, reduces: bool = False, itemsize_bytes: float = 2) -> Work:
+    """One pass that reads and writes [rows, width]; with `reduces` every row is needed as a whole."""
+    num_bytes = rows * width * itemsize_bytes
+    return Work(0.0, num_bytes, num_bytes, width * itemsize_bytes if reduces else 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """The formula with the numbers of one class of operations on one machine."""
+
+    overhead_s: float  # o
+    flops_per_s: float  # e_f * peak
+    bytes_per_s: float  # e_b * bw
+    sharpness: float  # p
+    host_s: float = 0.0  # t_host
+    spill: float = 0.0  # c
+    row_fit_bytes: float = 0.0
+    row_over_bytes: float = 0.0
+    noise_fraction: float = 0.05  # spread of log(measured / formula) over the fitted points
+    num_points: int = 0
+    free: tuple[str, ...] = ()  # those of the fields above that were fitted
+    covariance: tuple[tuple[float, ...], ...] = ()  # of the logarithms of `free`
+    schema_version: int = FIT_SCHEMA_VERSION
+
+    def seconds(self, work: Work) -> float:
+        """Seconds of `work`."""
+        fetched = 1.0
+        if self.spill and work.row_bytes > self.row_fit_bytes:
+            longer = math.log(work.row_bytes / self.row_fit_bytes)
+            fetched += self.spill * min(1.0, longer / math.log(self.row_over_bytes / self.row_fit_bytes))
+        x = work.flops / self.flops_per_s
+        r = work.read_bytes * fetched / self.bytes_per_s
+        w = work.written_bytes * fetched / self.bytes_per_s
+        bound, hidden = max(x, r), min(x, r)
+        overlapped = bound * (1 + (hidden / bound) ** self.sharpness) ** (1 / self.sharpness) if bound else 0.0
+        return max(self.host_s, self.overhead_s + overlapped + w)
+
+    def predict(self, work: Work, *, coverage: float = 0.8) -> Prediction:
+        """Seconds of `work`, with the limits that hold with probability `coverage`.
+
+        The width counts how far the fitted points lie from the formula, and how well they determine its numbers at
+        `work`: it grows where `work` is unlike anything measured. It cannot know of effects the formula lacks.
+        """
+        if not 0 < coverage < 1:
+            raise ProfileError(f"coverage must lie between 0 and 1, got {coverage!r}")
+        seconds = self.seconds(work)
+        gradient = []  # of log(seconds) over the logarithm of every free number
+        for name in self.free:
+            moved = dataclasses.replace(self, **{name: getattr(self, name) * math.exp(1e-4)})
+            gradient.append(math.log(moved.seconds(work) / seconds) / 1e-4)
+        rows = zip(gradient, self.covariance, strict=True)
+        variance = sum(g * sum(c * h for c, h in zip(row, gradient, strict=True)) for g, row in rows)
+        quantile = _student_t((1 + coverage) / 2, self.num_points - len(self.free))
+        width = math.exp(quantile * math.sqrt(self.noise_fraction**2 + max(0.0, variance)))
+        return Prediction(seconds, seconds / width, seconds * width)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a file."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any, *, source: str = "the fit") -> Fit:
+        """Inverse of `to_json`.
+
+        Raises:
+            ProfileError: not a fit, damaged, or of another schema version; names `source`.
+        """
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != FIT_SCHEMA_VERSION:
+            raise ProfileError(
+                f"{source} has schema version {version!r}, this release reads {FIT_SCHEMA_VERSION}: fit it again"
+            )
+        try:
+            values = dict(data)
+            values["free"] = tuple(str(name) for name in values["free"])
+            values["covariance"] = tuple(tuple(float(value) for value in row) for row in values["covariance"])
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProfileError(f"{source} is damaged ({type(error).__name__}: {error}): fit it again") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Interpolated:
+    """Times of a class that no formula fits, such as a collective that changes its protocol with the size.
+
+    Linear between the measured sizes in logarithms; below them as the smallest, beyond at the rate of the largest.
+    """
+
+    sizes_bytes: tuple[float, ...]  # ascending
+    measured_s: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        pairs = zip(self.sizes_bytes, self.sizes_bytes[1:], strict=False)
+        if len(self.sizes_bytes) != len(self.measured_s) or not all(small < large for small, large in pairs):
+            raise ProfileError("measured sizes must ascend, with one time for each")
+        if not self.sizes_bytes or not all(0 < value < math.inf for value in (*self.sizes_bytes, *self.measured_s)):
+            raise ProfileError("measured sizes and times must be above zero: measure again")
+
+    def seconds(self, num_bytes: float) -> float:
+        """Seconds for `num_bytes`."""
+        sizes, times = self.sizes_bytes, self.measured_s
+        idx = bisect.bisect_left(sizes, num_bytes)
+        if idx == 0:
+            return times[0]
+        if idx == len(sizes):
+            return times[-1] * num_bytes / sizes[-1]
+        share: float = math.log(num_bytes / sizes[idx - 1]) / math.log(sizes[idx] / sizes[idx - 1])
+        return float(times[idx - 1] * (times[idx] / times[idx - 1]) ** share)
+
+
+def _student_t(probability: float, degrees: int) -> float:
+    """Quantile of Student's t, by its expansion around the normal one (within 1 % from three degrees on)."""
+    z, n = NormalDist().inv_cdf(probability), max(2, degrees)
+    return (
+        z
+        + (z**3 + z) / (4 * n)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    )
