@@ -30,6 +30,7 @@ from kvoffload.layer import CacheLayer
 from kvoffload.model_shape import shape_from_config
 from kvoffload.placement import Placement
 from kvoffload.profiler.stored import resolve_profile
+from kvoffload.progress import AllocationProgress
 from kvoffload.run import Run
 from kvoffload.sizing import Geometry, grown, widened
 from kvoffload.stats import GenerationStats
@@ -61,7 +62,8 @@ class Session:
         text_config = self.model.config.get_text_config(decoder=True)
         shape = shape_from_config(text_config, self.model.dtype)
         self.decider = Decider(config, shape, self.backend, self._load_profile)
-        self.pool = HostPool(self.backend, self.decider.host_cap_bytes)
+        self._progress = AllocationProgress()
+        self.pool = HostPool(self.backend, self.decider.host_cap_bytes, self._progress.update)
         self._lock = threading.Lock()
         self._run: Run | None = None
         self._foreign_depth = 0
@@ -186,6 +188,7 @@ class Session:
             raise
         finally:
             run, self._run = self._run, None
+            self._progress.stop()
             try:
                 if not self.is_closed:
                     self.engine.drop()
@@ -304,6 +307,7 @@ class Session:
         self._decisions[cache] = decision
         cache.core.placement = decision.placement
         self._configure(cache)
+        self._progress.expect(self.pool.used_bytes + decision.plan.host_bytes)
 
     def _configure(self, cache: hf.OffloadedHFCache) -> None:
         decision = self._decisions[cache]

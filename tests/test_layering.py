@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kvoffload"
 
 _LAYER_0 = {"errors", "datasheet", "types"}
-_LAYER_1 = _LAYER_0 | {"config", "cost", "model_shape", "placement", "stats"}
+_LAYER_1 = _LAYER_0 | {"config", "cost", "model_shape", "placement", "progress", "stats"}
 _LAYER_2 = _LAYER_1 | {"planner", "sizing", "backend", "store", "positions", "ops"}
 _LAYER_3 = _LAYER_2 | {"transfer", "ways", "advice"}
 _LAYER_4 = _LAYER_3 | {"tail", "layer", "cache", "attention", "recompute"}
@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "cost": _LAYER_0,
     "model_shape": _LAYER_0,
     "placement": _LAYER_0,
+    "progress": _LAYER_0,
     "stats": _LAYER_0,
     "kernels": _LAYER_0,
     "planner": _LAYER_1,
