@@ -147,9 +147,11 @@ def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: b
     else:
         row_bytes = _slot_row_bytes(geometry, keeps_activations)
         slot_bytes = block_tokens * chunk_blocks * geometry.rows * row_bytes
-        # one chunk being filled and one being recomputed, beside what arrives in the meantime
-        num_slots = 3 if rates is None else 2 + math.ceil(_ring_bytes(geometry, rates) / slot_bytes)
-        num_slots = max(2, min(MAX_SLOTS, num_slots))
+        # One chunk being filled and one being recomputed, beside what arrives in the meantime. With kv chunks in the
+        # ring as well one more: two of a kind in a row would make the link wait where link and device are balanced.
+        at_work = 3 if geometry.is_segmented else 2
+        num_slots = at_work + (1 if rates is None else math.ceil(_ring_bytes(geometry, rates) / slot_bytes))
+        num_slots = min(MAX_SLOTS, num_slots)
     return _with(
         geometry,
         config,
