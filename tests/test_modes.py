@@ -641,7 +641,7 @@ def test_a_cache_that_is_collected_in_the_middle_of_a_step_of_another(
             collect(answer._layer)  # the chunk is in its slot
             add(answer, kv, first_block)
 
-        monkeypatch.setattr("kvoffload.hf.cache.attention", SimpleNamespace(assemble=assemble))
+        monkeypatch.setattr("kvoffload.hf.layer.attention", SimpleNamespace(assemble=assemble))
         monkeypatch.setattr(segments._Answer, "add", add_segment)
         gc.disable()
         try:

@@ -4,9 +4,10 @@ Owns what is attached to a user's model and takes it off again. Nothing is patch
 modules of one model, methods are shadowed on one instance.
 """
 
-from kvoffload.hf.cache import FirstTokens, Measure, OffloadedHFCache, OffloadedLayer
+from kvoffload.hf.cache import OffloadedHFCache
 from kvoffload.hf.hooks import ModelHooks
 from kvoffload.hf.interface import SegmentAttention
+from kvoffload.hf.layer import FirstTokens, Measure, OffloadedLayer
 from kvoffload.hf.models import attention_modules, check_supported, offloadable_layers, unwrap
 
 __all__ = [

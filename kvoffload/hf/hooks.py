@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvoffload.errors import UnsupportedModelError
-from kvoffload.hf.cache import OffloadedHFCache, OffloadedLayer
+from kvoffload.hf.cache import OffloadedHFCache
+from kvoffload.hf.layer import OffloadedLayer
 from kvoffload.hf.models import attention_modules, is_compiled
 
 
