@@ -116,6 +116,9 @@ class Decider:
         if profile is not None:
             least = cost.least_chunk_bytes(profile, self.shape, recomputes=fixed_split != 0)
             geometry = replace(geometry, least_chunk_bytes=least)
+        elif self.backend.emulated:  # no copy is too small, only the host's time per chunk counts
+            least = max(MIN_SEGMENT_BYTES, MIN_SEGMENT_ROWS * geometry.kv_row_bytes)
+            geometry = replace(geometry, least_chunk_bytes=least)
         if profile is not None and profile.h2d is not None:
             rates = self._rates(profile, geometry)
         device_bytes = self._device_bytes(geometry, prompt_tokens, device_held_bytes)
@@ -386,6 +389,7 @@ class Decider:
 
 
 MIN_PREFILL_TOKENS = 64
+MIN_SEGMENT_ROWS, MIN_SEGMENT_BYTES = 512, 2**16  # of a chunk on an emulated link that nobody measured
 # Stands in where the link has no known speed: only memory decides, and the prediction is not shown.
 _UNKNOWN = Rates(
     h2d_activation_bytes_per_s=1e9,
