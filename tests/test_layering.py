@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kvoffload"
 
 _LAYER_0 = {"errors", "datasheet", "types"}
-_LAYER_1 = _LAYER_0 | {"config", "cost", "model_shape", "stats"}
+_LAYER_1 = _LAYER_0 | {"config", "cost", "architectures", "model_config", "model_shape", "stats"}
 _LAYER_2 = _LAYER_1 | {"planner", "sizing", "backend", "store", "positions", "ops"}
 _LAYER_3 = _LAYER_2 | {"transfer", "ways", "advice"}
 _LAYER_4 = _LAYER_3 | {"cache", "attention", "recompute"}
@@ -24,7 +24,9 @@ ALLOWED: dict[str, set[str]] = {
     "types": {"errors", "datasheet"},
     "config": _LAYER_0,
     "cost": _LAYER_0,
-    "model_shape": _LAYER_0,
+    "architectures": _LAYER_0,
+    "model_config": _LAYER_0,
+    "model_shape": _LAYER_0 | {"architectures", "model_config"},
     "stats": _LAYER_0,
     "kernels": _LAYER_0,
     "planner": _LAYER_1,
