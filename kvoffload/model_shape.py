@@ -49,7 +49,10 @@ class Dimensions:
     model_type: str
     num_layers: int
     num_full_layers: int  # whose cache is their own and grows with every token
+    num_lending_layers: int  # whose growing cache other layers read as well, so that it stays resident
     num_windowed_layers: int  # whose cache is bounded by `window_tokens`
+    num_full_attention_layers: int  # that attend to every token, also to those in another layer's cache
+    num_windowed_attention_layers: int
     num_sharing_layers: int  # that read the cache of an earlier layer
     window_tokens: int
     hidden_size: int
@@ -143,7 +146,7 @@ def dimensions_from_config(config: Any, dtype: Any = None) -> Dimensions:
         value_dim = first_whole(get, "v_head_dim") or head_dim
     vocab = whole(get, "vocab_size")
     sharing = min(num_layers, first_whole(get, "num_kv_shared_layers") or 0)
-    num_full, num_windowed = _num_caching_layers(get, num_layers, sharing)
+    layers = _count_layers(get, num_layers, sharing)
     mlp, active_width = _mlp(get, arch, num_layers, hidden)
     if latent_rank:
         attention, attention_vectors = _latent_attention(get, arch, num_layers, hidden, heads, latent_rank, head_dim)
@@ -170,8 +173,11 @@ def dimensions_from_config(config: Any, dtype: Any = None) -> Dimensions:
     return Dimensions(
         model_type=model_type(get),
         num_layers=num_layers,
-        num_full_layers=num_full,
-        num_windowed_layers=num_windowed,
+        num_full_layers=layers.full,
+        num_lending_layers=layers.lending,
+        num_windowed_layers=layers.windowed,
+        num_full_attention_layers=layers.full_attention,
+        num_windowed_attention_layers=layers.windowed_attention,
         num_sharing_layers=sharing,
         window_tokens=_window_tokens(get),
         hidden_size=hidden,
@@ -190,8 +196,8 @@ def dimensions_from_config(config: Any, dtype: Any = None) -> Dimensions:
             *attention,
             *mlp,
             *extra,
-            *([Matrix("project_in", "head", embedding_width, hidden, 1)] if projected else []),
-            *([Matrix("project_out", "head", hidden, embedding_width, 1)] if projected else []),
+            *([Matrix("project_in", "mlp", embedding_width, hidden, 1)] if projected else []),
+            *([Matrix("project_out", "mlp", hidden, embedding_width, 1)] if projected else []),
             head,
         ),
         embedding_weights=vocab * embedding_width + positions * hidden + extra_embeddings,
@@ -318,8 +324,8 @@ def _gemma3n(get: Get, num_layers: int, hidden: int) -> tuple[list[Matrix], int,
         Matrix("laurel_right", "mlp", rank, hidden, num_layers),
         Matrix("per_layer_input_gate", "mlp", hidden, per_layer, num_layers),
         Matrix("per_layer_projection", "mlp", per_layer, hidden, num_layers),
-        Matrix("per_layer_model_projection", "head", hidden, num_layers * per_layer, 1),
-        Matrix("altup_projections", "head", hidden, hidden, 2 * (inputs - 1)),
+        Matrix("per_layer_model_projection", "mlp", hidden, num_layers * per_layer, 1),
+        Matrix("altup_projections", "mlp", hidden, hidden, 2 * (inputs - 1)),
     ]
     vectors = num_layers * 4 * hidden + per_layer  # output scale, and three norms
     return matrices, vectors, (first_whole(get, "vocab_size_per_layer_input") or 0) * num_layers * per_layer
@@ -336,8 +342,17 @@ def _window_tokens(get: Get) -> int:
     return first_whole(get, "sliding_window", "attention_chunk_size") or 0
 
 
-def _num_caching_layers(get: Get, num_layers: int, shared: int) -> tuple[int, int]:
-    """Layers whose cache grows with every token and is their own, and layers whose cache a window bounds."""
+class _Layers(NamedTuple):
+    """How many layers attend in which way, and how many of them have a cache of their own."""
+
+    full: int  # attend to everything, with a cache that grows and no other layer reads
+    lending: int  # the same, but later layers read it
+    full_attention: int  # attend to everything
+    windowed: int
+    windowed_attention: int
+
+
+def _count_layers(get: Get, num_layers: int, shared: int) -> _Layers:
     types: list[str] = get("layer_types") or []
     if not types:
         types = ["full_attention"] * num_layers
@@ -349,7 +364,8 @@ def _num_caching_layers(get: Get, num_layers: int, shared: int) -> tuple[int, in
             ]
     if len(types) != num_layers:
         raise ConfigError(f"layer_types of {model_type(get)} names {len(types)} layers of {num_layers}")
-    own = types[: num_layers - shared]  # the last layers read the cache of earlier ones
-    lent = 1 if shared and "full_attention" in own else 0  # the last of each type lends its cache, and stays resident
-    full = sum(kind == "full_attention" for kind in own)
-    return full - lent, sum(kind in ("sliding_attention", "chunked_attention") for kind in own)
+    is_full = [kind == "full_attention" for kind in types]
+    is_windowed = [kind in ("sliding_attention", "chunked_attention") for kind in types]
+    own = num_layers - shared  # the last layers read the cache of earlier ones
+    lent = 1 if shared and any(is_full[:own]) else 0  # the last of each type lends its cache, and stays resident
+    return _Layers(sum(is_full[:own]) - lent, lent, sum(is_full), sum(is_windowed[:own]), sum(is_windowed))
