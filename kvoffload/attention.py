@@ -1,15 +1,21 @@
 """The whole-layer attention path: one layer's K and V stand in a layer buffer before the model's own attention runs.
 
-Owns the assembly of that buffer from resident blocks, arriving chunks, the tail and the new tokens. The model's
-attention function then reads views of it; the buffer is free for another layer once that attention has been issued.
+Taken where attention over segments (segments.py) does not know the model or the call. Owns the assembly of that buffer
+from resident blocks, arriving chunks, the tail and the new tokens. The model's attention function then reads views of
+it; the buffer is free for another layer once that attention has been issued.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 
-from kvoffload.cache import CacheLayer, KVShape
+from kvoffload.layer import CacheLayer
 from kvoffload.store import Block
+from kvoffload.tail import KVShape
+from kvoffload.types import Form
 
 
 def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,21 +30,22 @@ def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tup
     Returns:
         K and V, [rows, heads, cached + new tokens, dim], views of a layer buffer.
     """
-    cache, engine, shape = layer.cache, layer.cache.engine, layer.shape
-    assert shape is not None
+    cache, engine, shape, tail = layer.cache, layer.cache.engine, layer.shape, layer.tail
+    assert shape is not None and tail is not None
     row_bytes = cache.rows * shape.row_bytes
     total = layer.num_tokens + keys.shape[2]
     engine.ensure_buffers(total * row_bytes)
-    job = engine.begin(cache, layer)
+    job = engine.begin(cache, layer, in_layer_buffer=True)
+    assert job.buffer is not None
     landing = job.buffer.bytes
-    resident = _ResidentBlocks(layer, landing)
+    resident = _ResidentPlacing(layer, landing)
     shares = max(1, job.num_activation_chunks)  # so that a long recomputation never keeps the ring full
     if job.num_activation_chunks == 0:
         resident.place(1)
     for chunk, data in engine.arriving(job):
         tokens = len(chunk.blocks) * cache.placement.block_tokens
         rows = chunk.blocks[0].rows
-        activation = data.view(layer.activation_dtype).view(tokens, rows, layer.hidden_size)
+        activation = layer.row_shapes["activation"].view(data, tokens, rows)
         out = _tokens(landing, chunk.landing_offset, tokens, rows, shape)
         engine.backend.compute(reads=(data,), writes=(out,))
         layer.recompute_into(chunk.first_block, chunk.blocks[0], activation, out)
@@ -56,8 +63,8 @@ def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tup
     everything = _tokens(target, 0, total, cache.rows, shape)
     newest = everything[layer.num_stored_tokens :]
     engine.backend.compute(writes=(newest,))
-    newest[: layer.tail_tokens] = layer.tail
-    new_keys, new_values = shape.split(newest[layer.tail_tokens :])
+    newest[: tail.num_tokens] = tail.kv
+    new_keys, new_values = shape.split(newest[tail.num_tokens :])
     new_keys.copy_(keys.permute(2, 0, 1, 3))
     new_values.copy_(values.permute(2, 0, 1, 3))
     engine.backend.compute(reads=(everything,))  # the attention that follows
@@ -65,33 +72,62 @@ def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tup
     return all_keys.permute(1, 2, 0, 3), all_values.permute(1, 2, 0, 3)
 
 
-class _ResidentBlocks:
-    """The blocks of a layer that live on the device (its first ones), placed into the layer buffer bit by bit."""
+class ResidentRun(NamedTuple):
+    """Consecutive resident blocks of one form, contiguous on the device."""
 
-    def __init__(self, layer: CacheLayer, landing: torch.Tensor) -> None:
-        self._layer, self._landing = layer, landing
+    form: Form
+    first_block: int
+    data: torch.Tensor  # [tokens, stored rows, width]
+
+
+class ResidentBlocks:
+    """The blocks of a layer that live on the device (its first ones), taken bit by bit.
+
+    Args:
+        layer: whose blocks.
+        max_blocks: the most that one run may have.
+    """
+
+    def __init__(self, layer: CacheLayer, max_blocks: int | None = None) -> None:
+        self._layer = layer
         self._count = next((i for i, block in enumerate(layer.blocks) if block.resident is None), len(layer.blocks))
-        self._placed, self._offset = 0, 0
+        self._max_blocks = max_blocks or max(1, self._count)
+        self._taken = 0
         self._due = 0.0
 
-    def place(self, share: float) -> None:
-        """Copy or recompute a further share of the blocks, runs of equal form and rows at a time."""
-        layer, shape, bt = self._layer, self._layer.shape, self._layer.cache.placement.block_tokens
-        assert shape is not None
+    def due(self, share: float) -> Iterator[ResidentRun]:
+        """A further share of the blocks."""
+        blocks, block_tokens = self._layer.blocks, self._layer.cache.placement.block_tokens
         self._due = min(float(self._count), self._due + share * self._count)
-        while self._placed < round(self._due):
-            first = layer.blocks[self._placed]
-            run = _run_length(layer.blocks[self._placed : round(self._due)])
+        while self._taken < round(self._due):
+            first, idx = blocks[self._taken], self._taken
+            length = _run_length(blocks[idx : min(round(self._due), idx + self._max_blocks)])
             assert first.resident is not None
-            data = first.resident.as_strided((run * bt, first.rows, first.resident.shape[2]), first.resident.stride())
-            out = _tokens(self._landing, self._offset, run * bt, first.rows, shape)
+            shape = (length * block_tokens, first.rows, first.resident.shape[2])
+            self._taken += length
+            yield ResidentRun(first.form, idx, first.resident.as_strided(shape, first.resident.stride()))
+
+
+class _ResidentPlacing:
+    """Copies or recomputes resident blocks into the layer buffer."""
+
+    def __init__(self, layer: CacheLayer, landing: torch.Tensor) -> None:
+        self._layer, self._landing, self._offset = layer, landing, 0
+        self._blocks = ResidentBlocks(layer)
+
+    def place(self, share: float) -> None:
+        """A further share of the blocks."""
+        layer, shape = self._layer, self._layer.shape
+        assert shape is not None
+        for run in self._blocks.due(share):
+            tokens, rows, _ = run.data.shape
+            out = _tokens(self._landing, self._offset, tokens, rows, shape)
             layer.cache.engine.backend.compute(writes=(out,))
-            if first.form == "kv":
-                out.copy_(data)
+            if run.form == "kv":
+                out.copy_(run.data)
             else:
-                layer.recompute_into(self._placed, first, data, out)
-            self._offset += run * bt * first.rows * shape.row_bytes
-            self._placed += run
+                layer.recompute_into(run.first_block, layer.blocks[run.first_block], run.data, out)
+            self._offset += tokens * rows * shape.row_bytes
 
 
 def _run_length(blocks: list[Block]) -> int:

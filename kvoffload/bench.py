@@ -21,18 +21,20 @@ import torch
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from kvoffload import cost, hf, planner, recompute
+from kvoffload import cost, hf, ops, planner, recompute
 from kvoffload.api import offload
 from kvoffload.backend import Backend, CudaBackend
-from kvoffload.cache import KVShape
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.model_shape import shape_from_config
 from kvoffload.profiler.environment import cpu_name
 from kvoffload.profiler.profile import with_link
 from kvoffload.stats import GenerationStats
+from kvoffload.tail import KVShape
 from kvoffload.types import HardwareProfile, PlanInputs, Rates
 
 MODES = ("full_transfer", "recompute_all", "sequential", "kvpr", "planned")
+# The same with a layer's K/V put together before attention, where `MODES` attend chunk by chunk.
+WHOLE_LAYER_MODES = {"full_transfer_whole_layer": "full_transfer", "planned_whole_layer": "planned"}
 MAX_RATE_DRIFT_FRACTION = 0.1
 MAX_TRIES = 4
 
@@ -162,19 +164,21 @@ class Bench:
 
     # ---- rates of this process -----------------------------------------------------------------------------------
 
-    def recompute_s_per_token(self, idle_s: float = 0.0) -> float:
+    def recompute_s_per_token(self, idle_s: float = 0.0, *, is_segmented: bool = True) -> float:
         """gamma_r: one position of the whole batch, through the runtime's own recomputation.
 
         Args:
             idle_s: pause before each chunk, for schedules that wait for a copy before they compute: a core that
                 comes out of a pause is slower at first.
+            is_segmented: every chunk becomes K/V in the same scratch, else each at its place in a layer buffer.
         """
         module = hf.attention_modules(self.model)[0]
         p, tokens = self.preset, self.block_tokens * self.chunk_blocks
         shape = KVShape(p.kv_heads, p.hidden // p.heads, p.kv_heads, p.hidden // p.heads, p.dtype)
-        # Chunks arrive in a ring and become K/V all over a layer buffer: neither is in a cache by itself.
+        # Chunks arrive in a ring, which is in no cache by itself.
         ring = torch.randn(4, tokens, p.batch, p.hidden, device=self.device, dtype=p.dtype)
-        layer_buffer = torch.empty(p.cached_tokens, p.batch, shape.width, device=self.device, dtype=p.dtype)
+        room = tokens if is_segmented else p.cached_tokens
+        landing = torch.empty(room, p.batch, shape.width, device=self.device, dtype=p.dtype)
         turns = itertools.count()
         embeddings: tuple[torch.Tensor, ...] = ()
         if p.architecture == "llama":
@@ -186,16 +190,32 @@ class Bench:
 
         def recompute_next() -> None:
             turn = next(turns)
-            start = turn % (p.cached_tokens // tokens) * tokens
-            path(ring[turn % len(ring)], embeddings, layer_buffer[start : start + tokens])
+            start = turn % (room // tokens) * tokens
+            path(ring[turn % len(ring)], embeddings, landing[start : start + tokens])
 
         return self._time(recompute_next, budget_s=0.4, idle_s=idle_s) / tokens
 
-    def attention_s_per_token(self) -> float:
-        """gamma_a: SDPA over a layer buffer."""
-        p, tokens = self.preset, self.preset.cached_tokens
+    def attention_s_per_token(self, *, is_segmented: bool = True) -> float:
+        """gamma_a: attention over chunks in a ring, or SDPA over a layer buffer."""
+        p = self.preset
         d = p.hidden // p.heads
-        kv = torch.randn(tokens, p.batch, 2, p.kv_heads, d, device=self.device, dtype=p.dtype)
+        if is_segmented:
+            tokens = self.block_tokens * self.chunk_blocks
+            ring = torch.randn(4, tokens, p.batch, 2, p.kv_heads, d, device=self.device, dtype=p.dtype)
+            query = torch.randn(p.batch, 1, p.heads, d, device=self.device, dtype=p.dtype)
+            out = torch.empty_like(query, dtype=torch.float32)
+            lse = torch.empty(query.shape[:3], dtype=torch.float32, device=self.device)
+            turns = itertools.count()
+
+            def attend_next() -> None:
+                turn = next(turns)
+                segment, is_first = ring[turn % len(ring)], turn % 8 == 0
+                ops.segment_attention(
+                    query, segment, out, lse, scale=1.0, is_first=is_first, first_position=0, query_position=tokens
+                )
+
+            return self._time(attend_next, budget_s=0.2) / tokens
+        kv = torch.randn(p.cached_tokens, p.batch, 2, p.kv_heads, d, device=self.device, dtype=p.dtype)
         q = torch.randn(p.batch, p.heads, 1, d, device=self.device, dtype=p.dtype)
         k, v = (kv[:, :, i].permute(1, 2, 0, 3) for i in range(2))
 
@@ -204,7 +224,7 @@ class Bench:
             keys, values = (k, v) if groups == 1 else (t.repeat_interleave(groups, 1) for t in (k, v))
             torch.nn.functional.scaled_dot_product_attention(q, keys, values)
 
-        return self._time(attend, budget_s=0.2) / tokens
+        return self._time(attend, budget_s=0.2) / p.cached_tokens
 
     def step_s_without_cache(self) -> float:
         """A whole decode step of generate() with next to no cache: dense parts, head, sampling and host time."""
@@ -230,14 +250,14 @@ class Bench:
 
     def rates(self, mode: str) -> Rates:
         """What the cost model needs, measured now, as the mode meets it."""
-        rest_s = self.step_s_without_cache()
+        rest_s, is_segmented = self.step_s_without_cache(), _is_segmented(mode)
         chunk_bytes = self.block_tokens * self.chunk_blocks * self.preset.batch * self.shape.activation_row_bytes
         idle_s = chunk_bytes / self.bytes_per_s if mode == "sequential" else 0.0
         return Rates(
             h2d_activation_bytes_per_s=self.bytes_per_s,
             h2d_kv_bytes_per_s=self.bytes_per_s,
-            recompute_s_per_token=self.recompute_s_per_token(idle_s),
-            attention_s_per_token=self.attention_s_per_token(),
+            recompute_s_per_token=self.recompute_s_per_token(idle_s, is_segmented=is_segmented),
+            attention_s_per_token=self.attention_s_per_token(is_segmented=is_segmented),
             dense_s=0.0,
             head_s=rest_s,  # dense parts and host time of a step, in one piece
         )
@@ -267,7 +287,8 @@ class Bench:
         """The options of a mode."""
         splits: dict[str, Any] = {"full_transfer": "transfer", "recompute_all": "recompute"}
         return OffloadConfig(
-            split=splits.get(mode, "auto") if split is None else split,
+            split=splits.get(WHOLE_LAYER_MODES.get(mode, mode), "auto") if split is None else split,
+            attention="whole_layer" if mode in WHOLE_LAYER_MODES else "auto",
             overlap=mode != "sequential",
             schedule="kvpr" if mode == "kvpr" else "pipelined",
             block_tokens=self.block_tokens,
@@ -280,9 +301,9 @@ class Bench:
     def bound_s(self, mode: str, rates: Rates, split: float | None = None) -> float:
         """The cost model's step for the mode's best plan."""
         splits = {"full_transfer": 0.0, "recompute_all": 1.0}
-        chosen = splits.get(mode) if split is None else split
+        chosen = splits.get(WHOLE_LAYER_MODES.get(mode, mode)) if split is None else split
         schedule = "kvpr" if mode == "kvpr" else "pipelined"
-        inputs = self.inputs(rates, split=chosen, schedule=schedule)
+        inputs = self.inputs(rates, split=chosen, schedule=schedule, is_segmented=_is_segmented(mode))
         plan = planner.solve(inputs)
         if mode == "sequential":
             return cost.sequential_step_s(inputs, 0, plan.activation_blocks, plan.kv_blocks)
@@ -331,6 +352,10 @@ class Bench:
             "device_kv_peak_decode_bytes": stats.device_kv_peak_decode_bytes,
             "plan": stats.plan.to_json(),
         }
+
+
+def _is_segmented(mode: str) -> bool:
+    return mode != "kvpr" and mode not in WHOLE_LAYER_MODES  # the paper puts whole layers together
 
 
 class _Stamp:

@@ -57,6 +57,8 @@ class OffloadConfig:
         slots: staging buffers on the device, one chunk each, at least 1.
         overlap: False copies, waits, then computes (for ablation).
         schedule: "pipelined", or "kvpr" for the paper's schedule.
+        attention: "auto" attends to each chunk where it arrives (device memory does not grow with the context) where
+            the model and the call allow it; "whole_layer" puts a layer's K/V together first.
         profile: a HardwareProfile, a path to one, or "auto" (stored for this machine, else measured once).
         link: "auto" (CUDA, else an unpaced emulated link) or an EmulatedLink.
 
@@ -72,6 +74,7 @@ class OffloadConfig:
     slots: Auto | int = "auto"
     overlap: bool = True
     schedule: Schedule = "pipelined"
+    attention: Literal["auto", "whole_layer"] = "auto"
     profile: HardwareProfile | str | Path = "auto"
     link: Auto | EmulatedLink = "auto"
 
@@ -98,6 +101,8 @@ class OffloadConfig:
             raise ConfigError(f"overlap must be True or False, got {self.overlap!r}")
         if self.schedule not in ("pipelined", "kvpr"):
             raise ConfigError(f"schedule must be 'pipelined' or 'kvpr', got {self.schedule!r}")
+        if self.attention not in ("auto", "whole_layer"):
+            raise ConfigError(f"attention must be 'auto' or 'whole_layer', got {self.attention!r}")
         if not isinstance(self.profile, (HardwareProfile, str, Path)):
             raise ConfigError(f"profile must be 'auto', a path or a HardwareProfile, got {self.profile!r}")
         if self.link != "auto" and not isinstance(self.link, EmulatedLink):

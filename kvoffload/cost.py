@@ -16,6 +16,9 @@ from typing import NamedTuple
 from kvoffload.errors import ProfileError
 from kvoffload.types import Constraint, HardwareProfile, ModelShape, Plan, PlanInputs, Rates, Schedule
 
+CHUNK_SPEED_FRACTION = 0.95
+LARGEST_CHUNK_BYTES = 32 * 2**20
+
 
 class Terms(NamedTuple):
     """The cost model of one instance: seconds per step, all layers together; a "block" is one of every layer."""
@@ -226,6 +229,32 @@ def rates_from_profile(
     )
 
 
+def least_chunk_bytes(profile: HardwareProfile, shape: ModelShape, *, recomputes: bool) -> int:
+    """K/V bytes of the smallest chunk that keeps link, recomputation and host out of each other's way.
+
+    That is a power of two at which the link and the GEMM of recomputation reach `CHUNK_SPEED_FRACTION` of their speed
+    at `LARGEST_CHUNK_BYTES`, and the host's time per chunk is at most the rest of the copy's.
+
+    Args:
+        profile: the machine.
+        shape: the model.
+        recomputes: whether activations may be stored at all.
+    """
+
+    def is_fast(num_bytes: int) -> bool:
+        slowest_copy_s = 0.0 if profile.h2d is None else profile.h2d.seconds(num_bytes)
+        if profile.h2d is not None and profile.host_s_per_chunk > (1 - CHUNK_SPEED_FRACTION) * slowest_copy_s:
+            return False
+        rates = [] if profile.h2d is None else [profile.h2d.rate]
+        if recomputes:
+            n, k = shape.num_kv_heads * shape.head_dim, shape.hidden_size
+            rates.append(lambda size: profile.gemm_flops_per_s(max(1, int(size // shape.kv_row_bytes)), n, k))
+        return all(rate(num_bytes) >= CHUNK_SPEED_FRACTION * rate(LARGEST_CHUNK_BYTES) for rate in rates)
+
+    sizes = (2**exponent for exponent in range(16, LARGEST_CHUNK_BYTES.bit_length()))
+    return next((num_bytes for num_bytes in sizes if is_fast(num_bytes)), LARGEST_CHUNK_BYTES)
+
+
 def transfer_order(num_activation_chunks: int, num_kv_chunks: int, schedule: Schedule) -> list[bool]:
     """In which order a layer's chunks travel: True for an activation chunk, False for a kv chunk.
 
@@ -253,7 +282,8 @@ def simulate(plan: Plan, rates: Rates, *, overlap: bool = True, num_steps: int =
     One link and one compute stream, each in order. Per layer: weights if streamed, then its chunks in
     `transfer_order`; the next layer's right behind them, layer 0 of the next step during the gap. An activation chunk
     needs a free slot (free when its recomputation ended), kv chunks one of two layer buffers (free when attention of
-    the layer two before ended). A layer computes once the host has issued it: each chunk when it has arrived and a
+    the layer two before ended); where attention takes chunks one by one every chunk needs a slot, free when it was
+    attended to. A layer computes once the host has issued it: each chunk when it has arrived and a
     share of the resident activations behind it, attention after the last one, the dense part; after the last layer
     the head, then the gap.
 
@@ -309,6 +339,21 @@ def simulate(plan: Plan, rates: Rates, *, overlap: bool = True, num_steps: int =
             work(resident_s / len(activation_chunks), 0.0)
         return len(arrived)
 
+    def attend_chunks() -> None:
+        """All chunks of a layer through slots, each attended to when it is there; then the rest of its attention."""
+        nonlocal num_copied
+        chunks = {True: iter(activation_chunks), False: iter(kv_chunks)}
+        for is_activation in order:
+            tokens = next(chunks[is_activation])
+            there_s = copy(tokens * (activation_s if is_activation else kv_s), released[num_copied])
+            num_copied += 1
+            recompute_s = rates.recompute_s_per_token if is_activation else 0.0
+            released.append(work(tokens * (recompute_s + rates.attention_s_per_token), there_s))
+            if is_activation:
+                work(resident_s / len(activation_chunks), 0.0)
+        chunk_tokens = sum(activation_chunks) + sum(kv_chunks)
+        work(attention_s - chunk_tokens * rates.attention_s_per_token, 0.0)
+
     marks = []
     for _ in range(num_steps):
         for _ in range(num_layers):
@@ -318,6 +363,10 @@ def simulate(plan: Plan, rates: Rates, *, overlap: bool = True, num_steps: int =
             kv_arrived, num_kv = 0.0, 0
             work(0.0 if activation_chunks else resident_s, host)
             recomputed = 0
+            if plan.is_segmented:
+                attend_chunks()
+                weights_used.append(work(ordinary * rates.dense_s, weights_arrived))
+                continue
             for is_activation in order:
                 if is_activation:
                     if num_copied >= len(released):  # its slot is freed by a chunk of this layer

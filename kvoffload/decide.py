@@ -7,6 +7,7 @@ activations are stored only if that wins. Later the decode steps themselves corr
 
 from __future__ import annotations
 
+import functools
 import logging
 import statistics
 import time
@@ -16,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from kvoffload import cost, planner
+from kvoffload import cost, ops, planner
 from kvoffload.backend import Backend
-from kvoffload.cache import Placement
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import HostMemoryError
-from kvoffload.sizing import Geometry, Sizes, choose_sizes
+from kvoffload.placement import Placement
+from kvoffload.sizing import Geometry, Sizes, choose_sizes, prefill_peak_bytes
 from kvoffload.types import HardwareProfile, ModelShape, Plan, PlanInputs, Rates
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Decision:
     plan: Plan
     placement: Placement
     inputs: PlanInputs | None  # None where nothing could be predicted
+    stage_limit_bytes: int | None  # what the cap on device memory leaves for staging a prefill's blocks
 
 
 class MeasuredRates:
@@ -111,6 +113,9 @@ class Decider:
         config, fixed_split = self.config, self.config.fixed_split if can_recompute else 0.0
         profile = self._profile() if self._wants_profile else None
         rates: Rates | None = None
+        if profile is not None:
+            least = cost.least_chunk_bytes(profile, self.shape, recomputes=fixed_split != 0)
+            geometry = replace(geometry, least_chunk_bytes=least)
         if profile is not None and profile.h2d is not None:
             rates = self._rates(profile, geometry)
         device_bytes = self._device_bytes(geometry, prompt_tokens, device_held_bytes)
@@ -124,7 +129,9 @@ class Decider:
         if rates is None:
             plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
         share = plan.split_fraction if fixed_split is None else fixed_split
+        room = None if device_bytes is None else max(0, device_bytes - plan.device_bytes)
         decision = Decision(
+            stage_limit_bytes=room,
             geometry=geometry,
             sizes=sizes,
             plan=plan,
@@ -193,6 +200,7 @@ class Decider:
             host_bytes=host_bytes,
             split=split,
             schedule=self.config.schedule,
+            is_segmented=geometry.is_segmented,
         )
 
     def _device_bytes(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int | None:
@@ -203,7 +211,7 @@ class Decider:
         if setting != "auto":
             return int(float(setting) * GIB)
         tokens = self.prefill_chunk_tokens(geometry, prompt_tokens, held_bytes) or prompt_tokens
-        room = self._free_device_bytes(held_bytes) - self.prefill_peak_bytes(geometry, tokens)
+        room = self._free_device_bytes(held_bytes) - prefill_peak_bytes(self.shape, geometry.rows, tokens)
         least = choose_sizes(geometry, self.config, keeps_activations=True, device_bytes=None, rates=None)
         return room if room > least.fixed_device_bytes else None
 
@@ -213,16 +221,6 @@ class Decider:
         cached = torch.cuda.memory_reserved(self.backend.device) - torch.cuda.memory_allocated(self.backend.device)
         return int(DEVICE_SHARE * (free + cached)) + held_bytes
 
-    def prefill_peak_bytes(self, geometry: Geometry, tokens: int) -> int:
-        """Device memory that a prefill of that many tokens per row needs beside the cache."""
-        shape, itemsize = self.shape, self.shape.activation_itemsize_bytes
-        mlp = shape.mlp_matrices * shape.intermediate_size  # gate, up and their product live at once
-        attention = 4 * shape.num_heads * shape.head_dim  # queries, output and their transposed copies
-        kv = 2 * shape.kv_row_bytes  # one layer's K/V, and packed
-        per_token = (max(mlp, attention) + 4 * shape.hidden_size) * itemsize + kv  # residual, norm, input, output
-        logits = geometry.rows * shape.vocab_size * (itemsize + 4)  # and a float32 copy
-        return geometry.rows * tokens * per_token + logits
-
     def prefill_chunk_tokens(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int | None:
         """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole."""
         if self.backend.emulated or self.config.device_gib != "auto":
@@ -230,7 +228,7 @@ class Decider:
         sizes = choose_sizes(geometry, self.config, keeps_activations=True, device_bytes=None, rates=None)
         room = self._free_device_bytes(held_bytes) - sizes.fixed_device_bytes
         tokens = prompt_tokens
-        while tokens > MIN_PREFILL_TOKENS and self.prefill_peak_bytes(geometry, tokens) > room:
+        while tokens > MIN_PREFILL_TOKENS and prefill_peak_bytes(self.shape, geometry.rows, tokens) > room:
             tokens = -(-tokens // 2)
         return None if tokens == prompt_tokens else tokens
 
@@ -310,17 +308,22 @@ class Decider:
         return replace(decision, inputs=inputs, plan=plan, placement=placement)
 
     def _prepare_attention(self, tokens: int, decision: Decision) -> Callable[[], None]:
-        """Attention of one query per row over that many tokens, laid out as in a layer buffer."""
+        """Attention of one query per row over that many tokens, laid out as a step finds them."""
         shape, rows = self.shape, decision.geometry.rows
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[shape.kv_itemsize_bytes]
-        kv = torch.zeros(tokens, rows, 2, shape.num_kv_heads, shape.head_dim, dtype=dtype, device=self.backend.device)
+        device = self.backend.device
+        kv = torch.zeros(tokens, rows, 2, shape.num_kv_heads, shape.head_dim, dtype=dtype, device=device)
+        query = torch.zeros(rows, 1, shape.num_heads, shape.head_dim, dtype=dtype, device=device)
+        if decision.geometry.is_segmented:
+            out, lse = torch.empty_like(query, dtype=torch.float32), query.new_empty(query.shape[:3], dtype=torch.float)
+            attend_segment = functools.partial(ops.segment_attention, query, kv, out, lse, scale=1.0)
+            return functools.partial(attend_segment, is_first=True, first_position=0, query_position=tokens)
         keys, values = (kv[:, :, half].permute(1, 2, 0, 3) for half in range(2))
-        query = torch.zeros(rows, shape.num_heads, 1, shape.head_dim, dtype=dtype, device=self.backend.device)
         attend = torch.nn.functional.scaled_dot_product_attention
         grouped = shape.num_heads != shape.num_kv_heads
 
         def run() -> None:
-            attend(query, keys, values, enable_gqa=grouped)
+            attend(query.transpose(1, 2), keys, values, enable_gqa=grouped)
 
         return run
 

@@ -1,12 +1,70 @@
-"""Every device operation of ours, and the only place that picks its implementation."""
+"""Every device operation of ours, and the only place that picks its implementation.
+
+In this order: on CUDA a Triton kernel; for attention on the CPU torch's own operator; else, and where these cannot do a
+shape or dtype, the twin in `kernels/reference.py`, which says what each operation means. Triton is imported when a CUDA
+tensor is first seen: it does not exist for every system.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import warnings
+from typing import Any, TypedDict, Unpack
+
 import torch
+from torch import Tensor
 
-from kvoffload.kernels import reference
+from kvoffload.kernels import cpu_attention, reference
 
-rope_ = reference.rope_
+
+class _Required(TypedDict):
+    scale: float
+    is_first: bool
+    first_position: int
+    query_position: int
+
+
+class SegmentOptions(_Required, total=False):
+    """Keyword arguments of `segment_attention`; `reference.segment_attention` explains each."""
+
+    valid: Tensor | None
+    row_table: Tensor | None
+    block_tokens: int
+    window: int | None
+    softcap: float | None
+
+
+def segment_attention(q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, **options: Unpack[SegmentOptions]) -> None:
+    """Attention of some queries over one segment of the cache, merged into `out` and `lse`.
+
+    Args:
+        q: [batch, q_tokens, q_heads, head_dim], unit stride in head_dim.
+        kv: [tokens, rows, 2, kv_heads, head_dim], dtype of q, unit stride in head_dim.
+        out: float32 [batch, q_tokens, q_heads, head_dim], contiguous; changed in place.
+        lse: float32 [batch, q_tokens, q_heads], contiguous; changed in place.
+        options: see `SegmentOptions`.
+
+    Raises:
+        ValueError: if shapes, dtypes, strides or devices do not fit.
+    """
+    kernel = _triton("segment_attention", q) if q.is_cuda else cpu_attention if q.is_cpu else None
+    (kernel or reference).segment_attention(q, kv, out, lse, **options)
+
+
+def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """Merge the attention over some tokens into that over others, in place; see `reference.merge_`."""
+    (_triton("merge", out) or reference).merge_(out, lse, part_out, part_lse)
+
+
+def finish(out: Tensor, lse: Tensor, result: Tensor, sinks: Tensor | None = None) -> None:
+    """Write the attention of all segments into `result`, after the sinks took their share; see `reference.finish`."""
+    (_triton("merge", out) or reference).finish(out, lse, result, sinks)
+
+
+def rope_(keys: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary position embedding of keys `[tokens, rows, heads, head_dim]` in place; see `reference.rope_`."""
+    (_triton("rope", keys) or reference).rope_(keys, cos, sin)
 
 
 def linear_into(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -22,3 +80,23 @@ def linear_into(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _triton(name: str, tensor: Tensor) -> Any:
+    """The module of a Triton kernel, or None if it cannot do this tensor: on a CUDA device that is warned of, once."""
+    if not tensor.is_cuda:
+        return None
+    try:
+        module = importlib.import_module(f"kvoffload.kernels.{name}")
+    except ImportError as error:
+        _warn_once(f"{error}: attention and rotary embedding run unfused")
+        return None
+    if reason := module.unsupported(tensor):
+        _warn_once(f"kernels/{name}.py cannot do {reason}: it runs unfused")
+        return None
+    return module
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=4)

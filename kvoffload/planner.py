@@ -73,6 +73,7 @@ def solve(inputs: PlanInputs) -> Plan:
         block_tokens=inputs.block_tokens,
         chunk_blocks=inputs.chunk_blocks,
         num_slots=inputs.num_slots,
+        is_segmented=inputs.is_segmented,
         resident_kv_blocks=r,
         resident_activation_blocks=r_x,
         kv_blocks=t,

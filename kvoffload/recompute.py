@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from kvoffload import ops
-from kvoffload.cache import KVShape, Recompute
+from kvoffload.layer import Recompute
+from kvoffload.tail import KVShape
 
 # Error allowed between a recomputed and the original K or V, relative to the largest value: GEMMs of other shapes
 # differ in the last bits, another rotation or a missing norm by orders of magnitude more.

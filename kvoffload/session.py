@@ -8,27 +8,30 @@ and `_prepare_cache_for_generation` (which is told the maximum length, the batch
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 
 from kvoffload import hf
-from kvoffload.backend import Backend, CudaBackend, EmulatedBackend, LinkUse
-from kvoffload.cache import CacheLayer, OffloadedCache, Placement
+from kvoffload.backend import Backend, CudaBackend, EmulatedBackend
+from kvoffload.cache import OffloadedCache
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.decide import Decider, Decision
 from kvoffload.errors import ConfigError, KVOffloadError
+from kvoffload.layer import CacheLayer
 from kvoffload.model_shape import shape_from_config
+from kvoffload.placement import Placement
 from kvoffload.profiler.stored import resolve_profile
+from kvoffload.progress import AllocationProgress
+from kvoffload.run import Run
 from kvoffload.sizing import Geometry, grown, widened
 from kvoffload.stats import GenerationStats
 from kvoffload.store import HostPool
@@ -37,30 +40,6 @@ from kvoffload.types import HardwareProfile
 
 logger = logging.getLogger(__name__)
 SHADOWED = ("generate", "_prepare_cache_for_generation")
-
-
-@dataclass(slots=True)
-class _Run:
-    """One `generate()` in progress: readings at its start and at its first decode step."""
-
-    thread: int
-    began: float
-    prompt_tokens: int
-    h2d: LinkUse
-    d2h: LinkUse
-    recompute_s: float
-    wait_s: float
-    cache: hf.OffloadedHFCache | None = None
-    owns_cache: bool = False
-    recomputed_tokens: int = 0
-    setup_s: float = 0.0
-    setup_in_forward_s: float = 0.0  # the part of it that fell into the prefill
-    forwards: list[float] = field(default_factory=list)  # start of each forward
-    num_prefill_forwards: int = 0
-    decode_h2d: LinkUse | None = None
-    decode_wait_s: float = 0.0
-    prefill_peak_bytes: int = 0
-    decode_peak_bytes: int = 0
 
 
 class Session:
@@ -83,9 +62,10 @@ class Session:
         text_config = self.model.config.get_text_config(decoder=True)
         shape = shape_from_config(text_config, self.model.dtype)
         self.decider = Decider(config, shape, self.backend, self._load_profile)
-        self.pool = HostPool(self.backend, self.decider.host_cap_bytes)
+        self._progress = AllocationProgress()
+        self.pool = HostPool(self.backend, self.decider.host_cap_bytes, self._progress.update)
         self._lock = threading.Lock()
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._foreign_depth = 0
         self._decisions: weakref.WeakKeyDictionary[hf.OffloadedHFCache, Decision] = weakref.WeakKeyDictionary()
         self._configured_for: Callable[[], Any] = lambda: None  # a weak reference
@@ -94,6 +74,9 @@ class Session:
         self._hooks = hf.ModelHooks(
             self.model, is_foreign_forward_allowed=self._may_run_without_us, on_forward=self._before_forward
         )
+        self._segment_attention: hf.SegmentAttention | None = None
+        if config.attention == "auto" and config.schedule == "pipelined":
+            self._segment_attention = hf.SegmentAttention.install(self.model, self._hooks)
         self._shadowed = {name: vars(self.model)[name] for name in SHADOWED if name in vars(self.model)}
         self._originals: dict[str, Callable[..., Any]] = {name: getattr(self.model, name) for name in SHADOWED}
 
@@ -121,6 +104,8 @@ class Session:
             return
         self.is_closed = True
         self._hooks.remove()
+        if self._segment_attention is not None:
+            self._segment_attention.remove()
         for name in SHADOWED:
             del vars(self.model)[name]
         vars(self.model).update(self._shadowed)
@@ -189,17 +174,11 @@ class Session:
                 "an offloaded model serves one call at a time"
             )
         try:
-            self._run = _Run(
-                thread=threading.get_ident(),
-                began=time.perf_counter(),
-                prompt_tokens=_prompt_tokens(args, kwargs),
-                h2d=self.backend.link_use("h2d"),
-                d2h=self.backend.link_use("d2h"),
-                recompute_s=self.backend.span_seconds("recompute"),
-                wait_s=self.backend.span_seconds("exposed_wait"),
-            )
+            self._run = Run(self.backend, prompt_tokens=_prompt_tokens(args, kwargs))
             output = original(*args, **kwargs)
-            self._finish_stats(self._run)
+            if self._run.cache is not None:
+                decision = self._decisions[self._run.cache]
+                self.stats = self._run.finish(decision.plan, self.engine, self.pool)
             if getattr(output, "past_key_values", None) is self._run.cache:
                 self._run.owns_cache = False  # the caller has it now
             return output
@@ -209,6 +188,7 @@ class Session:
             raise
         finally:
             run, self._run = self._run, None
+            self._progress.stop()
             try:
                 if not self.is_closed:
                     self.engine.drop()
@@ -255,7 +235,7 @@ class Session:
         if cache is None:
             cache = self.new_cache()
             run.owns_cache = True
-            run.cache = cache
+            run.use(cache)
             prompt_tokens = min(run.prompt_tokens, max_cache_length) or max_cache_length
             self._lay_out(cache, batch_size * copies, copies, prompt_tokens, max_cache_length)
             chunk = self.decider.prefill_chunk_tokens(
@@ -270,12 +250,11 @@ class Session:
                 "use session.new_cache(), or call generate() outside the session"
             )
         else:
-            run.cache = cache
+            run.use(cache)
             vars(cache)["_is_user_defined"] = True  # what transformers does to a cache it is given
             if cache in self._decisions:
                 self._prolong(cache, max_cache_length)
         model_kwargs["past_key_values"] = cache
-        run.recomputed_tokens = cache.core.recomputed_tokens
         run.setup_s += time.perf_counter() - began
         return None
 
@@ -300,6 +279,7 @@ class Session:
         first: hf.FirstTokens | None = None,
         *,
         can_recompute: bool = True,
+        is_segmented: bool | None = None,
     ) -> None:
         """Decide for an empty cache and make the engine's buffers."""
         shape = first or self.decider.shape
@@ -310,6 +290,7 @@ class Session:
             kv_row_bytes=shape.kv_row_bytes,
             activation_row_bytes=shape.activation_row_bytes,
             beams=copies,
+            is_segmented=self.offers_segments if is_segmented is None else is_segmented,
         )
         decision = self.decider.decide(
             geometry,
@@ -326,14 +307,17 @@ class Session:
         self._decisions[cache] = decision
         cache.core.placement = decision.placement
         self._configure(cache)
+        self._progress.expect(self.pool.used_bytes + decision.plan.host_bytes)
 
     def _configure(self, cache: hf.OffloadedHFCache) -> None:
-        sizes = self._decisions[cache].sizes
+        decision = self._decisions[cache]
+        sizes, self.engine.stage_limit_bytes = decision.sizes, decision.stage_limit_bytes
         self.engine.configure(
             slot_bytes=sizes.slot_bytes,
             num_slots=sizes.num_slots,
             buffer_bytes=sizes.buffer_bytes,
             d2h_slot_bytes=sizes.d2h_slot_bytes,
+            scratch_bytes=sizes.scratch_bytes,
         )
         self._configured_for = weakref.ref(cache)
 
@@ -354,7 +338,10 @@ class Session:
         began = time.perf_counter()
         known, copies = self._decisions[cache].placement.max_tokens, cache.core.prompt_copies
         prompt_tokens = max(first.tokens, self._prompt_tokens)
-        self._lay_out(cache, first.rows, copies, prompt_tokens, known, first, can_recompute=False)
+        segmented = cache.core.layers[0].is_segmented
+        self._lay_out(
+            cache, first.rows, copies, prompt_tokens, known, first, can_recompute=False, is_segmented=segmented
+        )
         self.add_setup(time.perf_counter() - began)
 
     def before_first_append(
@@ -374,16 +361,17 @@ class Session:
         """
         began = time.perf_counter()
         if cache not in self._decisions:
-            self._lay_out(cache, first.rows, 1, first.tokens, None, first)
+            self._lay_out(cache, first.rows, 1, first.tokens, None, first, is_segmented=layer.is_segmented)
         geometry = self._decisions[cache].geometry
-        if layer.position == 0 and (first.kv_row_bytes, first.activation_row_bytes) != (
+        if layer.position == 0 and (first.kv_row_bytes, first.activation_row_bytes, layer.is_segmented) != (
             geometry.kv_row_bytes,
             geometry.activation_row_bytes,
+            geometry.is_segmented,
         ):
-            known = self._decisions[cache].placement.max_tokens
-            copies = cache.core.prompt_copies
-            self._lay_out(cache, first.rows, copies, max(first.tokens, self._prompt_tokens), known, first)
-        elif layer.position > 0:
+            known, copies = self._decisions[cache].placement.max_tokens, cache.core.prompt_copies
+            prompt_tokens = max(first.tokens, self._prompt_tokens)
+            self._lay_out(cache, first.rows, copies, prompt_tokens, known, first, is_segmented=layer.is_segmented)
+        elif layer.position > 0 and not layer.is_segmented:
             self.engine.ensure_buffers(geometry.max_tokens * first.rows * first.kv_row_bytes)
         if layer.position == 0 and measure is not None:
             decision = self.decider.measure_chunk(self._decisions[cache], measure)
@@ -393,34 +381,29 @@ class Session:
         self.add_setup(time.perf_counter() - began)
 
     @property
+    def offers_segments(self) -> bool:
+        """Whether attention over segments is installed on the model."""
+        return self._segment_attention is not None
+
+    @property
     def _prompt_tokens(self) -> int:
         return 0 if self._run is None else self._run.prompt_tokens
 
     def add_setup(self, seconds: float) -> None:
         """Count time spent on memory and measurements during a forward as set-up, not as prefill."""
         if self._run is not None:
-            self._run.setup_s += seconds
-            self._run.setup_in_forward_s += seconds
+            self._run.add_setup(seconds)
 
     def _before_blocks(self, cache: hf.OffloadedHFCache | None) -> None:
         """Called before a step stores new blocks: the rates of real steps may change their form."""
         decision, run = (None if cache is None else self._decisions.get(cache)), self._run
-        if (
-            cache is None
-            or decision is None
-            or run is None
-            or run.decode_h2d is None
-            or not decision.placement.may_change
-        ):
+        if cache is None or decision is None or run is None or not run.is_decoding or not decision.placement.may_change:
             return
-        layer = cache.core.layers[0]
-        recomputed = cache.core.recomputed_tokens - run.recomputed_tokens
-        seconds = self.backend.span_seconds("recompute") - run.recompute_s
-        if recomputed and seconds:
-            self.decider.measured.recompute_s_per_row_token = seconds / recomputed
-        use = self.backend.link_use("h2d").since(run.decode_h2d)
-        if use.busy_s > 0:
-            self.decider.measured.h2d_bytes_per_s = use.copied_bytes / use.busy_s
+        layer, rates = cache.core.layers[0], run.step_rates()
+        if rates.recompute_s_per_row_token is not None:
+            self.decider.measured.recompute_s_per_row_token = rates.recompute_s_per_row_token
+        if rates.h2d_bytes_per_s is not None:
+            self.decider.measured.h2d_bytes_per_s = rates.h2d_bytes_per_s
         decision = self.decider.replan(
             decision, layer.count("kv", resident=False), layer.count("activation", resident=False)
         )
@@ -435,57 +418,7 @@ class Session:
         run = self._run
         if run is None or run.cache is not cache:
             return
-        run.forwards.append(time.perf_counter())
-        cached = cache.core.layers[0].num_tokens
-        if run.num_prefill_forwards == len(run.forwards) - 1 and (cached < run.prompt_tokens or len(run.forwards) == 1):
-            run.num_prefill_forwards += 1
-        elif run.decode_h2d is None:
-            run.decode_h2d = self.backend.link_use("h2d")
-            run.decode_wait_s = self.backend.span_seconds("exposed_wait")
-            run.prefill_peak_bytes = self.engine.take_peak()
-
-    def _finish_stats(self, run: _Run) -> None:
-        cache = run.cache
-        if cache is None:
-            return
-        now = time.perf_counter()
-        decision = self._decisions[cache]
-        starts = [*run.forwards, now]
-        decode = starts[run.num_prefill_forwards :]
-        steps = [after - before for before, after in itertools.pairwise(decode)]
-        wall_s = decode[-1] - decode[0]
-        h2d, d2h = self.backend.link_use("h2d").since(run.h2d), self.backend.link_use("d2h").since(run.d2h)
-        link = None if run.decode_h2d is None else self.backend.link_use("h2d").since(run.decode_h2d)
-        wait_s = self.backend.span_seconds("exposed_wait")
-        recomputed = cache.core.recomputed_tokens - run.recomputed_tokens
-        new_tokens = cache.core.layers[0].num_tokens + 1 - run.prompt_tokens
-        plan, p50 = decision.plan, sorted(steps)[len(steps) // 2] if steps else None
-        predicted = plan.predicted_step_s or None
-        self.stats = GenerationStats(
-            setup_s=run.setup_s,
-            prefill_s=decode[0] - starts[0] - run.setup_in_forward_s,
-            ttft_s=decode[0] - run.began - run.setup_s,
-            tpot_s=wall_s / len(steps) if steps else None,
-            decode_step_s=steps,
-            tokens_per_s=cache.core.rows * max(0, new_tokens - 1) / wall_s if wall_s > 0 else 0.0,
-            h2d_bytes=h2d.copied_bytes,
-            d2h_bytes=d2h.copied_bytes,
-            h2d_gb_per_s=link.copied_bytes / link.busy_s / 1e9 if link and link.busy_s > 0 else None,
-            link_utilization=min(1.0, link.busy_s / wall_s) if link and wall_s > 0 else None,
-            recompute_s=self.backend.span_seconds("recompute") - run.recompute_s,
-            recomputed_tokens=recomputed,
-            exposed_wait_s=wait_s - run.wait_s,
-            device_busy_fraction=1 - min(1.0, (wait_s - run.decode_wait_s) / wall_s) if wall_s > 0 else None,
-            plan=plan,
-            predicted_step_s=predicted,
-            fraction_of_bound=predicted / p50 if predicted and p50 else None,
-            host_bytes=self.pool.used_bytes,
-            pinned_bytes=self.pool.pinned_bytes,
-            device_kv_peak_decode_bytes=self.engine.take_peak() + cache.other_device_bytes,
-            device_kv_peak_prefill_bytes=run.prefill_peak_bytes + cache.other_device_bytes,
-            exact=recomputed == 0 or cache.core.layers[0].is_full_precision,
-            link_name=self.backend.link_name,
-        )
+        run.note_forward(self.engine)
 
 
 def _prompt_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

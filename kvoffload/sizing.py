@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
-from kvoffload.types import Rates
+from kvoffload.types import ModelShape, Rates
 
 TARGET_CHUNK_BYTES = 32 * 2**20  # K/V of a chunk: large enough for full link and GEMM rate on GPUs measured by others
 MIN_CHUNK_BYTES = 2**20  # K/V of a chunk: below this the host's time per chunk shows, and nothing is gained
+SEGMENT_CHUNK_BYTES = 4 * 2**20  # the same where attention takes chunks one by one and nothing was measured
 MIN_CHUNKS_PER_LAYER = 8  # finer than this the first and last chunk of a layer no longer matter
 MAX_BLOCK_TOKENS = 64
 MIN_BLOCK_TOKENS = 8
@@ -31,6 +32,8 @@ class Geometry:
     activation_row_bytes: int
     beams: int = 1
     other_device_bytes: int = 0  # layers that stay on the device
+    is_segmented: bool = False  # attention takes chunks one by one: no layer buffers, and kv chunks use the ring
+    least_chunk_bytes: int = SEGMENT_CHUNK_BYTES  # K/V of a chunk that keeps link and GEMM fast, see cost
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -54,6 +57,7 @@ class Sizes:
     buffer_bytes: int
     num_buffers: int
     d2h_slot_bytes: int
+    scratch_bytes: int  # K/V of a recomputed chunk
     tail_bytes: int  # all layers
     other_device_bytes: int
 
@@ -64,6 +68,7 @@ class Sizes:
             self.num_slots * self.slot_bytes
             + self.num_buffers * self.buffer_bytes
             + 2 * self.d2h_slot_bytes  # one being filled, one being written
+            + self.scratch_bytes
             + self.tail_bytes
             + self.other_device_bytes
         )
@@ -98,8 +103,7 @@ def choose_sizes(
     if smallest.fixed_device_bytes > device_bytes:
         raise InfeasiblePlanError(
             f"offloading {geometry.rows} sequences of {geometry.max_tokens} tokens needs at least "
-            f"{smallest.fixed_device_bytes / GIB:.4f} GiB on the device ({smallest.num_buffers} layer buffers of "
-            f"{smallest.buffer_bytes / GIB:.4f} GiB, tails {smallest.tail_bytes / GIB:.4f} GiB), device_gib allows "
+            f"{smallest.fixed_device_bytes / GIB:.4f} GiB on the device ({_describe(smallest)}), device_gib allows "
             f"{device_bytes / GIB:.4f}: raise device_gib, or lower the batch or max_new_tokens"
         )
     best = smallest
@@ -119,17 +123,21 @@ def choose_sizes(
 
 def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: bool, rates: Rates | None) -> Sizes:
     per_token = geometry.kv_bytes_per_token
+    if geometry.is_segmented:  # nothing here grows with the context, but where that is shorter than a chunk
+        chunk_tokens = min(geometry.max_tokens, max(1, geometry.least_chunk_bytes // per_token))
+        by_length = geometry.max_tokens // MIN_CHUNKS_PER_LAYER
+    else:
+        chunk_tokens = max(geometry.max_tokens // MIN_CHUNKS_PER_LAYER, MIN_CHUNK_BYTES // per_token)
+        chunk_tokens = min(chunk_tokens, TARGET_CHUNK_BYTES // per_token, geometry.max_tokens)
+        by_length = geometry.max_tokens // (2 * MIN_CHUNKS_PER_LAYER)
     if config.block_tokens != "auto":
         block_tokens = config.block_tokens
     else:
-        by_length = geometry.max_tokens // (2 * MIN_CHUNKS_PER_LAYER)
         by_bytes = TARGET_CHUNK_BYTES // per_token
         block_tokens = min(MAX_BLOCK_TOKENS, max(MIN_BLOCK_TOKENS, _power_of_two(min(by_length, by_bytes))))
     if config.chunk_blocks != "auto":
         chunk_blocks = config.chunk_blocks
     else:
-        chunk_tokens = max(geometry.max_tokens // MIN_CHUNKS_PER_LAYER, MIN_CHUNK_BYTES // per_token)
-        chunk_tokens = min(chunk_tokens, TARGET_CHUNK_BYTES // per_token, geometry.max_tokens)
         chunk_blocks = max(1, chunk_tokens // block_tokens)
     chunks_per_layer = max(1, math.ceil(geometry.max_tokens / (block_tokens * chunk_blocks)))
     if config.slots != "auto":
@@ -137,10 +145,13 @@ def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: b
     elif config.schedule == "kvpr":
         num_slots = chunks_per_layer  # the whole activation of a layer arrives before recomputation starts
     else:
-        slot_bytes = block_tokens * chunk_blocks * geometry.activation_bytes_per_token
-        # one chunk being filled and one being recomputed, beside what arrives in the meantime
-        num_slots = 3 if rates is None else 2 + math.ceil(_ring_bytes(geometry, rates) / slot_bytes)
-        num_slots = max(2, min(MAX_SLOTS, num_slots))
+        row_bytes = _slot_row_bytes(geometry, keeps_activations)
+        slot_bytes = block_tokens * chunk_blocks * geometry.rows * row_bytes
+        # One chunk being filled and one being recomputed, beside what arrives in the meantime. With kv chunks in the
+        # ring as well one more: two of a kind in a row would make the link wait where link and device are balanced.
+        at_work = 3 if geometry.is_segmented else 2
+        num_slots = at_work + (1 if rates is None else math.ceil(_ring_bytes(geometry, rates) / slot_bytes))
+        num_slots = min(MAX_SLOTS, num_slots)
     return _with(
         geometry,
         config,
@@ -153,7 +164,9 @@ def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: b
 
 def _ring_bytes(geometry: Geometry, rates: Rates) -> float:
     """What the link can bring while compute is busy with anything but the next layer's chunks."""
-    away_s = rates.gap_s + rates.dense_s + rates.attention_s_per_token * geometry.max_tokens
+    away_s = rates.gap_s + rates.dense_s
+    if not geometry.is_segmented:  # else each chunk is attended to as it arrives
+        away_s += rates.attention_s_per_token * geometry.max_tokens
     return rates.h2d_activation_bytes_per_s * away_s
 
 
@@ -168,17 +181,36 @@ def _with(
 ) -> Sizes:
     tail_row = geometry.kv_row_bytes + (geometry.activation_row_bytes if keeps_activations else 0)
     largest_row = max(geometry.kv_row_bytes, geometry.activation_row_bytes if keeps_activations else 0)
+    chunk_rows = block_tokens * chunk_blocks * geometry.rows
+    num_buffers = 3 if geometry.beams > 1 else 2
     return Sizes(
         block_tokens=block_tokens,
         chunk_blocks=chunk_blocks,
-        num_slots=num_slots if keeps_activations else 0,
-        slot_bytes=block_tokens * chunk_blocks * geometry.activation_bytes_per_token,
-        buffer_bytes=geometry.max_tokens * geometry.kv_bytes_per_token,
-        num_buffers=3 if geometry.beams > 1 else 2,
-        d2h_slot_bytes=block_tokens * chunk_blocks * geometry.rows * largest_row,
+        num_slots=num_slots if keeps_activations or geometry.is_segmented else 0,
+        slot_bytes=chunk_rows * _slot_row_bytes(geometry, keeps_activations),
+        buffer_bytes=0 if geometry.is_segmented else geometry.max_tokens * geometry.kv_bytes_per_token,
+        num_buffers=0 if geometry.is_segmented else num_buffers,
+        d2h_slot_bytes=chunk_rows * largest_row,
+        scratch_bytes=chunk_rows * geometry.kv_row_bytes if geometry.is_segmented and keeps_activations else 0,
         tail_bytes=geometry.num_offloaded_layers * block_tokens * geometry.rows * tail_row,
         other_device_bytes=geometry.other_device_bytes,
     )
+
+
+def _slot_row_bytes(geometry: Geometry, keeps_activations: bool) -> int:
+    """The largest form that travels through the ring."""
+    if not geometry.is_segmented:
+        return geometry.activation_row_bytes  # kv chunks land in a layer buffer
+    return max(geometry.kv_row_bytes, geometry.activation_row_bytes if keeps_activations else 0)
+
+
+def _describe(sizes: Sizes) -> str:
+    parts = [f"tails {sizes.tail_bytes / GIB:.4f} GiB"]
+    if sizes.num_buffers:
+        parts.insert(0, f"{sizes.num_buffers} layer buffers of {sizes.buffer_bytes / GIB:.4f} GiB")
+    else:
+        parts.insert(0, f"{sizes.num_slots} slots of {sizes.slot_bytes / GIB:.4f} GiB")
+    return ", ".join(parts)
 
 
 def widened(sizes: Sizes, rows_before: int, rows: int) -> Sizes:
@@ -187,6 +219,7 @@ def widened(sizes: Sizes, rows_before: int, rows: int) -> Sizes:
         sizes,
         slot_bytes=sizes.slot_bytes // rows_before * rows,
         buffer_bytes=sizes.buffer_bytes // rows_before * rows,
+        scratch_bytes=sizes.scratch_bytes // rows_before * rows,
         d2h_slot_bytes=sizes.d2h_slot_bytes // rows_before * rows,
         tail_bytes=sizes.tail_bytes // rows_before * rows,
     )
@@ -194,7 +227,20 @@ def widened(sizes: Sizes, rows_before: int, rows: int) -> Sizes:
 
 def grown(sizes: Sizes, geometry: Geometry) -> Sizes:
     """The same sizes with layer buffers for a longer cache."""
+    if geometry.is_segmented:
+        return sizes
     return replace(sizes, buffer_bytes=max(sizes.buffer_bytes, geometry.max_tokens * geometry.kv_bytes_per_token))
+
+
+def prefill_peak_bytes(shape: ModelShape, rows: int, tokens: int) -> int:
+    """Device memory that a prefill of `tokens` tokens in each of `rows` rows needs beside weights and cache."""
+    itemsize = shape.activation_itemsize_bytes
+    mlp = shape.mlp_matrices * shape.intermediate_size  # gate, up and their product live at once
+    attention = 4 * shape.num_heads * shape.head_dim  # queries, output and their transposed copies
+    kv = 3 * shape.kv_row_bytes  # one layer's K/V, and packed for two
+    per_token = (max(mlp, attention) + 4 * shape.hidden_size) * itemsize + kv  # residual, norm, input, output
+    logits = rows * shape.vocab_size * (itemsize + 4)  # and a float32 copy
+    return rows * tokens * per_token + logits
 
 
 def _power_of_two(value: int) -> int:

@@ -240,7 +240,7 @@ class RowTable:
         self._device = device
         self.rows = 0
         self.num_blocks = 0
-        self.table: torch.Tensor | None = None  # int64 [num_blocks, rows]
+        self.table: torch.Tensor | None = None  # int32 [num_blocks, rows]
         self.version = 0
 
     def extend(self, num_blocks: int, rows: int, copies: int = 1) -> None:
@@ -271,5 +271,5 @@ class RowTable:
 
     def _identity(self, num_blocks: int, copies: int) -> torch.Tensor:
         with torch.inference_mode(False):
-            row = torch.arange(self.rows, device=self._device).div(copies, rounding_mode="floor")
+            row = torch.arange(self.rows, dtype=torch.int32, device=self._device).div(copies, rounding_mode="floor")
             return row.expand(num_blocks, -1)

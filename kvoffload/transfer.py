@@ -5,10 +5,13 @@ it gives them bytes on the device. One layer's pass over the link is a job; jobs
 over layers and over steps (the paper's schedule, KVPR arXiv 2411.17089 section 3, is the same code with a gate).
 
 Ownership:
-    slot          H2D until `ready`, then compute until `released` (recorded after the chunk's recomputation)
+    slot          H2D until `ready`, then compute until `released` (recorded after the chunk's recomputation, or after
+                  its attention where attention takes the chunks one by one)
     layer buffer  H2D and compute for its job; free for the next job at `released` (recorded after the attention)
-    D2H slot      compute until `packed`, then D2H until `written`; a prefill, which needs no layer buffers for
-                  attention, stages whole layers in these, so that its compute does not wait for the link
+    D2H slot      compute until `packed`, then D2H until `written`
+    stage         the same for the many blocks that a layer stores during a prefill, so that compute does not wait for
+                  the link: a layer buffer while these are idle, else memory that lives until decoding begins
+    scratch       compute alone: K and V of an activation chunk on their way into attention
 The host hands a buffer to H2D only after it has recorded the event that frees it, so look-ahead is bounded by the
 ring and the two layer buffers.
 """
@@ -42,6 +45,7 @@ class LayerSource(Protocol):
 
     position: int  # among the offloaded layers
     version: int  # changes with the stored blocks
+    is_segmented: bool  # attention takes its chunks one by one, so they need no layer buffer
 
     def chunks(self) -> Sequence[Chunk]: ...
     def expects_another_step(self) -> bool: ...
@@ -69,7 +73,7 @@ class _D2HSlot:
 
 @dataclass(slots=True, eq=False)
 class LayerBuffer:
-    """Device memory for one layer's whole K/V, in stored row order."""
+    """Device memory for one layer's whole K/V in stored row order, or for what a layer stores during a prefill."""
 
     bytes: torch.Tensor
     released: Event
@@ -83,7 +87,7 @@ class Job:
     layer: LayerSource
     version: int
     chunks: Sequence[Chunk]
-    buffer: LayerBuffer
+    buffer: LayerBuffer | None  # None: every chunk stays in its slot
     ready: list[Event] = field(default_factory=list)  # of the chunks issued so far
     slots: list[_Slot | None] = field(default_factory=list)
 
@@ -112,8 +116,11 @@ class TransferEngine:
         self._buffers: list[LayerBuffer] = []
         self._d2h_slots: list[_D2HSlot] = []
         self._gathered: torch.Tensor | None = None
+        self._scratch: torch.Tensor | None = None
+        self._stages: list[LayerBuffer] = []
         self._stage: tuple[LayerBuffer, int] | None = None  # where a layer's blocks are packed, and how much is used
         self._next_stage = 0
+        self.stage_limit_bytes: int | None = None  # what both stages together may take
         self._next_slot = self._next_buffer = self._next_d2h = 0
         self._jobs: deque[Job] = deque()
         self._current: Job | None = None  # begun and not finished; the first of the jobs
@@ -124,10 +131,13 @@ class TransferEngine:
 
     # ---- device memory -------------------------------------------------------------------------------------------
 
-    def configure(self, *, slot_bytes: int, num_slots: int, buffer_bytes: int, d2h_slot_bytes: int) -> None:
-        """Make the ring, the two layer buffers and the D2H ring exactly that large."""
+    def configure(
+        self, *, slot_bytes: int, num_slots: int, buffer_bytes: int, d2h_slot_bytes: int, scratch_bytes: int = 0
+    ) -> None:
+        """Make the ring, the two layer buffers, the D2H ring and the scratch exactly that large."""
         self.drop()
         self._stage = None
+        self.release_stages()
         if [slot.bytes.numel() for slot in self._slots] != [slot_bytes] * num_slots:
             slots = self._replace("slots", self._slots, num_slots, slot_bytes)
             self._slots = [_Slot(data, released=self.backend.release()) for data in slots]
@@ -142,6 +152,10 @@ class TransferEngine:
                     self.backend.compute_waits(slot.written)  # memory is reused in the order of compute
             d2h_slots = self._replace("d2h_slots", self._d2h_slots, 2, d2h_slot_bytes)
             self._d2h_slots = [_D2HSlot(data) for data in d2h_slots]
+        if self._scratch is None or self._scratch.numel() != scratch_bytes:
+            self._scratch = None
+            self.account("scratch", scratch_bytes)
+            self._scratch = self.backend.allocate_device(scratch_bytes)
         self._next_slot = self._next_buffer = self._next_d2h = 0
 
     def _replace(
@@ -174,20 +188,34 @@ class TransferEngine:
                 num_slots=len(self._slots),
                 buffer_bytes=max(num_bytes, 2 * self._buffers[0].bytes.numel()),
                 d2h_slot_bytes=self._d2h_slots[0].bytes.numel(),
+                scratch_bytes=0 if self._scratch is None else self._scratch.numel(),
             )
 
     # ---- host to device ------------------------------------------------------------------------------------------
 
-    def begin(self, cache: CacheSource, layer: LayerSource) -> Job:
-        """The job that brings `layer` to the device; prefetched if the order was as expected, else started now."""
+    def begin(self, cache: CacheSource, layer: LayerSource, *, in_layer_buffer: bool) -> Job:
+        """The job that brings `layer` to the device; prefetched if the order was as expected, else started now.
+
+        Args:
+            cache: whose layer.
+            layer: the layer.
+            in_layer_buffer: whether its K and V are put together there; else `arriving` gives every chunk.
+        """
         self.finish_current()  # where the last attention module had no hook
         head = self._jobs[0] if self._jobs else None
-        if self._cache is not cache or head is None or head.layer is not layer or head.version != layer.version:
+        if (
+            self._cache is not cache
+            or head is None
+            or head.layer is not layer
+            or head.version != layer.version
+            or (head.buffer is None) == in_layer_buffer
+        ):
             self.drop()
             self._cache = cache
             self._next_position = layer.position
-            head = self._new_job()
-        self._take_over(head.buffer)
+            head = self._new_job(in_layer_buffer)
+        if head.buffer is not None:
+            self._take_over(head.buffer)
         self._current = head
         self._pump()
         return head
@@ -201,15 +229,17 @@ class TransferEngine:
         self._pump()
 
     def arriving(self, job: Job) -> Iterator[tuple[Chunk, torch.Tensor]]:
-        """Activation chunks in order, each on the device when yielded; at the end all K/V chunks have landed too.
+        """Chunks in order of transfer, each in its slot on the device when yielded.
 
-        The caller recomputes a chunk before asking for the next.
+        With a layer buffer only activation chunks: kv chunks land there by themselves, all of them by the end. The
+        caller issues what it does with a chunk before asking for the next.
         """
         for idx, chunk in enumerate(job.chunks):
             while len(job.ready) <= idx:
                 issued = self._issue(job)
                 assert issued, "a slot was held back"
-            if chunk.form == "kv" and idx + 1 < len(job.chunks) and self.overlap:
+            lands_by_itself = chunk.form == "kv" and job.buffer is not None
+            if lands_by_itself and idx + 1 < len(job.chunks) and self.overlap:
                 continue  # the queue is in order: waiting for what comes behind is enough
             gate = idx
             if self.schedule == "kvpr" and chunk.form == "activation" and self.overlap:
@@ -234,8 +264,9 @@ class TransferEngine:
             return  # nothing was transferred for it, or it was dropped meanwhile
         self._current = None
         self._jobs.popleft()
-        job.buffer.released = self.backend.release(job.buffer.bytes)
-        job.buffer.written = None  # compute has waited for it
+        if job.buffer is not None:
+            job.buffer.released = self.backend.release(job.buffer.bytes)
+            job.buffer.written = None  # compute has waited for it
         self._pump()
 
     def drop(self) -> None:
@@ -244,8 +275,9 @@ class TransferEngine:
             # A copy may still be landing in a buffer that compute writes next.
             self.backend.compute_waits(self.last_h2d)
         for job in self._jobs:
-            self._take_over(job.buffer)
-            job.buffer.released = self.backend.release(job.buffer.bytes)
+            if job.buffer is not None:
+                self._take_over(job.buffer)
+                job.buffer.released = self.backend.release(job.buffer.bytes)
             for slot in job.slots:
                 if slot is not None and slot.is_busy:
                     slot.released = self.backend.release(slot.bytes)
@@ -259,12 +291,14 @@ class TransferEngine:
         if self._cache is cache:
             self.drop()
 
-    def _new_job(self) -> Job:
+    def _new_job(self, in_layer_buffer: bool | None = None) -> Job:
         assert self._cache is not None
         layer = self._cache.sources[self._next_position]
         self._next_position = (self._next_position + 1) % len(self._cache.sources)
-        buffer = self._buffers[self._next_buffer]
-        self._next_buffer = (self._next_buffer + 1) % len(self._buffers)
+        buffer = None
+        if (not layer.is_segmented) if in_layer_buffer is None else in_layer_buffer:
+            buffer = self._buffers[self._next_buffer]
+            self._next_buffer = (self._next_buffer + 1) % len(self._buffers)
         job = Job(layer, layer.version, layer.chunks(), buffer)
         self._jobs.append(job)
         return job
@@ -288,7 +322,9 @@ class TransferEngine:
         assert self._cache is not None
         layer = self._cache.sources[self._next_position]
         waits_for_attention = self.schedule == "kvpr" and any(chunk.form == "activation" for chunk in layer.chunks())
-        if len(self._jobs) >= (1 if waits_for_attention else len(self._buffers)):
+        if waits_for_attention and self._jobs:
+            return False
+        if not layer.is_segmented and sum(job.buffer is not None for job in self._jobs) >= len(self._buffers):
             return False
         return layer.expects_another_step() and all(job.layer is not layer for job in self._jobs)
 
@@ -297,20 +333,21 @@ class TransferEngine:
         chunk = job.chunks[len(job.ready)]
         num_bytes = chunk.source.numel()
         slot: _Slot | None = None
-        if chunk.form == "activation":
+        after = [chunk.blocks[-1].written]  # blocks are written in order, so the last is enough
+        if chunk.form == "activation" or job.buffer is None:
             slot = self._slots[self._next_slot]
             if slot.is_busy:
                 return False
             slot.is_busy = True
             self._next_slot = (self._next_slot + 1) % len(self._slots)
-            target, released = slot.bytes[:num_bytes], slot.released
+            target = slot.bytes[:num_bytes]
+            after.append(slot.released)
         else:
             start = chunk.landing_offset
-            target, released = job.buffer.bytes[start : start + num_bytes], job.buffer.released
-        written = chunk.blocks[-1].written  # blocks are written in order, so the last is enough
-        after = [written, released]
-        if slot is None and job.buffer.written is not None:
-            after.append(job.buffer.written)
+            target = job.buffer.bytes[start : start + num_bytes]
+            after.append(job.buffer.released)
+            if job.buffer.written is not None:
+                after.append(job.buffer.written)
         if not self.overlap:
             after.append(self.backend.release())
         self.last_h2d = self.backend.copy_to_device(target, chunk.source, after)
@@ -321,20 +358,48 @@ class TransferEngine:
 
     # ---- device to host ------------------------------------------------------------------------------------------
 
-    def start_layer_write_back(self) -> None:
-        """A layer is about to store blocks: it may stage them in a layer buffer if no job uses these."""
+    def start_layer_write_back(self, num_bytes: int) -> None:
+        """A layer is about to store blocks of that many bytes: more than a D2H slot holds are staged if possible."""
         self._stage = None
-        if not self._jobs and self._cache is None:
-            buffer = self._buffers[self._next_stage]
-            self._next_stage = (self._next_stage + 1) % len(self._buffers)
+        stages: Sequence[LayerBuffer] = ()
+        if num_bytes <= self._d2h_slots[0].bytes.numel():
+            return
+        if not self._jobs and self._cache is None and self._buffers[0].bytes.numel() >= num_bytes:
+            stages = self._buffers
+        elif self.stage_limit_bytes is None or 2 * num_bytes <= self.stage_limit_bytes:
+            if not self._stages or self._stages[0].bytes.numel() < num_bytes:
+                self.release_stages()
+                self.account("stages", 2 * num_bytes)
+                allocate, release = self.backend.allocate_device, self.backend.release
+                self._stages = [LayerBuffer(allocate(num_bytes), released=release()) for _ in range(2)]
+            stages = self._stages
+        if stages:
+            buffer = stages[self._next_stage]
+            self._next_stage = (self._next_stage + 1) % len(stages)
             self._take_over(buffer)
             self._stage = (buffer, 0)
 
+    def release_stages(self) -> None:
+        """Give back what a prefill staged its blocks in; compute waits for the copies from there."""
+        for stage in self._stages:
+            self._take_over(stage)  # memory is reused in the order of compute
+            self.backend.free_device(stage.bytes)
+        self._stages, self._stage = [], None
+        if "stages" in self.held_bytes:
+            self.account("stages", 0)
+
+    @property
     def scratch(self) -> torch.Tensor:
-        """A layer buffer to measure in while nothing is in flight; synchronise before and after."""
+        """Memory that compute alone uses: for K and V of a recomputed chunk."""
+        assert self._scratch is not None
+        return self._scratch
+
+    def measuring_room(self) -> torch.Tensor:
+        """Where recomputation writes in a step, to time it while nothing is in flight; synchronise before and after."""
         assert not self._jobs
-        self.backend.compute(writes=(self._buffers[0].bytes,))
-        return self._buffers[0].bytes
+        room = self._buffers[0].bytes if self._buffers[0].bytes.numel() else self.scratch
+        self.backend.compute(writes=(room,))
+        return room
 
     def _take_over(self, buffer: LayerBuffer) -> None:
         """Let compute write a layer buffer that a prefill may have staged blocks in."""
@@ -405,5 +470,6 @@ class TransferEngine:
     def close(self) -> None:
         """Drop what was prefetched and give the device memory back."""
         self.drop()
-        self._slots, self._buffers, self._d2h_slots, self._gathered = [], [], [], None
+        self._slots, self._buffers, self._d2h_slots, self._stages, self._stage = [], [], [], [], None
+        self._gathered = self._scratch = None
         self.held_bytes.clear()

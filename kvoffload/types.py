@@ -146,6 +146,7 @@ class PlanInputs:
     weight_bytes_per_step: int = 0  # streamed weights, over the same link
     num_micro_batches: int = 1
     objective: Objective = "latency"
+    is_segmented: bool = False  # attention takes chunks one by one, so kv chunks use the ring as well
 
     @property
     def ring_bytes(self) -> int:
@@ -175,6 +176,7 @@ class Plan:
     weight_bytes_per_step: int = 0
     num_micro_batches: int = 1
     objective: Objective = "latency"
+    is_segmented: bool = False
     device_bytes: int = 0  # predicted use
     host_bytes: int = 0  # predicted use
     recommendation: str = ""  # what a person should do, with the reason; empty inside the runtime

@@ -32,8 +32,9 @@ def main(
     if preset not in bench.PRESETS:
         raise typer.BadParameter(f"unknown preset {preset!r}; known: {', '.join(bench.PRESETS)}")
     chosen = modes.split(",")
-    if unknown := [mode for mode in chosen if mode not in bench.MODES]:
-        raise typer.BadParameter(f"unknown modes {unknown}; known: {', '.join(bench.MODES)}")
+    known = [*bench.MODES, *bench.WHOLE_LAYER_MODES]
+    if unknown := [mode for mode in chosen if mode not in known]:
+        raise typer.BadParameter(f"unknown modes {unknown}; known: {', '.join(known)}")
     console = Console(stderr=True)
     result = bench.run(
         preset,

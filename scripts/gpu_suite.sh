@@ -42,7 +42,7 @@ fi
 ((dry_run)) || mkdir -p "$results"
 
 step 60 - "$python" -m kvoffload.cli env
-step 300 - "$python" -m pytest -q -m gpu tests/test_gpu.py -s
+step 300 - "$python" -m pytest -q -m gpu -s
 step 60 "$results/profile.json" "$python" -m kvoffload.cli profile --output "$results/profile.json"
 presets=(opt-6.7b llama-3.1-8b opt-30b llama-2-7b opt-13b llama-2-13b)
 ((quick)) && presets=(opt-6.7b llama-3.1-8b)

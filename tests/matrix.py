@@ -33,6 +33,8 @@ LINK_GB_PER_S = 2.0
 FAST_LINK = EmulatedLink(h2d_gb_per_s=LINK_GB_PER_S)
 
 ARCHITECTURES = [*RECOMPUTABLE, *TRANSFERRED]
+# Attention of these runs over whole layers: it is written into their modules, or has K and V of different sizes.
+WHOLE_LAYER = ("deepseek_v3", "gptj", "bloom", "mpt")
 SPLITS: tuple[Literal["transfer", "recompute", "auto"] | float, ...] = ("transfer", "recompute", 0.5, "auto")
 DEVICES = ("min", "half", "auto")
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -43,6 +45,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
 PIPELINES: dict[str, dict[str, Any]] = {
     "pipelined": {},
     "kvpr": {"schedule": "kvpr"},
+    "whole_layer": {"attention": "whole_layer"},
     "sequential": {"overlap": False},
 }
 
@@ -256,7 +259,7 @@ def row_bytes(model: PreTrainedModel) -> RowBytes:
 
 
 def half_resident_gib(
-    model: PreTrainedModel, mode: Mode, config: OffloadConfig, *, can_recompute: bool = True
+    model: PreTrainedModel, mode: Mode, config: OffloadConfig, *, can_recompute: bool = True, can_segment: bool = True
 ) -> float:
     """What everything we hold takes with half of the cache on the device."""
     bytes_of = row_bytes(model)
@@ -267,6 +270,7 @@ def half_resident_gib(
         kv_row_bytes=bytes_of.kv,
         activation_row_bytes=bytes_of.activation,
         beams=mode.rows // mode.sequences,
+        is_segmented=can_segment and config.attention == "auto" and config.schedule == "pipelined",
     )
     fixed = choose_sizes(
         geometry, config, keeps_activations=can_recompute and config.split != "transfer", device_bytes=None, rates=None
@@ -286,8 +290,9 @@ def config_for(cell: Cell) -> OffloadConfig:
     gib: Any = "auto"
     if cell.device == "half":
         model = model_for(cell.architecture, cell.multi_head)
-        can_recompute = cell.architecture in RECOMPUTABLE
-        gib = half_resident_gib(model, MODES[cell.mode], config, can_recompute=can_recompute)
+        can_recompute, can_segment = cell.architecture in RECOMPUTABLE, cell.architecture not in WHOLE_LAYER
+        mode = MODES[cell.mode]
+        gib = half_resident_gib(model, mode, config, can_recompute=can_recompute, can_segment=can_segment)
     return OffloadConfig(split=cell.split, link=FAST_LINK, profile=profile(), device_gib=gib, **values)
 
 
@@ -436,12 +441,14 @@ def distance(found: Outcome, wanted: Outcome) -> float:
 
 @contextmanager
 def not_recomputable(architecture: str, split: Any) -> Iterator[None]:
-    """Expects the one warning of architectures whose K/V are always transferred."""
+    """Expects the one warning of architectures whose K/V are always transferred, and of latent attention."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
     ours = [w for w in caught if "cannot be recomputed" in str(w.message)]
     others = [w for w in caught if w not in ours and not issubclass(w.category, DeprecationWarning)]
+    if architecture == "deepseek_v3":  # the others that need whole layers do not come to us with their attention
+        others = [w for w in others if "whole layers are put together" not in str(w.message)]
     assert not others, [str(w.message) for w in others]
     assert bool(ours) == (architecture in TRANSFERRED and split != "transfer")
 

@@ -361,7 +361,7 @@ def test_host_memory_that_runs_out_while_decoding(model: PreTrainedModel, wanted
     [
         (None, "there is no profile file"),
         ("{", "cannot read the hardware profile"),
-        ("[]", "not a kvoffload hardware profile"),
+        ("[]", "is neither a profile of"),
         ('{"schema_version": 99}', "schema version 99"),
         ('{"schema_version": 1}', "is damaged"),
     ],

@@ -11,10 +11,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kvoffload"
 
 _LAYER_0 = {"errors", "datasheet", "types"}
-_LAYER_1 = _LAYER_0 | {"config", "cost", "architectures", "model_config", "model_shape", "stats"}
+_LAYER_1 = _LAYER_0 | {
+    *("config", "cost", "architectures", "model_config", "model_shape", "placement", "progress", "stats"),
+}
 _LAYER_2 = _LAYER_1 | {"planner", "sizing", "backend", "store", "positions", "ops"}
 _LAYER_3 = _LAYER_2 | {"transfer", "ways", "advice"}
-_LAYER_4 = _LAYER_3 | {"cache", "attention", "recompute"}
+_LAYER_4 = _LAYER_3 | {"tail", "layer", "cache", "attention", "recompute"}
 _LAYER_5 = _LAYER_4 | {"hf", "decide", "profiler"}
 
 # module (a file, or a folder as a whole) -> the modules of ours it may import
@@ -27,6 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "architectures": _LAYER_0,
     "model_config": _LAYER_0,
     "model_shape": _LAYER_0 | {"architectures", "model_config"},
+    "placement": _LAYER_0,
+    "progress": _LAYER_0,
     "stats": _LAYER_0,
     "kernels": _LAYER_0,
     "planner": _LAYER_1,
@@ -39,18 +43,22 @@ ALLOWED: dict[str, set[str]] = {
     "ways": _LAYER_2,
     "advice": _LAYER_2 | {"ways"},
     "profiler": _LAYER_3,
-    "cache": _LAYER_3,
-    "attention": _LAYER_3 | {"cache"},
-    "recompute": _LAYER_3 | {"cache"},
-    "hf": _LAYER_4,
+    "tail": _LAYER_2,
+    "layer": _LAYER_3 | {"tail"},
+    "cache": _LAYER_3 | {"tail", "layer"},
+    "attention": _LAYER_3 | {"tail", "layer"},
+    "recompute": _LAYER_3 | {"tail", "layer"},
+    "segments": _LAYER_4,
+    "hf": _LAYER_4 | {"segments"},
     "decide": _LAYER_4,
-    "session": _LAYER_5,
-    "api": _LAYER_5 | {"session"},
-    "__init__": _LAYER_5 | {"session", "api"},
-    "bench": _LAYER_5 | {"session", "api"},
-    "chat": _LAYER_5 | {"session", "api"},
-    "demo": _LAYER_5 | {"session", "api", "bench", "chat"},
-    "cli": _LAYER_5 | {"session", "api", "__init__", "bench", "chat", "demo"},
+    "run": _LAYER_5,
+    "session": _LAYER_5 | {"run"},
+    "api": _LAYER_5 | {"run", "session"},
+    "__init__": _LAYER_5 | {"run", "session", "api"},
+    "bench": _LAYER_5 | {"run", "session", "api"},
+    "chat": _LAYER_5 | {"run", "session", "api"},
+    "demo": _LAYER_5 | {"run", "session", "api", "bench", "chat"},
+    "cli": _LAYER_5 | {"run", "session", "api", "__init__", "bench", "chat", "demo"},
 }
 
 # third-party package -> the only modules of ours that may import it
@@ -67,7 +75,10 @@ TORCH_FREE = {
     "types",
     "config",
     "cost",
+    "architectures",
+    "model_config",
     "model_shape",
+    "placement",
     "stats",
     "planner",
     "sizing",

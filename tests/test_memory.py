@@ -1,7 +1,8 @@
 """Memory as allocated, not as accounted: what the backend really gave out, against the formulas of the design.
 
-On the device: two layer buffers (three with beams), the slots, two D2H slots, the tails, the resident blocks. On the
-host: each cached token once, in the form of its block.
+On the device: two layer buffers (three with beams), the slots, two D2H slots, the tails, the resident blocks; where
+attention takes chunks one by one no layer buffers, but a scratch, and nothing that grows with the context. On the host:
+each cached token once, in the form of its block.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 from matrix import COMMON, FAST_LINK, profile, prompt, row_bytes
 from models import make_model
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from kvoffload import EmulatedLink, OffloadConfig, store
@@ -29,6 +32,7 @@ class CountingBackend(EmulatedBackend):
 
     def __init__(self, link: EmulatedLink = FAST_LINK) -> None:
         super().__init__(link)
+        self.decode_device_bytes = 0  # the most seen between two tokens
         self._device: list[tuple[StorageWeakRef, int]] = []
         self._host: dict[int, int] = {}
         self.peak_device_bytes = self.peak_host_bytes = self.num_allocations = 0
@@ -90,24 +94,36 @@ def measure(
 ) -> tuple[CountingBackend, Any]:
     """Generate with exact slabs (else a slab is 64 MiB at least); the backend and the statistics."""
     monkeypatch.setattr(store, "SLAB_BYTES", 1)
-    values: dict[str, Any] = {"device_gib": "min", "link": FAST_LINK, "profile": profile(), "slots": SLOTS, **options}
-    config = OffloadConfig(split=split, block_tokens=BLOCK_TOKENS, chunk_blocks=CHUNK_BLOCKS, **values)
+    values: dict[str, Any] = {"device_gib": "min", "link": FAST_LINK, "profile": profile(), "slots": SLOTS}
+    values |= {"block_tokens": BLOCK_TOKENS, "chunk_blocks": CHUNK_BLOCKS, "attention": "whole_layer", **options}
     backend = CountingBackend()
-    with Session(model, config, backend) as session:
+
+    def look(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if input_ids.shape[1] > call.prompt_tokens + 1:  # after the first decode step
+            backend.decode_device_bytes = max(backend.decode_device_bytes, backend.device_bytes)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    with Session(model, OffloadConfig(split=split, **values), backend) as session:
         model.generate(
             prompt(call.sequences, call.prompt_tokens),
+            stopping_criteria=[look],
             **{**COMMON, "max_new_tokens": call.new_tokens, "num_beams": call.beams},
         )
         assert session.stats is not None
         return backend, session.stats
 
 
-def fixed_device_bytes(model: PreTrainedModel, call: Call, split: Any) -> int:
+def fixed_device_bytes(model: PreTrainedModel, call: Call, split: Any, path: str = "whole_layer") -> int:
     """Everything but resident blocks."""
     kv, activation = row_bytes(model)
     stores_activations = split != "transfer"
-    buffers = (3 if call.beams > 1 else 2) * call.max_tokens * call.rows * kv
-    slots = SLOTS * CHUNK_BLOCKS * BLOCK_TOKENS * call.rows * activation if stores_activations else 0
+    chunk_rows = CHUNK_BLOCKS * BLOCK_TOKENS * call.rows
+    if path == "whole_layer":
+        buffers = (3 if call.beams > 1 else 2) * call.max_tokens * call.rows * kv
+        slots = SLOTS * chunk_rows * activation if stores_activations else 0
+    else:
+        buffers = chunk_rows * kv if stores_activations else 0  # the scratch
+        slots = SLOTS * chunk_rows * max(kv, activation if stores_activations else 0)
     d2h_slots = 2 * CHUNK_BLOCKS * BLOCK_TOKENS * call.rows * max(kv, activation if stores_activations else 0)
     tails = LAYERS * BLOCK_TOKENS * call.rows * (kv + (activation if stores_activations else 0))
     return buffers + slots + d2h_slots + tails
@@ -125,6 +141,80 @@ def test_device_memory_is_buffers_slots_and_tails(
     head_dim = model.config.head_dim
     positions = 2 * 2 * (call.max_tokens + 1) * (head_dim * 4 + call.rows * 4) if split != "transfer" else 0
     assert expected * 0.98 <= stats.device_kv_peak_decode_bytes <= expected * 1.02 + positions
+
+
+@pytest.mark.parametrize("split", ["transfer", "recompute", 0.5])
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_over_segments_device_memory_is_slots_scratch_and_tails(
+    call: Call, split: Any, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, stats = measure(model, call, split, monkeypatch, attention="auto")
+    expected = fixed_device_bytes(model, call, split, "auto")
+    assert backend.decode_device_bytes == pytest.approx(expected, rel=0.02)
+    positions = 2 * 2 * (call.max_tokens + 1) * (model.config.head_dim * 4 + call.rows * 4)
+    assert expected * 0.98 <= stats.device_kv_peak_decode_bytes <= expected * 1.02 + (positions * (split != "transfer"))
+    kv, _ = row_bytes(model)
+    stages = 2 * call.prompt_tokens * call.rows * kv  # of one layer each, while the prompt is written back
+    assert backend.peak_device_bytes <= expected + stages
+
+
+@pytest.mark.parametrize(("architecture", "split"), [("llama", "transfer"), ("opt", "recompute"), ("opt", 0.5)])
+def test_over_segments_device_memory_does_not_grow_with_the_context(
+    architecture: str, split: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between 1,000 and 16,000 tokens, in sizes of our own choice; the prefill's too where it comes in chunks."""
+    long = make_model(architecture, max_position_embeddings=2**15, num_hidden_layers=2)
+    peaks = []
+    for tokens in (1024, 16384):
+        options = {"block_tokens": "auto", "chunk_blocks": "auto", "slots": "auto", "attention": "auto"}
+        monkeypatch.setitem(COMMON, "prefill_chunk_size", 256)
+        backend, stats = measure(long, Call(2, tokens, 6), split, monkeypatch, **options)
+        peaks.append((stats.device_kv_peak_decode_bytes, stats.device_kv_peak_prefill_bytes, backend.peak_device_bytes))
+    for short, grown in zip(*peaks, strict=True):
+        assert grown == pytest.approx(short, rel=0.01)
+
+
+class LiveTensors(TorchDispatchMode):
+    """The most bytes alive at once of what was made while this was active, whoever made it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._alive[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self._alive.values()))
+        return result
+
+
+@pytest.mark.parametrize("path", ["auto", "whole_layer"])
+def test_no_tensor_of_a_decode_step_over_segments_is_as_long_as_the_cache(path: Any) -> None:
+    """Counted over every operation of a step, transformers' own included: what grows is masks, a few bytes a token."""
+    long = make_model("llama", max_position_embeddings=2**15, num_hidden_layers=2)
+    kv, _ = row_bytes(long)
+    peaks = {}
+    for tokens in (1024, 8192):
+        config = OffloadConfig(split="transfer", link=FAST_LINK, profile=profile(), device_gib="min", attention=path)
+        with Session(long, config, EmulatedBackend(FAST_LINK)) as session, torch.no_grad():
+            cache = session.new_cache()
+            for _ in range(tokens // 512):
+                long(prompt(1, 512), past_key_values=cache)
+            long(prompt(1, 1), past_key_values=cache)
+            with LiveTensors() as live:
+                for _ in range(3):
+                    long(prompt(1, 1), past_key_values=cache)
+            peaks[tokens] = live.peak_bytes + session.engine.take_peak()
+    growth = (peaks[8192] - peaks[1024]) / (8192 - 1024)  # bytes per cached token
+    if path == "auto":
+        assert growth <= 0.05 * kv
+    else:
+        assert growth >= kv
 
 
 @pytest.mark.parametrize("split", ["transfer", 0.5])
@@ -152,7 +242,15 @@ def test_a_session_returns_all_device_memory(model: PreTrainedModel, monkeypatch
 
 def test_buffers_are_made_anew_only_when_they_change(model: PreTrainedModel) -> None:
     """A second call of the same shape allocates its tails, and nothing else."""
-    config = OffloadConfig(split=0.5, link=FAST_LINK, profile=profile(), device_gib="min", block_tokens=4, slots=2)
+    config = OffloadConfig(
+        split=0.5,
+        link=FAST_LINK,
+        profile=profile(),
+        device_gib="min",
+        block_tokens=4,
+        slots=2,
+        attention="whole_layer",
+    )
     backend = CountingBackend()
     with Session(model, config, backend):
         for _ in range(3):

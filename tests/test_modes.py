@@ -51,8 +51,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import kvoffload
-from kvoffload import OffloadConfig, attention, hf
-from kvoffload.cache import CacheLayer
+from kvoffload import OffloadConfig, attention, segments
+from kvoffload.layer import CacheLayer
 from kvoffload.recompute import FastRecompute
 from kvoffload.session import Session
 
@@ -610,13 +610,14 @@ def test_a_cache_follows_every_change_of_its_rows_and_length(split: Any, model: 
         assert (ours - theirs).abs().max().item() <= TOLERANCE, f"step {step}"
 
 
+@pytest.mark.parametrize("path", ["auto", "whole_layer"])
 @pytest.mark.parametrize("split", ["transfer", "recompute"])
 def test_a_cache_that_is_collected_in_the_middle_of_a_step_of_another(
-    split: Any, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    split: Any, path: Any, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python frees an abandoned cache whenever it likes; that must not disturb what is under way."""
     wanted = outcome(MODES["left_padding"].run(model, None))
-    with Session(model, config(split), checking_backend()) as session:
+    with Session(model, config(split, attention=path), checking_backend()) as session:
         abandoned = session.new_cache()
         greedy_loop(model, abandoned, prompt(2), 3)
         abandoned.itself = abandoned  # only the garbage collector can free it
@@ -624,14 +625,24 @@ def test_a_cache_that_is_collected_in_the_middle_of_a_step_of_another(
         used_bytes = session.pool.used_bytes
         collected_at: list[int] = []
 
-        def assemble(layer: CacheLayer, *new: torch.Tensor) -> Any:
-            result = attention.assemble(layer, *new)
-            if layer.position == 1 and not collected_at:  # K and V stand ready, attention has not read them yet
+        def collect(layer: CacheLayer) -> None:
+            if layer.position == 1 and not collected_at:
                 gc.collect()
                 collected_at.append(layer.num_tokens)
+
+        def assemble(layer: CacheLayer, *new: torch.Tensor) -> Any:
+            result = attention.assemble(layer, *new)
+            collect(layer)  # K and V stand ready, attention has not read them yet
             return result
 
-        monkeypatch.setattr(hf, "attention", SimpleNamespace(assemble=assemble))
+        add = segments._Answer.add
+
+        def add_segment(answer: Any, kv: torch.Tensor, first_block: int) -> None:
+            collect(answer._layer)  # the chunk is in its slot
+            add(answer, kv, first_block)
+
+        monkeypatch.setattr("kvoffload.hf.layer.attention", SimpleNamespace(assemble=assemble))
+        monkeypatch.setattr(segments._Answer, "add", add_segment)
         gc.disable()
         try:
             del abandoned

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvoffload import ops
-from kvoffload.cache import KVShape
 from kvoffload.hf import attention_modules
 from kvoffload.recompute import FastRecompute, GenericRecompute, choose
+from kvoffload.tail import KVShape
 
 # Two plain projections, keys rotated in halves as they are: the others norm, fuse or interleave.
 FAST = ("llama", "mistral", "qwen2", "gemma", "granite", "mixtral", "starcoder2")

@@ -228,25 +228,28 @@ def sequential() -> CheckingBackend:
 
 
 RESIDENT_GIB = 150_000 / GIB  # about half of what these scenarios cache
-BY_FORM = [config("transfer"), config("recompute"), config(0.5)]
+SPLITS = ("transfer", "recompute", 0.5)
+WHOLE_LAYER = [config(split, attention="whole_layer") for split in SPLITS]
+SEGMENTED = [config(split) for split in SPLITS]
+BY_FORM = [*WHOLE_LAYER, *SEGMENTED]
 SCENARIOS = {
     "greedy": Scenario(generations("greedy"), *BY_FORM, config(0.5, chunk_blocks=2, slots=1)),
     "beams": Scenario(generations("padded_beams"), *BY_FORM),
     "kvpr": Scenario(generations("greedy"), config(0.5, schedule="kvpr"), config("recompute", schedule="kvpr")),
     "resident": Scenario(
         generations("left_padding", "early_ends", "left_padding"),
-        config("transfer", device_gib=RESIDENT_GIB),
-        config(0.5, device_gib=RESIDENT_GIB),
+        *(config(s, device_gib=RESIDENT_GIB, attention="whole_layer") for s in ("transfer", 0.5)),
+        *(config(s, device_gib=RESIDENT_GIB / 2) for s in ("transfer", 0.5)),
     ),
     "one after another": Scenario(generations("greedy", "prompt_lookup", "left_padding", "early_ends"), *BY_FORM),
     "growing": Scenario(growing, *BY_FORM),
     "cropping": Scenario(cropping, *BY_FORM),
-    "two caches": Scenario(two_caches, *BY_FORM, config("transfer", device_gib=500_000 / GIB)),
+    "two caches": Scenario(two_caches, *BY_FORM, config("transfer", device_gib=500_000 / GIB, attention="whole_layer")),
     "freed and reused": Scenario(one_then_another, *BY_FORM),
     "chunked prefill": Scenario(generations("chunked_prefill"), *BY_FORM),
     "sequential": Scenario(
         generations("greedy", "left_padding"),
-        *(config(s, overlap=False) for s in ("transfer", 0.5)),
+        *(config(s, overlap=False, attention=a) for s in ("transfer", 0.5) for a in ("auto", "whole_layer")),
         backend=sequential,
     ),
 }

@@ -1,0 +1,351 @@
+"""Triton: attention over a segment of the cache, merged into what earlier segments gave.
+
+One program takes a tile of query rows that share a head of K and V, (query token, head of the group) pairs, and walks
+over the tokens that any of them may attend to, so K and V are read once per tile. Where there are too few tiles for the
+device, each is computed by several programs over a share of the tokens, and `merge.py` puts the parts together.
+Source: FlashAttention-2 (arXiv 2307.08691), section 3.1; Flash-Decoding (Dao et al. 2023) for the split over tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvoffload.kernels import checks
+from kvoffload.kernels.merge import merge_parts, merged
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_HEAD_DIM = 256
+_MAX_TILE_ROWS = 64
+_STAGE_BYTES = 2**15  # of K and V of one step over the tokens; two or more steps are in flight
+_IN_FLIGHT_BYTES = 2**16
+_PROGRAMS_PER_PROCESSOR = 4
+
+
+def unsupported(q: Tensor) -> str:
+    """Why this kernel cannot work on queries, "" if it can."""
+    if q.dtype not in _DTYPES:
+        return f"queries of {q.dtype}"
+    if q.shape[-1] > _MAX_HEAD_DIM:
+        return f"a head_dim of {q.shape[-1]}, more than {_MAX_HEAD_DIM}"
+    return ""
+
+
+def segment_attention(
+    q: Tensor,
+    kv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    is_first: bool,
+    first_position: int,
+    query_position: int,
+    valid: Tensor | None = None,
+    row_table: Tensor | None = None,
+    block_tokens: int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    """As `reference.segment_attention`, for the dtypes and head sizes that `unsupported` has nothing against."""
+    checks.segment(
+        q,
+        kv,
+        out,
+        lse,
+        first_position=first_position,
+        query_position=query_position,
+        valid=valid,
+        row_table=row_table,
+        block_tokens=block_tokens,
+        window=window,
+        softcap=softcap,
+    )
+    if reason := unsupported(q):
+        raise ValueError(f"the kernel cannot do {reason}")
+    batch, q_tokens, q_heads, head_dim = q.shape
+    tokens, _, _, kv_heads, _ = kv.shape
+    if not q.numel():
+        return
+    groups = q_heads // kv_heads
+    tile_rows, block_tokens_n, stages = tile(head_dim, q.element_size(), q_tokens * groups)
+    tiles = triton.cdiv(q_tokens * groups, tile_rows)
+    parts, part_tokens = split(tokens, block_tokens_n, batch * kv_heads * tiles, _processors(q.device))
+    to_out, to_lse = out, lse
+    if parts > 1:
+        to_out, to_lse = out.new_empty(parts, *out.shape), lse.new_empty(parts, *lse.shape)
+    _segment_kernel[(batch * kv_heads, tiles, parts)](
+        q,
+        kv,
+        to_out,
+        to_lse,
+        valid,
+        row_table,
+        scale,
+        softcap,
+        tokens,
+        part_tokens,
+        first_position,
+        query_position,
+        window,
+        max(block_tokens, 1),
+        batch,
+        q_tokens,
+        kv_heads,
+        *q.stride()[:3],
+        *kv.stride()[:4],
+        0 if valid is None else valid.stride(0),
+        0 if row_table is None else row_table.stride(0),
+        GROUPS=groups,
+        HEAD_DIM=head_dim,
+        TILE_ROWS=tile_rows,
+        BLOCK_TOKENS=block_tokens_n,
+        BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
+        MERGE=parts == 1 and not is_first,
+        ONE_ROW=block_tokens % block_tokens_n == 0,
+        num_stages=stages,
+        num_warps=4,
+    )
+    if parts > 1:
+        merge_parts(out, lse, to_out, to_lse, num_parts=parts, is_first=is_first)
+
+
+def tile(head_dim: int, element_bytes: int, rows: int) -> tuple[int, int, int]:
+    """Query rows of a tile, tokens of one step and steps in flight, for the memory of a streaming multiprocessor.
+
+    Args:
+        head_dim: of the queries.
+        element_bytes: of their dtype.
+        rows: query rows that share a head of K and V.
+    """
+    row_bytes = max(16, triton.next_power_of_2(head_dim)) * element_bytes
+    most = _MAX_TILE_ROWS if row_bytes <= 256 else _MAX_TILE_ROWS // 2  # the sums of a tile stay in registers
+    tile_rows = min(most, max(16, triton.next_power_of_2(rows)))  # a tensor core multiplies 16 rows at least
+    block_tokens = min(64, max(16, _STAGE_BYTES // (2 * row_bytes)))  # 2: K and V
+    return tile_rows, block_tokens, max(2, min(4, _IN_FLIGHT_BYTES // (2 * row_bytes * block_tokens)))
+
+
+def split(tokens: int, block_tokens: int, programs: int, processors: int) -> tuple[int, int]:
+    """Into how many parts a segment is split, and the tokens of each but the last, so that no processor is idle.
+
+    Args:
+        tokens: of the segment.
+        block_tokens: of one step; a part is a whole number of steps.
+        programs: that run without a split.
+        processors: streaming multiprocessors of the device.
+    """
+    steps = max(1, triton.cdiv(tokens, block_tokens))
+    wanted = max(1, processors * _PROGRAMS_PER_PROCESSOR // programs)
+    part_steps = triton.cdiv(steps, min(steps, wanted))
+    return triton.cdiv(steps, part_steps), part_steps * block_tokens
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # the interpreter: one program after the other
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@triton.jit
+def _tanh(x: Any) -> Any:
+    """Accurate to float32 also near 0, where 1 - exp(-2x) is not: there by the Padé approximant [5/4]."""
+    t = x * x
+    small = x * (945.0 + t * (105.0 + t)) / (945.0 + t * (420.0 + t * 15.0))
+    shrunk = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - shrunk) / (1.0 + shrunk)
+    return tl.where(t < 0.36, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def _attend(
+    tile_q: Any,
+    acc: Any,
+    highest: Any,
+    total: Any,
+    start: Any,
+    kv_ptr: Any,
+    valid_ptr: Any,
+    row_table_ptr: Any,
+    scale_log2: Any,
+    softcap: Any,
+    tokens: Any,
+    first_position: Any,
+    q_position: Any,
+    window: Any,
+    block_tokens: Any,
+    stride_kv_token: Any,
+    stride_kv_row: Any,
+    stride_kv_two: Any,
+    stride_table: Any,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    TAIL: tl.constexpr,
+) -> Any:
+    """One step over the tokens from `start` on: `acc`, highest score and total weight of each query row, renewed."""
+    token = start + tl.arange(0, BLOCK_TOKENS)
+    dim = tl.arange(0, BLOCK_DIM)
+    place = token.to(tl.int64) * stride_kv_token
+    if row_table_ptr is not None:
+        if ONE_ROW:
+            row = tl.load(row_table_ptr + (start // block_tokens).to(tl.int64) * stride_table)
+        elif TAIL:
+            row = tl.load(
+                row_table_ptr + (token // block_tokens).to(tl.int64) * stride_table, mask=token < tokens, other=0
+            )
+        else:
+            row = tl.load(row_table_ptr + (token // block_tokens).to(tl.int64) * stride_table)
+        place += row.to(tl.int64) * stride_kv_row
+    places = kv_ptr + place[:, None] + dim[None, :]  # [BLOCK_TOKENS, BLOCK_DIM]
+    if TAIL:
+        inside = (token < tokens)[:, None] & (dim < HEAD_DIM)[None, :]
+        keys = tl.load(places, mask=inside, other=0.0)
+        values = tl.load(places + stride_kv_two, mask=inside, other=0.0)
+    elif HEAD_DIM != BLOCK_DIM:
+        keys = tl.load(places, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+        values = tl.load(places + stride_kv_two, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+    else:
+        keys = tl.load(places)
+        values = tl.load(places + stride_kv_two)
+    scores = tl.dot(tile_q, tl.trans(keys), input_precision="ieee")  # [TILE_ROWS, BLOCK_TOKENS]
+    if softcap is not None:
+        scores = softcap * 1.4426950408889634 * _tanh(scores * (scale_log2 * 0.6931471805599453 / softcap))
+    else:
+        scores *= scale_log2
+    position = first_position + token
+    allowed = (position[None, :] <= q_position[:, None]) & (token < tokens)[None, :]
+    if window is not None:
+        allowed &= position[None, :] > q_position[:, None] - window
+    if valid_ptr is not None:
+        word = tl.load(valid_ptr + position // 32, mask=token < tokens, other=0)
+        allowed &= ((word >> (position % 32)) & 1)[None, :] != 0
+    scores = tl.where(allowed, scores, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(scores, 1))
+    base = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # nothing allowed so far: all weights 0, not NaN
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(highest - base)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+    return acc, new_highest, total
+
+
+@triton.jit(
+    do_not_specialize=[
+        "tokens",
+        "part_tokens",
+        "first_position",
+        "query_position",
+        "window",
+        "block_tokens",
+        "batch",
+        "q_tokens",
+        "kv_heads",
+        "stride_valid",
+        "stride_table",
+    ],
+    do_not_specialize_on_alignment=["valid_ptr", "row_table_ptr"],
+)
+def _segment_kernel(
+    q_ptr: Any,
+    kv_ptr: Any,
+    out_ptr: Any,
+    lse_ptr: Any,
+    valid_ptr: Any,
+    row_table_ptr: Any,
+    scale: Any,
+    softcap: Any,
+    tokens: Any,
+    part_tokens: Any,
+    first_position: Any,
+    query_position: Any,
+    window: Any,
+    block_tokens: Any,
+    batch: Any,
+    q_tokens: Any,
+    kv_heads: Any,
+    stride_q_batch: Any,
+    stride_q_token: Any,
+    stride_q_head: Any,
+    stride_kv_token: Any,
+    stride_kv_row: Any,
+    stride_kv_two: Any,
+    stride_kv_head: Any,
+    stride_valid: Any,
+    stride_table: Any,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    MERGE: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+) -> None:
+    # neighbouring programs read neighbouring memory: heads, then sequences
+    kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    sequence = (tl.program_id(0) // kv_heads).to(tl.int64)
+    part = tl.program_id(2)
+
+    tile_row = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    q_token = tile_row // GROUPS
+    q_head = kv_head * GROUPS + tile_row % GROUPS
+    q_position = query_position + q_token
+    dim = tl.arange(0, BLOCK_DIM)
+    is_query = (q_token < q_tokens)[:, None] & (dim < HEAD_DIM)[None, :]
+    q_place = sequence * stride_q_batch + q_token.to(tl.int64) * stride_q_token + q_head * stride_q_head
+    tile_q = tl.load(q_ptr + q_place[:, None] + dim[None, :], mask=is_query, other=0.0)
+
+    kv_ptr += kv_head * stride_kv_head
+    if row_table_ptr is not None:
+        row_table_ptr += sequence
+    else:
+        kv_ptr += sequence * stride_kv_row
+    if valid_ptr is not None:
+        valid_ptr += sequence * stride_valid
+
+    # the tokens of this part that any query of this tile may attend to
+    first_query = query_position + tl.program_id(1) * TILE_ROWS // GROUPS
+    last_query = query_position + tl.minimum(q_tokens - 1, (tl.program_id(1) * TILE_ROWS + TILE_ROWS - 1) // GROUPS)
+    begin = part * part_tokens
+    end = tl.minimum(tl.minimum(begin + part_tokens, tokens), last_query + 1 - first_position)
+    if window is not None:
+        seen = tl.maximum(0, first_query + 1 - window - first_position)
+        begin = tl.maximum(begin, seen // BLOCK_TOKENS * BLOCK_TOKENS)
+    steps = tl.maximum(0, end - begin + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    whole_end = tl.minimum(begin + steps * BLOCK_TOKENS, tokens // BLOCK_TOKENS * BLOCK_TOKENS)
+
+    acc = tl.zeros((TILE_ROWS, BLOCK_DIM), tl.float32)
+    highest = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE_ROWS,), tl.float32)
+    scale_log2 = scale * 1.4426950408889634
+    for start in tl.range(begin, whole_end, BLOCK_TOKENS):
+        acc, highest, total = _attend(
+            tile_q, acc, highest, total, start, kv_ptr, valid_ptr, row_table_ptr, scale_log2, softcap, tokens,
+            first_position, q_position, window, block_tokens, stride_kv_token, stride_kv_row, stride_kv_two,
+            stride_table, HEAD_DIM, BLOCK_TOKENS, BLOCK_DIM, ONE_ROW, False,
+        )  # fmt: skip
+    if tl.maximum(begin, whole_end) < end:
+        acc, highest, total = _attend(
+            tile_q, acc, highest, total, tl.maximum(begin, whole_end), kv_ptr, valid_ptr, row_table_ptr, scale_log2,
+            softcap, tokens, first_position, q_position, window, block_tokens, stride_kv_token, stride_kv_row,
+            stride_kv_two, stride_table, HEAD_DIM, BLOCK_TOKENS, BLOCK_DIM, ONE_ROW, True,
+        )  # fmt: skip
+
+    nothing = total == 0.0
+    part_out = acc / tl.where(nothing, 1.0, total)[:, None]
+    part_lse = tl.where(nothing, float("-inf"), (highest + tl.log2(total)) * 0.6931471805599453)
+    row = (sequence * q_tokens + q_token) * (kv_heads * GROUPS) + q_head
+    if MERGE:
+        out = tl.load(out_ptr + row[:, None] * HEAD_DIM + dim[None, :], mask=is_query, other=0.0)
+        lse = tl.load(lse_ptr + row, mask=q_token < q_tokens, other=float("-inf"))
+        part_out, part_lse = merged(out, lse, part_out, part_lse)
+    rows = batch.to(tl.int64) * q_tokens * (kv_heads * GROUPS)
+    row += part * rows
+    tl.store(out_ptr + row[:, None] * HEAD_DIM + dim[None, :], part_out, mask=is_query)
+    tl.store(lse_ptr + row, part_lse, mask=q_token < q_tokens)

@@ -1,0 +1,141 @@
+"""A transformers Cache of our layers: what `generate()` does with all of them at once."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from kvoffload.cache import OffloadedCache
+from kvoffload.hf.layer import CacheOwner, OffloadedLayer
+from kvoffload.hf.masks import MaskReader
+from kvoffload.hf.models import offloadable_layers
+
+
+class OffloadedHFCache(DynamicCache):
+    """A transformers cache whose growing layers are offloaded; sliding, linear and shared layers stay transformers'.
+
+    Args:
+        model: the model it is for.
+        session: whom to ask before the first update.
+        core: the offloaded layers.
+        modules: attention module per layer index.
+        is_compiled: whether the model's forward is; ours then runs between its graphs.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        session: CacheOwner,
+        core: OffloadedCache,
+        modules: dict[int, nn.Module],
+        *,
+        is_compiled: bool = False,
+    ) -> None:
+        super().__init__(config=model.config.get_text_config(decoder=True))
+        self.session = session
+        self.core = core
+        self.is_closed = False
+        self.masks = MaskReader()
+        self._warned: set[str] = set()
+        for position, layer_idx in enumerate(offloadable_layers(model)):
+            layer = OffloadedLayer(self, core.layers[position], modules.get(layer_idx))
+            if is_compiled:
+                for name in ("update", "get_seq_length", "get_mask_sizes"):
+                    vars(layer)[name] = torch.compiler.disable(getattr(layer, name))
+            self.layers[layer_idx] = layer
+
+    @property
+    def _others(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, OffloadedLayer)]
+
+    @property
+    def other_device_bytes(self) -> int:
+        """Device memory of the layers that are not offloaded."""
+        held = [t for layer in self._others for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+        return sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
+
+    def warn_not_recomputable(self, position: int, module: nn.Module | None) -> None:
+        """Say once that K/V of this model are transferred."""
+        self._warn_once(
+            f"K/V of {type(module).__name__} cannot be recomputed from its input (layer {position}); "
+            "they are transferred instead"
+        )
+
+    def warn_whole_layer(self, module: nn.Module, query: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        """Say once that attention cannot take chunks one by one here, unless the caller has asked for that."""
+        if kwargs.get("output_attentions") or torch.is_autocast_enabled(query.device.type):
+            return
+        self._warn_once(
+            f"{type(module).__name__} attends in a way that attention over segments does not know (K and V of other "
+            "shapes, a bias, a mask that is more than causal): whole layers are put together on the device"
+        )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=3)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Cached tokens of a layer."""
+        return super().get_seq_length(layer_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` tokens.
+
+        Raises:
+            ValueError: a positive number (the old meaning of a final length).
+        """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts candidates in a tensor
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        removed = min(-tokens_to_remove, self.core.layers[0].num_tokens)
+        for layer in self._others:
+            layer.crop(tokens_to_remove)
+        with torch.no_grad():
+            self.core.crop(removed)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Follow a beam search: only the row table and the tails change."""
+        for layer in self._others:
+            layer.reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        for layer in self._others:
+            layer.batch_repeat_interleave(repeats)
+        self._select(torch.arange(self.core.rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows (indices or a mask)."""
+        for layer in self._others:
+            layer.batch_select_indices(indices)
+        self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+
+    def _select(self, indices: torch.Tensor) -> None:
+        with torch.no_grad():
+            self.core.select_rows(indices)
+
+    def activate_past_recording(self) -> None:
+        """A crop will follow each forward: full blocks leave the device only then."""
+        super().activate_past_recording()  # type: ignore[no-untyped-call]
+        self.core.is_recording = True
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for layer in self._others:
+            layer.reset()
+        self.core.reset()
+
+    def close(self) -> None:
+        """Give back all memory; any later use raises."""
+        if not self.is_closed:
+            self.is_closed = True
+            self.core.reset()
+            for layer in self._others:
+                layer.reset()

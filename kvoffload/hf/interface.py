@@ -1,0 +1,90 @@
+"""Attention over segments as transformers calls it: registered under a name of its own, selected, and taken out again.
+
+A model's attention modules look their function up by the name in its configuration. Ours takes over for offloaded
+layers with cached tokens; the first prefill, sliding layers and anybody else who shares the configuration go to the
+function that was selected before. Masks are made as before, too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvoffload.hf.hooks import ModelHooks
+
+TAKES_OVER_FROM = ("sdpa", "eager")  # others ask for a kernel by name
+_numbers = itertools.count()
+
+
+class SegmentAttention:
+    """One model's attention function; see `install`."""
+
+    def __init__(self, model: PreTrainedModel, hooks: ModelHooks, original: str) -> None:
+        self._hooks, self._original = hooks, original
+        self.name = f"kvoffload_{next(_numbers)}_{original}"
+        ALL_ATTENTION_FUNCTIONS.register(self.name, self)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(self.name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+        self._configs = _configs(model, original)
+        for config in self._configs:
+            config._attn_implementation_internal = self.name
+
+    @classmethod
+    def install(cls, model: PreTrainedModel, hooks: ModelHooks) -> SegmentAttention | None:
+        """Select it on a model; None where the model's attention is not looked up by name, or is a special one."""
+        text_config = model.config.get_text_config(decoder=True)
+        original = text_config._attn_implementation
+        if original not in TAKES_OVER_FROM or hooks.is_compiled or not model._can_set_attn_implementation():
+            return None
+        if original == "eager" and not all(_eager(module) for module in hooks.modules.values()):
+            return None
+        return cls(model, hooks, original)
+
+    def remove(self) -> None:
+        """Select what was selected before, and forget the name."""
+        for config in self._configs:
+            if config._attn_implementation_internal == self.name:
+                config._attn_implementation_internal = self._original
+        for interface in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+            type(interface)._global_mapping.pop(self.name, None)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers defines attention functions: query, key, value [rows, heads, tokens, head_dim]."""
+        original = _eager(module) if self._original == "eager" else ALL_ATTENTION_FUNCTIONS[self._original]
+        assert original is not None
+        layer = self._hooks.running.get(module)
+        if layer is None or not layer.awaits_attention:
+            return original(module, query, key, value, attention_mask, **kwargs)
+        return layer.attend(original, module, query, key, value, attention_mask, kwargs)
+
+
+def _eager(module: nn.Module) -> Callable[..., Any] | None:
+    """The plain function that a model's own file has for its attention."""
+    function: Callable[..., Any] | None = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return function
+
+
+def _configs(model: PreTrainedModel, original: str) -> list[Any]:
+    """The configurations of the decoder, where that function is selected."""
+    found: dict[int, Any] = {}
+    candidates = [model.config, model.config.get_text_config(decoder=True)]
+    candidates += [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for config in candidates:
+        if config._attn_implementation_internal == original:
+            found[id(config)] = config
+    return list(found.values())

@@ -1,0 +1,356 @@
+"""One layer of the cache as transformers sees it: takes K and V from an attention module, and answers its attention."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+from transformers.cache_utils import CacheLayerMixin
+
+from kvoffload import attention, recompute, segments
+from kvoffload.errors import UnsupportedModelError
+from kvoffload.layer import CacheLayer, Recompute
+from kvoffload.tail import KVShape
+
+if TYPE_CHECKING:
+    from kvoffload.hf.cache import OffloadedHFCache
+
+# What attention functions are called with. A window is in the mask; the others say nothing about the result.
+KNOWN_ARGUMENTS = {
+    *("scaling", "softcap", "s_aux", "dropout", "is_causal", "sliding_window"),
+    *("position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+    *("output_router_logits", "logits_to_keep"),
+}
+VERIFIED_TOKENS = 16  # of the first prefill, on which recomputation is checked before it is used
+
+
+class FirstTokens(NamedTuple):
+    """What a layer was given first: the truth, where a configuration only describes it."""
+
+    rows: int
+    tokens: int
+    kv_row_bytes: int
+    activation_row_bytes: int
+
+
+# Prepares the recomputation of that many tokens of all rows of a layer, to be timed.
+Measure = Callable[[int], Callable[[], None]]
+
+
+class CacheOwner(Protocol):
+    """What a cache asks of the session it belongs to."""
+
+    def check_usable(self, cache: OffloadedHFCache) -> None: ...
+    def cannot_recompute(self, cache: OffloadedHFCache, first: FirstTokens) -> None: ...
+    def before_first_append(
+        self,
+        cache: OffloadedHFCache,
+        layer: CacheLayer,
+        first: FirstTokens,
+        measure: Measure | None,
+    ) -> None: ...
+    def add_setup(self, seconds: float) -> None: ...
+    @property
+    def num_forwards(self) -> int: ...
+    @property
+    def offers_segments(self) -> bool: ...
+
+
+class _Update(NamedTuple):
+    """What an attention module handed over in one forward."""
+
+    keys: torch.Tensor  # [rows, heads, tokens, head_dim]
+    values: torch.Tensor
+    activation: torch.Tensor | None  # [rows, tokens, hidden]
+
+
+class OffloadedLayer(CacheLayerMixin):
+    """One layer of an `OffloadedHFCache`: the interface of a transformers cache layer over a `CacheLayer`."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, owner: OffloadedHFCache, core: CacheLayer, module: nn.Module | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._owner = weakref.ref(owner)  # a cycle would keep the cache, and its memory, until the next collection
+        self.core = core
+        self._module = module
+        self._activation: torch.Tensor | None = None  # input of the attention module in this forward
+        self._embeddings: tuple[torch.Tensor, ...] | None = ()  # None: of a kind that cannot be stored
+        self._is_in_module = False
+        self._pending: _Update | None = None  # to be cached once its attention has run
+
+    @property
+    def record_past(self) -> bool:
+        """Whether a crop will follow each forward."""
+        return self.core.cache.is_recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.core.cache.is_recording = value
+
+    def capture(self, activation: torch.Tensor, embeddings: Any) -> None:
+        """Remember what the attention module was called with."""
+        self._activation, self._is_in_module, self._pending = activation, True, None
+        if embeddings is None:
+            self._embeddings = ()
+        elif isinstance(embeddings, (tuple, list)) and all(
+            isinstance(part, torch.Tensor) and part.dim() == 3 and part.is_floating_point() for part in embeddings
+        ):
+            self._embeddings = tuple(embeddings)
+        else:
+            self._embeddings = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: shapes are learnt from the first K/V of real tokens."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cache new tokens and return all of K and V, [rows, heads, tokens, head_dim]."""
+        owner, core = self._owner(), self.core
+        assert owner is not None
+        owner.session.check_usable(owner)
+        if torch.is_grad_enabled() and key_states.requires_grad:
+            raise UnsupportedModelError("gradients do not flow through an offloaded cache: use torch.no_grad()")
+        activation, self._activation = self._activation, None
+        if activation is not None and activation.shape[:2] != key_states.permute(0, 2, 1, 3).shape[:2]:
+            activation = None
+        update = _Update(key_states, value_states, activation)
+        if self._is_in_module and owner.session.offers_segments and (core.shape is None or core.is_segmented):
+            self._pending = update
+            return key_states, value_states
+        with torch.no_grad():
+            self._prepare(update, is_segmented=False)
+            result = (key_states, value_states)
+            if core.num_tokens:
+                result = attention.assemble(core, key_states, value_states)
+            self._append(update)
+        return result
+
+    @property
+    def awaits_attention(self) -> bool:
+        """Whether K and V were handed over in this forward and their attention is to come."""
+        return self._pending is not None
+
+    def attend(
+        self,
+        original: Callable[..., Any],
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The attention of the tokens just handed over, over all that is cached; then these are cached.
+
+        Args:
+            original: the attention function that was selected before ours.
+            module: the attention module.
+            query: [rows, heads, tokens, head_dim]; key and value are those of the new tokens.
+            mask: as the original takes it.
+            kwargs: further arguments of the call.
+        """
+        update, self._pending = self._pending, None
+        owner, core = self._owner(), self.core
+        assert update is not None and owner is not None
+        untouched = _same(key, update.keys) and _same(value, update.values)
+        with torch.no_grad():
+            if core.shape is None:
+                output = original(module, query, key, value, mask, **kwargs)
+                is_segmented = untouched and can_segment(query, key, value, kwargs)
+                if not is_segmented:
+                    owner.warn_whole_layer(module, query, kwargs)
+                self._prepare(update, is_segmented=is_segmented)
+            elif not untouched:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} changes K or V after caching them in some calls only; "
+                    "use OffloadConfig(attention='whole_layer')"
+                )
+            elif not core.num_tokens:
+                output = original(module, query, key, value, mask, **kwargs)
+                self._prepare(update, is_segmented=core.is_segmented)
+            else:
+                self._prepare(update, is_segmented=core.is_segmented)
+                question = self._question(owner, query, key, value, mask, kwargs)
+                if question is None:
+                    owner.warn_whole_layer(module, query, kwargs)
+                    key, value = attention.assemble(core, key, value)
+                    output = original(module, query, key, value, mask, **kwargs)
+                else:
+                    output = segments.attend(core, key, value, question), None
+            self._append(update)
+        return output
+
+    def _question(
+        self,
+        owner: OffloadedHFCache,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> segments.Question | None:
+        if not can_segment(query, key, value, kwargs):
+            return None
+        padding = owner.masks.read(
+            mask,
+            forward=owner.session.num_forwards,
+            rows=query.shape[0],
+            query_tokens=query.shape[2],
+            cached_tokens=self.core.num_tokens,
+        )
+        if padding is None:
+            return None
+        return segments.Question(
+            query=query.transpose(1, 2),
+            scale=query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"],
+            valid=padding.valid,
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+        )
+
+    def finish(self) -> None:
+        """The attention module is done: cache what its own attention did not come to us for, free the layer buffer."""
+        self._is_in_module = False
+        update, self._pending = self._pending, None
+        if update is not None:
+            if self.core.num_tokens:
+                raise UnsupportedModelError(
+                    f"layer {self.core.position} attended without its cached tokens; "
+                    "use OffloadConfig(attention='whole_layer')"
+                )
+            with torch.no_grad():
+                self._prepare(update, is_segmented=False)
+                self._append(update)
+        self.core.cache.engine.finish_current()
+
+    def _prepare(self, update: _Update, *, is_segmented: bool) -> None:
+        """Make ready for the tokens of an update: the first ones settle how, all bring their position embeddings."""
+        owner, core = self._owner(), self.core
+        assert owner is not None
+        if core.shape is None:
+            core.is_segmented = is_segmented
+            self._bind(owner, *update)
+        if core.recompute is not None and update.activation is None:
+            raise UnsupportedModelError(
+                f"layer {core.position} was updated outside its attention module; use split='transfer'"
+            )
+        if core.recompute is not None and self._embeddings:
+            core.streams = core.cache.positions.capture(owner.session.num_forwards, core.position, self._embeddings)
+
+    def _append(self, update: _Update) -> None:
+        owner, core = self._owner(), self.core
+        assert owner is not None
+        core.append(update.keys, update.values, None if core.recompute is None else update.activation)
+        if core.position == len(owner.core.layers) - 1 and not core.awaits_crop:
+            owner.core.engine.prefetch(owner.core)
+
+    def _bind(
+        self, owner: OffloadedHFCache, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None
+    ) -> None:
+        """First tokens: choose how to recompute, let the session settle the plan, make room."""
+        core, session = self.core, owner.session
+        self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
+        core.is_full_precision = keys.dtype == values.dtype and keys.dtype in (torch.float32, torch.float64)
+        core.is_full_precision &= not torch.is_autocast_enabled(keys.device.type)
+        kv_row_bytes = (keys[0, :, 0].numel() + values[0, :, 0].numel()) * keys.element_size()
+        x_row_bytes = kv_row_bytes if activation is None else activation[0, 0].numel() * activation.element_size()
+        first = FirstTokens(keys.shape[0], keys.shape[2], kv_row_bytes, x_row_bytes)
+        if core.position == 0:
+            session.before_first_append(owner, core, first, None)  # whether activations are wanted at all
+        measure = None
+        if core.cache.placement.needs_activations:
+            core.recompute = self._choose(keys, values, activation)
+            if core.recompute is None:
+                owner.warn_not_recomputable(core.position, self._module)
+                if core.position == 0:
+                    session.cannot_recompute(owner, first)
+            elif activation is not None:
+                shape = KVShape.of(keys, values)
+                measure = functools.partial(self._prepare_measurement, core.recompute, activation, shape)
+        session.before_first_append(owner, core, first, measure)
+        began = time.perf_counter()
+        core.bind(keys, values, activation)  # allocates and pins
+        session.add_setup(time.perf_counter() - began)
+
+    def _choose(self, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None) -> Recompute | None:
+        if self._module is None or activation is None or self._embeddings is None:
+            return None
+        n = slice(0, VERIFIED_TOKENS)
+        embeddings = tuple(part[:, n] for part in self._embeddings)
+        shape = KVShape.of(keys, values)
+        return recompute.choose(self._module, shape, activation[:, n], embeddings, keys[:, :, n], values[:, :, n])
+
+    def _prepare_measurement(
+        self, path: Recompute, activation: torch.Tensor, shape: KVShape, num_tokens: int
+    ) -> Callable[[], None]:
+        """Recomputation of that many tokens (those of this forward, repeated), as often as it is called."""
+        index = torch.arange(num_tokens, device=activation.device) % activation.shape[1]
+        embeddings = tuple(part.index_select(1, index) for part in self._embeddings or ())
+        x = activation.transpose(0, 1).index_select(0, index)
+        # All over a layer buffer, as in a step: in a cache it would look faster than it is.
+        scratch = self.core.cache.engine.measuring_room()
+        num_bytes = num_tokens * x.shape[1] * shape.row_bytes
+        starts = range(0, scratch.numel() - num_bytes + 1, num_bytes)
+        chunks = [scratch[start : start + num_bytes].view(shape.dtype) for start in starts]
+        if not chunks:  # a cache shorter than a chunk
+            chunks = [torch.empty(num_bytes // shape.dtype.itemsize, dtype=shape.dtype, device=x.device)]
+        turns = itertools.cycle(chunk.view(num_tokens, x.shape[1], shape.width) for chunk in chunks)
+        return lambda: path(x, embeddings, next(turns))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the K/V that the next attention sees."""
+        return self.core.num_tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Cached tokens."""
+        return self.core.num_tokens + (0 if self._pending is None else self._pending.keys.shape[2])
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """No maximum (the name that transformers 5.17 uses beside `get_max_length`)."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything (the cache resets its layers together)."""
+
+    def offload(self) -> None:
+        """Nothing: blocks are on the host already."""
+
+    def prefetch(self) -> None:
+        """Nothing: the engine does that."""
+
+
+def can_segment(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether attention over segments knows these tensors, [rows, heads, tokens, head_dim], and arguments."""
+    return (
+        key.shape == value.shape
+        and query.shape[-1] == key.shape[-1]
+        and query.shape[1] % key.shape[1] == 0
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and not torch.is_autocast_enabled(query.device.type)  # which decides about the dtypes of the model's own
+        and not kwargs.get("dropout")
+        and not kwargs.get("output_attentions")
+        and kwargs.get("is_causal") is not False
+        and all(value is None for name, value in kwargs.items() if name not in KNOWN_ARGUMENTS)
+    )
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same memory seen the same way."""
+    return a is b or (
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    )

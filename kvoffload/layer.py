@@ -1,0 +1,368 @@
+"""One offloaded layer: a tail of the newest tokens, and the blocks behind it in their forms.
+
+Owns which token is cached where, and when full blocks leave the tail; moves nothing itself (transfer.py does) and runs
+no attention (attention.py does). Layouts are token-major: K/V `[tokens, rows, k_width + v_width]` (keys after RoPE; for
+equal head sizes that is `[tokens, rows, 2, kv_heads, head_dim]`), activations `[tokens, rows, hidden]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from kvoffload.cost import transfer_order
+from kvoffload.placement import Kind, Placement, Run, next_runs
+from kvoffload.positions import PositionStore
+from kvoffload.store import Block, Extent, HostPool, RowTable
+from kvoffload.tail import KVShape, NewTokens, RowShape, Tail
+from kvoffload.transfer import Chunk, TransferEngine
+from kvoffload.types import Form
+
+RECORDING_ROOM_TOKENS = 32  # tail room for tokens that a crop may take back
+
+# Recomputes K and V: (activation [tokens, rows, hidden], position embeddings, out [tokens, rows, width])
+Recompute = Callable[[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor], None]
+
+
+class LayerOwner(Protocol):
+    """What a layer asks of the cache it belongs to."""
+
+    engine: TransferEngine
+    pool: HostPool
+    placement: Placement
+    positions: PositionStore
+    row_table: RowTable
+    rows: int
+    prompt_copies: int
+    is_recording: bool
+    recomputed_tokens: int
+
+    @property
+    def sources(self) -> Sequence[CacheLayer]: ...
+    def account(self) -> None: ...
+    def claim_blocks(self, num_blocks: int, new: NewTokens) -> int: ...
+    def logical_rows(self, block: int) -> torch.Tensor | None: ...
+    def gather_index(self, layer: CacheLayer) -> torch.Tensor | None: ...
+
+
+class CacheLayer:
+    """One offloaded layer.
+
+    Args:
+        cache: the cache it belongs to.
+        position: its index among the offloaded layers.
+    """
+
+    def __init__(self, cache: LayerOwner, position: int) -> None:
+        self.cache = cache
+        self.position = position
+        self.version = 0
+        self.blocks: list[Block] = []
+        self.shape: KVShape | None = None
+        self.recompute: Recompute | None = None
+        self.is_full_precision = True  # K, V and their recomputation in float32 or better
+        self.streams: tuple[int, ...] = ()  # position embeddings, see PositionStore
+        self.awaits_crop = False
+        self.is_segmented = False  # attention runs over its chunks one by one
+        self.tail: Tail | None = None
+        self.row_shapes: dict[Form, RowShape] = {}  # of one token, per form
+        self._extents: dict[Form, Extent] = {"kv": Extent(cache.pool), "activation": Extent(cache.pool)}
+        self._reopened: Kind | None = None  # what the block was that a crop made partial
+        self._resident: dict[Form, torch.Tensor] = {}
+        self._chunks: tuple[int, Sequence[Chunk]] = (-1, ())
+
+    # ---- what is cached ------------------------------------------------------------------------------------------
+
+    @property
+    def tail_tokens(self) -> int:
+        """Cached tokens that are not in blocks."""
+        return 0 if self.tail is None else self.tail.num_tokens
+
+    @property
+    def num_stored_tokens(self) -> int:
+        """Cached tokens that are in blocks."""
+        return len(self.blocks) * self.cache.placement.block_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Cached tokens."""
+        return self.num_stored_tokens + self.tail_tokens
+
+    @property
+    def stored_kv_bytes(self) -> int:
+        """Bytes the stored blocks need in a layer buffer."""
+        assert self.shape is not None
+        return sum(block.rows for block in self.blocks) * self.cache.placement.block_tokens * self.shape.row_bytes
+
+    def count(self, form: Form, *, resident: bool) -> int:
+        """Blocks of a form, on the device or on the host."""
+        return sum(block.form == form and (block.resident is not None) == resident for block in self.blocks)
+
+    def expects_another_step(self) -> bool:
+        """Whether it makes sense to prefetch this layer now."""
+        limit = self.cache.placement.max_tokens
+        return bool(self.blocks) and not self.awaits_crop and (limit is None or self.num_tokens < limit)
+
+    def chunks(self) -> Sequence[Chunk]:
+        """The host blocks in order of transfer."""
+        if self._chunks[0] != self.version:
+            self._chunks = (self.version, self._make_chunks())
+        return self._chunks[1]
+
+    def _make_chunks(self) -> Sequence[Chunk]:
+        assert self.shape is not None
+        runs: list[tuple[int, int, list[Block]]] = []  # first block, landing offset, blocks
+        offset = 0
+        for idx, block in enumerate(self.blocks):
+            if block.host is not None:
+                last = runs[-1] if runs else None
+                if (
+                    last is not None
+                    and last[0] + len(last[2]) == idx
+                    and len(last[2]) < self.cache.placement.chunk_blocks
+                    and _follows(last[2][-1], block)
+                ):
+                    last[2].append(block)
+                else:
+                    runs.append((idx, offset, [block]))
+            offset += block.rows * self.cache.placement.block_tokens * self.shape.row_bytes
+        chunks = [
+            Chunk(blocks[0].form, first, tuple(blocks), _span(blocks), landing) for first, landing, blocks in runs
+        ]
+        by_form = {
+            True: iter([chunk for chunk in chunks if chunk.form == "activation"]),
+            False: iter([chunk for chunk in chunks if chunk.form == "kv"]),
+        }
+        num_activation = sum(chunk.form == "activation" for chunk in chunks)
+        order = transfer_order(num_activation, len(chunks) - num_activation, self.cache.engine.schedule)
+        return [next(by_form[is_activation]) for is_activation in order]
+
+    # ---- growing -------------------------------------------------------------------------------------------------
+
+    def bind(self, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None) -> None:
+        """Learn the shapes from the first K/V and make room for the tail and the resident blocks.
+
+        Args:
+            keys: [rows, heads, tokens, dim]; values likewise, with their own heads and dim.
+            activation: [rows, tokens, hidden] or None.
+        """
+        placement, allocate = self.cache.placement, self.cache.engine.backend.allocate_device
+        bt, rows = placement.block_tokens, self.cache.rows
+        self.shape = KVShape.of(keys, values)
+        self.row_shapes["kv"] = RowShape(self.shape.width, keys.dtype)
+        if activation is not None:
+            self.row_shapes["activation"] = RowShape(activation.shape[2], activation.dtype)
+        keeps_activations = self.recompute is not None and placement.needs_activations
+        room = bt + (RECORDING_ROOM_TOKENS if self.cache.is_recording else 0)
+        tail_x = self.row_shapes["activation"] if keeps_activations else None
+        self.tail = Tail(self.cache.engine.backend, self.shape, tail_x, rows, room)
+        resident: list[tuple[Form, int]] = [("kv", placement.resident_kv_blocks)]
+        if self.recompute is not None:
+            resident.append(("activation", placement.resident_activation_blocks))
+        for form, count in resident:
+            if count:
+                row = self.row_shapes[form]
+                self._resident[form] = row.view(allocate(count * bt * rows * row.num_bytes), count * bt, rows)
+        self.cache.account()
+        for extent in self._extents.values():
+            extent.doubles = placement.max_tokens is None
+        if placement.max_tokens is not None:
+            in_place = placement.resident_kv_blocks + placement.resident_activation_blocks
+            num_blocks = max(0, placement.max_tokens // bt - in_place)
+            share = placement.activation_share if self.recompute is not None else 0.0
+            margin = 1 if 0 < share < 1 else 0  # forms follow the share to within a block
+            x = min(num_blocks, round(share * num_blocks) + margin)
+            t = min(num_blocks, num_blocks - round(share * num_blocks) + margin)
+            prompt_blocks = placement.prompt_tokens // bt if self.cache.prompt_copies > 1 else 0
+            saved = min(prompt_blocks, num_blocks) * (rows - rows // self.cache.prompt_copies) * bt
+            full = max(1, num_blocks * rows * bt)
+            reserved: list[tuple[Form, int]] = [("activation", x), ("kv", t)]
+            for form, count in reserved:
+                if count:
+                    whole = count * bt * rows * self.row_shapes[form].num_bytes
+                    self._extents[form].reserve(whole * (full - saved) // full)
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory of the tail and the resident blocks."""
+        resident = sum(data.numel() * data.element_size() for data in self._resident.values())
+        return resident + (0 if self.tail is None else self.tail.device_bytes)
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None) -> None:
+        """Cache new tokens; full blocks leave for the host (or wait for a crop while past recording is active).
+
+        Args:
+            keys: [rows, heads, tokens, dim]; values likewise.
+            activation: [rows, tokens, hidden] or None.
+        """
+        placement, total = self.cache.placement, self.tail_tokens + keys.shape[2]
+        new = NewTokens(keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3))
+        if activation is not None and self.tail is not None and self.tail.keeps_activations:
+            new = new._replace(activation=activation.transpose(0, 1))
+        if self.cache.is_recording:
+            self.awaits_crop = True
+            keep = placement.block_tokens + RECORDING_ROOM_TOKENS
+            num_full = max(0, -(-(total - keep) // placement.block_tokens))
+        else:
+            num_full = total // placement.block_tokens
+        self._flush(num_full, new)
+
+    def remove(self, tokens: int) -> None:
+        """Remove the newest `tokens` tokens; a block that becomes partial returns to the tail."""
+        self.awaits_crop = False
+        if self.tail is None:
+            return
+        bt = self.cache.placement.block_tokens
+        if tokens > self.tail_tokens:
+            remaining = self.num_tokens - tokens
+            guard = self.cache.engine.last_h2d
+            self._reopened = None
+            if remaining % bt:
+                self._reopen(self.blocks[remaining // bt], remaining // bt)
+            for block in reversed(self.blocks[remaining // bt :]):
+                if block.host is not None:
+                    self._extents[block.form].pop(block.num_bytes, guard)
+            del self.blocks[remaining // bt :]
+            self.tail.num_tokens = remaining % bt
+            self.version += 1
+        else:
+            self.tail.num_tokens -= tokens
+
+    def store_full_blocks(self) -> None:
+        """Turn what the tail holds in full blocks into blocks."""
+        self._flush(self.tail_tokens // self.cache.placement.block_tokens, NewTokens())
+
+    def _reopen(self, block: Block, index: int) -> None:
+        """Bring a block's tokens back to the tail."""
+        assert self.shape is not None and self.tail is not None
+        bt = self.cache.placement.block_tokens
+        if block.resident is not None:
+            data = block.resident
+        else:
+            data = self.row_shapes[block.form].view(self.cache.engine.fetch(block), bt, block.rows)
+        logical = self.cache.logical_rows(index)
+        self._reopened = Kind(block.form, block.resident is not None)
+        kv = data
+        if block.form == "activation":
+            kv = torch.empty(bt, block.rows, self.shape.width, dtype=self.shape.dtype, device=data.device)
+            self.recompute_into(index, block, data, kv)
+            self.tail.restore("activation", data if logical is None else data.index_select(1, logical))
+        self.tail.restore("kv", kv if logical is None else kv.index_select(1, logical))
+
+    def recompute_into(self, first_block: int, block: Block, activation: torch.Tensor, out: torch.Tensor) -> None:
+        """K and V of consecutive stored blocks from their activation.
+
+        Args:
+            first_block: index of the first.
+            block: the first; the others have the same rows.
+            activation: [tokens, rows, hidden].
+            out: [tokens, rows, width].
+        """
+        assert self.recompute is not None
+        start = first_block * self.cache.placement.block_tokens
+        stop = start + activation.shape[0]
+        embeddings = self.cache.positions.read(self.streams, start, stop, block.rows, block.row_step)
+        span = self.cache.engine.backend.start_span("recompute")
+        self.recompute(activation, embeddings, out)
+        self.cache.engine.backend.end_span(span)
+        self.cache.recomputed_tokens += activation.shape[0] * block.rows
+
+    # ---- from the tail to blocks ---------------------------------------------------------------------------------
+
+    def _flush(self, num_full: int, new: NewTokens) -> None:
+        """Turn the oldest `num_full` blocks of tail + new tokens into blocks; the rest becomes the tail."""
+        if self.tail is None:
+            return
+        bt = self.cache.placement.block_tokens
+        if num_full:
+            copies = self.cache.claim_blocks(len(self.blocks) + num_full, new)
+            runs = self._next_runs(num_full)
+            stored = (bt * run.num_blocks * self.row_shapes[run.form].num_bytes for run in runs if not run.is_resident)
+            self.cache.engine.start_layer_write_back(sum(stored) * (self.cache.rows // copies))
+            start = 0
+            for form, is_resident, count in runs:
+                store = self._keep if is_resident else self._write_back
+                store(form, start, count, copies, new)
+                start += count
+            self.version += 1
+        if self.tail.grow(self.tail_tokens + new.num_tokens - num_full * bt):
+            self.cache.account()
+        self.tail.advance(num_full * bt, new)
+
+    def _next_runs(self, num_full: int) -> list[Run]:
+        assert self.tail is not None
+        first, self._reopened = self._reopened, None
+        return next_runs(
+            self.cache.placement,
+            num_full,
+            num_blocks=len(self.blocks),
+            stored_kv_blocks=self.count("kv", resident=False),
+            stored_activation_blocks=self.count("activation", resident=False),
+            can_recompute=self.tail.keeps_activations,
+            # rows may have been repeated since that memory was made
+            has_resident_room=all(data.shape[1] >= self.cache.rows for data in self._resident.values()),
+            first=first,
+        )
+
+    def _keep(self, form: Form, start: int, count: int, copies: int, new: NewTokens) -> None:
+        """Store blocks on the device."""
+        assert self.tail is not None
+        bt, rows = self.cache.placement.block_tokens, self.cache.rows // copies
+        first = self.count(form, resident=True)
+        for idx in range(count):
+            data = self._resident[form][(first + idx) * bt : (first + idx + 1) * bt]
+            data = data.reshape(-1)[: bt * rows * data.shape[2]].view(bt, rows, data.shape[2])
+            self.tail.copy(form, data, (start + idx) * bt, (start + idx + 1) * bt, copies, new)
+            self.blocks.append(Block(form, rows, data.numel() * data.element_size(), copies, resident=data))
+
+    def _write_back(self, form: Form, start: int, count: int, copies: int, new: NewTokens) -> None:
+        """Store blocks on the host, as many per copy as a D2H slot holds."""
+        bt, rows, row = self.cache.placement.block_tokens, self.cache.rows // copies, self.row_shapes[form]
+        tail = self.tail
+        assert tail is not None
+        num_bytes = bt * rows * row.num_bytes
+        done = 0
+        while done < count:
+            per_copy = max(1, self.cache.engine.write_back_bytes // num_bytes)
+            blocks = [Block(form, rows, num_bytes, copies) for _ in range(min(per_copy, count - done))]
+            begin = (start + done) * bt
+            end = begin + len(blocks) * bt
+            done += len(blocks)
+
+            def pack(data: torch.Tensor, begin: int = begin, end: int = end) -> None:
+                tail.copy(form, row.view(data, end - begin, rows), begin, end, copies, new)
+
+            self.cache.engine.write_back(self._extents[form], blocks, pack)
+            self.blocks += blocks
+
+    def close(self) -> None:
+        """Give the memory back."""
+        guard = self.cache.engine.last_h2d
+        for extent in self._extents.values():
+            extent.close(guard)
+        self.blocks, self.tail = [], None
+        self.shape, self.recompute, self._reopened = None, None, None
+        self.awaits_crop = False
+        self._resident.clear()
+        self._chunks = (-1, ())
+        self.version += 1
+
+
+def _follows(block: Block, next_block: Block) -> bool:
+    """Whether the second block's bytes start where the first one's end."""
+    assert block.host is not None and next_block.host is not None
+    return (
+        block.form == next_block.form
+        and block.rows == next_block.rows
+        and block.host.untyped_storage().data_ptr() == next_block.host.untyped_storage().data_ptr()
+        and block.host.data_ptr() + block.num_bytes == next_block.host.data_ptr()
+    )
+
+
+def _span(blocks: Sequence[Block]) -> torch.Tensor:
+    """The bytes of contiguous blocks as one tensor."""
+    first = blocks[0].host
+    assert first is not None
+    return first.as_strided((sum(block.num_bytes for block in blocks),), (1,))

@@ -1,0 +1,152 @@
+"""One `generate()` in progress: readings at its start and at its first decode step, and the statistics made of them.
+
+Readings are of counters that the backend keeps (events on CUDA, the link's thread on an emulated link); nothing here
+synchronises.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from typing import NamedTuple
+
+from kvoffload import hf
+from kvoffload.backend import Backend, LinkUse
+from kvoffload.stats import GenerationStats
+from kvoffload.store import HostPool
+from kvoffload.transfer import TransferEngine
+from kvoffload.types import Plan
+
+
+class _Readings(NamedTuple):
+    """The backend's counters at one moment."""
+
+    h2d: LinkUse
+    d2h: LinkUse
+    recompute_s: float
+    wait_s: float
+
+    @classmethod
+    def of(cls, backend: Backend) -> _Readings:
+        return cls(
+            h2d=backend.link_use("h2d"),
+            d2h=backend.link_use("d2h"),
+            recompute_s=backend.span_seconds("recompute"),
+            wait_s=backend.span_seconds("exposed_wait"),
+        )
+
+
+class StepRates(NamedTuple):
+    """Rates of the steps so far; None where nothing was done."""
+
+    recompute_s_per_row_token: float | None
+    h2d_bytes_per_s: float | None
+
+
+class Run:
+    """Made when `generate()` begins.
+
+    Args:
+        backend: whose counters to read.
+        prompt_tokens: per sequence; 0 if unknown.
+    """
+
+    def __init__(self, backend: Backend, prompt_tokens: int) -> None:
+        self.thread = threading.get_ident()
+        self.prompt_tokens = prompt_tokens
+        self.cache: hf.OffloadedHFCache | None = None
+        self.owns_cache = False
+        self.setup_s = 0.0
+        self._setup_in_forward_s = 0.0  # the part of it that fell into the prefill
+        self._backend = backend
+        self._began = time.perf_counter()
+        self._start = _Readings.of(backend)
+        self._decode: _Readings | None = None  # at the first decode step
+        self._recomputed_before = 0
+        self._forwards: list[float] = []  # start of each forward
+        self._num_prefill_forwards = 0
+        self._prefill_peak_bytes = 0
+
+    def use(self, cache: hf.OffloadedHFCache) -> None:
+        """The cache this run works with is known."""
+        self.cache = cache
+        self._recomputed_before = cache.core.recomputed_tokens
+
+    def add_setup(self, seconds: float) -> None:
+        """Time spent on memory and measurements during a forward; not counted as prefill."""
+        self.setup_s += seconds
+        self._setup_in_forward_s += seconds
+
+    @property
+    def is_decoding(self) -> bool:
+        return self._decode is not None
+
+    @property
+    def recomputed_tokens(self) -> int:
+        """Recomputed so far, summed over steps, layers and rows."""
+        return 0 if self.cache is None else self.cache.core.recomputed_tokens - self._recomputed_before
+
+    def note_forward(self, engine: TransferEngine) -> None:
+        """A forward of the model begins."""
+        assert self.cache is not None
+        self._forwards.append(time.perf_counter())
+        is_first = len(self._forwards) == 1
+        cached = self.cache.core.layers[0].num_tokens
+        if self._num_prefill_forwards == len(self._forwards) - 1 and (is_first or cached < self.prompt_tokens):
+            self._num_prefill_forwards += 1
+        elif self._decode is None:
+            self._decode = _Readings.of(self._backend)
+            engine.release_stages()
+            self._prefill_peak_bytes = engine.take_peak()
+
+    def step_rates(self) -> StepRates:
+        """What the link and recomputation have done in the steps so far."""
+        seconds = self._backend.span_seconds("recompute") - self._start.recompute_s
+        recomputed = self.recomputed_tokens
+        copied = 0.0
+        if self._decode is not None:
+            use = self._backend.link_use("h2d").since(self._decode.h2d)
+            copied = use.copied_bytes / use.busy_s if use.busy_s > 0 else 0.0
+        return StepRates(seconds / recomputed if recomputed and seconds else None, copied or None)
+
+    def finish(self, plan: Plan, engine: TransferEngine, pool: HostPool) -> GenerationStats:
+        """The statistics, once `generate()` has returned."""
+        assert self.cache is not None
+        core, backend = self.cache.core, self._backend
+        starts = [*self._forwards, time.perf_counter()]
+        decode = starts[self._num_prefill_forwards :]
+        steps = [after - before for before, after in itertools.pairwise(decode)]
+        wall_s = decode[-1] - decode[0]
+        end, decode_start = _Readings.of(backend), self._decode
+        link = None if decode_start is None else end.h2d.since(decode_start.h2d)
+        decode_wait_s = end.wait_s - (0.0 if decode_start is None else decode_start.wait_s)
+        new_tokens = core.layers[0].num_tokens + 1 - self.prompt_tokens
+        p50 = sorted(steps)[len(steps) // 2] if steps else None
+        predicted = plan.predicted_step_s or None
+        others = self.cache.other_device_bytes
+        return GenerationStats(
+            setup_s=self.setup_s,
+            prefill_s=decode[0] - starts[0] - self._setup_in_forward_s,
+            ttft_s=decode[0] - self._began - self.setup_s,
+            tpot_s=wall_s / len(steps) if steps else None,
+            decode_step_s=steps,
+            tokens_per_s=core.rows * max(0, new_tokens - 1) / wall_s if wall_s > 0 else 0.0,
+            h2d_bytes=end.h2d.since(self._start.h2d).copied_bytes,
+            d2h_bytes=end.d2h.since(self._start.d2h).copied_bytes,
+            h2d_gb_per_s=link.copied_bytes / link.busy_s / 1e9 if link and link.busy_s > 0 else None,
+            link_utilization=min(1.0, link.busy_s / wall_s) if link and wall_s > 0 else None,
+            recompute_s=end.recompute_s - self._start.recompute_s,
+            recomputed_tokens=self.recomputed_tokens,
+            exposed_wait_s=end.wait_s - self._start.wait_s,
+            device_busy_fraction=1 - min(1.0, decode_wait_s / wall_s) if wall_s > 0 else None,
+            plan=plan,
+            predicted_step_s=predicted,
+            fraction_of_bound=predicted / p50 if predicted and p50 else None,
+            host_bytes=pool.used_bytes,
+            pinned_bytes=pool.pinned_bytes,
+            device_kv_peak_decode_bytes=engine.take_peak() + others,
+            device_kv_peak_prefill_bytes=self._prefill_peak_bytes + others,
+            exact=self.recomputed_tokens == 0 or core.layers[0].is_full_precision,
+            link_name=backend.link_name,
+        )

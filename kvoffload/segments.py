@@ -1,0 +1,134 @@
+"""Attention over segments: each chunk is attended where it arrives, and the partial results are merged.
+
+Owns the order of a layer's segments (resident blocks, chunks as they come, tail and new tokens) and the running result.
+No place on the device holds a whole layer, so its memory does not grow with the context. Partial results merge by
+log-sum-exp (online softmax: Milakov and Gimelshein 2018; FlashAttention, arXiv 2205.14135, section 3.1).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from kvoffload import ops
+from kvoffload.attention import ResidentBlocks
+from kvoffload.layer import CacheLayer
+
+
+class Question(NamedTuple):
+    """What a forward asks of one layer."""
+
+    query: torch.Tensor  # [rows, q_tokens, q_heads, head_dim]
+    scale: float
+    valid: torch.Tensor | None = None  # int32 [rows, words]: bit p % 32 of word p // 32, may position p be attended
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None  # [q_heads]: a logit without a value
+
+
+def attend(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor, question: Question) -> torch.Tensor:
+    """Attention over all cached tokens of a layer and the new ones, causal among the new.
+
+    Args:
+        layer: a segmented layer that has cached tokens; its state does not change.
+        keys: of the new tokens, [rows, heads, q_tokens, head_dim]; values likewise.
+        question: the queries and how to score.
+
+    Returns:
+        [rows, q_tokens, q_heads, head_dim] in the dtype of the queries.
+    """
+    cache, engine, tail = layer.cache, layer.cache.engine, layer.tail
+    assert tail is not None
+    block_tokens = cache.placement.block_tokens
+    answer = _Answer(layer, question)
+    resident = ResidentBlocks(layer, max_blocks=cache.placement.chunk_blocks)
+
+    def attend_resident(share: float) -> None:
+        for run in resident.due(share):
+            if run.form == "kv":
+                answer.add(run.data, run.first_block)
+            else:
+                answer.add_recomputed(run.data, run.first_block)
+
+    job = engine.begin(cache, layer, in_layer_buffer=False)
+    shares = max(1, job.num_activation_chunks)  # so that a long recomputation never keeps the ring full
+    if job.num_activation_chunks == 0:
+        attend_resident(1)
+    for chunk, data in engine.arriving(job):
+        rows = layer.row_shapes[chunk.form].view(data, len(chunk.blocks) * block_tokens, chunk.blocks[0].rows)
+        engine.backend.compute(reads=(data,))
+        if chunk.form == "kv":
+            answer.add(rows, chunk.first_block)
+        else:
+            answer.add_recomputed(rows, chunk.first_block)
+            attend_resident(1 / shares)
+    attend_resident(1)
+    answer.add_newest(keys, values)
+    return answer.finish()
+
+
+class _Answer:
+    """The running result of one layer's attention."""
+
+    def __init__(self, layer: CacheLayer, question: Question) -> None:
+        assert layer.shape is not None
+        query = question.query
+        self._layer, self._question, self._shape = layer, question, layer.shape
+        self._out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+        self._lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+        self._is_first = True
+
+    def add_recomputed(self, activation: torch.Tensor, first_block: int) -> None:
+        """Attend to stored blocks whose activation, [tokens, rows, hidden], is on the device."""
+        layer, backend = self._layer, self._layer.cache.engine.backend
+        tokens, rows = activation.shape[:2]
+        scratch = layer.cache.engine.scratch[: tokens * rows * self._shape.row_bytes]
+        backend.compute(writes=(scratch,))
+        kv = layer.row_shapes["kv"].view(scratch, tokens, rows)
+        layer.recompute_into(first_block, layer.blocks[first_block], activation, kv)
+        backend.compute(reads=(scratch,))
+        self.add(kv, first_block)
+
+    def add(self, kv: torch.Tensor, first_block: int) -> None:
+        """Attend to stored blocks, [tokens, stored rows, width]."""
+        block_tokens = self._layer.cache.placement.block_tokens
+        table = self._layer.cache.row_table.table
+        if table is not None:
+            table = table[first_block : first_block + kv.shape[0] // block_tokens]
+        self._attend(kv, first_block * block_tokens, table)
+
+    def add_newest(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Attend to the tail and the new tokens, [rows, heads, tokens, head_dim]."""
+        tail = self._layer.tail
+        assert tail is not None
+        count = tail.num_tokens + keys.shape[2]
+        newest = torch.empty(count, keys.shape[0], self._shape.width, dtype=keys.dtype, device=keys.device)
+        newest[: tail.num_tokens] = tail.kv
+        new_keys, new_values = self._shape.split(newest[tail.num_tokens :])
+        new_keys.copy_(keys.permute(2, 0, 1, 3))
+        new_values.copy_(values.permute(2, 0, 1, 3))
+        self._attend(newest, self._layer.num_stored_tokens, None)
+
+    def _attend(self, kv: torch.Tensor, first_position: int, row_table: torch.Tensor | None) -> None:
+        shape, question = self._shape, self._question
+        ops.segment_attention(
+            question.query,
+            kv.unflatten(-1, (2, shape.key_heads, shape.key_dim)),
+            self._out,
+            self._lse,
+            scale=question.scale,
+            is_first=self._is_first,
+            first_position=first_position,
+            query_position=self._layer.num_tokens,
+            valid=question.valid,
+            row_table=row_table,
+            block_tokens=self._layer.cache.placement.block_tokens if row_table is not None else 0,
+            softcap=question.softcap,
+        )
+        self._is_first = False
+
+    def finish(self) -> torch.Tensor:
+        """The result, with attention sinks entering now."""
+        result = torch.empty_like(self._question.query, memory_format=torch.contiguous_format)
+        ops.finish(self._out, self._lse, result, self._question.sinks)
+        return result

@@ -1,0 +1,189 @@
+"""The newest tokens of one layer, on the device until their block is full.
+
+Owns the two buffers of a tail, K/V and (where blocks may be stored as activations) the activation, and the gathering
+of tokens that lie partly in the tail and partly in this forward. Does not know blocks. Everything is token-major.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from kvoffload.backend import Backend
+from kvoffload.types import Form
+
+
+class KVShape(NamedTuple):
+    """The K/V of one token of one row of one layer."""
+
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor) -> KVShape:
+        """The shape of keys [rows, heads, tokens, dim] and values likewise."""
+        return cls(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype)
+
+    @property
+    def key_width(self) -> int:
+        return self.key_heads * self.key_dim
+
+    @property
+    def width(self) -> int:
+        return self.key_width + self.value_heads * self.value_dim
+
+    @property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether K and V are alike, so that data is `[tokens, rows, 2, kv_heads, head_dim]`."""
+        return (self.key_heads, self.key_dim) == (self.value_heads, self.value_dim)
+
+    def split(self, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V `[tokens, rows, heads, dim]` as views of `[tokens, rows, width]`."""
+        keys = data[..., : self.key_width].unflatten(-1, (self.key_heads, self.key_dim))
+        values = data[..., self.key_width :].unflatten(-1, (self.value_heads, self.value_dim))
+        return keys, values
+
+
+class RowShape(NamedTuple):
+    """One token of one row in one form."""
+
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+    def view(self, data: torch.Tensor, tokens: int, rows: int) -> torch.Tensor:
+        """Bytes as [tokens, rows, width]."""
+        with torch.inference_mode(False):  # else the view could not be written outside of inference mode
+            return data.view(self.dtype).view(tokens, rows, self.width)
+
+
+class NewTokens(NamedTuple):
+    """Tokens of this forward, token-major: K and V [tokens, rows, heads, dim], activation [tokens, rows, hidden]."""
+
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    activation: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[0]
+
+    def behind(self, tokens: int) -> NewTokens:
+        """Without the first `tokens` tokens."""
+        return NewTokens(*(None if part is None else part[tokens:] for part in self))
+
+    def rows_are_copies(self, copies: int) -> bool:
+        """Whether each group of `copies` consecutive rows holds the same bits (GEMM rows may differ in the last)."""
+        for part in self:
+            if part is not None:
+                groups = part.unflatten(1, (-1, copies))
+                if not bool((groups == groups[:, :, :1]).all()):
+                    return False
+        return True
+
+
+class Tail:
+    """Buffers of the newest tokens.
+
+    Args:
+        backend: gives the memory.
+        kv_shape: of the layer.
+        activation_shape: of the layer's activation; None keeps none.
+        rows: logical rows.
+        capacity_tokens: how many tokens it holds before it must grow.
+    """
+
+    def __init__(
+        self, backend: Backend, kv_shape: KVShape, activation_shape: RowShape | None, rows: int, capacity_tokens: int
+    ) -> None:
+        self._backend = backend
+        self._kv_shape = kv_shape
+        self._shapes: dict[Form, RowShape] = {"kv": RowShape(kv_shape.width, kv_shape.dtype)}
+        if activation_shape is not None:
+            self._shapes["activation"] = activation_shape
+        self.num_tokens = 0
+        self._data = self._allocate(capacity_tokens, rows)
+
+    def _allocate(self, tokens: int, rows: int) -> dict[Form, torch.Tensor]:
+        """Buffers [tokens, rows, width] per form."""
+        allocate = self._backend.allocate_device
+        return {
+            form: shape.view(allocate(tokens * rows * shape.num_bytes), tokens, rows)
+            for form, shape in self._shapes.items()
+        }
+
+    @property
+    def kv(self) -> torch.Tensor:
+        """K/V of the tail, [num_tokens, rows, width]."""
+        return self._data["kv"][: self.num_tokens]
+
+    @property
+    def keeps_activations(self) -> bool:
+        return "activation" in self._data
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(data.numel() * data.element_size() for data in self._data.values())
+
+    def grow(self, tokens: int) -> bool:
+        """Make room for that many tokens; whether the buffers are new."""
+        capacity, rows = self._data["kv"].shape[:2]
+        if capacity >= tokens:
+            return False
+        old, self._data = self._data, self._allocate(tokens, rows)
+        for form, data in old.items():
+            self._data[form][: self.num_tokens] = data[: self.num_tokens]
+        return True
+
+    def copy(self, form: Form, out: torch.Tensor, start: int, stop: int, step: int, new: NewTokens) -> None:
+        """Tokens `start..stop` of tail + new, every `step`-th row, into `out` [tokens, rows, width]."""
+        from_tail = max(0, min(stop, self.num_tokens) - start)
+        if from_tail:
+            out[:from_tail] = self._data[form][start : start + from_tail, ::step]
+        if stop <= self.num_tokens:
+            return
+        source = slice(start + from_tail - self.num_tokens, stop - self.num_tokens)
+        if form == "kv" and new.keys is not None and new.values is not None:
+            keys, values = self._kv_shape.split(out[from_tail:])
+            keys.copy_(new.keys[source, ::step])
+            values.copy_(new.values[source, ::step])
+        elif form == "activation" and new.activation is not None:
+            out[from_tail:] = new.activation[source, ::step]
+
+    def advance(self, gone: int, new: NewTokens) -> None:
+        """The oldest `gone` tokens of tail + new are in blocks now; the rest is the tail (and has room)."""
+        kept = max(0, self.num_tokens - gone)
+        if gone and kept:
+            for data in self._data.values():
+                data[:kept] = data[gone : gone + kept].clone()
+        new = new.behind(max(0, gone - self.num_tokens))
+        self.num_tokens = kept
+        if new.num_tokens:
+            stop = kept + new.num_tokens
+            for form, data in self._data.items():
+                self.copy(form, data[kept:stop], kept, stop, 1, new)
+            self.num_tokens = stop
+
+    def restore(self, form: Form, data: torch.Tensor) -> None:
+        """Put a block's tokens back at the front; `data` [tokens, rows, width]."""
+        self._data[form][: data.shape[0]] = data
+
+    def select_rows(self, indices: torch.Tensor) -> None:
+        """Logical row i becomes what row `indices[i]` was."""
+        capacity, rows = self._data["kv"].shape[:2]
+        old = self._data
+        if indices.numel() != rows:
+            self._data = self._allocate(capacity, indices.numel())
+        for form, data in old.items():
+            self._data[form][: self.num_tokens] = data[: self.num_tokens].index_select(1, indices)
