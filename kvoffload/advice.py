@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from kvoffload import planner
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, UnsupportedModelError
-from kvoffload.model_shape import ITEMSIZE_BYTES, shape_from_config, sliding_window_tokens
+from kvoffload.model_config import ITEMSIZE_BYTES
+from kvoffload.model_shape import shape_from_config, sliding_window_tokens
 from kvoffload.types import HardwareProfile, ModelShape, Plan, Workload
 from kvoffload.ways import Alternative, Task, gb
 

@@ -1,4 +1,4 @@
-"""The `kvoffload` command: `demo`, `generate`, `env`, `profile` and `plan`, each with `--json`.
+"""The `kvoffload` command: `demo`, `generate`, `env`, `profile`, `plan` and `roofline`, each with `--json`.
 
 Owns options, messages and exit codes (2 and one line on stderr for every error of ours). Does not own what the
 commands compute. PyTorch is imported inside the commands, so that `--help` answers at once.
@@ -137,6 +137,46 @@ def plan(
         for one in advice.alternatives
     ]
     _print_rows(f"On {machine.device_name}, {machine.link_name}; best first", rows)
+
+
+@app.command("roofline")
+def roofline(
+    config: Annotated[str, typer.Option("--config", "--model", help="A config.json, or the folder it is in.")],
+    hardware: Annotated[str, typer.Option(help="A preset, a measured profile, or a file like a preset.")],
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    seq: Annotated[int, typer.Option(help="Tokens of each prompt; the context of the decode phase.")] = 1024,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of the whole task, for each sequence.")] = 128,
+    w_bits: Annotated[float | None, typer.Option(help="Bits per weight; default: the model's dtype.")] = None,
+    a_bits: Annotated[float | None, typer.Option(help="Bits per activation.")] = None,
+    kv_bits: Annotated[float | None, typer.Option(help="Bits per value of K and V.")] = None,
+    attention: Annotated[str, typer.Option(help="'fused', or 'unfused': as LLM-Viewer counts it.")] = "fused",
+    kv_on_host: Annotated[float, typer.Option(help="Share 0..1 of the K/V that lives on the host.")] = 0.0,
+    weights_on_host: Annotated[float, typer.Option(help="Share 0..1 of the weights that is streamed.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what every operation computes and moves, what bounds it and what would move that bound."""
+    from kvoffload.model_shape import dimensions_from_config
+    from kvoffload.profiler.hardware import find_machine
+    from kvoffload.profiler.roofline import evaluate, setting_of
+
+    dims = dimensions_from_config(config)
+    setting = setting_of(
+        dims,
+        batch=batch,
+        seq=seq,
+        new_tokens=new_tokens,
+        bits=(w_bits, a_bits, kv_bits),
+        convention=attention,
+        kv_on_host=kv_on_host,
+        weights_on_host=weights_on_host,
+    )
+    found = evaluate(dims, find_machine(hardware), setting)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    from kvoffload.profiler.report import print_roofline
+
+    print_roofline(found)
 
 
 @app.command("generate")

@@ -1,49 +1,95 @@
 """The dimensions of a decoder, read from its Hugging Face configuration: a config object, or a plain `config.json`.
 
-Owns the many names for the same number and the defaults a bare file leaves out. Does not load models, does not import
-transformers or torch. Weights are counted from the dimensions (matrices and norms; biases and the router's likes are
-left out), which is within about one percent of the real number.
+Owns the defaults a bare file leaves out, and the count of every matrix and vector:
+exact to the byte for the model types of `architectures`, about right for others. Does not load models, does not import
+transformers or torch.
 
-Where a field is looked for: the text configuration of a multimodal model, else the configuration itself; each name of
-`_NAMES` in order; then a default of the architecture; then a ConfigError that names the field.
+Where a field is looked for: the text configuration of a multimodal model, else the configuration itself; each of its
+names in order (`model_config`); then a default of the architecture; then a ConfigError that names the field.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
+from kvoffload.architectures import ARCHITECTURES, Architecture, architecture_of
 from kvoffload.errors import ConfigError, UnsupportedModelError
+from kvoffload.model_config import Get, first_whole, itemsize_bytes, model_type, reader, whole
 from kvoffload.types import ModelShape
 
-ITEMSIZE_BYTES = {"float64": 8, "float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2, "float8_e4m3fn": 1}
-_NAMES = {
-    "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
-    "num_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "num_kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads"),
-    "head_dim": ("head_dim", "attention_head_dim", "d_kv"),
-    "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "hidden_dim"),
-    "vocab_size": ("vocab_size",),
-}
-_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
-# Architectures whose MLP is two matrices, 4 * hidden_size wide where the file does not say.
-_PLAIN_MLP = (
-    *("opt", "gpt2", "gpt_neo", "gpt_neox", "gptj", "gpt_bigcode", "bloom", "mpt", "falcon", "phi", "starcoder2"),
-    *("nemotron", "codegen", "persimmon", "xglm", "biogpt", "ctrl", "openai-gpt", "arcee", "apertus"),
-)
-_LEARNED_POSITIONS = ("opt", "gpt2", "gpt_neo", "gpt_bigcode", "biogpt", "openai-gpt")
-# Architectures with one matrix for embedding and head where the file does not say.
-_TIED_UNLESS_SAID = (
-    *("opt", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "cohere", "cohere2", "starcoder2", "smollm3", "gpt2"),
-    *("bloom", "mpt", "falcon", "gpt_bigcode", "gpt_neo", "xglm", "biogpt", "ctrl", "openai-gpt"),
-)
 # Every n-th layer attends to everything, where the file gives neither `layer_types` nor a pattern.
 _SLIDING_PATTERN = {"gemma2": 2, "gemma3_text": 6, "gemma3": 6, "cohere2": 4}
 
-_Get = Callable[[str], Any]
+Part = Literal["attention", "mlp", "experts", "head"]
+
+
+class Matrix(NamedTuple):
+    """One weight matrix that activations are multiplied with, of every layer that has it."""
+
+    name: str
+    part: Part
+    inputs: int
+    outputs: int
+    layers: int  # how many layers have it
+    stored: int = 1  # copies per layer: experts
+    active: int = 1  # of these, how many one token goes through
+    bias: bool = False
+
+    @property
+    def num_weights(self) -> int:
+        """All copies in all layers, with biases."""
+        return self.layers * self.stored * self.outputs * (self.inputs + self.bias)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dimensions:
+    """Everything a configuration says about the size of a decoder."""
+
+    model_type: str
+    num_layers: int
+    num_full_layers: int  # whose cache is their own and grows with every token
+    num_lending_layers: int  # whose growing cache other layers read as well, so that it stays resident
+    num_windowed_layers: int  # whose cache is bounded by `window_tokens`
+    num_full_attention_layers: int  # that attend to every token, also to those in another layer's cache
+    num_windowed_attention_layers: int
+    num_sharing_layers: int  # that read the cache of an earlier layer
+    window_tokens: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int  # of a head's values; the same as head_dim but for multi-head latent attention
+    latent_width: int  # values cached per token in place of K and V, else 0
+    vocab_size: int
+    active_width: int  # of the MLP one token goes through
+    mlp_matrices: int
+    norms_per_layer: int
+    is_tied: bool
+    itemsize_bytes: int
+    matrices: tuple[Matrix, ...]
+    embedding_weights: int  # rows of which are read by token number
+    vector_weights: int  # norms and the like
+    is_exact: bool  # a model type that `architectures` knows
+
+    @property
+    def num_weights(self) -> int:
+        """All parameters."""
+        head = self.matrices[-1]
+        counted = sum(matrix.num_weights for matrix in self.matrices)
+        if self.is_tied:  # the head's matrix is the embedding's
+            counted -= head.inputs * head.outputs
+        return counted + self.embedding_weights + self.vector_weights
+
+    @property
+    def num_active_weights(self) -> int:
+        """Parameters that one token is multiplied with."""
+        return sum(matrix.num_weights * matrix.active // matrix.stored for matrix in self.matrices)
+
+    @property
+    def cached_values_per_token(self) -> int:
+        """Values of K and V of one token in one layer."""
+        return self.latent_width or 2 * self.num_kv_heads * self.head_dim  # keys and values
 
 
 def shape_from_config(config: Any, dtype: Any = None) -> ModelShape:
@@ -59,71 +105,254 @@ def shape_from_config(config: Any, dtype: Any = None) -> ModelShape:
         ConfigError: a needed field is missing or no whole number of at least 1 (names it), or the dtype is unknown.
         UnsupportedModelError: an encoder-decoder or attention-free model.
     """
-    get = _reader(config)
-    if get("is_encoder_decoder"):
-        raise UnsupportedModelError(f"{_model(get)} is an encoder-decoder model; only decoders can be offloaded")
-    num_layers = _whole(get, "num_layers")
-    hidden = _whole(get, "hidden_size")
-    heads = _whole(get, "num_heads")
-    head_dim = _whole(get, "head_dim", hidden // heads)
-    is_multi_query = get("multi_query") and not get("new_decoder_architecture")
-    kv_heads = 1 if is_multi_query else _whole(get, "num_kv_heads", heads)
-    plain_mlp = get("model_type") in _PLAIN_MLP
-    intermediate = _whole(get, "intermediate_size", 4 * hidden if plain_mlp else None)
-    mlp_matrices = 2 if plain_mlp else 3
-    experts = _first_whole(get, "num_local_experts", "num_experts", "n_routed_experts")
-    expert_width = _first_whole(get, "moe_intermediate_size") or intermediate
-    active_width = stored_width = intermediate
-    if experts:
-        shared = _first_whole(get, "shared_expert_intermediate_size") or 0
-        shared += expert_width * (_first_whole(get, "n_shared_experts") or 0)
-        active_width = shared + expert_width * (_first_whole(get, "num_experts_per_tok", "moe_k") or 1)
-        stored_width = shared + expert_width * experts
-    vocab = _whole(get, "vocab_size")
-    itemsize = _itemsize_bytes(dtype if dtype is not None else get("dtype") or get("torch_dtype") or "float32")
-
-    attention_weights = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim  # q and out, k and v
-    layer_weights = attention_weights + mlp_matrices * hidden * stored_width + 2 * hidden  # two norms
-    tied = get("tie_word_embeddings")
-    if tied is None:
-        tied = get("model_type") in _TIED_UNLESS_SAID
-    embedding_width = _first_whole(get, "word_embed_proj_dim") or hidden
-    embeddings = vocab * embedding_width * (1 if tied else 2)
-    if get("model_type") in _LEARNED_POSITIONS:
-        embeddings += hidden * (_first_whole(get, "max_position_embeddings", "n_positions") or 0)
+    dims = dimensions_from_config(config, dtype)
     return ModelShape(
-        num_layers=num_layers,
-        num_offloaded_layers=_num_full_attention_layers(get, num_layers),
-        hidden_size=hidden,
-        intermediate_size=active_width,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=vocab,
-        kv_itemsize_bytes=itemsize,
-        activation_itemsize_bytes=itemsize,
-        weight_bytes=(num_layers * layer_weights + embeddings + hidden) * itemsize,
-        mlp_matrices=mlp_matrices,
-        latent_width=_latent_width(get),
+        num_layers=dims.num_layers,
+        num_offloaded_layers=dims.num_full_layers,
+        hidden_size=dims.hidden_size,
+        intermediate_size=dims.active_width,
+        num_heads=dims.num_heads,
+        num_kv_heads=dims.num_kv_heads,
+        head_dim=dims.head_dim,
+        vocab_size=dims.vocab_size,
+        kv_itemsize_bytes=dims.itemsize_bytes,
+        activation_itemsize_bytes=dims.itemsize_bytes,
+        weight_bytes=dims.num_weights * dims.itemsize_bytes,
+        mlp_matrices=dims.mlp_matrices,
+        latent_width=dims.latent_width,
     )
 
 
-def _latent_width(get: _Get) -> int:
-    """What multi-head latent attention caches of a token: the compressed K/V and the rotated part of the key."""
-    rank = _first_whole(get, "kv_lora_rank")
-    return rank + (_first_whole(get, "qk_rope_head_dim") or 0) if rank else 0
+def dimensions_from_config(config: Any, dtype: Any = None) -> Dimensions:
+    """All dimensions; arguments and errors as of `shape_from_config`."""
+    get = reader(config)
+    if get("is_encoder_decoder"):
+        raise UnsupportedModelError(f"{model_type(get)} is an encoder-decoder model; only decoders can be offloaded")
+    arch = architecture_of(get("model_type"))
+    num_layers, hidden, heads = whole(get, "num_layers"), whole(get, "hidden_size"), whole(get, "num_heads")
+    head_dim = whole(get, "head_dim", arch.head_dim or max(1, hidden // heads))
+    is_multi_query = get("multi_query") and not get("new_decoder_architecture")
+    kv_heads = 1 if is_multi_query else whole(get, "num_kv_heads", heads)
+    if hidden % heads and get("head_dim") is None and not arch.head_dim:
+        raise ConfigError(
+            f"hidden_size {hidden} of {model_type(get)} is no multiple of its {heads} heads: add head_dim"
+        )
+    if heads % kv_heads:
+        raise ConfigError(f"{heads} heads of {model_type(get)} cannot share {kv_heads} key-value heads evenly")
+    latent_rank = first_whole(get, "kv_lora_rank") or 0
+    value_dim = head_dim
+    if latent_rank:
+        head_dim = (first_whole(get, "qk_nope_head_dim") or 0) + (first_whole(get, "qk_rope_head_dim") or 0)
+        value_dim = first_whole(get, "v_head_dim") or head_dim
+    vocab = whole(get, "vocab_size")
+    sharing = min(num_layers, first_whole(get, "num_kv_shared_layers") or 0)
+    layers = _count_layers(get, num_layers, sharing)
+    mlp, active_width = _mlp(get, arch, num_layers, hidden)
+    if latent_rank:
+        attention, attention_vectors = _latent_attention(get, arch, num_layers, hidden, heads, latent_rank, head_dim)
+    else:
+        attention = _attention(
+            get, arch, num_layers, num_layers - sharing, hidden, heads * head_dim, kv_heads * head_dim
+        )
+        attention_vectors = 0
+    embedding_width = first_whole(get, "word_embed_proj_dim") or hidden
+    projected = embedding_width != hidden
+    head = Matrix("lm_head", "head", embedding_width, vocab, 1, bias=arch.flag("head_bias", get))
+    extra, extra_vectors, extra_embeddings = _gemma3n(get, num_layers, hidden)
+    tied = get("tie_word_embeddings")
+    itemsize = itemsize_bytes(dtype if dtype is not None else get("dtype") or get("torch_dtype") or "float32")
+    positions = 0
+    if arch.position_rows is not None:
+        positions = (first_whole(get, "max_position_embeddings", "n_positions") or 0) + arch.position_rows
+    norms = _norms_per_layer(get, arch)
+    vectors = arch.norm_vectors * hidden * (num_layers * norms + _num_final_norms(get, arch) + arch.embedding_norm)
+    vectors += num_layers * (heads * arch.sinks + arch.mlp_numbers) + attention_vectors + extra_vectors
+    if arch.flag("qk_norm", get):
+        q, k = (heads * head_dim, kv_heads * head_dim) if arch.qk_norm_is_wide else (head_dim, head_dim)
+        vectors += arch.qk_norm_vectors * (num_layers * q + (num_layers - sharing) * k)
+    return Dimensions(
+        model_type=model_type(get),
+        num_layers=num_layers,
+        num_full_layers=layers.full,
+        num_lending_layers=layers.lending,
+        num_windowed_layers=layers.windowed,
+        num_full_attention_layers=layers.full_attention,
+        num_windowed_attention_layers=layers.windowed_attention,
+        num_sharing_layers=sharing,
+        window_tokens=_window_tokens(get),
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        latent_width=latent_rank + (first_whole(get, "qk_rope_head_dim") or 0) if latent_rank else 0,
+        vocab_size=vocab,
+        active_width=active_width,
+        mlp_matrices=3 if arch.gated_mlp else 2,
+        norms_per_layer=norms,
+        is_tied=bool(arch.tied if tied is None else tied),
+        itemsize_bytes=itemsize,
+        matrices=(
+            *attention,
+            *mlp,
+            *extra,
+            *([Matrix("project_in", "mlp", embedding_width, hidden, 1)] if projected else []),
+            *([Matrix("project_out", "mlp", hidden, embedding_width, 1)] if projected else []),
+            head,
+        ),
+        embedding_weights=vocab * embedding_width + positions * hidden + extra_embeddings,
+        vector_weights=vectors,
+        is_exact=get("model_type") in ARCHITECTURES,
+    )
+
+
+def _attention(
+    get: Get, arch: Architecture, num_layers: int, num_kv_layers: int, hidden: int, q_width: int, kv_width: int
+) -> list[Matrix]:
+    qkv_bias, out_bias = arch.flag("qkv_bias", get), arch.flag("out_bias", get)
+    return [
+        Matrix("q_proj", "attention", hidden, q_width, num_layers, bias=qkv_bias),
+        Matrix("k_proj", "attention", hidden, kv_width, num_kv_layers, bias=qkv_bias),
+        Matrix("v_proj", "attention", hidden, kv_width, num_kv_layers, bias=qkv_bias),
+        Matrix("o_proj", "attention", q_width, hidden, num_layers, bias=out_bias),
+    ]
+
+
+def _latent_attention(
+    get: Get, arch: Architecture, num_layers: int, hidden: int, heads: int, rank: int, head_dim: int
+) -> tuple[list[Matrix], int]:
+    """Multi-head latent attention: K and V through a narrow matrix, queries perhaps too; and its norms."""
+    q_rank = first_whole(get, "q_lora_rank") or 0
+    rope, nope = first_whole(get, "qk_rope_head_dim") or 0, first_whole(get, "qk_nope_head_dim") or 0
+    value_dim = first_whole(get, "v_head_dim") or head_dim
+    bias = arch.flag("out_bias", get)
+    if q_rank:
+        queries = [
+            Matrix("q_a_proj", "attention", hidden, q_rank, num_layers, bias=bias),
+            Matrix("q_b_proj", "attention", q_rank, heads * head_dim, num_layers),
+        ]
+    else:
+        queries = [Matrix("q_proj", "attention", hidden, heads * head_dim, num_layers)]
+    others = [
+        Matrix("kv_a_proj", "attention", hidden, rank + rope, num_layers, bias=bias),
+        Matrix("kv_b_proj", "attention", rank, heads * (nope + value_dim), num_layers),
+        Matrix("o_proj", "attention", heads * value_dim, hidden, num_layers, bias=bias),
+    ]
+    return [*queries, *others], num_layers * (q_rank + rank)
+
+
+def _mlp(get: Get, arch: Architecture, num_layers: int, hidden: int) -> tuple[list[Matrix], int]:
+    """The matrices of the dense MLP and of the experts, and the width that one token goes through."""
+    width = whole(get, "intermediate_size", None if arch.gated_mlp else _plain_width(get, hidden))
+    num_experts = first_whole(get, "num_local_experts", "num_experts", "n_routed_experts")
+    num_sparse = _num_expert_layers(get, num_layers) if num_experts else 0
+    found: list[Matrix] = []
+    if num_sparse < num_layers:
+        found += _mlp_matrices(arch, "mlp", "", hidden, width, num_layers - num_sparse, arch.flag("mlp_bias", get))
+    if not num_experts:
+        return found, width
+    expert_width = first_whole(get, "moe_intermediate_size") or width
+    active = first_whole(get, "num_experts_per_tok", "moe_k") or 1
+    if active > num_experts:
+        raise ConfigError(f"{model_type(get)} sends a token through {active} experts, but has {num_experts}")
+    shared = first_whole(get, "shared_expert_intermediate_size") or 0
+    if shared:
+        found.append(Matrix("shared_expert_gate", "mlp", hidden, 1, num_sparse))
+    shared += expert_width * (first_whole(get, "n_shared_experts") or 0)
+    if shared:
+        found += _mlp_matrices(arch, "mlp", "shared_", hidden, shared, num_sparse, False)
+    found.append(Matrix("router", "mlp", hidden, num_experts, num_sparse, bias=arch.expert_bias))
+    for one in _mlp_matrices(arch, "experts", "expert_", hidden, expert_width, num_sparse, arch.expert_bias):
+        found.append(one._replace(stored=num_experts, active=active))
+    return found, shared + expert_width * active
+
+
+def _mlp_matrices(
+    arch: Architecture, part: Part, prefix: str, hidden: int, width: int, layers: int, bias: bool
+) -> list[Matrix]:
+    names = ("gate_proj", "up_proj") if arch.gated_mlp else ("up_proj",)
+    found = [Matrix(prefix + name, part, hidden, width, layers, bias=bias) for name in names]
+    return [*found, Matrix(f"{prefix}down_proj", part, width, hidden, layers, bias=bias)]
+
+
+def _plain_width(get: Get, hidden: int) -> int:
+    return (first_whole(get, "expansion_ratio") or 4) * hidden
+
+
+def _num_expert_layers(get: Get, num_layers: int) -> int:
+    """Layers whose MLP is a mixture of experts."""
+    kinds = get("mlp_layer_types")
+    if isinstance(kinds, (list, tuple)) and len(kinds) == num_layers:
+        return sum(kind == "sparse" for kind in kinds)
+    dense = first_whole(get, "first_k_dense_replace") or 0
+    only = get("mlp_only_layers") or ()
+    step = first_whole(get, "decoder_sparse_step", "moe_layer_freq") or 1
+    return sum(idx >= dense and idx not in only and (idx + 1) % step == 0 for idx in range(num_layers))
+
+
+def _norms_per_layer(get: Get, arch: Architecture) -> int:
+    """Norms as wide as the hidden state, of one layer."""
+    kind = get("model_type")
+    if kind == "stablelm" and get("use_parallel_residual"):
+        return 1
+    if kind == "falcon":
+        if get("new_decoder_architecture"):
+            return first_whole(get, "num_ln_in_parallel_attn") or 2
+        return 2 if get("parallel_attn") is False else 1
+    if kind == "opt" and get("layer_norm_elementwise_affine") is False:
+        return 0
+    return arch.norms
+
+
+def _num_final_norms(get: Get, arch: Architecture) -> int:
+    if get("model_type") == "opt" and (get("do_layer_norm_before") is False or get("_remove_final_layer_norm")):
+        return 0
+    return int(arch.norms > 0)
+
+
+def _gemma3n(get: Get, num_layers: int, hidden: int) -> tuple[list[Matrix], int, int]:
+    """What Gemma 3n has more: alternating updates, a low-rank residual and an embedding per layer."""
+    per_layer = first_whole(get, "hidden_size_per_layer_input")
+    if not per_layer or get("model_type") not in ("gemma3n_text", "gemma3n"):
+        return [], 0, 0
+    inputs, rank = first_whole(get, "altup_num_inputs") or 1, first_whole(get, "laurel_rank") or 1
+    matrices = [
+        Matrix("altup_router", "mlp", hidden, inputs, num_layers),
+        Matrix("altup_prediction", "mlp", inputs, inputs * inputs, num_layers),
+        Matrix("altup_correction", "mlp", inputs, inputs, num_layers),
+        Matrix("laurel_left", "mlp", hidden, rank, num_layers),
+        Matrix("laurel_right", "mlp", rank, hidden, num_layers),
+        Matrix("per_layer_input_gate", "mlp", hidden, per_layer, num_layers),
+        Matrix("per_layer_projection", "mlp", per_layer, hidden, num_layers),
+        Matrix("per_layer_model_projection", "mlp", hidden, num_layers * per_layer, 1),
+        Matrix("altup_projections", "mlp", hidden, hidden, 2 * (inputs - 1)),
+    ]
+    vectors = num_layers * 4 * hidden + per_layer  # output scale, and three norms
+    return matrices, vectors, (first_whole(get, "vocab_size_per_layer_input") or 0) * num_layers * per_layer
 
 
 def sliding_window_tokens(config: Any) -> int:
     """Tokens each layer with a bounded cache holds per sequence; 0 where no layer is bounded."""
-    get = _reader(config)
+    return _window_tokens(reader(config))
+
+
+def _window_tokens(get: Get) -> int:
     if get("use_sliding_window") is False:
         return 0
-    return _first_whole(get, "sliding_window", "attention_chunk_size") or 0
+    return first_whole(get, "sliding_window", "attention_chunk_size") or 0
 
 
-def _num_full_attention_layers(get: _Get, num_layers: int) -> int:
-    """Layers whose cache grows with every token and is their own."""
+class _Layers(NamedTuple):
+    """How many layers attend in which way, and how many of them have a cache of their own."""
+
+    full: int  # attend to everything, with a cache that grows and no other layer reads
+    lending: int  # the same, but later layers read it
+    full_attention: int  # attend to everything
+    windowed: int
+    windowed_attention: int
+
+
+def _count_layers(get: Get, num_layers: int, shared: int) -> _Layers:
     types: list[str] = get("layer_types") or []
     if not types:
         types = ["full_attention"] * num_layers
@@ -133,74 +362,10 @@ def _num_full_attention_layers(get: _Get, num_layers: int) -> int:
                 "full_attention" if isinstance(pattern, int) and (idx + 1) % pattern == 0 else "sliding_attention"
                 for idx in range(num_layers)
             ]
-    shared = _first_whole(get, "num_kv_shared_layers") or 0  # the last layers, which read the cache of earlier ones
-    own = types[: num_layers - shared]
-    lent = 1 if shared and "full_attention" in own else 0  # the last of each type lends its cache, and stays resident
-    return sum(kind == "full_attention" for kind in own) - lent
-
-
-def _reader(config: Any) -> _Get:
-    """A lookup in the configuration of the decoder, None for what is missing, whatever form `config` has."""
-    if isinstance(config, (str, Path)):
-        config = _read(Path(config))
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    if isinstance(config, Mapping):
-        for name in _TEXT_CONFIGS:
-            if isinstance(config.get(name), Mapping):
-                config = {"dtype": config.get("dtype"), "torch_dtype": config.get("torch_dtype")} | dict(config[name])
-        mapping = config
-        return lambda name: mapping.get(name)
-    return lambda name: getattr(config, name, None)
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    if path.is_dir():
-        path = path / "config.json"
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"cannot read the model configuration {path}: {error}") from error
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{path} is not a model configuration: it holds a {type(data).__name__}, not an object")
-    return data
-
-
-def _whole(get: _Get, field: str, default: int | None = None) -> int:
-    names = _NAMES[field]
-    for name in names:
-        value = get(name)
-        if value is None:
-            continue
-        if isinstance(value, (list, tuple)) and value:
-            value = max(value)  # one per layer (gemma3n)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} of {_model(get)} must be a whole number of at least 1, got {value!r}")
-        return value
-    if default is None:
-        if field == "num_heads":
-            raise UnsupportedModelError(
-                f"{_model(get)} has no attention heads ({' or '.join(names)} is missing): there is no KV cache"
-            )
-        raise ConfigError(f"the configuration of {_model(get)} lacks {names[0]} (also looked for: {_rest(names)})")
-    return default
-
-
-def _rest(names: tuple[str, ...]) -> str:
-    return ", ".join(names[1:]) or "no other name"
-
-
-def _first_whole(get: _Get, *names: str) -> int | None:
-    values = (get(name) for name in names)
-    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool) and value), None)
-
-
-def _itemsize_bytes(dtype: Any) -> int:
-    name = str(dtype).removeprefix("torch.")
-    if name not in ITEMSIZE_BYTES:
-        raise ConfigError(f"unknown dtype {name!r}; known: {', '.join(sorted(ITEMSIZE_BYTES))}")
-    return ITEMSIZE_BYTES[name]
-
-
-def _model(get: _Get) -> str:
-    return str(get("model_type") or "this model")
+    if len(types) != num_layers:
+        raise ConfigError(f"layer_types of {model_type(get)} names {len(types)} layers of {num_layers}")
+    is_full = [kind == "full_attention" for kind in types]
+    is_windowed = [kind in ("sliding_attention", "chunked_attention") for kind in types]
+    own = num_layers - shared  # the last layers read the cache of earlier ones
+    lent = 1 if shared and any(is_full[:own]) else 0  # the last of each type lends its cache, and stays resident
+    return _Layers(sum(is_full[:own]) - lent, lent, sum(is_full), sum(is_windowed[:own]), sum(is_windowed))

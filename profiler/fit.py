@@ -24,6 +24,7 @@ import bisect
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
@@ -48,6 +49,16 @@ class Prediction(NamedTuple):
     seconds: float
     low_s: float
     high_s: float
+
+
+class _Parts(NamedTuple):
+    """The formula taken apart: x and r over the longer of them, their overlap, w and s."""
+
+    x_share: float
+    r_share: float
+    overlapped: float
+    w: float
+    fetched: float
 
 
 def gemm_work(m: int, n: int, k: int, *, count: int = 1, itemsize_bytes: float = 2) -> Work:
@@ -85,16 +96,8 @@ class Fit:
 
     def seconds(self, work: Work) -> float:
         """Seconds of `work`."""
-        fetched = 1.0
-        if self.spill and work.row_bytes > self.row_fit_bytes:
-            longer = math.log(work.row_bytes / self.row_fit_bytes)
-            fetched += self.spill * min(1.0, longer / math.log(self.row_over_bytes / self.row_fit_bytes))
-        x = work.flops / self.flops_per_s
-        r = work.read_bytes * fetched / self.bytes_per_s
-        w = work.written_bytes * fetched / self.bytes_per_s
-        bound, hidden = max(x, r), min(x, r)
-        overlapped = bound * (1 + (hidden / bound) ** self.sharpness) ** (1 / self.sharpness) if bound else 0.0
-        return max(self.host_s, self.overhead_s + overlapped + w)
+        parts = self._parts(work)
+        return max(self.host_s, self.overhead_s + parts.overlapped + parts.w)
 
     def predict(self, work: Work, *, coverage: float = 0.8) -> Prediction:
         """Seconds of `work`, with the limits that hold with probability `coverage`.
@@ -104,16 +107,49 @@ class Fit:
         """
         if not 0 < coverage < 1:
             raise ProfileError(f"coverage must lie between 0 and 1, got {coverage!r}")
-        seconds = self.seconds(work)
-        gradient = []  # of log(seconds) over the logarithm of every free number
-        for name in self.free:
-            moved = dataclasses.replace(self, **{name: getattr(self, name) * math.exp(1e-4)})
-            gradient.append(math.log(moved.seconds(work) / seconds) / 1e-4)
+        slopes = self._slopes(work)
+        gradient = [slopes[name] for name in self.free]
         rows = zip(gradient, self.covariance, strict=True)
         variance = sum(g * sum(c * h for c, h in zip(row, gradient, strict=True)) for g, row in rows)
-        quantile = _student_t((1 + coverage) / 2, self.num_points - len(self.free))
+        quantile = _student_t(coverage, self.num_points - len(self.free))
         width = math.exp(quantile * math.sqrt(self.noise_fraction**2 + max(0.0, variance)))
+        seconds = self.seconds(work)
         return Prediction(seconds, seconds / width, seconds * width)
+
+    def _parts(self, work: Work) -> _Parts:
+        fetched = 1.0
+        if self.spill and work.row_bytes > self.row_fit_bytes:
+            longer = math.log(work.row_bytes / self.row_fit_bytes)
+            fetched += self.spill * min(1.0, longer / math.log(self.row_over_bytes / self.row_fit_bytes))
+        x = work.flops / self.flops_per_s
+        r = work.read_bytes * fetched / self.bytes_per_s
+        w = work.written_bytes * fetched / self.bytes_per_s
+        bound = max(x, r)
+        if not bound:
+            return _Parts(0.0, 0.0, 0.0, w, fetched)
+        x_share, r_share = x / bound, r / bound
+        power = x_share**self.sharpness + r_share**self.sharpness
+        return _Parts(x_share, r_share, bound * power ** (1 / self.sharpness), w, fetched)
+
+    def _slopes(self, work: Work) -> dict[str, float]:
+        """How the logarithm of the time follows that of every number."""
+        p, parts = self.sharpness, self._parts(work)
+        total = self.overhead_s + parts.overlapped + parts.w
+        if self.host_s > total:
+            return dict.fromkeys(self.free, 0.0) | {"host_s": 1.0}
+        x_power, r_power = parts.x_share**p, parts.r_share**p
+        power = x_power + r_power or 1.0
+        computing = parts.overlapped * x_power / power
+        moving = parts.overlapped * r_power / power + parts.w
+        logs = sum(y * math.log(share) for y, share in ((x_power, parts.x_share), (r_power, parts.r_share)) if y)
+        return {
+            "overhead_s": self.overhead_s / total,
+            "flops_per_s": -computing / total,
+            "bytes_per_s": -moving / total,
+            "sharpness": parts.overlapped * (logs / power - math.log(power) / p) / total,
+            "host_s": 0.0,
+            "spill": moving * (parts.fetched - 1) / parts.fetched / total,
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a file."""
@@ -169,9 +205,10 @@ class Interpolated:
         return float(times[idx - 1] * (times[idx] / times[idx - 1]) ** share)
 
 
-def _student_t(probability: float, degrees: int) -> float:
-    """Quantile of Student's t, by its expansion around the normal one (within 1 % from three degrees on)."""
-    z, n = NormalDist().inv_cdf(probability), max(2, degrees)
+@lru_cache(maxsize=256)
+def _student_t(coverage: float, degrees: int) -> float:
+    """Quantile of Student's t on both sides, expanded around the normal one (within 1 % from three degrees on)."""
+    z, n = NormalDist().inv_cdf((1 + coverage) / 2), max(2, degrees)
     return (
         z
         + (z**3 + z) / (4 * n)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvoffload.errors import ProfileError
-from kvoffload.model_shape import ITEMSIZE_BYTES
+from kvoffload.model_config import ITEMSIZE_BYTES
 from kvoffload.profiler.fit import Fit, OperationClass, Work, gemm_work
 from kvoffload.types import HardwareProfile
 

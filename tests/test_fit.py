@@ -181,6 +181,36 @@ def test_an_interval_grows_with_the_asked_coverage_and_far_from_what_was_measure
     assert ratio[1] - 1 > 3 * (ratio[0] - 1)
 
 
+@pytest.mark.parametrize(
+    "work",
+    [
+        gemm_work(64, 4096, 4096),
+        gemm_work(8192, 8192, 8192),
+        Work(0.0, 1e6, 1e6, 2.0**15),
+        Work(1e9, 0.0, 0.0),
+        Work(0.0, 0.0, 1e6),
+        Work(0.0, 0.0, 0.0),
+    ],
+)
+@pytest.mark.parametrize("host_s", [0.0, 1.0])
+def test_the_slopes_behind_the_intervals_are_those_of_the_formula(work: Work, host_s: float) -> None:
+    one = Fit(
+        overhead_s=1e-5,
+        flops_per_s=2e14,
+        bytes_per_s=1.5e12,
+        sharpness=2.5,
+        host_s=host_s,
+        spill=0.7,
+        row_fit_bytes=2.0**14,
+        row_over_bytes=2.0**16,
+        free=("overhead_s", "flops_per_s", "bytes_per_s", "sharpness", "host_s", "spill"),
+    )
+    slopes = one._slopes(work)
+    for name in one.free:
+        moved = dataclasses.replace(one, **{name: getattr(one, name) * math.exp(1e-6)})
+        assert slopes[name] == pytest.approx(math.log(moved.seconds(work) / one.seconds(work)) / 1e-6, abs=1e-4)
+
+
 def test_times_between_sizes_follow_a_power_and_end_at_the_last_rate() -> None:
     some = Interpolated((1.0, 4.0, 16.0), (2.0, 2.0, 8.0))
     assert [some.seconds(size) for size in (0.5, 2.0, 4.0, 8.0, 32.0)] == pytest.approx([2.0, 2.0, 2.0, 4.0, 16.0])

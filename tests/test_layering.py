@@ -11,7 +11,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "kvoffload"
 
 _LAYER_0 = {"errors", "datasheet", "types"}
-_LAYER_1 = _LAYER_0 | {"config", "cost", "model_shape", "placement", "progress", "stats"}
+_LAYER_1 = _LAYER_0 | {
+    *("config", "cost", "architectures", "model_config", "model_shape", "placement", "progress", "stats"),
+}
 _LAYER_2 = _LAYER_1 | {"planner", "sizing", "backend", "store", "positions", "ops"}
 _LAYER_3 = _LAYER_2 | {"transfer", "ways", "advice"}
 _LAYER_4 = _LAYER_3 | {"tail", "layer", "cache", "attention", "recompute"}
@@ -24,7 +26,9 @@ ALLOWED: dict[str, set[str]] = {
     "types": {"errors", "datasheet"},
     "config": _LAYER_0,
     "cost": _LAYER_0,
-    "model_shape": _LAYER_0,
+    "architectures": _LAYER_0,
+    "model_config": _LAYER_0,
+    "model_shape": _LAYER_0 | {"architectures", "model_config"},
     "placement": _LAYER_0,
     "progress": _LAYER_0,
     "stats": _LAYER_0,
@@ -71,6 +75,8 @@ TORCH_FREE = {
     "types",
     "config",
     "cost",
+    "architectures",
+    "model_config",
     "model_shape",
     "placement",
     "stats",

@@ -1,0 +1,122 @@
+"""Fields of a Hugging Face configuration: the many names for one number, files, nested text configurations.
+
+Owns the lookup and its errors. Does not own what the numbers mean (`model_shape`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kvoffload.errors import ConfigError, UnsupportedModelError
+
+ITEMSIZE_BYTES = {"float64": 8, "float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+_NAMES = {
+    "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
+    "num_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"),
+    "num_kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads"),
+    "head_dim": ("head_dim", "attention_head_dim", "d_kv"),
+    "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "hidden_dim"),
+    "vocab_size": ("vocab_size",),
+}
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+
+MAX_NUMBER = 10**8  # no dimension of a decoder is larger
+
+Get = Callable[[str], Any]  # the value of a field, None where it is missing
+
+
+def reader(config: Any) -> Get:
+    """A lookup in the configuration of the decoder, None for what is missing, whatever form `config` has."""
+    if isinstance(config, (str, Path)):
+        config = _read(Path(config))
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    if isinstance(config, Mapping):
+        for name in _TEXT_CONFIGS:
+            if isinstance(config.get(name), Mapping):
+                config = {"dtype": config.get("dtype"), "torch_dtype": config.get("torch_dtype")} | dict(config[name])
+        mapping = config
+        return lambda name: mapping.get(name)
+    return lambda name: getattr(config, name, None)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if path.is_dir():
+        path = path / "config.json"
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"cannot read the model configuration {path}: {error}") from error
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path} is not a model configuration: it holds a {type(data).__name__}, not an object")
+    return data
+
+
+def whole(get: Get, field: str, default: int | None = None) -> int:
+    """A number that must be there, or have a default; of several per layer the largest.
+
+    Raises:
+        ConfigError: it is missing or no whole number from 1 to `MAX_NUMBER`; names it.
+        UnsupportedModelError: there are no attention heads.
+    """
+    names = _NAMES[field]
+    for name in names:
+        value = get(name)
+        if value is None:
+            continue
+        if isinstance(value, (list, tuple)) and value:
+            value = max(value)  # one per layer (gemma3n)
+        if not _is_whole(value) or value < 1:
+            raise ConfigError(f"{name} of {model_type(get)} must be a whole number of at least 1, got {value!r}")
+        return _checked(get, name, value)
+    if default is None:
+        if field == "num_heads":
+            raise UnsupportedModelError(
+                f"{model_type(get)} has no attention heads ({' or '.join(names)} is missing): there is no KV cache"
+            )
+        raise ConfigError(f"the configuration of {model_type(get)} lacks {names[0]} (also looked for: {_rest(names)})")
+    return default
+
+
+def first_whole(get: Get, *names: str) -> int | None:
+    """The first of several fields that is a whole number other than 0; what is no number counts as missing.
+
+    Raises:
+        ConfigError: it is negative or absurdly large; names it.
+    """
+    for name in names:
+        value = get(name)
+        if _is_whole(value) and value:
+            return _checked(get, name, value)
+    return None
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _checked(get: Get, name: str, value: int) -> int:
+    if not 0 < value <= MAX_NUMBER:
+        raise ConfigError(f"{name} of {model_type(get)} is {value!r}, which no decoder has: correct the configuration")
+    return value
+
+
+def _rest(names: tuple[str, ...]) -> str:
+    return ", ".join(names[1:]) or "no other name"
+
+
+def itemsize_bytes(dtype: Any) -> int:
+    """Bytes of one value of a torch dtype, or of its name."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in ITEMSIZE_BYTES:
+        raise ConfigError(f"unknown dtype {name!r}; known: {', '.join(sorted(ITEMSIZE_BYTES))}")
+    return ITEMSIZE_BYTES[name]
+
+
+def model_type(get: Get) -> str:
+    """For a message."""
+    return str(get("model_type") or "this model")

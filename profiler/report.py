@@ -1,0 +1,96 @@
+"""Predictions as tables for a terminal.
+
+Owns columns and units. Does not own the numbers (`roofline`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvoffload.profiler.roofline import Phase, Roofline, Row, remedy_text
+
+WIDTH = 150  # where the output is no terminal
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+
+
+def print_roofline(found: Roofline) -> None:
+    """Every phase with its operations, then what it all comes to."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    for phase in found.phases:
+        console.print(_phase_table(found, phase))
+    console.print("\n".join(summary(found)), highlight=False, markup=False)
+
+
+def summary(found: Roofline) -> list[str]:
+    """The totals in words."""
+    setting, machine = found.setting, found.machine
+    mode = "predicted by the fit of its profile" if machine.fits else "lower bounds from its datasheet"
+    lines = [f"{found.dims.model_type}, {si(found.dims.num_weights)} parameters, on {machine.device_name}: {mode}"]
+    if not found.dims.is_exact:
+        lines.append(f"model type {found.dims.model_type!r} is not known: weights are counted as for LLaMA")
+    for phase in found.phases:
+        interval = "" if phase.low_s == phase.high_s else f" ({seconds(phase.low_s)} to {seconds(phase.high_s)})"
+        lines.append(f"{phase.name}: {seconds(phase.seconds)}{interval}, bound by {phase.bound}")
+    room = f"weights {si(found.weight_bytes)}B, K/V {si(found.kv_bytes)}B of {si(machine.memory_bytes)}B device memory"
+    if found.fits:
+        lines.append(f"{room}: fits")
+    else:
+        missing = found.device_bytes - machine.memory_bytes
+        share = setting.kv_on_host + missing / max(1, found.kv_bytes)
+        streamed = min(1.0, setting.weights_on_host + missing / found.weight_bytes + 0.005)
+        way = (
+            f"--kv-on-host {share + 0.005:.2f}" if share <= 0.995 else f"--w-bits 8 or --weights-on-host {streamed:.2f}"
+        )
+        lines.append(f"{room}: does not fit by {si(missing)}B, try {way}")
+    return lines
+
+
+def si(value: float, unit: str = "") -> str:
+    """A number with a prefix: 13.5 G."""
+    power = 0
+    while abs(value) >= 999.5 and power < len(_PREFIXES) - 1:
+        value, power = value / 1000, power + 1
+    return f"{value:.3g} {_PREFIXES[power]}{unit}"
+
+
+def seconds(value: float) -> str:
+    """Seconds with three digits."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "us")):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def _phase_table(found: Roofline, phase: Phase) -> Table:
+    setting = found.setting
+    what = {
+        "prefill": f"{setting.batch} x {setting.seq} tokens",
+        "decode": f"one token of {setting.batch} sequences at a context of {setting.seq}",
+        "task": f"{setting.batch} x {setting.seq} tokens and {setting.new_tokens} new ones",
+    }[phase.name]
+    table = Table(title=Text(f"{phase.name}: {what}"), title_justify="left")
+    has_link = phase.total("link_bytes") > 0
+    columns = ["operation", "FLOP", "device memory"] + ["link", "host memory"] * has_link
+    for name in (*columns, "FLOP/byte", "bound", "time", "share", "remedy"):
+        table.add_column(name, justify="left" if name in ("operation", "bound", "remedy") else "right")
+    for row in phase.rows:
+        table.add_row(*_cells(row, has_link, max(row.seconds, row.link_s) / phase.seconds, remedy_text(row)))
+    total = [phase.total(name) for name in ("flops", "memory_bytes", "link_bytes", "host_bytes")]
+    table.add_section()
+    cells = ["all", si(total[0]), si(total[1], "B")] + [si(value, "B") for value in total[2:]] * has_link
+    table.add_row(*cells, f"{total[0] / total[1]:.3g}", phase.bound, seconds(phase.seconds), "", "")
+    return table
+
+
+def _cells(row: Row, has_link: bool, share: float, remedy: str) -> Sequence[str]:
+    crossing = [si(row.link_bytes, "B"), si(row.host_bytes, "B")] * has_link
+    time = seconds(max(row.seconds, row.link_s))
+    return (
+        *(row.name, si(row.flops), si(row.memory_bytes, "B"), *crossing, f"{row.intensity:.3g}", row.bound),
+        *(time, f"{share:.3f}", remedy),
+    )
