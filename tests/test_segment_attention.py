@@ -54,9 +54,13 @@ CASES = [
         query_position=25,
         window=11,
     ),
+    Case(name="window that starts one token before a step of 32", segments=(70,), window=39),
+    Case(name="window that starts one token before a step of 64", segments=(70,), window=7),
+    Case(name="window that starts within a step, row table", segments=(128,), window=78, block_tokens=64),
     Case(name="window and 17 queries", segments=(31, 29), q_tokens=17, window=9),
     Case(name="window of 1 and padding", segments=(9,), batch=3, q_tokens=5, window=1, padding=True),
     Case(name="softcap", segments=(20, 20), softcap=0.7),
+    Case(name="softcap far above the scores", segments=(40,), softcap=50.0),
     Case(name="softcap, padding, 5 queries", segments=(20, 20), batch=3, q_tokens=5, softcap=2.0, padding=True),
     Case(name="sinks", segments=(20, 20), sinks=True),
     Case(name="sinks and padding", segments=(21,), batch=3, sinks=True, padding=True, q_tokens=2),
@@ -153,26 +157,59 @@ def test_the_compiled_kernel_at_sizes_of_models(case: Case, dtype: torch.dtype) 
 
 
 def far_apart(attend: Callable[..., None], device: str) -> None:
-    """Tokens, rows, K and V, or heads more than 2**31 elements from each other, with what is near if that wraps."""
-    far = 2**31 + 2**12
-    for axis in range(4):
-        shape = [1, 1, 2, 1, 64]
-        shape[axis] = 2
-        strides = [256, 256, 64, 256, 1]
-        strides[axis] = far
-        data = torch.empty(far + 512, dtype=torch.float16, device=device)  # on the CPU untouched pages take no memory
-        data[:8192] = torch.nan  # an offset that wrapped around would land here
+    """Tokens, rows, K and V, or heads, the last of them more than 2**31 elements from the first."""
+    for axis, count in enumerate((3, 3, 2, 3)):
+        shape, strides = [1, 1, 2, 1, 64], [256, 256, 64, 256, 1]
+        shape[axis] = count
+        strides[axis] = (2**31 + 2**12) // (count - 1)  # of three, a stride that still fits into 32 bits
+        # on the CPU untouched pages take no memory
+        data = torch.empty(2**31 + 2**13, dtype=torch.float16, device=device)
         kv = data.as_strided(shape, strides)
         near = torch.randn(shape, generator=torch.Generator().manual_seed(axis)).to(device, torch.float16)
         kv.copy_(near)
         q = torch.ones(shape[1], 1, shape[3], 64, device=device, dtype=torch.float16)
         found, wanted = torch.full((2, *q.shape), torch.nan, device=device)
         lse = torch.full(q.shape[:3], torch.nan, device=device)
-        options = {"scale": 0.1, "is_first": True, "first_position": 0, "query_position": 1}
+        options = {"scale": 0.1, "is_first": True, "first_position": 0, "query_position": 2}
         attend(q, kv, found, lse, **options)
         reference.segment_attention(q, near, wanted, lse, **options)
         torch.testing.assert_close(found, wanted, atol=2e-3, rtol=2e-3)
-        del data, kv
+
+
+def test_tiles_fit_the_registers_and_steps_the_memory_of_a_processor(kernel: Any) -> None:
+    for head_dim in (1, 8, 64, 80, 96, 128, 200, 256):
+        for element_bytes in (2, 4):
+            for rows in (1, 8, 16, 17, 40, 1000):
+                tile = kernel.tile(head_dim, element_bytes, rows)
+                block_dim = max(16, 1 << (head_dim - 1).bit_length())
+                assert tile.rows >= min(rows, 16)
+                assert tile.block_tokens >= 16
+                assert tile.rows * block_dim <= 8192
+                assert tile.stages >= 2
+                kv_bytes = 2 * tile.block_tokens * block_dim * element_bytes * (tile.stages - 1)
+                q_bytes = tile.rows * block_dim * element_bytes
+                assert kv_bytes + q_bytes <= 99 * 1024, "more shared memory than compute capability 8.9 has"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "programs", "wanted"),
+    [
+        (256, 1024, (1, 256)),  # OPT-6.7B, a batch of 32: enough without a split
+        (256, 256, (2, 128)),  # Llama-3.1-8B, a batch of 32
+        (256, 8, (4, 64)),  # its batch of 1: every step by itself
+        (4096, 8, (64, 64)),
+        (4096, 100, (5, 832)),
+        (65, 1, (2, 64)),
+        (64, 1, (1, 64)),
+        (0, 1, (1, 64)),
+    ],
+)
+def test_a_segment_is_split_only_to_fill_the_device(
+    tokens: int, programs: int, wanted: tuple[int, int], kernel: Any
+) -> None:
+    parts, part_tokens = kernel.split(tokens, 64, programs, processors=132)
+    assert (parts, part_tokens) == wanted
+    assert (parts - 1) * part_tokens < max(tokens, 1) <= parts * part_tokens
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
