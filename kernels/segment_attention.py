@@ -9,7 +9,7 @@ Source: FlashAttention-2 (arXiv 2307.08691), section 3.1; Flash-Decoding (Dao et
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,9 +21,9 @@ from kvoffload.kernels.merge import merge_parts, merged
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 256
-_MAX_TILE_ROWS = 64
-_STAGE_BYTES = 2**15  # of K and V of one step over the tokens; two or more steps are in flight
-_IN_FLIGHT_BYTES = 2**16
+_TILE_ELEMENTS = {2: 8192, 4: 2048}  # by element size; float32 is not for tensor cores and would spill registers
+_WARPS = {2: 4, 4: 8}
+_IN_FLIGHT_BYTES = 2**16  # of K and V, requested by one program and not yet used
 _PROGRAMS_PER_PROCESSOR = 4
 
 
@@ -33,6 +33,8 @@ def unsupported(q: Tensor) -> str:
         return f"queries of {q.dtype}"
     if q.shape[-1] > _MAX_HEAD_DIM:
         return f"a head_dim of {q.shape[-1]}, more than {_MAX_HEAD_DIM}"
+    if _processors(q.device) == 0:
+        return f"compute capability below 8.0, as that of {q.device}"
     return ""
 
 
@@ -73,9 +75,9 @@ def segment_attention(
     if not q.numel():
         return
     groups = q_heads // kv_heads
-    tile_rows, block_tokens_n, stages = tile(head_dim, q.element_size(), q_tokens * groups)
-    tiles = triton.cdiv(q_tokens * groups, tile_rows)
-    parts, part_tokens = split(tokens, block_tokens_n, batch * kv_heads * tiles, _processors(q.device))
+    shape = tile(head_dim, q.element_size(), q_tokens * groups)
+    tiles = triton.cdiv(q_tokens * groups, shape.rows)
+    parts, part_tokens = split(tokens, shape.block_tokens, batch * kv_heads * tiles, _processors(q.device))
     to_out, to_lse = out, lse
     if parts > 1:
         to_out, to_lse = out.new_empty(parts, *out.shape), lse.new_empty(parts, *lse.shape)
@@ -103,31 +105,38 @@ def segment_attention(
         0 if row_table is None else row_table.stride(0),
         GROUPS=groups,
         HEAD_DIM=head_dim,
-        TILE_ROWS=tile_rows,
-        BLOCK_TOKENS=block_tokens_n,
+        TILE_ROWS=shape.rows,
+        BLOCK_TOKENS=shape.block_tokens,
         BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
         MERGE=parts == 1 and not is_first,
-        ONE_ROW=block_tokens % block_tokens_n == 0,
-        num_stages=stages,
-        num_warps=4,
+        ONE_ROW=block_tokens % shape.block_tokens == 0,
+        num_stages=shape.stages,
+        num_warps=shape.warps,
     )
     if parts > 1:
         merge_parts(out, lse, to_out, to_lse, num_parts=parts, is_first=is_first)
 
 
-def tile(head_dim: int, element_bytes: int, rows: int) -> tuple[int, int, int]:
-    """Query rows of a tile, tokens of one step and steps in flight, for the memory of a streaming multiprocessor.
+class Tile(NamedTuple):
+    """What one program works on at a time."""
 
-    Args:
-        head_dim: of the queries.
-        element_bytes: of their dtype.
-        rows: query rows that share a head of K and V.
-    """
-    row_bytes = max(16, triton.next_power_of_2(head_dim)) * element_bytes
-    most = _MAX_TILE_ROWS if row_bytes <= 256 else _MAX_TILE_ROWS // 2  # the sums of a tile stay in registers
-    tile_rows = min(most, max(16, triton.next_power_of_2(rows)))  # a tensor core multiplies 16 rows at least
-    block_tokens = min(64, max(16, _STAGE_BYTES // (2 * row_bytes)))  # 2: K and V
-    return tile_rows, block_tokens, max(2, min(4, _IN_FLIGHT_BYTES // (2 * row_bytes * block_tokens)))
+    rows: int  # query rows, as many as a tensor core multiplies or more
+    block_tokens: int  # of one step
+    stages: int  # one step is computed while the others are on their way from memory
+    warps: int
+
+
+def tile(head_dim: int, element_bytes: int, rows: int) -> Tile:
+    """The tile for `rows` query rows that share a head of K and V."""
+    block_dim = max(16, triton.next_power_of_2(head_dim))
+    most = min(64, max(16, _TILE_ELEMENTS[element_bytes] // block_dim))
+    stage_bytes = 2 * most * block_dim * element_bytes  # 2: K and V
+    return Tile(
+        rows=min(most, max(16, triton.next_power_of_2(rows))),
+        block_tokens=most,
+        stages=min(4, 1 + _IN_FLIGHT_BYTES // stage_bytes),
+        warps=_WARPS[element_bytes],
+    )
 
 
 def split(tokens: int, block_tokens: int, programs: int, processors: int) -> tuple[int, int]:
@@ -147,13 +156,17 @@ def split(tokens: int, block_tokens: int, programs: int, processors: int) -> tup
 
 @functools.cache
 def _processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a device; 0 if it is too old for asynchronous copies and bfloat16."""
     if device.type != "cuda":
         return 1  # the interpreter: one program after the other
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is None and properties.major < 8:
+        return 0
+    return int(properties.multi_processor_count)
 
 
 @triton.jit
-def _tanh(x: Any) -> Any:
+def _tanh(x: tl.tensor) -> tl.tensor:
     """Accurate to float32 also near 0, where 1 - exp(-2x) is not: there by the Padé approximant [5/4]."""
     t = x * x
     small = x * (945.0 + t * (105.0 + t)) / (945.0 + t * (420.0 + t * 15.0))
@@ -164,31 +177,31 @@ def _tanh(x: Any) -> Any:
 
 @triton.jit
 def _attend(
-    tile_q: Any,
-    acc: Any,
-    highest: Any,
-    total: Any,
-    start: Any,
-    kv_ptr: Any,
-    valid_ptr: Any,
-    row_table_ptr: Any,
-    scale_log2: Any,
-    softcap: Any,
-    tokens: Any,
-    first_position: Any,
-    q_position: Any,
-    window: Any,
-    block_tokens: Any,
-    stride_kv_token: Any,
-    stride_kv_row: Any,
-    stride_kv_two: Any,
-    stride_table: Any,
+    tile_q: tl.tensor,
+    acc: tl.tensor,
+    highest: tl.tensor,
+    total: tl.tensor,
+    start: tl.tensor,
+    kv_ptr: tl.tensor,
+    valid_ptr: tl.tensor,
+    row_table_ptr: tl.tensor,
+    scale_log2: tl.tensor,
+    softcap: tl.tensor,
+    tokens: tl.tensor,
+    first_position: tl.tensor,
+    q_position: tl.tensor,
+    window: tl.tensor,
+    block_tokens: tl.tensor,
+    stride_kv_token: tl.tensor,
+    stride_kv_row: tl.tensor,
+    stride_kv_two: tl.tensor,
+    stride_table: tl.tensor,
     HEAD_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     ONE_ROW: tl.constexpr,
     TAIL: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """One step over the tokens from `start` on: `acc`, highest score and total weight of each query row, renewed."""
     token = start + tl.arange(0, BLOCK_TOKENS)
     dim = tl.arange(0, BLOCK_DIM)
@@ -253,32 +266,32 @@ def _attend(
     do_not_specialize_on_alignment=["valid_ptr", "row_table_ptr"],
 )
 def _segment_kernel(
-    q_ptr: Any,
-    kv_ptr: Any,
-    out_ptr: Any,
-    lse_ptr: Any,
-    valid_ptr: Any,
-    row_table_ptr: Any,
-    scale: Any,
-    softcap: Any,
-    tokens: Any,
-    part_tokens: Any,
-    first_position: Any,
-    query_position: Any,
-    window: Any,
-    block_tokens: Any,
-    batch: Any,
-    q_tokens: Any,
-    kv_heads: Any,
-    stride_q_batch: Any,
-    stride_q_token: Any,
-    stride_q_head: Any,
-    stride_kv_token: Any,
-    stride_kv_row: Any,
-    stride_kv_two: Any,
-    stride_kv_head: Any,
-    stride_valid: Any,
-    stride_table: Any,
+    q_ptr: tl.tensor,
+    kv_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    valid_ptr: tl.tensor,
+    row_table_ptr: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    tokens: tl.tensor,
+    part_tokens: tl.tensor,
+    first_position: tl.tensor,
+    query_position: tl.tensor,
+    window: tl.tensor,
+    block_tokens: tl.tensor,
+    batch: tl.tensor,
+    q_tokens: tl.tensor,
+    kv_heads: tl.tensor,
+    stride_q_batch: tl.tensor,
+    stride_q_token: tl.tensor,
+    stride_q_head: tl.tensor,
+    stride_kv_token: tl.tensor,
+    stride_kv_row: tl.tensor,
+    stride_kv_two: tl.tensor,
+    stride_kv_head: tl.tensor,
+    stride_valid: tl.tensor,
+    stride_table: tl.tensor,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TILE_ROWS: tl.constexpr,
