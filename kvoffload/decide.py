@@ -51,6 +51,11 @@ class MeasuredRates:
         self.attention_s_per_row_token: float | None = None
         self.h2d_bytes_per_s: float | None = None
 
+    def take(self, recompute_s_per_row_token: float | None, h2d_bytes_per_s: float | None) -> None:
+        """Newer measurements; None where there is none."""
+        self.recompute_s_per_row_token = recompute_s_per_row_token or self.recompute_s_per_row_token
+        self.h2d_bytes_per_s = h2d_bytes_per_s or self.h2d_bytes_per_s
+
     def correct(self, rates: Rates, rows: int) -> Rates:
         """`rates` with what has been measured."""
         if self.recompute_s_per_row_token is not None:
