@@ -104,7 +104,8 @@ def segment_attention(
         BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
         MERGE=parts == 1 and not is_first,
         ONE_ROW=block_tokens % tile.block_tokens == 0,
-        num_stages=tile.stages,
+        # fetching the row first takes a stage before each that it leads to
+        num_stages=tile.stages if row_table is None else 2 * tile.stages - 1,
         num_warps=tile.warps,
     )
     if parts > 1:
