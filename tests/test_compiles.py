@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("capability", [80, pytest.param(89, marks=pytest.mark.slow), 90])
+@pytest.mark.parametrize("capability", [80, *(pytest.param(more, marks=pytest.mark.slow) for more in (89, 90))])
 def test_every_kernel_compiles_once_for_all_lengths(capability: int, tmp_path: Path) -> None:
     pytest.importorskip("triton.backends.nvidia")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
