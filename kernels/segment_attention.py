@@ -8,23 +8,16 @@ Source: FlashAttention-2 (arXiv 2307.08691), section 3.1; Flash-Decoding (Dao et
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvoffload.kernels import checks
+from kvoffload.kernels import checks, tiles
 from kvoffload.kernels.merge import merge_parts, merged
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 256
-_TILE_ELEMENTS = {2: 8192, 4: 2048}  # by element size; float32 is not for tensor cores and would spill registers
-_WARPS = {2: 4, 4: 8}
-_IN_FLIGHT_BYTES = 2**16  # of K and V, requested by one program and not yet used
-_PROGRAMS_PER_PROCESSOR = 4
 
 
 def unsupported(q: Tensor) -> str:
@@ -33,7 +26,7 @@ def unsupported(q: Tensor) -> str:
         return f"queries of {q.dtype}"
     if q.shape[-1] > _MAX_HEAD_DIM:
         return f"a head_dim of {q.shape[-1]}, more than {_MAX_HEAD_DIM}"
-    if _processors(q.device) == 0:
+    if tiles.processors(q.device) == 0:
         return f"compute capability below 8.0, as that of {q.device}"
     return ""
 
@@ -75,13 +68,14 @@ def segment_attention(
     if not q.numel():
         return
     groups = q_heads // kv_heads
-    shape = tile(head_dim, q.element_size(), q_tokens * groups)
-    tiles = triton.cdiv(q_tokens * groups, shape.rows)
-    parts, part_tokens = split(tokens, shape.block_tokens, batch * kv_heads * tiles, _processors(q.device))
+    tile = tiles.tile(head_dim, q.element_size(), q_tokens * groups)
+    num_tiles = triton.cdiv(q_tokens * groups, tile.rows)
+    programs = batch * kv_heads * num_tiles
+    parts, part_tokens = tiles.split(tokens, tile.block_tokens, programs, tiles.processors(q.device))
     to_out, to_lse = out, lse
     if parts > 1:
         to_out, to_lse = out.new_empty(parts, *out.shape), lse.new_empty(parts, *lse.shape)
-    _segment_kernel[(batch * kv_heads, tiles, parts)](
+    _segment_kernel[(batch * kv_heads, num_tiles, parts)](
         q,
         kv,
         to_out,
@@ -105,64 +99,17 @@ def segment_attention(
         0 if row_table is None else row_table.stride(0),
         GROUPS=groups,
         HEAD_DIM=head_dim,
-        TILE_ROWS=shape.rows,
-        BLOCK_TOKENS=shape.block_tokens,
+        TILE_ROWS=tile.rows,
+        BLOCK_TOKENS=tile.block_tokens,
         BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
         MERGE=parts == 1 and not is_first,
-        ONE_ROW=block_tokens % shape.block_tokens == 0,
-        num_stages=shape.stages,
-        num_warps=shape.warps,
+        ONE_ROW=block_tokens % tile.block_tokens == 0,
+        # fetching the row first takes a stage before each that it leads to
+        num_stages=tile.stages if row_table is None else 2 * tile.stages - 1,
+        num_warps=tile.warps,
     )
     if parts > 1:
         merge_parts(out, lse, to_out, to_lse, num_parts=parts, is_first=is_first)
-
-
-class Tile(NamedTuple):
-    """What one program works on at a time."""
-
-    rows: int  # query rows, as many as a tensor core multiplies or more
-    block_tokens: int  # of one step
-    stages: int  # one step is computed while the others are on their way from memory
-    warps: int
-
-
-def tile(head_dim: int, element_bytes: int, rows: int) -> Tile:
-    """The tile for `rows` query rows that share a head of K and V."""
-    block_dim = max(16, triton.next_power_of_2(head_dim))
-    most = min(64, max(16, _TILE_ELEMENTS[element_bytes] // block_dim))
-    stage_bytes = 2 * most * block_dim * element_bytes  # 2: K and V
-    return Tile(
-        rows=min(most, max(16, triton.next_power_of_2(rows))),
-        block_tokens=most,
-        stages=min(4, 1 + _IN_FLIGHT_BYTES // stage_bytes),
-        warps=_WARPS[element_bytes],
-    )
-
-
-def split(tokens: int, block_tokens: int, programs: int, processors: int) -> tuple[int, int]:
-    """Into how many parts a segment is split, and the tokens of each but the last, so that no processor is idle.
-
-    Args:
-        tokens: of the segment.
-        block_tokens: of one step; a part is a whole number of steps.
-        programs: that run without a split.
-        processors: streaming multiprocessors of the device.
-    """
-    steps = max(1, triton.cdiv(tokens, block_tokens))
-    wanted = max(1, processors * _PROGRAMS_PER_PROCESSOR // programs)
-    part_steps = triton.cdiv(steps, min(steps, wanted))
-    return triton.cdiv(steps, part_steps), part_steps * block_tokens
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a device; 0 if it is too old for asynchronous copies and bfloat16."""
-    if device.type != "cuda":
-        return 1  # the interpreter: one program after the other
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is None and properties.major < 8:
-        return 0
-    return int(properties.multi_processor_count)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 from attention_cases import Case, dense, distance, gpu, make, plain_errors, run
 
 from kvoffload import ops
-from kvoffload.kernels import cpu_attention, reference
+from kvoffload.kernels import cpu_attention, reference, tiles
 
 ON_CPU = {
     "twin": reference.segment_attention,
@@ -129,7 +129,7 @@ def kernel() -> Any:
 def test_the_kernel_is_one_softmax_over_all_segments(
     case: Case, dtype: torch.dtype, split: bool, kernel: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "_processors", lambda device: 1000 if split else 1)
+    monkeypatch.setattr(tiles, "processors", lambda device: 1000 if split else 1)
     agrees(kernel.segment_attention, reference.finish, replace(case, dtype=dtype))
 
 
@@ -176,42 +176,6 @@ def far_apart(attend: Callable[..., None], device: str) -> None:
         torch.testing.assert_close(found, wanted, atol=2e-3, rtol=2e-3)
 
 
-def test_tiles_fit_the_registers_and_steps_the_memory_of_a_processor(kernel: Any) -> None:
-    for head_dim in (1, 8, 64, 80, 96, 128, 200, 256):
-        for element_bytes in (2, 4):
-            for rows in (1, 8, 16, 17, 40, 1000):
-                tile = kernel.tile(head_dim, element_bytes, rows)
-                block_dim = max(16, 1 << (head_dim - 1).bit_length())
-                assert tile.rows >= min(rows, 16)
-                assert tile.block_tokens >= 16
-                assert tile.rows * block_dim <= 8192
-                assert tile.stages >= 2
-                kv_bytes = 2 * tile.block_tokens * block_dim * element_bytes * (tile.stages - 1)
-                q_bytes = tile.rows * block_dim * element_bytes
-                assert kv_bytes + q_bytes <= 99 * 1024, "more shared memory than compute capability 8.9 has"
-
-
-@pytest.mark.parametrize(
-    ("tokens", "programs", "wanted"),
-    [
-        (256, 1024, (1, 256)),  # OPT-6.7B, a batch of 32: enough without a split
-        (256, 256, (2, 128)),  # Llama-3.1-8B, a batch of 32
-        (256, 8, (4, 64)),  # its batch of 1: every step by itself
-        (4096, 8, (64, 64)),
-        (4096, 100, (5, 832)),
-        (65, 1, (2, 64)),
-        (64, 1, (1, 64)),
-        (0, 1, (1, 64)),
-    ],
-)
-def test_a_segment_is_split_only_to_fill_the_device(
-    tokens: int, programs: int, wanted: tuple[int, int], kernel: Any
-) -> None:
-    parts, part_tokens = kernel.split(tokens, 64, programs, processors=132)
-    assert (parts, part_tokens) == wanted
-    assert (parts - 1) * part_tokens < max(tokens, 1) <= parts * part_tokens
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 def test_offsets_beyond_32_bits(kernel: Any) -> None:
     far_apart(kernel.segment_attention, "cpu")
@@ -256,6 +220,7 @@ BAD = {
     "softcap must be positive": {"softcap": -1.0},
     "valid must be of rank 2 and torch.int32": {"valid": torch.ones(2, 1, dtype=torch.int64)},
     "valid must be [2, 2 or more]": {"valid": torch.ones(2, 1, dtype=torch.int32), "first_position": 24},
+    "valid needs unit stride": {"valid": torch.ones(2, 2, dtype=torch.int32).t(), "first_position": 24},
     "row_table must be of rank 2": {"row_table": torch.zeros(2, dtype=torch.int32), "block_tokens": 8},
     "row_table must be [blocks, 2]": {"row_table": torch.zeros(1, 2, dtype=torch.int32), "block_tokens": 8},
     "block_tokens=0": {"row_table": torch.zeros(9, 2, dtype=torch.int32)},
