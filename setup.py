@@ -18,7 +18,7 @@ RUNTIME = [
     "typer>=0.15,<1",  # command line; transformers requires it as well
     "rich>=13.8",  # tables and progress on a terminal; typer requires it as well
 ]
-DEV = ["pytest>=8.4", "ruff>=0.12", "mypy>=1.17", "pre-commit>=4.0", "peft>=0.17"]
+DEV = ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.12", "mypy>=1.17", "pre-commit>=4.0", "peft>=0.17"]
 
 setup(
     name="kvoffload",

@@ -13,6 +13,7 @@ from matrix import kvoffload_threads
 from kvoffload import EmulatedLink
 from kvoffload.backend import CheckingBackend, EmulatedBackend, RaceError
 
+pytestmark = pytest.mark.timing
 KIB = 1024
 
 

@@ -17,6 +17,7 @@ from kvoffload.profiler.profile import with_link
 from kvoffload.run import MAX_PREDICTION_ERROR_FRACTION
 from kvoffload.session import Session
 
+pytestmark = pytest.mark.timing
 SPEED_GB_PER_S = 0.02
 NEW_TOKENS = 60
 

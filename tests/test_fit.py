@@ -100,6 +100,7 @@ def test_intervals_hold_about_as_often_as_they_say() -> None:
     assert sorted(row.high_s / row.low_s for row in rows)[len(rows) // 2] < 1.25
 
 
+@pytest.mark.timing
 def test_the_whole_evaluation_takes_less_than_five_seconds() -> None:
     began = time.perf_counter()
     for kind in PEAKS:

@@ -199,6 +199,7 @@ def test_no_hand_made_plan_is_faster() -> None:
                 assert plan.predicted_step_s <= cost.predict_step_s(inputs, r, r_x, x, t)[0] * (1 + SAME)
 
 
+@pytest.mark.timing
 def test_a_solve_is_fast_enough_to_plan_again_while_decoding() -> None:
     rng = random.Random(3)
     instances = [inputs for inputs in (real_instance(rng, 512) for _ in range(300)) if solve_or_none(inputs)][:200]

@@ -17,6 +17,7 @@ from kvoffload.profiler import compute, host, link, profile, trials
 from kvoffload.profiler.profile import measure_hardware, with_link
 from kvoffload.types import Curve, HardwareProfile, Point
 
+pytestmark = pytest.mark.timing
 BUDGET_S = 20.0
 GIVEN = EmulatedLink(h2d_gb_per_s=0.5, d2h_gb_per_s=0.25, latency_s=1e-4)
 

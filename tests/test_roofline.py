@@ -202,6 +202,7 @@ def test_latent_attention_caches_little_and_expands_it_at_every_step() -> None:
 # ---- phases ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("convention", ["fused", "unfused"])
 def test_an_evaluation_takes_less_than_a_millisecond(name: str, convention: str) -> None:

@@ -21,6 +21,7 @@ import kvoffload
 from kvoffload import bench, chat
 from kvoffload.profiler.profile import with_link
 
+pytestmark = pytest.mark.timing
 ATTEMPTS = 5
 MAX_FRACTION_OF_BOUND = 1.02
 needs_packaged_model = pytest.mark.skipif(
