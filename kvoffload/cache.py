@@ -90,14 +90,24 @@ class OffloadedCache:
         for layer in self.layers:
             if layer.tail is not None:
                 layer.tail.select_rows(indices)
-        self.positions.select(indices, self.row_table.num_blocks * self.placement.block_tokens)
+        self.positions.select(indices, self.row_table.num_blocks * self.placement.block_tokens, self.rows)
         self.row_table.select(indices)
         self.rows = indices.numel()
 
     def crop(self, tokens: int) -> None:
         """Remove the newest `tokens` tokens of every layer, store full blocks, and prefetch the next step."""
+        block_tokens = self.placement.block_tokens
+        first_gone, left = divmod(self.layers[0].num_tokens - tokens, block_tokens)
+        is_reopened = left > 0 and tokens > self.layers[0].tail_tokens
+        row_step = self.layers[0].blocks[first_gone].row_step if is_reopened else 1
+        if tokens > self.layers[0].tail_tokens:
+            self.engine.forget(self)  # else copies of blocks that are about to be rewritten would still be issued
         for layer in self.layers:
             layer.remove(tokens)
+        table = self.logical_rows(first_gone) if is_reopened else None
+        if table is not None:
+            first = first_gone * block_tokens
+            self.positions.restore(first, first + block_tokens, table * row_step)
         self.row_table.truncate(len(self.layers[0].blocks))
         self.positions.truncate(self.layers[0].num_tokens)
         for layer in self.layers:
@@ -140,4 +150,5 @@ class OffloadedCache:
             layer.close()
         self.row_table = RowTable(self.engine.backend.device)
         self.positions = PositionStore(self.placement.max_tokens or 0)
+        self.rows, self.prompt_copies = 0, 1
         self.account()

@@ -64,6 +64,10 @@ def next_runs(
         has_resident_room: whether the memory for resident blocks can still be used.
         first: what the first one was before a crop made it partial.
     """
+    # Resident blocks are the first ones, also where room for them comes back after others went to the host.
+    has_resident_room = has_resident_room and not stored_kv_blocks and not stored_activation_blocks
+    if first is not None and first.is_resident and not has_resident_room:
+        first = Kind(first.form, False)
     r = placement.resident_kv_blocks if has_resident_room else 0
     r_x = placement.resident_activation_blocks if has_resident_room and can_recompute else 0
     kinds = [] if first is None else [first]

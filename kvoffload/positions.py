@@ -58,6 +58,14 @@ class _Stream:
         self.num_vectors += vectors.shape[0]
         self.num_stored += tokens
 
+    def permute(self, start: int, stop: int, columns: torch.Tensor) -> None:
+        """Row i of some stored tokens becomes what was in column `columns[i]`."""
+        if self.index is None or self.index.shape[1] == 1 or start >= self.num_stored:
+            return
+        moved = self.index[start:stop].index_select(1, columns)
+        self.index = _with_room(self.index, self.num_stored, moved[:0], max(self.index.shape[1], moved.shape[1]), 0)
+        self.index[start:stop, : moved.shape[1]] = moved
+
     def read(self, start: int, stop: int, rows: int, row_step: int) -> torch.Tensor:
         """[rows or 1, tokens, width] of stored tokens; every `row_step`-th logical row."""
         assert self.table is not None and self.index is not None
@@ -78,7 +86,9 @@ def _with_room(old: torch.Tensor | None, used: int, new: torch.Tensor, width: in
     with torch.inference_mode(False):
         grown = torch.empty(max(capacity, needed), width, dtype=new.dtype, device=new.device)
     if old is not None:
-        grown[:used] = old[:used]  # one row per token serves all where there is only one
+        # One row per token serves all where there is only one; else tokens keep the rows they were stored with.
+        columns = width if old.shape[1] == 1 else old.shape[1]
+        grown[:used, :columns] = old[:used]
     return grown
 
 
@@ -150,19 +160,25 @@ class PositionStore:
                 stream.store(self._capacity_tokens)
                 stream.num_stored = num_tokens
 
-    def select(self, indices: torch.Tensor, first_token: int) -> None:
-        """Rows of the tokens from `first_token` on (those in no block yet) follow the logical rows."""
+    def restore(self, start: int, stop: int, columns: torch.Tensor) -> None:
+        """Tokens of a block are in logical order again: row i is what was stored in column `columns[i]`."""
+        for stream in self._streams:
+            stream.store(self._capacity_tokens)
+            stream.permute(start, stop, columns)
+
+    def select(self, indices: torch.Tensor, first_token: int, rows: int) -> None:
+        """Rows of the tokens from `first_token` on (those in no block yet) follow the `rows` logical rows."""
         for stream in self._streams:
             stream.store(self._capacity_tokens)
             index = stream.index
             if index is None or index.shape[1] == 1 or first_token >= stream.num_stored:
                 continue
             indices = indices.to(index.device)
-            if indices.numel() == index.shape[1]:
-                tail = index[first_token : stream.num_stored]
+            if indices.numel() == rows:
+                tail = index[first_token : stream.num_stored, :rows]
                 tail.copy_(tail.index_select(1, indices))
                 continue
-            moved = stream.read(first_token, stream.num_stored, index.shape[1], 1).index_select(0, indices)
+            moved = stream.read(first_token, stream.num_stored, rows, 1).index_select(0, indices)
             stream.num_stored, stream.pending, stream.num_pending = first_token, [moved], moved.shape[1]
 
     @property

@@ -24,7 +24,6 @@ class _Readings(NamedTuple):
     """The backend's counters at one moment."""
 
     h2d: LinkUse
-    d2h: LinkUse
     recompute_s: float
     wait_s: float
 
@@ -32,7 +31,6 @@ class _Readings(NamedTuple):
     def of(cls, backend: Backend) -> _Readings:
         return cls(
             h2d=backend.link_use("h2d"),
-            d2h=backend.link_use("d2h"),
             recompute_s=backend.span_seconds("recompute"),
             wait_s=backend.span_seconds("exposed_wait"),
         )
@@ -55,17 +53,19 @@ class Run:
 
     Args:
         backend: whose counters to read.
+        engine: whose counters and peaks to read.
         prompt_tokens: per sequence; 0 if unknown.
     """
 
-    def __init__(self, backend: Backend, prompt_tokens: int) -> None:
+    def __init__(self, backend: Backend, engine: TransferEngine, prompt_tokens: int) -> None:
         self.thread = threading.get_ident()
         self.prompt_tokens = prompt_tokens
         self.cache: hf.OffloadedHFCache | None = None
         self.owns_cache = False
         self.setup_s = 0.0
         self._setup_in_forward_s = 0.0  # the part of it that fell into the prefill
-        self._backend = backend
+        self._backend, self._engine = backend, engine
+        self._written_before = engine.written_back_bytes
         self._began = time.perf_counter()
         self._start = _Readings.of(backend)
         self._decode: _Readings | None = None  # at the first decode step
@@ -79,6 +79,10 @@ class Run:
         """The cache this run works with is known."""
         self.cache = cache
         self._recomputed_before = cache.core.recomputed_tokens
+
+    def restart_link(self) -> None:
+        """Leave out what the link has carried so far."""
+        self._start = self._start._replace(h2d=self._backend.link_use("h2d"))
 
     def add_setup(self, seconds: float) -> None:
         """Time spent on memory and measurements during a forward; not counted as prefill."""
@@ -94,7 +98,7 @@ class Run:
         """Recomputed so far, summed over steps, layers and rows."""
         return 0 if self.cache is None else self.cache.core.recomputed_tokens - self._recomputed_before
 
-    def note_forward(self, engine: TransferEngine) -> None:
+    def note_forward(self) -> None:
         """A forward of the model begins."""
         assert self.cache is not None
         self._forwards.append(time.perf_counter())
@@ -104,8 +108,8 @@ class Run:
             self._num_prefill_forwards += 1
         elif self._decode is None:
             self._decode = _Readings.of(self._backend)
-            engine.release_stages()
-            self._prefill_peak_bytes = engine.take_peak()
+            self._engine.release_stages()
+            self._prefill_peak_bytes = self._engine.take_peak()
         elif self._window is None and len(self._forwards) > self._num_prefill_forwards + SETTLING_STEPS:
             self._open_window()
 
@@ -132,9 +136,12 @@ class Run:
             use.copied_bytes / use.busy_s if use.busy_s > 0 else None,
         )
 
-    def finish(self, plan: Plan, engine: TransferEngine, pool: HostPool) -> GenerationStats:
+    def finish(self, plan: Plan, pool: HostPool) -> GenerationStats:
         """The statistics, once `generate()` has returned."""
         assert self.cache is not None
+        if self._decode is None:
+            self._engine.release_stages()
+            self._prefill_peak_bytes = self._engine.take_peak()
         core, backend = self.cache.core, self._backend
         starts = [*self._forwards, time.perf_counter()]
         decode = starts[self._num_prefill_forwards :]
@@ -155,7 +162,7 @@ class Run:
             decode_step_s=steps,
             tokens_per_s=core.rows * max(0, new_tokens - 1) / wall_s if wall_s > 0 else 0.0,
             h2d_bytes=end.h2d.since(self._start.h2d).copied_bytes,
-            d2h_bytes=end.d2h.since(self._start.d2h).copied_bytes,
+            d2h_bytes=self._engine.written_back_bytes - self._written_before,
             h2d_gb_per_s=link.copied_bytes / link.busy_s / 1e9 if link and link.busy_s > 0 else None,
             link_utilization=min(1.0, link.busy_s / wall_s) if link and wall_s > 0 else None,
             recompute_s=end.recompute_s - self._start.recompute_s,
@@ -168,8 +175,8 @@ class Run:
             prediction_error_fraction=p50 / predicted - 1 if predicted and p50 else None,
             host_bytes=pool.used_bytes,
             pinned_bytes=pool.pinned_bytes,
-            device_kv_peak_decode_bytes=engine.take_peak() + others,
+            device_kv_peak_decode_bytes=self._engine.take_peak() + others,
             device_kv_peak_prefill_bytes=self._prefill_peak_bytes + others,
-            exact=self.recomputed_tokens == 0 or core.layers[0].is_full_precision,
+            exact=self.recomputed_tokens == 0 or all(layer.is_full_precision for layer in core.layers),
             link_name=backend.link_name,
         )

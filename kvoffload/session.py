@@ -72,7 +72,10 @@ class Session:
         self._caches: weakref.WeakSet[hf.OffloadedHFCache] = weakref.WeakSet()
         self._abandoned: deque[OffloadedCache] = deque()  # of caches that nobody holds any more
         self._hooks = hf.ModelHooks(
-            self.model, is_foreign_forward_allowed=self._may_run_without_us, on_forward=self._before_forward
+            self.model,
+            is_foreign_forward_allowed=self._may_run_without_us,
+            on_forward=self._before_forward,
+            on_layers=self._before_layers,
         )
         self._segment_attention: hf.SegmentAttention | None = None
         if config.attention == "auto" and config.schedule == "pipelined":
@@ -148,6 +151,19 @@ class Session:
         while self._abandoned:
             self._abandoned.popleft().reset()
 
+    def use_whole_layers(self, cache: hf.OffloadedHFCache) -> None:
+        """A layer of a cache that was planned without layer buffers needs them."""
+        decision = self._decisions[cache]
+        if decision.geometry.is_segmented:
+            geometry = replace(decision.geometry, is_segmented=False)
+            sizes = grown(replace(decision.sizes, num_buffers=3 if geometry.beams > 1 else 2), geometry)
+            self._decisions[cache] = replace(decision, geometry=geometry, sizes=sizes)
+            self._configure(cache)
+
+    def forget(self, cache: hf.OffloadedHFCache) -> None:
+        """What was decided for a cache that starts anew, perhaps with other rows."""
+        self._decisions.pop(cache, None)
+
     def check_usable(self, cache: hf.OffloadedHFCache) -> None:
         """Called with each update: the cache is alive, and the engine's buffers are made for it."""
         if self.is_closed or cache.is_closed:
@@ -174,11 +190,12 @@ class Session:
                 "an offloaded model serves one call at a time"
             )
         try:
-            self._run = Run(self.backend, prompt_tokens=_prompt_tokens(args, kwargs))
+            self.engine.take_peak()
+            self._run = Run(self.backend, self.engine, prompt_tokens=_prompt_tokens(args, kwargs))
             output = original(*args, **kwargs)
             if self._run.cache is not None:
                 decision = self._decisions[self._run.cache]
-                self.stats = self._run.finish(decision.plan, self.engine, self.pool)
+                self.stats = self._run.finish(decision.plan, self.pool)
             if getattr(output, "past_key_values", None) is self._run.cache:
                 self._run.owns_cache = False  # the caller has it now
             return output
@@ -192,6 +209,7 @@ class Session:
             try:
                 if not self.is_closed:
                     self.engine.drop()
+                    self.engine.release_stages()
                     if run is not None and run.cache is not None and run.owns_cache:
                         run.cache.close()
                     self._reap()
@@ -310,6 +328,7 @@ class Session:
         self._progress.expect(self.pool.used_bytes + decision.plan.host_bytes)
 
     def _configure(self, cache: hf.OffloadedHFCache) -> None:
+        self._configured_for = lambda: None  # until all of it has worked
         decision = self._decisions[cache]
         sizes, self.engine.stage_limit_bytes = decision.sizes, decision.stage_limit_bytes
         self.engine.configure(
@@ -372,9 +391,12 @@ class Session:
             prompt_tokens = max(first.tokens, self._prompt_tokens)
             self._lay_out(cache, first.rows, copies, prompt_tokens, known, first, is_segmented=layer.is_segmented)
         elif layer.position > 0 and not layer.is_segmented:
+            self.use_whole_layers(cache)
             self.engine.ensure_buffers(geometry.max_tokens * first.rows * first.kv_row_bytes)
         if layer.position == 0 and measure is not None:
             decision = self.decider.measure_chunk(self._decisions[cache], measure)
+            if self._run is not None:
+                self._run.restart_link()  # what was measured was not for this generation
             if decision is not self._decisions[cache]:
                 self._decisions[cache] = decision
                 cache.core.placement = decision.placement
@@ -412,11 +434,15 @@ class Session:
 
     def _before_forward(self, cache: hf.OffloadedHFCache) -> None:
         """Called at the start of each forward of the model with a cache of ours."""
-        self.num_forwards += 1
         run = self._run
-        if run is None or run.cache is not cache:
-            return
-        run.note_forward(self.engine)
+        if run is not None and run.cache is cache:
+            run.note_forward()
+        elif run is None and cache.core.layers[0].num_tokens:
+            self.engine.release_stages()  # the prefill, or a part of it, is over
+
+    def _before_layers(self) -> None:
+        """Called when a forward comes to the first offloaded layer."""
+        self.num_forwards += 1
 
 
 def _prompt_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

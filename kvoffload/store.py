@@ -227,7 +227,7 @@ class Extent:
         """Give all memory back to the pool."""
         for piece in self.pieces:
             self.pool.free(piece.region, guard)
-        self.pieces = []
+        self.pieces, self.guard = [], None
 
 
 class RowTable:

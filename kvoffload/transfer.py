@@ -128,6 +128,7 @@ class TransferEngine:
         self._next_position = 0
         self.last_h2d: Event | None = None
         self.num_issued_chunks = 0
+        self.written_back_bytes = 0  # queued so far, on their way or there
 
     # ---- device memory -------------------------------------------------------------------------------------------
 
@@ -165,8 +166,10 @@ class TransferEngine:
         for holder in old:
             self.backend.free_device(holder.bytes)
             holder.bytes = holder.bytes[:0].clone()
+        self.account(purpose, 0)
+        made = [self.backend.allocate_device(num_bytes) for _ in range(count)]
         self.account(purpose, num_bytes * count)
-        return [self.backend.allocate_device(num_bytes) for _ in range(count)]
+        return made
 
     def account(self, purpose: str, num_bytes: int) -> None:
         """Record how much device memory a purpose holds now."""
@@ -201,6 +204,8 @@ class TransferEngine:
             layer: the layer.
             in_layer_buffer: whether its K and V are put together there; else `arriving` gives every chunk.
         """
+        if self._current is not None and any(slot is not None and slot.is_busy for slot in self._current.slots):
+            self.drop()  # an exception ended the last layer in the middle
         self.finish_current()  # where the last attention module had no hook
         head = self._jobs[0] if self._jobs else None
         if (
@@ -270,18 +275,18 @@ class TransferEngine:
         self._pump()
 
     def drop(self) -> None:
-        """Forget everything that was prefetched (another cache, a crop, the end of a generation)."""
-        if self._jobs and self.last_h2d is not None:
+        """Forget everything that was prefetched (another cache, a crop, an error, the end of a generation)."""
+        busy = [slot for slot in self._slots if slot.is_busy]
+        if (self._jobs or busy) and self.last_h2d is not None:
             # A copy may still be landing in a buffer that compute writes next.
             self.backend.compute_waits(self.last_h2d)
         for job in self._jobs:
             if job.buffer is not None:
                 self._take_over(job.buffer)
                 job.buffer.released = self.backend.release(job.buffer.bytes)
-            for slot in job.slots:
-                if slot is not None and slot.is_busy:
-                    slot.released = self.backend.release(slot.bytes)
-                    slot.is_busy = False
+        for slot in busy:
+            slot.released = self.backend.release(slot.bytes)
+            slot.is_busy = False
         self._jobs.clear()
         self._current = None
         self._cache = None
@@ -444,6 +449,7 @@ class TransferEngine:
         host, guard = extent.append(num_bytes)
         after = [packed] if guard is None else [packed, guard]
         holder.written = self.backend.copy_to_host(host, data, after)
+        self.written_back_bytes += num_bytes
         offset = 0
         for block in blocks:
             block.host = host[offset : offset + block.num_bytes]

@@ -66,10 +66,8 @@ class OffloadedHFCache(DynamicCache):
             "they are transferred instead"
         )
 
-    def warn_whole_layer(self, module: nn.Module, query: torch.Tensor, kwargs: dict[str, Any]) -> None:
-        """Say once that attention cannot take chunks one by one here, unless the caller has asked for that."""
-        if kwargs.get("output_attentions") or torch.is_autocast_enabled(query.device.type):
-            return
+    def warn_whole_layer(self, module: nn.Module) -> None:
+        """Say once that attention cannot take chunks one by one here."""
         self._warn_once(
             f"{type(module).__name__} attends in a way that attention over segments does not know (K and V of other "
             "shapes, a bias, a mask that is more than causal): whole layers are put together on the device"
@@ -131,6 +129,7 @@ class OffloadedHFCache(DynamicCache):
         for layer in self._others:
             layer.reset()
         self.core.reset()
+        self.session.forget(self)
 
     def close(self) -> None:
         """Give back all memory; any later use raises."""

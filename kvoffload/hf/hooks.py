@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ class ModelHooks:
         model: the model.
         is_foreign_forward_allowed: whether a forward with another cache is fine now.
         on_forward: called before each forward of the model with a cache of ours.
+        on_layers: called when such a forward, or one of the decoder alone, comes to the first offloaded layer.
     """
 
     def __init__(
@@ -32,12 +35,15 @@ class ModelHooks:
         *,
         is_foreign_forward_allowed: Callable[[], bool],
         on_forward: Callable[[OffloadedHFCache], None],
+        on_layers: Callable[[], None],
     ) -> None:
         self.modules = attention_modules(model)
         self._allowed = is_foreign_forward_allowed
         self._on_forward = on_forward
+        self._on_layers = on_layers
         self._handles: list[Any] = []
-        self.running: dict[nn.Module, OffloadedLayer] = {}  # attention modules in a forward, and the layer each feeds
+        # Attention modules in a forward, per thread (others may run the model without us), and the layer each feeds.
+        self._running: dict[tuple[int, nn.Module], weakref.ref[OffloadedLayer]] = {}
         self.is_compiled = is_compiled(model)
         if self.is_compiled:
             warnings.warn(
@@ -58,7 +64,12 @@ class ModelHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.running.clear()
+        self._running.clear()
+
+    def layer_of(self, module: nn.Module) -> OffloadedLayer | None:
+        """The layer that an attention module feeds in the forward which this thread is in."""
+        reference = self._running.get((threading.get_ident(), module))
+        return None if reference is None else reference()
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         cache = kwargs.get("past_key_values")
@@ -89,14 +100,18 @@ class ModelHooks:
             return layer if isinstance(layer, OffloadedLayer) else None
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._running.pop((threading.get_ident(), module), None)  # of a forward that an exception ended
             layer = our_layer(args, kwargs)
             if layer is not None:
+                if layer.core.position == 0:
+                    self._on_layers()
                 activation = kwargs.get("hidden_states", args[0] if args else None)
                 layer.capture(activation, argument("position_embeddings", args, kwargs))
-                self.running[module] = layer
+                self._running[threading.get_ident(), module] = weakref.ref(layer)
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            layer = self.running.pop(module, None)
+            layer = self.layer_of(module)
+            self._running.pop((threading.get_ident(), module), None)
             if layer is not None:
                 layer.finish()
 

@@ -67,8 +67,10 @@ class SegmentAttention:
         """As transformers defines attention functions: query, key, value [rows, heads, tokens, head_dim]."""
         original = _eager(module) if self._original == "eager" else ALL_ATTENTION_FUNCTIONS[self._original]
         assert original is not None
-        layer = self._hooks.running.get(module)
+        layer = self._hooks.layer_of(module)
         if layer is None or not layer.awaits_attention:
+            if layer is not None:
+                layer.refuse_more_attention(module)
             return original(module, query, key, value, attention_mask, **kwargs)
         return layer.attend(original, module, query, key, value, attention_mask, kwargs)
 

@@ -7,7 +7,7 @@ import itertools
 import time
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -47,6 +47,8 @@ class CacheOwner(Protocol):
     """What a cache asks of the session it belongs to."""
 
     def check_usable(self, cache: OffloadedHFCache) -> None: ...
+    def forget(self, cache: OffloadedHFCache) -> None: ...
+    def use_whole_layers(self, cache: OffloadedHFCache) -> None: ...
     def cannot_recompute(self, cache: OffloadedHFCache, first: FirstTokens) -> None: ...
     def before_first_append(
         self,
@@ -86,6 +88,7 @@ class OffloadedLayer(CacheLayerMixin):
         self._embeddings: tuple[torch.Tensor, ...] | None = ()  # None: of a kind that cannot be stored
         self._is_in_module = False
         self._pending: _Update | None = None  # to be cached once its attention has run
+        self._was_attended: Literal["", "without", "with cached tokens"] = ""  # in this forward
 
     @property
     def record_past(self) -> bool:
@@ -98,7 +101,7 @@ class OffloadedLayer(CacheLayerMixin):
 
     def capture(self, activation: torch.Tensor, embeddings: Any) -> None:
         """Remember what the attention module was called with."""
-        self._activation, self._is_in_module, self._pending = activation, True, None
+        self._activation, self._is_in_module, self._pending, self._was_attended = activation, True, None, ""
         if embeddings is None:
             self._embeddings = ()
         elif isinstance(embeddings, (tuple, list)) and all(
@@ -140,6 +143,23 @@ class OffloadedLayer(CacheLayerMixin):
         """Whether K and V were handed over in this forward and their attention is to come."""
         return self._pending is not None
 
+    def refuse_more_attention(self, module: nn.Module) -> None:
+        """The module attends once more in this forward; to what, only its own attention over whole layers knows.
+
+        Raises:
+            UnsupportedModelError: too late, there are cached tokens that this attention would not see.
+        """
+        owner, core = self._owner(), self.core
+        if owner is None or not core.is_segmented or not self._was_attended:
+            return
+        if self._was_attended == "with cached tokens":
+            raise UnsupportedModelError(
+                f"{type(module).__name__} attends twice in one forward; use OffloadConfig(attention='whole_layer')"
+            )
+        core.is_segmented = False
+        owner.session.use_whole_layers(owner)
+        owner.warn_whole_layer(module)
+
     def attend(
         self,
         original: Callable[..., Any],
@@ -162,13 +182,15 @@ class OffloadedLayer(CacheLayerMixin):
         update, self._pending = self._pending, None
         owner, core = self._owner(), self.core
         assert update is not None and owner is not None
+        self._was_attended = "with cached tokens" if core.num_tokens else "without"
         untouched = _same(key, update.keys) and _same(value, update.values)
+        is_known = can_segment(module, query, key, value, kwargs)
         with torch.no_grad():
             if core.shape is None:
                 output = original(module, query, key, value, mask, **kwargs)
-                is_segmented = untouched and can_segment(query, key, value, kwargs)
-                if not is_segmented:
-                    owner.warn_whole_layer(module, query, kwargs)
+                is_segmented = untouched and is_known
+                if not is_segmented and not _is_asked_for(module, kwargs, query.device):
+                    owner.warn_whole_layer(module)
                 self._prepare(update, is_segmented=is_segmented)
             elif not untouched:
                 raise UnsupportedModelError(
@@ -180,9 +202,10 @@ class OffloadedLayer(CacheLayerMixin):
                 self._prepare(update, is_segmented=core.is_segmented)
             else:
                 self._prepare(update, is_segmented=core.is_segmented)
-                question = self._question(owner, query, key, value, mask, kwargs)
+                question = self._question(owner, query, mask, kwargs) if is_known else None
                 if question is None:
-                    owner.warn_whole_layer(module, query, kwargs)
+                    if not _is_asked_for(module, kwargs, query.device):
+                        owner.warn_whole_layer(module)
                     key, value = attention.assemble(core, key, value)
                     output = original(module, query, key, value, mask, **kwargs)
                 else:
@@ -194,13 +217,9 @@ class OffloadedLayer(CacheLayerMixin):
         self,
         owner: OffloadedHFCache,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
         mask: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> segments.Question | None:
-        if not can_segment(query, key, value, kwargs):
-            return None
         padding = owner.masks.read(
             mask,
             forward=owner.session.num_forwards,
@@ -333,7 +352,9 @@ class OffloadedLayer(CacheLayerMixin):
         """Nothing: the engine does that."""
 
 
-def can_segment(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+def can_segment(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
+) -> bool:
     """Whether attention over segments knows these tensors, [rows, heads, tokens, head_dim], and arguments."""
     return (
         key.shape == value.shape
@@ -341,12 +362,17 @@ def can_segment(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwa
         and query.shape[1] % key.shape[1] == 0
         and query.dtype == key.dtype == value.dtype
         and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and not torch.is_autocast_enabled(query.device.type)  # which decides about the dtypes of the model's own
+        and not _is_asked_for(module, kwargs, query.device)
         and not kwargs.get("dropout")
-        and not kwargs.get("output_attentions")
         and kwargs.get("is_causal") is not False
         and all(value is None for name, value in kwargs.items() if name not in KNOWN_ARGUMENTS)
     )
+
+
+def _is_asked_for(module: nn.Module, kwargs: dict[str, Any], device: torch.device) -> bool:
+    """Whether the caller's own wishes need the model's own attention: its weights, or the dtypes of autocast."""
+    in_config = getattr(getattr(module, "config", None), "output_attentions", False)
+    return bool(kwargs.get("output_attentions") or in_config) or torch.is_autocast_enabled(device.type)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
