@@ -136,6 +136,31 @@ def rope(keys: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(f"rotary_dim must be even and at most head_dim, {head_dim}, got {cos.shape[2]}")
 
 
+def linear_rope(x: Tensor, weight: Tensor, bias: Tensor | None, keys: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Arguments of `linear_rope`.
+
+    Raises:
+        ValueError: naming the tensor, what was given and what is needed.
+    """
+    rope(keys, cos, sin)
+    tokens, rows, heads, head_dim = keys.shape
+    if x.dim() != 2 or x.shape[0] != tokens * rows:
+        raise ValueError(f"x must be [{tokens * rows}, hidden] for these keys, got {list(x.shape)}")
+    wanted = {"x": [tokens * rows, x.shape[1]], "weight": [heads * head_dim, x.shape[1]], "bias": [heads * head_dim]}
+    for name, given in (("x", x), ("weight", weight), ("bias", bias)):
+        if given is None:
+            continue
+        if list(given.shape) != wanted[name] or given.dtype != keys.dtype or given.device != keys.device:
+            raise ValueError(
+                f"{name} must be {wanted[name]} of {keys.dtype} on {keys.device}, "
+                f"got {list(given.shape)}, {given.dtype} on {given.device}"
+            )
+        if given.stride(-1) != 1:
+            raise ValueError(f"{name} needs unit stride in its last dimension, its strides are {list(given.stride())}")
+    if keys.stride(3) != 1:
+        raise ValueError(f"keys need unit stride in head_dim, their strides are {list(keys.stride())}")
+
+
 def _accumulators(out: Tensor, lse: Tensor) -> list[int]:
     """The shape of `out`, once it and `lse` were found to fit each other."""
     shape = list(out.shape)
@@ -164,6 +189,8 @@ def _table(name: str, given: Tensor, device: torch.device) -> None:
             f"{name} must be of rank 2 and torch.int32 on {device}, "
             f"got {list(given.shape)}, {given.dtype} on {given.device}"
         )
+    if given.shape[1] > 1 and given.stride(1) != 1:
+        raise ValueError(f"{name} needs unit stride in its last dimension, its strides are {list(given.stride())}")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -6,8 +6,6 @@ splits a segment. Works in float32; see `reference.merge_` for the arithmetic.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -91,7 +89,7 @@ def finish(out: Tensor, lse: Tensor, result: Tensor, sinks: Tensor | None = None
 
 
 @triton.jit
-def merged(out: Any, lse: Any, part_out: Any, part_lse: Any) -> Any:
+def merged(out: tl.tensor, lse: tl.tensor, part_out: tl.tensor, part_lse: tl.tensor) -> tl.tensor:
     """`out` [rows, head_dim] and `lse` [rows] merged with a part; exact where either side attended to nothing."""
     share = 1.0 / (1.0 + tl.exp(lse - part_lse))  # of the part in the sum of the weights
     share = tl.where(part_lse == float("-inf"), 0.0, share)  # also where neither has any
@@ -107,13 +105,13 @@ def merged(out: Any, lse: Any, part_out: Any, part_lse: Any) -> Any:
 
 @triton.jit(do_not_specialize=["rows", "num_parts", "is_first"])
 def _merge_kernel(
-    out_ptr: Any,
-    lse_ptr: Any,
-    part_out_ptr: Any,
-    part_lse_ptr: Any,
-    rows: Any,
-    num_parts: Any,
-    is_first: Any,
+    out_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    part_out_ptr: tl.tensor,
+    part_lse_ptr: tl.tensor,
+    rows: tl.tensor,
+    num_parts: tl.tensor,
+    is_first: tl.tensor,
     HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -140,16 +138,16 @@ def _merge_kernel(
 
 @triton.jit(do_not_specialize=["rows", "q_tokens"])
 def _finish_kernel(
-    out_ptr: Any,
-    lse_ptr: Any,
-    result_ptr: Any,
-    sinks_ptr: Any,
-    rows: Any,
-    q_tokens: Any,
-    stride_batch: Any,
-    stride_token: Any,
-    stride_head: Any,
-    stride_dim: Any,
+    out_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    result_ptr: tl.tensor,
+    sinks_ptr: tl.tensor,
+    rows: tl.tensor,
+    q_tokens: tl.tensor,
+    stride_batch: tl.tensor,
+    stride_token: tl.tensor,
+    stride_head: tl.tensor,
+    stride_dim: tl.tensor,
     Q_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,

@@ -163,6 +163,24 @@ def rope_(keys: Tensor, cos: Tensor, sin: Tensor) -> None:
     second.copy_(new_second)
 
 
+def linear_rope(x: Tensor, weight: Tensor, bias: Tensor | None, keys: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Keys from activations: a linear projection and the rotary embedding of its result.
+
+    Args:
+        x: [tokens * rows, hidden], unit stride in hidden.
+        weight: [heads * head_dim, hidden], unit stride in hidden.
+        bias: [heads * head_dim], or None.
+        keys: [tokens, rows, heads, head_dim], unit stride in head_dim; overwritten.
+        cos: [tokens, rows or 1, rotary_dim]; sin likewise.
+
+    Raises:
+        ValueError: if shapes, dtypes, strides or devices do not fit.
+    """
+    checks.linear_rope(x, weight, bias, keys, cos, sin)
+    keys.copy_(torch.nn.functional.linear(x, weight, bias).view(keys.shape))
+    rope_(keys, cos, sin)
+
+
 def gather_rows(kv: Tensor, row_table: Tensor, block_tokens: int) -> Tensor:
     """K/V `[tokens, batch, 2, kv_heads, head_dim]` as the row table has them."""
     tokens = kv.shape[0]

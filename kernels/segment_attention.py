@@ -8,23 +8,16 @@ Source: FlashAttention-2 (arXiv 2307.08691), section 3.1; Flash-Decoding (Dao et
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvoffload.kernels import checks
+from kvoffload.kernels import checks, tiles
 from kvoffload.kernels.merge import merge_parts, merged
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 256
-_MAX_TILE_ROWS = 64
-_STAGE_BYTES = 2**15  # of K and V of one step over the tokens; two or more steps are in flight
-_IN_FLIGHT_BYTES = 2**16
-_PROGRAMS_PER_PROCESSOR = 4
 
 
 def unsupported(q: Tensor) -> str:
@@ -33,6 +26,8 @@ def unsupported(q: Tensor) -> str:
         return f"queries of {q.dtype}"
     if q.shape[-1] > _MAX_HEAD_DIM:
         return f"a head_dim of {q.shape[-1]}, more than {_MAX_HEAD_DIM}"
+    if tiles.processors(q.device) == 0:
+        return f"compute capability below 8.0, as that of {q.device}"
     return ""
 
 
@@ -73,13 +68,14 @@ def segment_attention(
     if not q.numel():
         return
     groups = q_heads // kv_heads
-    tile_rows, block_tokens_n, stages = tile(head_dim, q.element_size(), q_tokens * groups)
-    tiles = triton.cdiv(q_tokens * groups, tile_rows)
-    parts, part_tokens = split(tokens, block_tokens_n, batch * kv_heads * tiles, _processors(q.device))
+    tile = tiles.tile(head_dim, q.element_size(), q_tokens * groups)
+    num_tiles = triton.cdiv(q_tokens * groups, tile.rows)
+    programs = batch * kv_heads * num_tiles
+    parts, part_tokens = tiles.split(tokens, tile.block_tokens, programs, tiles.processors(q.device))
     to_out, to_lse = out, lse
     if parts > 1:
         to_out, to_lse = out.new_empty(parts, *out.shape), lse.new_empty(parts, *lse.shape)
-    _segment_kernel[(batch * kv_heads, tiles, parts)](
+    _segment_kernel[(batch * kv_heads, num_tiles, parts)](
         q,
         kv,
         to_out,
@@ -103,57 +99,21 @@ def segment_attention(
         0 if row_table is None else row_table.stride(0),
         GROUPS=groups,
         HEAD_DIM=head_dim,
-        TILE_ROWS=tile_rows,
-        BLOCK_TOKENS=block_tokens_n,
+        TILE_ROWS=tile.rows,
+        BLOCK_TOKENS=tile.block_tokens,
         BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
         MERGE=parts == 1 and not is_first,
-        ONE_ROW=block_tokens % block_tokens_n == 0,
-        num_stages=stages,
-        num_warps=4,
+        ONE_ROW=block_tokens % tile.block_tokens == 0,
+        # fetching the row first takes a stage before each that it leads to
+        num_stages=tile.stages if row_table is None else 2 * tile.stages - 1,
+        num_warps=tile.warps,
     )
     if parts > 1:
         merge_parts(out, lse, to_out, to_lse, num_parts=parts, is_first=is_first)
 
 
-def tile(head_dim: int, element_bytes: int, rows: int) -> tuple[int, int, int]:
-    """Query rows of a tile, tokens of one step and steps in flight, for the memory of a streaming multiprocessor.
-
-    Args:
-        head_dim: of the queries.
-        element_bytes: of their dtype.
-        rows: query rows that share a head of K and V.
-    """
-    row_bytes = max(16, triton.next_power_of_2(head_dim)) * element_bytes
-    most = _MAX_TILE_ROWS if row_bytes <= 256 else _MAX_TILE_ROWS // 2  # the sums of a tile stay in registers
-    tile_rows = min(most, max(16, triton.next_power_of_2(rows)))  # a tensor core multiplies 16 rows at least
-    block_tokens = min(64, max(16, _STAGE_BYTES // (2 * row_bytes)))  # 2: K and V
-    return tile_rows, block_tokens, max(2, min(4, _IN_FLIGHT_BYTES // (2 * row_bytes * block_tokens)))
-
-
-def split(tokens: int, block_tokens: int, programs: int, processors: int) -> tuple[int, int]:
-    """Into how many parts a segment is split, and the tokens of each but the last, so that no processor is idle.
-
-    Args:
-        tokens: of the segment.
-        block_tokens: of one step; a part is a whole number of steps.
-        programs: that run without a split.
-        processors: streaming multiprocessors of the device.
-    """
-    steps = max(1, triton.cdiv(tokens, block_tokens))
-    wanted = max(1, processors * _PROGRAMS_PER_PROCESSOR // programs)
-    part_steps = triton.cdiv(steps, min(steps, wanted))
-    return triton.cdiv(steps, part_steps), part_steps * block_tokens
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1  # the interpreter: one program after the other
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 @triton.jit
-def _tanh(x: Any) -> Any:
+def _tanh(x: tl.tensor) -> tl.tensor:
     """Accurate to float32 also near 0, where 1 - exp(-2x) is not: there by the Padé approximant [5/4]."""
     t = x * x
     small = x * (945.0 + t * (105.0 + t)) / (945.0 + t * (420.0 + t * 15.0))
@@ -164,31 +124,31 @@ def _tanh(x: Any) -> Any:
 
 @triton.jit
 def _attend(
-    tile_q: Any,
-    acc: Any,
-    highest: Any,
-    total: Any,
-    start: Any,
-    kv_ptr: Any,
-    valid_ptr: Any,
-    row_table_ptr: Any,
-    scale_log2: Any,
-    softcap: Any,
-    tokens: Any,
-    first_position: Any,
-    q_position: Any,
-    window: Any,
-    block_tokens: Any,
-    stride_kv_token: Any,
-    stride_kv_row: Any,
-    stride_kv_two: Any,
-    stride_table: Any,
+    tile_q: tl.tensor,
+    acc: tl.tensor,
+    highest: tl.tensor,
+    total: tl.tensor,
+    start: tl.tensor,
+    kv_ptr: tl.tensor,
+    valid_ptr: tl.tensor,
+    row_table_ptr: tl.tensor,
+    scale_log2: tl.tensor,
+    softcap: tl.tensor,
+    tokens: tl.tensor,
+    first_position: tl.tensor,
+    q_position: tl.tensor,
+    window: tl.tensor,
+    block_tokens: tl.tensor,
+    stride_kv_token: tl.tensor,
+    stride_kv_row: tl.tensor,
+    stride_kv_two: tl.tensor,
+    stride_table: tl.tensor,
     HEAD_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     ONE_ROW: tl.constexpr,
     TAIL: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """One step over the tokens from `start` on: `acc`, highest score and total weight of each query row, renewed."""
     token = start + tl.arange(0, BLOCK_TOKENS)
     dim = tl.arange(0, BLOCK_DIM)
@@ -253,32 +213,32 @@ def _attend(
     do_not_specialize_on_alignment=["valid_ptr", "row_table_ptr"],
 )
 def _segment_kernel(
-    q_ptr: Any,
-    kv_ptr: Any,
-    out_ptr: Any,
-    lse_ptr: Any,
-    valid_ptr: Any,
-    row_table_ptr: Any,
-    scale: Any,
-    softcap: Any,
-    tokens: Any,
-    part_tokens: Any,
-    first_position: Any,
-    query_position: Any,
-    window: Any,
-    block_tokens: Any,
-    batch: Any,
-    q_tokens: Any,
-    kv_heads: Any,
-    stride_q_batch: Any,
-    stride_q_token: Any,
-    stride_q_head: Any,
-    stride_kv_token: Any,
-    stride_kv_row: Any,
-    stride_kv_two: Any,
-    stride_kv_head: Any,
-    stride_valid: Any,
-    stride_table: Any,
+    q_ptr: tl.tensor,
+    kv_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    valid_ptr: tl.tensor,
+    row_table_ptr: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    tokens: tl.tensor,
+    part_tokens: tl.tensor,
+    first_position: tl.tensor,
+    query_position: tl.tensor,
+    window: tl.tensor,
+    block_tokens: tl.tensor,
+    batch: tl.tensor,
+    q_tokens: tl.tensor,
+    kv_heads: tl.tensor,
+    stride_q_batch: tl.tensor,
+    stride_q_token: tl.tensor,
+    stride_q_head: tl.tensor,
+    stride_kv_token: tl.tensor,
+    stride_kv_row: tl.tensor,
+    stride_kv_two: tl.tensor,
+    stride_kv_head: tl.tensor,
+    stride_valid: tl.tensor,
+    stride_table: tl.tensor,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TILE_ROWS: tl.constexpr,

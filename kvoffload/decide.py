@@ -51,6 +51,11 @@ class MeasuredRates:
         self.attention_s_per_row_token: float | None = None
         self.h2d_bytes_per_s: float | None = None
 
+    def take(self, recompute_s_per_row_token: float | None, h2d_bytes_per_s: float | None) -> None:
+        """Newer measurements; None where there is none."""
+        self.recompute_s_per_row_token = recompute_s_per_row_token or self.recompute_s_per_row_token
+        self.h2d_bytes_per_s = h2d_bytes_per_s or self.h2d_bytes_per_s
+
     def correct(self, rates: Rates, rows: int) -> Rates:
         """`rates` with what has been measured."""
         if self.recompute_s_per_row_token is not None:
@@ -115,6 +120,9 @@ class Decider:
         rates: Rates | None = None
         if profile is not None:
             least = cost.least_chunk_bytes(profile, self.shape, recomputes=fixed_split != 0)
+            geometry = replace(geometry, least_chunk_bytes=least)
+        elif self.backend.emulated:  # no copy is too small, only the host's time per chunk counts
+            least = max(MIN_SEGMENT_BYTES, MIN_SEGMENT_ROWS * geometry.kv_row_bytes)
             geometry = replace(geometry, least_chunk_bytes=least)
         if profile is not None and profile.h2d is not None:
             rates = self._rates(profile, geometry)
@@ -386,6 +394,7 @@ class Decider:
 
 
 MIN_PREFILL_TOKENS = 64
+MIN_SEGMENT_ROWS, MIN_SEGMENT_BYTES = 512, 2**16  # of a chunk on an emulated link that nobody measured
 # Stands in where the link has no known speed: only memory decides, and the prediction is not shown.
 _UNKNOWN = Rates(
     h2d_activation_bytes_per_s=1e9,

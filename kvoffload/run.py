@@ -7,6 +7,7 @@ synchronises.
 from __future__ import annotations
 
 import itertools
+import statistics
 import threading
 import time
 from typing import NamedTuple
@@ -37,8 +38,13 @@ class _Readings(NamedTuple):
         )
 
 
+MIN_WINDOW_STEPS = 4  # fewer say little about a rate
+MAX_PREDICTION_ERROR_FRACTION = 0.1  # above this the rates behind the prediction are measured again
+SETTLING_STEPS = 2  # the first waits for the end of the write-back, the second empties the ring
+
+
 class StepRates(NamedTuple):
-    """Rates of the steps so far; None where nothing was done."""
+    """Rates of recent steps; None where nothing was done."""
 
     recompute_s_per_row_token: float | None
     h2d_bytes_per_s: float | None
@@ -63,6 +69,7 @@ class Run:
         self._began = time.perf_counter()
         self._start = _Readings.of(backend)
         self._decode: _Readings | None = None  # at the first decode step
+        self._window: tuple[_Readings, int, int] | None = None  # readings, forwards and recomputed tokens at its start
         self._recomputed_before = 0
         self._forwards: list[float] = []  # start of each forward
         self._num_prefill_forwards = 0
@@ -99,16 +106,31 @@ class Run:
             self._decode = _Readings.of(self._backend)
             engine.release_stages()
             self._prefill_peak_bytes = engine.take_peak()
+        elif self._window is None and len(self._forwards) > self._num_prefill_forwards + SETTLING_STEPS:
+            self._open_window()
 
-    def step_rates(self) -> StepRates:
-        """What the link and recomputation have done in the steps so far."""
-        seconds = self._backend.span_seconds("recompute") - self._start.recompute_s
-        recomputed = self.recomputed_tokens
-        copied = 0.0
-        if self._decode is not None:
-            use = self._backend.link_use("h2d").since(self._decode.h2d)
-            copied = use.copied_bytes / use.busy_s if use.busy_s > 0 else 0.0
-        return StepRates(seconds / recomputed if recomputed and seconds else None, copied or None)
+    def _open_window(self) -> None:
+        self._window = (_Readings.of(self._backend), len(self._forwards) - 1, self.recomputed_tokens)
+
+    def rates_if_surprised(self, predicted_step_s: float) -> StepRates | None:
+        """What the link and recomputation did in the steps since the last call, if these were not as predicted.
+
+        None while there are too few of them, or within `MAX_PREDICTION_ERROR_FRACTION` of the prediction.
+        """
+        if self._window is None or len(self._forwards) - 1 - self._window[1] < MIN_WINDOW_STEPS:
+            return None
+        start, first_forward, recomputed_before = self._window
+        self._open_window()
+        step_s = statistics.median(b - a for a, b in itertools.pairwise(self._forwards[first_forward:]))
+        if predicted_step_s and abs(step_s / predicted_step_s - 1) <= MAX_PREDICTION_ERROR_FRACTION:
+            return None
+        now = _Readings.of(self._backend)
+        recomputed, use = self.recomputed_tokens - recomputed_before, now.h2d.since(start.h2d)
+        seconds = now.recompute_s - start.recompute_s
+        return StepRates(
+            seconds / recomputed if recomputed and seconds else None,
+            use.copied_bytes / use.busy_s if use.busy_s > 0 else None,
+        )
 
     def finish(self, plan: Plan, engine: TransferEngine, pool: HostPool) -> GenerationStats:
         """The statistics, once `generate()` has returned."""
@@ -143,6 +165,7 @@ class Run:
             plan=plan,
             predicted_step_s=predicted,
             fraction_of_bound=predicted / p50 if predicted and p50 else None,
+            prediction_error_fraction=p50 / predicted - 1 if predicted and p50 else None,
             host_bytes=pool.used_bytes,
             pinned_bytes=pool.pinned_bytes,
             device_kv_peak_decode_bytes=engine.take_peak() + others,

@@ -399,11 +399,9 @@ class Session:
         decision, run = (None if cache is None else self._decisions.get(cache)), self._run
         if cache is None or decision is None or run is None or not run.is_decoding or not decision.placement.may_change:
             return
-        layer, rates = cache.core.layers[0], run.step_rates()
-        if rates.recompute_s_per_row_token is not None:
-            self.decider.measured.recompute_s_per_row_token = rates.recompute_s_per_row_token
-        if rates.h2d_bytes_per_s is not None:
-            self.decider.measured.h2d_bytes_per_s = rates.h2d_bytes_per_s
+        rates, layer = run.rates_if_surprised(decision.plan.predicted_step_s), cache.core.layers[0]
+        if rates is not None:
+            self.decider.measured.take(rates.recompute_s_per_row_token, rates.h2d_bytes_per_s)
         decision = self.decider.replan(
             decision, layer.count("kv", resident=False), layer.count("activation", resident=False)
         )

@@ -35,6 +35,7 @@ class GenerationStats:
     plan: Plan
     predicted_step_s: float | None
     fraction_of_bound: float | None  # predicted over measured median step: 1 is the bound of the cost model
+    prediction_error_fraction: float | None  # measured median over predicted step, minus 1: above 0 is slower
     host_bytes: int
     pinned_bytes: int
     device_kv_peak_decode_bytes: int

@@ -151,7 +151,10 @@ class PlanInputs:
     @property
     def ring_bytes(self) -> int:
         """Bytes of K/V or activation that can be on the device before they are needed."""
-        return self.num_slots * self.chunk_blocks * self.block_tokens * self.activation_bytes_per_token
+        token_bytes = self.activation_bytes_per_token
+        if self.is_segmented:  # slots have room for either form
+            token_bytes = max(token_bytes, self.kv_bytes_per_token)
+        return self.num_slots * self.chunk_blocks * self.block_tokens * token_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -147,10 +147,10 @@ def _find(name_or_path: str | Path) -> HardwareProfile | Datasheet:
     path = Path(name_or_path)
     if path.is_file():
         data = _read(path)
-        if isinstance(data, dict) and "gemm" in data:
-            return HardwareProfile.from_json(data, source=str(path))
         if isinstance(data, dict) and ({"peak_flops_per_s", "like"} & set(data)):
             return datasheet.read(data, source=str(path))
+        if isinstance(data, dict) and ({"gemm", "schema_version"} & set(data)):
+            return HardwareProfile.from_json(data, source=str(path))
         raise ProfileError(
             f"{path} is neither a profile of `kvoffload profile --output` nor a file with the fields of a preset "
             '(at least "schema_version" and "like")'

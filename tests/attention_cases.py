@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -183,3 +184,9 @@ def distance(found: Tensor, wanted: Tensor) -> float:
         return torch.inf
     error = (found.double().nan_to_num(nan=torch.nan, neginf=0.0) - wanted.nan_to_num(neginf=0.0)).abs()
     return float(error.nan_to_num(nan=torch.inf).max()) if error.numel() else 0.0
+
+
+def gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that needs a CUDA device, where kernels are compiled."""
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.mark.gpu(skip(test))

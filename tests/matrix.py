@@ -18,11 +18,12 @@ import torch
 from models import RECOMPUTABLE, TRANSFERRED, make_model
 from transformers import DynamicCache, PreTrainedModel
 
-from kvoffload import EmulatedLink, HardwareProfile, OffloadConfig
+from kvoffload import EmulatedLink, HardwareProfile, OffloadConfig, cost
 from kvoffload.backend import Backend, CheckingBackend, EmulatedBackend
 from kvoffload.config import GIB
 from kvoffload.decide import MeasuredRates
 from kvoffload.hf import OffloadedHFCache, offloadable_layers
+from kvoffload.model_shape import shape_from_config
 from kvoffload.session import Session
 from kvoffload.sizing import Geometry, choose_sizes
 from kvoffload.types import Curve, Point
@@ -271,6 +272,9 @@ def half_resident_gib(
         activation_row_bytes=bytes_of.activation,
         beams=mode.rows // mode.sequences,
         is_segmented=can_segment and config.attention == "auto" and config.schedule == "pipelined",
+        least_chunk_bytes=cost.least_chunk_bytes(
+            profile(), shape_from_config(model.config.get_text_config(decoder=True)), recomputes=config.split != 0
+        ),
     )
     fixed = choose_sizes(
         geometry, config, keeps_activations=can_recompute and config.split != "transfer", device_bytes=None, rates=None

@@ -182,7 +182,7 @@ def test_an_unknown_preset_lists_the_near_ones(name: str, near: str) -> None:
         (minimal(provenance={"power_w": "guessed"}), "provenance of power_w is 'guessed'; known: measured"),
         (minimal(provenance="guessed"), "provenance must name"),
         ([1], "neither a profile"),
-        ({"schema_version": 1}, "neither a profile"),
+        ({"schema_version": 1}, "is damaged"),
         ({"schema_version": 1, "gemm": 1}, "is damaged"),
         ({"schema_version": 7, "gemm": 1}, "schema version 7, this release reads 1"),
     ],

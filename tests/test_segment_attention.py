@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, dense, distance, make, plain_errors, run
+from attention_cases import Case, dense, distance, gpu, make, plain_errors, run
 
 from kvoffload import ops
-from kvoffload.kernels import cpu_attention, reference
+from kvoffload.kernels import cpu_attention, reference, tiles
 
-TWIN = {"twin": reference.segment_attention}
-ANY_SIZE = {**TWIN, "cpu": cpu_attention.segment_attention, "ops": ops.segment_attention}
+ON_CPU = {
+    "twin": reference.segment_attention,
+    "cpu": cpu_attention.segment_attention,
+    "ops": ops.segment_attention,
+}
 
 CASES = [
     Case(name="one token", segments=(1,), batch=1, heads=(1, 1)),
@@ -50,9 +54,13 @@ CASES = [
         query_position=25,
         window=11,
     ),
+    Case(name="window that starts one token before a step of 32", segments=(70,), window=39),
+    Case(name="window that starts one token before a step of 64", segments=(70,), window=7),
+    Case(name="window that starts within a step, row table", segments=(128,), window=78, block_tokens=64),
     Case(name="window and 17 queries", segments=(31, 29), q_tokens=17, window=9),
     Case(name="window of 1 and padding", segments=(9,), batch=3, q_tokens=5, window=1, padding=True),
     Case(name="softcap", segments=(20, 20), softcap=0.7),
+    Case(name="softcap far above the scores", segments=(40,), softcap=50.0),
     Case(name="softcap, padding, 5 queries", segments=(20, 20), batch=3, q_tokens=5, softcap=2.0, padding=True),
     Case(name="sinks", segments=(20, 20), sinks=True),
     Case(name="sinks and padding", segments=(21,), batch=3, sinks=True, padding=True, q_tokens=2),
@@ -64,9 +72,11 @@ CASES = [
     Case(name="an empty segment among others", segments=(0, 20, 0, 3), q_tokens=2),
     Case(name="empty segments only", segments=(0, 0), query_position=0, sinks=True),
     Case(name="empty, with a row table and padding", segments=(0, 5), block_tokens=4, padding=True),
-    Case(name="more keys than the operator takes at once", segments=(1100, 600), q_tokens=2, padding=True),
-    Case(name="more keys than one piece in float32", segments=(1500,), batch=3, heads=(4, 4), padding=True),
     Case(name="no batch", segments=(5,), batch=0),
+]
+LONG_CASES = [
+    Case(name="more keys than torch's operator takes at once", segments=(1100, 600), q_tokens=2, padding=True),
+    Case(name="more keys than one piece in float32", segments=(1500,), batch=3, heads=(4, 4), padding=True),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -96,20 +106,92 @@ def agrees(
         assert not out[nothing].any(), "out must be exactly 0 where nothing was attended to"
 
 
-@pytest.mark.parametrize("name", ANY_SIZE)
+@pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + LONG_CASES, ids=str)
 def test_it_is_one_softmax_over_all_segments(name: str, case: Case, dtype: torch.dtype) -> None:
     fast_exponential = dtype is torch.bfloat16 and name != "twin"  # of torch's operator
-    agrees(ANY_SIZE[name], reference.finish, replace(case, dtype=dtype), weights_in_float32=not fast_exponential)
+    agrees(ON_CPU[name], reference.finish, replace(case, dtype=dtype), weights_in_float32=not fast_exponential)
 
 
-@pytest.mark.parametrize("name", ANY_SIZE)
+@pytest.fixture
+def kernel() -> Any:
+    """The module of the Triton kernel, for the interpreter."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("compiled, in the tests marked gpu")
+    return importlib.import_module("kvoffload.kernels.segment_attention")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # -inf minus -inf and the like
+@pytest.mark.parametrize(("dtype", "split"), [(torch.float32, False), (torch.float16, True)], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_is_one_softmax_over_all_segments(
+    case: Case, dtype: torch.dtype, split: bool, kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "processors", lambda device: 1000 if split else 1)
+    agrees(kernel.segment_attention, reference.finish, replace(case, dtype=dtype))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES + LONG_CASES, ids=str)
+def test_the_compiled_kernel_is_one_softmax_over_all_segments(case: Case, dtype: torch.dtype) -> None:
+    agrees(ops.segment_attention, ops.finish, replace(case, dtype=dtype), "cuda")
+
+
+GPU_CASES = [
+    Case(name="OPT-6.7B", segments=(256, 256, 130), batch=8, heads=(32, 32), head_dim=128),
+    Case(name="Llama-3.1-8B", segments=(256, 256, 130), batch=8, heads=(32, 8), head_dim=128, padding=True),
+    Case(name="few heads, many tokens", segments=(4096, 33), batch=1, heads=(8, 1), head_dim=128),
+    Case(name="prefill", segments=(512, 512), batch=2, q_tokens=512, heads=(8, 2), head_dim=128),
+    Case(name="prefill, window", segments=(512, 512), batch=2, q_tokens=512, heads=(8, 2), head_dim=80, window=100),
+]
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_the_compiled_kernel_at_sizes_of_models(case: Case, dtype: torch.dtype) -> None:
+    agrees(ops.segment_attention, ops.finish, replace(case, dtype=dtype), "cuda")
+
+
+def far_apart(attend: Callable[..., None], device: str) -> None:
+    """Tokens, rows, K and V, or heads, the last of them more than 2**31 elements from the first."""
+    for axis, count in enumerate((3, 3, 2, 3)):
+        shape, strides = [1, 1, 2, 1, 64], [256, 256, 64, 256, 1]
+        shape[axis] = count
+        strides[axis] = (2**31 + 2**12) // (count - 1)  # of three, a stride that still fits into 32 bits
+        # on the CPU untouched pages take no memory
+        data = torch.empty(2**31 + 2**13, dtype=torch.float16, device=device)
+        kv = data.as_strided(shape, strides)
+        near = torch.randn(shape, generator=torch.Generator().manual_seed(axis)).to(device, torch.float16)
+        kv.copy_(near)
+        q = torch.ones(shape[1], 1, shape[3], 64, device=device, dtype=torch.float16)
+        found, wanted = torch.full((2, *q.shape), torch.nan, device=device)
+        lse = torch.full(q.shape[:3], torch.nan, device=device)
+        options = {"scale": 0.1, "is_first": True, "first_position": 0, "query_position": 2}
+        attend(q, kv, found, lse, **options)
+        reference.segment_attention(q, near, wanted, lse, **options)
+        torch.testing.assert_close(found, wanted, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+def test_offsets_beyond_32_bits(kernel: Any) -> None:
+    far_apart(kernel.segment_attention, "cpu")
+
+
+@gpu
+def test_compiled_offsets_beyond_32_bits() -> None:
+    far_apart(ops.segment_attention, "cuda")
+
+
+@pytest.mark.parametrize("name", ON_CPU)
 def test_float64_stays_float64(name: str) -> None:
     case = Case(name="float64", segments=(30,), dtype=torch.float64)
     data = make(case)
     out, lse = data.q.new_empty(data.q.shape), data.q.new_empty(data.q.shape[:3])
-    ANY_SIZE[name](
+    ON_CPU[name](
         data.q, data.kv[0], out, lse, scale=0.9 / 8, is_first=True, first_position=0, query_position=case.first_query
     )
     wanted_out, wanted_lse = dense(case, data, torch.float64)
@@ -138,6 +220,7 @@ BAD = {
     "softcap must be positive": {"softcap": -1.0},
     "valid must be of rank 2 and torch.int32": {"valid": torch.ones(2, 1, dtype=torch.int64)},
     "valid must be [2, 2 or more]": {"valid": torch.ones(2, 1, dtype=torch.int32), "first_position": 24},
+    "valid needs unit stride": {"valid": torch.ones(2, 2, dtype=torch.int32).t(), "first_position": 24},
     "row_table must be of rank 2": {"row_table": torch.zeros(2, dtype=torch.int32), "block_tokens": 8},
     "row_table must be [blocks, 2]": {"row_table": torch.zeros(1, 2, dtype=torch.int32), "block_tokens": 8},
     "block_tokens=0": {"row_table": torch.zeros(9, 2, dtype=torch.int32)},
@@ -155,9 +238,9 @@ def bad_call(attend: Callable[..., None], change: dict[str, Any]) -> None:
     attend(**{**tensors, "scale": 1.0, "is_first": True, "first_position": 0, "query_position": 8, **change})
 
 
-@pytest.mark.parametrize("name", ANY_SIZE)
+@pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("message", BAD)
 def test_arguments_that_do_not_fit_are_named(name: str, message: str) -> None:
-    bad_call(ANY_SIZE[name], {})
+    bad_call(ON_CPU[name], {})
     with pytest.raises(ValueError, match=re.escape(message)):
-        bad_call(ANY_SIZE[name], BAD[message])
+        bad_call(ON_CPU[name], BAD[message])

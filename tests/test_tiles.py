@@ -1,0 +1,41 @@
+"""How attention is cut into programs."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvoffload.kernels import tiles
+
+
+def test_tiles_fit_the_registers_and_steps_the_memory_of_a_processor() -> None:
+    for head_dim in (1, 8, 64, 80, 96, 128, 200, 256):
+        for element_bytes in (2, 4):
+            for rows in (1, 8, 16, 17, 40, 1000):
+                tile = tiles.tile(head_dim, element_bytes, rows)
+                block_dim = max(16, 1 << (head_dim - 1).bit_length())
+                assert tile.rows >= min(rows, 16)
+                assert tile.block_tokens >= 16
+                assert tile.rows * block_dim <= 8192
+                assert tile.stages >= 2
+                kv_bytes = 2 * tile.block_tokens * block_dim * element_bytes * (tile.stages - 1)
+                q_bytes = tile.rows * block_dim * element_bytes
+                assert kv_bytes + q_bytes <= 99 * 1024, "more shared memory than compute capability 8.9 has"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "programs", "wanted"),
+    [
+        (256, 1024, (1, 256)),  # OPT-6.7B, a batch of 32: enough without a split
+        (256, 256, (2, 128)),  # Llama-3.1-8B, a batch of 32
+        (256, 8, (4, 64)),  # its batch of 1: every step by itself
+        (4096, 8, (64, 64)),
+        (4096, 100, (5, 832)),
+        (65, 1, (2, 64)),
+        (64, 1, (1, 64)),
+        (0, 1, (1, 64)),
+    ],
+)
+def test_a_segment_is_split_only_to_fill_the_device(tokens: int, programs: int, wanted: tuple[int, int]) -> None:
+    parts, part_tokens = tiles.split(tokens, 64, programs, processors=132)
+    assert (parts, part_tokens) == wanted
+    assert (parts - 1) * part_tokens < max(tokens, 1) <= parts * part_tokens
