@@ -63,12 +63,7 @@ def plan(model_or_config: Any, workload: Workload, profile: HardwareProfile, con
 
 def advise(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Advice:
     """As `plan`, with the numbers of every way."""
-    shape, window_tokens = describe(model_or_config)
-    if shape.num_offloaded_layers < 1:
-        raise UnsupportedModelError(
-            "no layer of this model has a cache that grows without bound: there is nothing to offload, use generate()"
-        )
-    task = Task(shape, window_tokens, workload, profile, config)
+    task = task_of(model_or_config, workload, profile, config)
     on_device = task.on_device()
     try:
         chosen = planner.solve(task.inputs(workload.cached_tokens))
@@ -80,6 +75,16 @@ def advise(model_or_config: Any, workload: Workload, profile: HardwareProfile, c
     ways = sorted([offload, *([on_device] if on_device else [])], key=lambda one: (one.total_s, one.way == "offload"))
     text = _recommend(task, chosen, offload, on_device)
     return Advice(dataclasses.replace(chosen, recommendation=text), tuple(ways))
+
+
+def task_of(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Task:
+    """One workload of one model on one machine; arguments and errors as of `plan`."""
+    shape, window_tokens = describe(model_or_config)
+    if shape.num_offloaded_layers < 1:
+        raise UnsupportedModelError(
+            "no layer of this model has a cache that grows without bound: there is nothing to offload, use generate()"
+        )
+    return Task(shape, window_tokens, workload, profile, config)
 
 
 def describe(model_or_config: Any) -> tuple[ModelShape, int]:

@@ -104,39 +104,46 @@ def plan(
     device_gib: Annotated[str, typer.Option(help="Cap on device memory for the cache, 'auto' or 'min'.")] = "auto",
     host_gib: Annotated[str, typer.Option(help="Cap on host memory for the cache, or 'auto'.")] = "auto",
     split: Annotated[str, typer.Option(help="'auto', 'transfer', 'recompute' or a share 0..1.")] = "auto",
+    link: Annotated[
+        str | None, typer.Option(help="What if: pcie3 to pcie6, pcie5x8, nvlink-c2c, cxl, or 3GB/s+100us.")
+    ] = None,
+    device_memory: Annotated[float | None, typer.Option(help="What if the device had so many GB.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="Of the device; default: that of its file.")] = None,
+    grid_g_per_kwh: Annotated[float | None, typer.Option(help="Grams of CO2 per kWh of your electricity.")] = None,
+    sweep: Annotated[str | None, typer.Option(help="Batches and prompts, such as 1,8,64:1024,8192.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say whether offloading pays for a workload, how fast it will be and what limits it."""
-    from kvoffload.advice import advise
+    """Say whether offloading pays for a workload, how fast it will be, what it costs and what limits it."""
+    from kvoffload.advice import advise, task_of
+    from kvoffload.forecast import Economics, foresee, grid
     from kvoffload.profiler import stored
-    from kvoffload.profiler.hardware import find_profile
+    from kvoffload.profiler.hardware import find_profile, what_if
     from kvoffload.profiler.profile import with_link
 
     config = OffloadConfig(
         split=_number_or_word(split), device_gib=_number_or_word(device_gib), host_gib=_number_or_word(host_gib)
     )
     workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, num_beams=num_beams)
-    link = _link(link_gb_per_s)
+    emulated = _link(link_gb_per_s)
     if hardware == "auto":
         with _progress("measuring") as tell:
-            machine = stored.load_or_measure(link=link or "auto", progress=tell)
+            machine = stored.load_or_measure(link=emulated or "auto", progress=tell)
     else:
         machine = find_profile(hardware)
-        machine = with_link(machine, link) if link else machine
+        machine = with_link(machine, emulated) if emulated else machine
+    machine = what_if(machine, link=link, device_memory_bytes=None if device_memory is None else device_memory * 1e9)
+    money = Economics.of(machine, price_per_hour, grid_g_per_kwh)
+    cells = grid(sweep)
     advice = advise(model, workload, machine, config)
+    seen = foresee(task_of(model, workload, machine, config), money, cells)
     if as_json:
-        _print_json(advice.to_json())
+        _print_json(advice.to_json() | seen.to_json())
         return
+    from kvoffload.profiler.report import print_forecast
+
     typer.echo(advice.plan.recommendation)
-    rows = [
-        (
-            one.way.replace("_", " "),
-            f"{one.runs} x {one.batch} sequences, step {_seconds(one.step_s)}, all {_seconds(one.total_s)}, "
-            f"{one.tokens_per_s:.1f} tokens/s, device memory {_gib(one.device_bytes)}",
-        )
-        for one in advice.alternatives
-    ]
-    _print_rows(f"On {machine.device_name}, {machine.link_name}; best first", rows)
+    typer.echo(f"On {machine.device_name}, {machine.link_name}:")
+    print_forecast(seen)
 
 
 @app.command("roofline")

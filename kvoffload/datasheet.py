@@ -21,12 +21,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from kvoffload.errors import ProfileError
+from kvoffload.errors import ConfigError, ProfileError
 
 DATASHEET_SCHEMA_VERSION = 1
 PRESETS = Path(__file__).parent / "profiler" / "presets.json"
@@ -146,6 +147,43 @@ def preset(name: str) -> Datasheet:
     return Datasheet.from_json(presets[name], source=f"preset {name}")
 
 
+class LinkSpec(NamedTuple):
+    """A link between host and device: bytes/s in each direction as copies achieve them, and latency of each copy."""
+
+    link_name: str
+    bytes_per_s: float
+    latency_s: float
+    provenance: str
+
+
+def link_named(text: str) -> LinkSpec:
+    """The link that a short text stands for.
+
+    Args:
+        text: "pcie4", "pcie5x8" (another number of lanes), "nvlink-c2c", "cxl", or a bandwidth with a latency for
+            whatever else, such as storage in a network: "3GB/s+100us".
+
+    Raises:
+        ConfigError: none of these; lists them.
+    """
+    links: dict[str, Any] = _file()["links"]
+    named = re.fullmatch(r"(.+?)(?:x(1|2|4|8|16))?", text.strip().lower())
+    link = links.get(named[1]) if named else None
+    if link and named and (link["lanes"] or not named[2]):
+        lanes = int(named[2] or link["lanes"] or 0)
+        share = lanes / link["lanes"] if lanes else 1.0
+        name = f"{link['link_name']} x{lanes}" if lanes else link["link_name"]
+        return LinkSpec(name, link["achievable_bytes_per_s"] * share, link["latency_s"], link["provenance"])
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*gb/s(?:\s*\+\s*(\d+(?:\.\d+)?)\s*(us|ms))?", text.strip().lower())
+    if match and float(match[1]) > 0:
+        latency_s = float(match[2] or 0) * (1e-3 if match[3] == "ms" else 1e-6)
+        return LinkSpec(text, float(match[1]) * 1e9, latency_s, "assumed")
+    raise ConfigError(
+        f"unknown link {text!r}; known: {', '.join(links)}, with lanes such as pcie5x8 (1, 2, 4, 8 or 16), or a "
+        "bandwidth such as 3GB/s+100us"
+    )
+
+
 def read(data: Any, *, source: str) -> Datasheet:
     """The device a user's file describes.
 
@@ -215,10 +253,14 @@ def profile_data(sheet: Datasheet) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _presets() -> dict[str, Any]:
-    data = json.loads(PRESETS.read_text(encoding="utf-8"))
+def _file() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(PRESETS.read_text(encoding="utf-8"))
     assert data["schema_version"] == DATASHEET_SCHEMA_VERSION, "presets.json and this file go together"
-    presets: dict[str, Any] = data["presets"]
+    return data
+
+
+def _presets() -> dict[str, Any]:
+    presets: dict[str, Any] = _file()["presets"]
     return presets
 
 

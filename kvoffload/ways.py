@@ -63,6 +63,8 @@ class Task(NamedTuple):
             activation_row_bytes=shape.activation_row_bytes,
             beams=self.workload.num_beams,
             other_device_bytes=self._bounded_layers_bytes(rows),
+            is_segmented=config.attention == "auto" and config.schedule == "pipelined",
+            least_chunk_bytes=cost.least_chunk_bytes(self.profile, shape, recomputes=config.fixed_split != 0),
         )
         rates: Rates | None = None
         for _ in range(2):  # the ring needs rates, rates need the size of a chunk
@@ -96,31 +98,33 @@ class Task(NamedTuple):
             host_bytes=min(self._host_cap_bytes(), every_bytes),
             split=config.fixed_split,
             schedule=config.schedule,
+            is_segmented=geometry.is_segmented,
         )
 
     def offload(self, chosen: Plan) -> Alternative:
         """What the plan is predicted to take; the prefill writes the cache back while it computes."""
-        mean = planner.solve(self.inputs(self._mean_tokens()))
+        inputs = self.inputs(self.mean_tokens())
+        mean = planner.solve(inputs)
+        device_s = cost.device_s(inputs, mean.resident_activation_blocks, mean.activation_blocks)
+        step_s = max(mean.predicted_step_s, device_s + self.tail_s(inputs))
         written = 0.0
         if chosen.host_bytes and self.profile.d2h is not None:
             written = chosen.host_bytes / self.profile.d2h.rate(chosen.host_bytes)
         prefill_s = max(self._prefill_s(self.workload.batch), written)
         used = self.shape.weight_bytes + chosen.device_bytes
-        return self._alternative("offload", self.workload.batch, 1, prefill_s, mean.predicted_step_s, used)
+        return self._alternative("offload", self.workload.batch, 1, prefill_s, step_s, used)
 
     def on_device(self) -> Alternative | None:
         """The whole batch on the device, else in sub-batches, else None where not even one sequence fits."""
         beams = self.workload.num_beams
-        fitting = (
-            n for n in range(self.workload.batch, 0, -1) if self.resident_bytes(n) <= self._free_bytes(n * beams)
-        )
+        fitting = (n for n in range(self.workload.batch, 0, -1) if self.resident_bytes(n) <= self.free_bytes(n * beams))
         largest = next(fitting, None)
         if largest is None:
             return None
         runs = -(-self.workload.batch // largest)
         batch = -(-self.workload.batch // runs)  # equal parts
-        inputs = self.inputs(self._mean_tokens(), batch)
-        step_s = max(cost.device_s(inputs, 0, 0), cost.host_s(inputs, 0, 0))
+        inputs = self.inputs(self.mean_tokens(), batch)
+        step_s = max(cost.device_s(inputs, 0, 0) + self.tail_s(inputs), cost.host_s(inputs, 0, 0))
         used = self.shape.weight_bytes + self.resident_bytes(batch)
         way: Way = "on_device" if runs == 1 else "sub_batches"
         return self._alternative(way, batch, runs, self._prefill_s(batch), step_s, used)
@@ -139,21 +143,44 @@ class Task(NamedTuple):
         rate = self.workload.batch * new_tokens / total_s
         return Alternative(way, batch, runs, prefill_s, step_s, total_s, rate, device_bytes)
 
-    def _mean_tokens(self) -> int:
+    def mean_tokens(self) -> int:
+        """Tokens in the cache of one sequence, halfway through the decoding."""
         return self.workload.prompt_tokens + (self.workload.new_tokens - 1) // 2
 
-    def _prefill_s(self, batch: int) -> float:
-        """Computing the prompt: projections and MLP, and causal attention (half of all pairs)."""
+    def prefill_flops(self, batch: int) -> float:
+        """Operations for the prompts: projections and MLP, and causal attention (half of all pairs)."""
         shape, prompt = self.shape, self.workload.prompt_tokens
-        tokens = batch * prompt
         pairs = batch * prompt * prompt / 2
-        flops = tokens * shape.dense_flops + pairs * 4 * shape.num_heads * shape.head_dim  # scores and values
-        rows = min(tokens, PREFILL_TOKENS)
-        return (
-            shape.num_layers * flops / self.profile.gemm_flops_per_s(rows, shape.intermediate_size, shape.hidden_size)
-        )
+        attention = pairs * 4 * shape.num_heads * shape.head_dim  # scores and values
+        return shape.num_layers * (batch * prompt * shape.dense_flops + attention)
 
-    def _free_bytes(self, rows: int) -> int:
+    def step_flops(self, batch: int) -> float:
+        """Operations of one decode step at the mean context."""
+        shape, rows = self.shape, batch * self.workload.num_beams
+        attention = 4 * self.mean_tokens() * shape.num_heads * shape.head_dim  # scores and values
+        head = 2 * shape.hidden_size * shape.vocab_size  # multiply-add
+        return rows * (shape.num_layers * (shape.dense_flops + attention) + head)
+
+    def step_bytes(self, batch: int) -> float:
+        """Bytes of device memory that a step at the mean context cannot do without: active weights and the cache."""
+        shape, rows = self.shape, batch * self.workload.num_beams
+        weights = shape.num_layers * shape.dense_flops // 2 + shape.hidden_size * shape.vocab_size  # multiply-add
+        bounded = (shape.num_layers - shape.num_offloaded_layers) * min(self.window_tokens, self.mean_tokens())
+        cached = rows * (shape.num_offloaded_layers * self.mean_tokens() + bounded) * shape.kv_row_bytes
+        return weights * shape.activation_itemsize_bytes + cached
+
+    def tail_s(self, inputs: PlanInputs) -> float:
+        """Attention over the newest tokens, which fill no block."""
+        tail_tokens = self.mean_tokens() - inputs.num_blocks * inputs.block_tokens
+        return inputs.num_offloaded_layers * tail_tokens * inputs.rates.attention_s_per_token
+
+    def _prefill_s(self, batch: int) -> float:
+        shape = self.shape
+        rows = min(batch * self.workload.prompt_tokens, PREFILL_TOKENS)
+        flops_per_s = self.profile.gemm_flops_per_s(rows, shape.intermediate_size, shape.hidden_size)
+        return self.prefill_flops(batch) / flops_per_s
+
+    def free_bytes(self, rows: int) -> int:
         """Device memory that weights and the prefill peak of `rows` sequences leave; at most the configured cap."""
         shape, itemsize = self.shape, self.shape.activation_itemsize_bytes
         tokens = min(rows * self.workload.prompt_tokens, PREFILL_TOKENS)
@@ -169,7 +196,7 @@ class Task(NamedTuple):
 
     def _device_cap_bytes(self, rows: int) -> int | None:
         """What we may hold on the device; None for as little as works."""
-        free = self._free_bytes(rows)
+        free = self.free_bytes(rows)
         if free <= 0:
             raise InfeasiblePlanError(
                 f"device memory: weights of {gb(self.shape.weight_bytes)} and the prefill leave nothing of "

@@ -9,6 +9,7 @@ there are peaks alone, so that a time made from them is a lower bound.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 
 from kvoffload import datasheet
 from kvoffload.datasheet import BITS, Datasheet
-from kvoffload.errors import ProfileError
+from kvoffload.errors import ConfigError, ProfileError
 from kvoffload.profiler.fit import Fit
 from kvoffload.types import HardwareProfile
 
@@ -93,6 +94,32 @@ def machine_of(profile: HardwareProfile) -> Machine:
             "link_bytes_per_s": profile.h2d.provenance if profile.h2d else "assumed",
         },
     )
+
+
+def what_if(
+    profile: HardwareProfile, *, link: str | None = None, device_memory_bytes: float | None = None
+) -> HardwareProfile:
+    """The same machine behind another link or with another size of memory.
+
+    Args:
+        profile: the machine.
+        link: "pcie5", "pcie4x8", "nvlink-c2c", "3GB/s+100us" and the like (`datasheet.link_named`).
+        device_memory_bytes: of the device.
+
+    Raises:
+        ConfigError: unknown link, or a size that no device has.
+    """
+    if link is not None:
+        from kvoffload.profiler.link import given_curve  # with torch, which the rest does without
+
+        spec = datasheet.link_named(link)
+        curve = given_curve(spec.bytes_per_s, spec.latency_s)
+        profile = dataclasses.replace(profile, link_name=spec.link_name, h2d=curve, d2h=curve)
+    if device_memory_bytes is not None:
+        if not 1e8 <= device_memory_bytes <= 1e14:
+            raise ConfigError(f"a device with {device_memory_bytes:g} bytes of memory makes no sense: give GB, e.g. 24")
+        profile = dataclasses.replace(profile, device_memory_bytes=int(device_memory_bytes))
+    return profile
 
 
 def _from_datasheet(sheet: Datasheet) -> Machine:

@@ -1,6 +1,6 @@
 """Predictions as tables for a terminal.
 
-Owns columns and units. Does not own the numbers (`roofline`).
+Owns columns and units. Does not own the numbers (`roofline`, `kvoffload/forecast.py`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvoffload import forecast
+from kvoffload.forecast import Cell, Forecast, Limits
 from kvoffload.profiler.roofline import Phase, Roofline, Row, remedy_text
 
-WIDTH = 150  # where the output is no terminal
+WIDTH = 160  # where the output is no terminal
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
@@ -24,6 +26,97 @@ def print_roofline(found: Roofline) -> None:
     for phase in found.phases:
         console.print(_phase_table(found, phase))
     console.print("\n".join(summary(found)), highlight=False, markup=False)
+
+
+def print_forecast(seen: Forecast) -> None:
+    """Every way to do a workload, what still fits, and the sweep if there is one."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console.print(_forecast_table(seen.rows))
+    for row in seen.rows:
+        if row.problem:
+            console.print(f"{row.name}: {row.problem}", highlight=False, markup=False)
+    console.print("\n".join(limit_lines(seen.limits)), highlight=False, markup=False)
+    if seen.cells:
+        console.print(_sweep_table(seen.cells))
+
+
+def limit_lines(limits: Limits) -> list[str]:
+    """What still fits, in words."""
+
+    def number(value: int) -> str:
+        if not value:
+            return "none"
+        return f"{value} or more" if value >= forecast.MAX_SEARCHED else str(value)
+
+    return [
+        f"largest batch with these prompts: {number(limits.largest_batch_on_device)} on the device, "
+        f"{number(limits.largest_batch_offloaded)} offloaded",
+        f"longest prompt with this batch: {number(limits.longest_prompt_on_device)} tokens on the device, "
+        f"{number(limits.longest_prompt_offloaded)} offloaded (host memory is taken as enough unless it is known)",
+    ]
+
+
+def _forecast_table(rows: Sequence[forecast.Row]) -> Table:
+    has_price = any(row.price_per_million_new_tokens is not None for row in rows)
+    has_co2 = any(row.co2_g is not None for row in rows)
+    names = [
+        "way",
+        "batch",
+        "TTFT",
+        "TPOT",
+        "all",
+        "tokens/s",
+        "link",
+        "device",
+        "device mem",
+        "host mem",
+        "MFU",
+        "MBU",
+    ]
+    names += ["price/M prompt", "price/M new"] * has_price + ["CO2", "CO2/M new"] * has_co2
+    table = Table(title=Text("Predicted, shares 0..1"), title_justify="left")
+    for name in names:
+        table.add_column(name, justify="left" if name == "way" else "right")
+    for row in rows:
+        if row.problem:
+            continue  # told below the table
+        cells = [
+            row.name,
+            f"{row.runs} x {row.batch}" if row.runs > 1 else str(row.batch),
+            *(seconds(value) for value in (row.ttft_s, row.tpot_s, row.total_s)),
+            f"{row.tokens_per_s:.4g}",
+            *(f"{value:.2f}" for value in (row.link_utilization, row.device_utilization)),
+            *(si(value, "B") for value in (row.device_bytes, row.host_bytes)),
+            *(f"{value:.3f}" for value in (row.mfu, row.mbu)),
+        ]
+        if has_price:
+            cells += [_maybe(row.price_per_million_prompt_tokens), _maybe(row.price_per_million_new_tokens)]
+        if has_co2:
+            cells += [f"{_maybe(row.co2_g)} g", f"{_maybe(row.co2_g_per_million_new_tokens)} g"]
+        table.add_row(*cells)
+    return table
+
+
+def _maybe(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _sweep_table(cells: Sequence[Cell]) -> Table:
+    """Batches down, prompts across: the fastest way and its tokens/s."""
+    prompts = sorted({cell.prompt_tokens for cell in cells})
+    table = Table(title=Text("Fastest way, new tokens/s (offloaded)"), title_justify="left")
+    for name in ("batch", *(f"{prompt} tokens" for prompt in prompts)):
+        table.add_column(name, justify="right")
+    for batch in sorted({cell.batch for cell in cells}):
+        line = {cell.prompt_tokens: cell for cell in cells if cell.batch == batch}
+        table.add_row(str(batch), *(_sweep_cell(line[prompt]) for prompt in prompts))
+    return table
+
+
+def _sweep_cell(cell: Cell) -> str:
+    if cell.name is None:
+        return "nothing works"
+    return f"{cell.name} {cell.tokens_per_s:.4g} ({cell.offload_tokens_per_s:.4g})"
 
 
 def summary(found: Roofline) -> list[str]:

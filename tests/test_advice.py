@@ -73,8 +73,8 @@ def test_sub_batches_are_the_fewest_runs_that_fit_in_equal_parts() -> None:
     chosen = task.on_device()
     assert chosen is not None
     larger = -(-LARGE_BATCH.batch // (chosen.runs - 1))  # the batch that one run fewer would need
-    assert task.resident_bytes(larger) > task._free_bytes(larger)
-    assert task.resident_bytes(chosen.batch) <= task._free_bytes(chosen.batch)
+    assert task.resident_bytes(larger) > task.free_bytes(larger)
+    assert task.resident_bytes(chosen.batch) <= task.free_bytes(chosen.batch)
     assert chosen.device_bytes <= A100.device_memory_bytes
 
 
@@ -83,7 +83,8 @@ def test_one_context_too_long_for_the_device_is_offloaded() -> None:
     assert [one.way for one in advice.alternatives] == ["offload"]
     assert advice.plan.recommendation.startswith("Offload: ")
     assert "not even one sequence fits" in advice.plan.recommendation
-    assert advice.plan.activation_blocks > 0
+    assert advice.plan.activation_blocks + advice.plan.resident_activation_blocks > 0
+    assert advice.plan.is_segmented
     assert advice.plan.predicted_step_s < advice.plan.full_transfer_step_s
 
 
@@ -201,7 +202,10 @@ def test_the_prediction_on_the_device_has_no_link_in_it() -> None:
     one = task.on_device()
     assert one is not None
     inputs = task.inputs(SMALL.prompt_tokens + 63, 1)
-    assert one.step_s == max(cost.device_s(inputs, 0, 0), cost.host_s(inputs, 0, 0))
+    tail_tokens = SMALL.prompt_tokens + 63 - inputs.num_blocks * inputs.block_tokens
+    assert tail_tokens > 0
+    attended_s = 32 * tail_tokens * inputs.rates.attention_s_per_token
+    assert one.step_s == max(cost.device_s(inputs, 0, 0) + attended_s, cost.host_s(inputs, 0, 0))
 
 
 def test_advice_is_plain_data_with_the_plan_in_it() -> None:

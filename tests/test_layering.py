@@ -15,7 +15,7 @@ _LAYER_1 = _LAYER_0 | {
     *("config", "cost", "architectures", "model_config", "model_shape", "placement", "progress", "stats"),
 }
 _LAYER_2 = _LAYER_1 | {"planner", "sizing", "backend", "store", "positions", "ops"}
-_LAYER_3 = _LAYER_2 | {"transfer", "ways", "advice"}
+_LAYER_3 = _LAYER_2 | {"transfer", "ways", "advice", "forecast"}
 _LAYER_4 = _LAYER_3 | {"tail", "layer", "cache", "attention", "recompute"}
 _LAYER_5 = _LAYER_4 | {"hf", "decide", "profiler"}
 
@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "transfer": _LAYER_2,
     "ways": _LAYER_2,
     "advice": _LAYER_2 | {"ways"},
+    "forecast": _LAYER_2 | {"ways"},
     "profiler": _LAYER_3,
     "tail": _LAYER_2,
     "layer": _LAYER_3 | {"tail"},
@@ -84,6 +85,7 @@ TORCH_FREE = {
     "sizing",
     "ways",
     "advice",
+    "forecast",
 }
 
 # the only modules that create streams, events or pinned memory
