@@ -57,7 +57,21 @@ ON_CUDA = {
     "opt-6.7b": Shape(hidden=4096, q_heads=32, kv_heads=32, head_dim=128, rotary=False, bias=True),
     "llama-2-7b": Shape(hidden=4096, q_heads=32, kv_heads=32, head_dim=128),
 }
-_SMALL = {"hidden": 256, "q_heads": 4, "head_dim": 64, "batch": 4, "cached_tokens": 256, "chunk_tokens": 64}
+_SMALL: dict[str, Any] = {
+    "hidden": 256,
+    "q_heads": 4,
+    "head_dim": 64,
+    "batch": 4,
+    "cached_tokens": 256,
+    "chunk_tokens": 64,
+}
+    "hidden": 256,
+    "q_heads": 4,
+    "head_dim": 64,
+    "batch": 4,
+    "cached_tokens": 256,
+    "chunk_tokens": 64,
+}
 ON_CPU = {"small-gqa": Shape(kv_heads=2, **_SMALL), "small-mha": Shape(kv_heads=4, **_SMALL)}
 
 Sample = tuple[str, str, str, list[float]]  # provider, metric, unit, samples
