@@ -65,13 +65,6 @@ _SMALL: dict[str, Any] = {
     "cached_tokens": 256,
     "chunk_tokens": 64,
 }
-    "hidden": 256,
-    "q_heads": 4,
-    "head_dim": 64,
-    "batch": 4,
-    "cached_tokens": 256,
-    "chunk_tokens": 64,
-}
 ON_CPU = {"small-gqa": Shape(kv_heads=2, **_SMALL), "small-mha": Shape(kv_heads=4, **_SMALL)}
 
 Sample = tuple[str, str, str, list[float]]  # provider, metric, unit, samples
