@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -133,7 +134,7 @@ def run(attend: Callable[..., None], case: Case, data: Data, last_first: bool = 
 
 
 def scale_of(case: Case) -> float:
-    return 0.9 / case.head_dim**0.5  # not the default of torch, so that it must be handed on
+    return 0.9 / math.sqrt(case.head_dim)  # not the default of torch, so that it must be handed on
 
 
 def dense(case: Case, data: Data, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -189,4 +190,5 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 def gpu(test: Callable[..., None]) -> Callable[..., None]:
     """Marks a test that needs a CUDA device, where kernels are compiled."""
     skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    return pytest.mark.gpu(skip(test))
+    marked: Callable[..., None] = pytest.mark.gpu(skip(test))
+    return marked
