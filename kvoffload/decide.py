@@ -219,7 +219,7 @@ class Decider:
         if setting != "auto":
             return int(float(setting) * GIB)
         tokens = self.prefill_chunk_tokens(geometry, prompt_tokens, held_bytes) or prompt_tokens
-        room = self._free_device_bytes(held_bytes) - prefill_peak_bytes(self.shape, geometry.rows, tokens)
+        room = self._free_device_bytes(held_bytes) - self._prefill_peak_bytes(geometry, tokens)
         least = choose_sizes(geometry, self.config, keeps_activations=True, device_bytes=None, rates=None)
         return room if room > least.fixed_device_bytes else None
 
@@ -229,6 +229,9 @@ class Decider:
         cached = torch.cuda.memory_reserved(self.backend.device) - torch.cuda.memory_allocated(self.backend.device)
         return int(DEVICE_SHARE * (free + cached)) + held_bytes
 
+    def _prefill_peak_bytes(self, geometry: Geometry, tokens: int) -> int:
+        return prefill_peak_bytes(self.shape, num_tokens=geometry.rows * tokens, rows=geometry.rows)
+
     def prefill_chunk_tokens(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int | None:
         """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole."""
         if self.backend.emulated or self.config.device_gib != "auto":
@@ -236,7 +239,7 @@ class Decider:
         sizes = choose_sizes(geometry, self.config, keeps_activations=True, device_bytes=None, rates=None)
         room = self._free_device_bytes(held_bytes) - sizes.fixed_device_bytes
         tokens = prompt_tokens
-        while tokens > MIN_PREFILL_TOKENS and prefill_peak_bytes(self.shape, geometry.rows, tokens) > room:
+        while tokens > MIN_PREFILL_TOKENS and self._prefill_peak_bytes(geometry, tokens) > room:
             tokens = -(-tokens // 2)
         return None if tokens == prompt_tokens else tokens
 

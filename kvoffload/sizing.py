@@ -232,15 +232,15 @@ def grown(sizes: Sizes, geometry: Geometry) -> Sizes:
     return replace(sizes, buffer_bytes=max(sizes.buffer_bytes, geometry.max_tokens * geometry.kv_bytes_per_token))
 
 
-def prefill_peak_bytes(shape: ModelShape, rows: int, tokens: int) -> int:
-    """Device memory that a prefill of `tokens` tokens in each of `rows` rows needs beside weights and cache."""
+def prefill_peak_bytes(shape: ModelShape, *, num_tokens: int, rows: int) -> int:
+    """Device memory that a prefill of `num_tokens` tokens, of `rows` rows together, needs beside weights and cache."""
     itemsize = shape.activation_itemsize_bytes
     mlp = shape.mlp_matrices * shape.intermediate_size  # gate, up and their product live at once
     attention = 4 * shape.num_heads * shape.head_dim  # queries, output and their transposed copies
     kv = 3 * shape.kv_row_bytes  # one layer's K/V, and packed for two
     per_token = (max(mlp, attention) + 4 * shape.hidden_size) * itemsize + kv  # residual, norm, input, output
     logits = rows * shape.vocab_size * (itemsize + 4)  # and a float32 copy
-    return rows * tokens * per_token + logits
+    return num_tokens * per_token + logits
 
 
 def _power_of_two(value: int) -> int:

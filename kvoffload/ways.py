@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from kvoffload import cost, planner
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
-from kvoffload.sizing import Geometry, choose_sizes
+from kvoffload.sizing import Geometry, choose_sizes, prefill_peak_bytes
 from kvoffload.types import HardwareProfile, ModelShape, Plan, PlanInputs, Rates, Workload
 
 PREFILL_TOKENS = 16384  # of all sequences, in one forward of the prefill
@@ -182,14 +182,9 @@ class Task(NamedTuple):
 
     def free_bytes(self, rows: int) -> int:
         """Device memory that weights and the prefill peak of `rows` sequences leave; at most the configured cap."""
-        shape, itemsize = self.shape, self.shape.activation_itemsize_bytes
-        tokens = min(rows * self.workload.prompt_tokens, PREFILL_TOKENS)
-        mlp = shape.mlp_matrices * shape.intermediate_size  # gate, up and their product live at once
-        attention = 4 * shape.num_heads * shape.head_dim  # queries, output and their transposed copies
-        per_token = (max(mlp, attention) + 4 * shape.hidden_size) * itemsize + 2 * shape.kv_row_bytes
-        logits = rows * shape.vocab_size * (itemsize + 4)  # and a float32 copy
-        left = self.profile.device_memory_bytes - shape.weight_bytes
-        free = int(USABLE_DEVICE_FRACTION * left) - tokens * per_token - logits
+        num_tokens = min(rows * self.workload.prompt_tokens, PREFILL_TOKENS)
+        left = self.profile.device_memory_bytes - self.shape.weight_bytes
+        free = int(USABLE_DEVICE_FRACTION * left) - prefill_peak_bytes(self.shape, num_tokens=num_tokens, rows=rows)
         if isinstance(self.config.device_gib, str):
             return free
         return min(free, int(self.config.device_gib * GIB))
