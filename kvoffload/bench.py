@@ -473,7 +473,8 @@ def table(result: dict[str, Any]) -> Table:
     """The rows of a result as people read them."""
     result_table = Table(title=f"{result['preset']} on {result['device']}, link {result['link']}")
     for name in ("mode", "split", "step ms", "bound ms", "of bound", "vs full transfer", "link busy"):
-        result_table.add_column(name, justify="left" if name == "mode" else "right")
+        is_mode = name == "mode"
+        result_table.add_column(name, justify="left" if is_mode else "right", no_wrap=is_mode)
     for row in result["rows"]:
         speedup = row["speedup_vs_full_transfer"]
         result_table.add_row(

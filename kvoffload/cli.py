@@ -244,7 +244,7 @@ def demo(
     console.print(f"[bold]{prompt or demonstration.PROMPT}[/bold]")
     console.print(found.answer.text, style="green", markup=False)
     console.print(_same_tokens(bool(found.answer.tokens_equal)))
-    console.print(str(found.answer.stats), style="dim", markup=False, highlight=False)
+    console.print(str(found.answer.stats), style="dim", markup=False, highlight=False, soft_wrap=True)
     console.print()
     console.print(bench.table(found.result))
 
