@@ -100,8 +100,6 @@ class OffloadedCache:
         first_gone, left = divmod(self.layers[0].num_tokens - tokens, block_tokens)
         is_reopened = left > 0 and tokens > self.layers[0].tail_tokens
         row_step = self.layers[0].blocks[first_gone].row_step if is_reopened else 1
-        if tokens > self.layers[0].tail_tokens:
-            self.engine.forget(self)  # else copies of blocks that are about to be rewritten would still be issued
         for layer in self.layers:
             layer.remove(tokens)
         table = self.logical_rows(first_gone) if is_reopened else None

@@ -227,7 +227,8 @@ class TransferEngine:
 
     def prefetch(self, cache: CacheSource) -> None:
         """Start bringing the first layer's blocks, which a step of `cache` will ask for next."""
-        if self._cache is not cache:
+        ahead = (job for job in self._jobs if job is not self._current)
+        if self._cache is not cache or any(job.version != job.layer.version for job in ahead):
             self.drop()
             self._cache = cache
             self._next_position = 0

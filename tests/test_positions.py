@@ -48,7 +48,7 @@ def test_embeddings_read_back_are_those_that_were_captured(seed: int) -> None:
             kept, stored_tokens = kept[:, :tokens], min(stored_tokens, tokens // 4 * 4)
         else:
             indices = torch.tensor([draw.randrange(rows) for _ in range(rows)])
-            store.select(indices, stored_tokens)
+            store.select(indices, stored_tokens, rows)
             # Blocks keep their rows, the tail follows. Padding belongs to the row a token was written for.
             kept = torch.cat([kept[:, :stored_tokens], kept[indices, stored_tokens:]], dim=1)
             padding = [padding[i] for i in indices.tolist()]
@@ -90,7 +90,7 @@ def test_a_beam_search_does_not_make_the_table_grow(tail: int) -> None:
     store.read((0,), 0, 32, 4, 1)
     before = store.device_bytes
     for step in range(200):
-        store.select(torch.tensor([step % 4, 1, 0, 3]), 32 - tail)
+        store.select(torch.tensor([step % 4, 1, 0, 3]), 32 - tail, 4)
         store.read((0,), 0, 32, 4, 1)
     assert store.device_bytes == before
 

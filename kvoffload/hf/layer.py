@@ -307,7 +307,11 @@ class OffloadedLayer(CacheLayerMixin):
         n = slice(0, VERIFIED_TOKENS)
         embeddings = tuple(part[:, n] for part in self._embeddings)
         shape = KVShape.of(keys, values)
-        return recompute.choose(self._module, shape, activation[:, n], embeddings, keys[:, :, n], values[:, :, n])
+        was_attended, self._was_attended = self._was_attended, ""  # a try of the module's forward may attend, too
+        try:
+            return recompute.choose(self._module, shape, activation[:, n], embeddings, keys[:, :, n], values[:, :, n])
+        finally:
+            self._was_attended = was_attended
 
     def _prepare_measurement(
         self, path: Recompute, activation: torch.Tensor, shape: KVShape, num_tokens: int
