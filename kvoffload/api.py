@@ -7,6 +7,7 @@ from typing import Any
 
 from kvoffload import advice
 from kvoffload.config import OffloadConfig
+from kvoffload.errors import ConfigError
 from kvoffload.profiler.profile import measure_hardware
 from kvoffload.profiler.stored import resolve_profile
 from kvoffload.session import Session
@@ -31,7 +32,7 @@ def offload(model: Any, config: OffloadConfig | None = None) -> Session:
         UnsupportedModelError: the model cannot be offloaded correctly.
         KVOffloadError: it is offloaded already.
     """
-    return Session(model, config or OffloadConfig())
+    return Session(model, _checked(config))
 
 
 def generate(model: Any, *args: Any, offload_config: OffloadConfig | None = None, **kwargs: Any) -> Any:
@@ -61,8 +62,18 @@ def plan(
     Raises:
         InfeasiblePlanError: it fits nowhere; says which limit and by how much.
         ProfileError: the profile cannot be used, or its link has no bandwidth.
-        ConfigError: the model's configuration lacks a field.
+        ConfigError: the model's configuration lacks a field, or an argument is of another kind.
         UnsupportedModelError: the model has no cache that grows.
     """
-    config = config or OffloadConfig()
+    config = _checked(config)
+    if not isinstance(workload, Workload):
+        raise ConfigError(f"workload must be a kvoffload.Workload(batch=..., ...), got {type(workload).__name__}")
     return advice.plan(model_or_config, workload, resolve_profile(profile, link=config.link), config)
+
+
+def _checked(config: OffloadConfig | None) -> OffloadConfig:
+    if config is None:
+        return OffloadConfig()
+    if not isinstance(config, OffloadConfig):
+        raise ConfigError(f"options are given as a kvoffload.OffloadConfig(...), got {type(config).__name__}")
+    return config

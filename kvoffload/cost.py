@@ -196,8 +196,9 @@ def rates_from_profile(
     """
     if profile.h2d is None:
         raise ProfileError(
-            f"{profile.link_name} is unpaced and has no bandwidth to plan with: use split='transfer', or an "
-            "EmulatedLink with h2d_gb_per_s"
+            f"this machine's link is {profile.link_name}, which has no bandwidth to plan with: give it one "
+            "(--link-gb-per-s, EmulatedLink(h2d_gb_per_s=...)), name the hardware to plan for (--hardware, a preset or "
+            "a profile), or use split='transfer'"
         )
     chunk_rows = chunk_blocks * block_tokens * batch  # tokens of all sequences in one chunk
     kv_token_bytes = batch * shape.kv_row_bytes

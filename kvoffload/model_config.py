@@ -41,7 +41,8 @@ def reader(config: Any) -> Get:
                 config = {"dtype": config.get("dtype"), "torch_dtype": config.get("torch_dtype")} | dict(config[name])
         mapping = config
         return lambda name: mapping.get(name)
-    return lambda name: getattr(config, name, None)
+    # "torch_dtype" is the name in old files; a configuration object has "dtype" and warns of the other.
+    return lambda name: None if name == "torch_dtype" else getattr(config, name, None)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -97,7 +97,7 @@ def choose_sizes(
         config,
         keeps_activations,
         block_tokens=MIN_BLOCK_TOKENS if config.block_tokens == "auto" else config.block_tokens,
-        chunk_blocks=1 if config.chunk_blocks == "auto" else config.chunk_blocks,
+        chunk_blocks=1 if config.chunk_blocks == "auto" else sizes.chunk_blocks,
         num_slots=1 if config.slots == "auto" else config.slots,
     )
     if smallest.fixed_device_bytes > device_bytes:
@@ -136,7 +136,7 @@ def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: b
         by_bytes = TARGET_CHUNK_BYTES // per_token
         block_tokens = min(MAX_BLOCK_TOKENS, max(MIN_BLOCK_TOKENS, _power_of_two(min(by_length, by_bytes))))
     if config.chunk_blocks != "auto":
-        chunk_blocks = config.chunk_blocks
+        chunk_blocks = min(config.chunk_blocks, math.ceil(geometry.max_tokens / block_tokens))
     else:
         chunk_blocks = max(1, chunk_tokens // block_tokens)
     chunks_per_layer = max(1, math.ceil(geometry.max_tokens / (block_tokens * chunk_blocks)))

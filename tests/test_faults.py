@@ -638,3 +638,28 @@ def test_the_check_of_races_is_on_during_faults_too(model: PreTrainedModel, want
             with pytest.raises(Planted):
                 generate(model, logits_processor=[failing_at(step, Planted)])
             check_after(session, model, wanted)
+
+
+# ---- arguments of another kind ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", ["fast", {"split": "transfer"}, 3])
+def test_options_of_another_kind_are_refused(options: Any, model: PreTrainedModel) -> None:
+    message = "options are given as a kvoffload.OffloadConfig"
+    with pytest.raises(ConfigError, match=message):
+        kvoffload.offload(model, options)
+    with pytest.raises(ConfigError, match=message):
+        kvoffload.generate(model, prompt(1), offload_config=options)
+    with pytest.raises(ConfigError, match=message):
+        kvoffload.plan(model, kvoffload.Workload(batch=1, prompt_tokens=8, new_tokens=8), profile(), options)
+    with pytest.raises(ConfigError, match="workload must be a kvoffload.Workload"):
+        kvoffload.plan(model, {"batch": 1}, profile())  # type: ignore[arg-type]
+    assert "generate" not in vars(model)
+
+
+def test_chunks_larger_than_the_cache_take_no_more_memory_than_it(model: PreTrainedModel) -> None:
+    wanted = outcome([generate(model)])
+    with kvoffload.offload(model, config(chunk_blocks=10**6)) as session:
+        assert distance(outcome([generate(model)]), wanted) <= TOLERANCE
+        assert session.stats is not None
+        assert session.stats.device_kv_peak_decode_bytes < 2**20

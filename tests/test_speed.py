@@ -98,7 +98,8 @@ def test_a_wrong_profile_does_not_make_it_slower_than_full_transfer(factor: floa
         profile = with_link(wrong, kvoffload.EmulatedLink(**link))
         full = machine.measure("full_transfer", profile, new_tokens=8)
         planned = machine.measure("planned", profile, new_tokens=8)
-        assert full["decode_step_s_p50"] >= 0.97 * planned["decode_step_s_p50"]
+        full_s, planned_s = (statistics.median(row["decode_step_s"]) for row in (full, planned))
+        assert full_s >= 0.97 * planned_s
 
     _attempt(claim)
 
