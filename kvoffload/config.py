@@ -58,7 +58,7 @@ class OffloadConfig:
         overlap: False copies, waits, then computes (for ablation).
         schedule: "pipelined", or "kvpr" for the paper's schedule.
         attention: "auto" attends to each chunk where it arrives (device memory does not grow with the context) where
-            the model and the call allow it; "whole_layer" puts a layer's K/V together first.
+            the model and the call allow it and the link has a speed; "whole_layer" puts a layer's K/V together first.
         profile: a HardwareProfile, a path to one, or "auto" (stored for this machine, else measured once).
         link: "auto" (CUDA, else an unpaced emulated link) or an EmulatedLink.
 

@@ -397,7 +397,7 @@ class Decider:
 
 
 MIN_PREFILL_TOKENS = 64
-MIN_SEGMENT_ROWS, MIN_SEGMENT_BYTES = 512, 2**16  # of a chunk on an emulated link that nobody measured
+MIN_SEGMENT_ROWS, MIN_SEGMENT_BYTES = 1024, 2**16  # of a chunk on an emulated link that nobody measured
 # Stands in where the link has no known speed: only memory decides, and the prediction is not shown.
 _UNKNOWN = Rates(
     h2d_activation_bytes_per_s=1e9,

@@ -14,6 +14,7 @@ import torch
 from kvoffload import ops
 from kvoffload.attention import ResidentBlocks
 from kvoffload.layer import CacheLayer
+from kvoffload.tail import NewTokens
 
 
 class Question(NamedTuple):
@@ -101,12 +102,7 @@ class _Answer:
         """Attend to the tail and the new tokens, [rows, heads, tokens, head_dim]."""
         tail = self._layer.tail
         assert tail is not None
-        count = tail.num_tokens + keys.shape[2]
-        newest = torch.empty(count, keys.shape[0], self._shape.width, dtype=keys.dtype, device=keys.device)
-        newest[: tail.num_tokens] = tail.kv
-        new_keys, new_values = self._shape.split(newest[tail.num_tokens :])
-        new_keys.copy_(keys.permute(2, 0, 1, 3))
-        new_values.copy_(values.permute(2, 0, 1, 3))
+        newest = tail.with_new(NewTokens(keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)))
         self._attend(newest, self._layer.num_stored_tokens, None)
 
     def _attend(self, kv: torch.Tensor, first_position: int, row_table: torch.Tensor | None) -> None:

@@ -78,7 +78,10 @@ class Session:
             on_layers=self._before_layers,
         )
         self._segment_attention: hf.SegmentAttention | None = None
-        if config.attention == "auto" and config.schedule == "pipelined":
+        # An unpaced emulated link has no device behind it whose memory could be saved: there the model's own attention
+        # is faster, and the same to the last bit.
+        is_unpaced = self.backend.emulated and getattr(config.link, "h2d_gb_per_s", None) is None
+        if config.attention == "auto" and config.schedule == "pipelined" and not is_unpaced:
             self._segment_attention = hf.SegmentAttention.install(self.model, self._hooks)
         self._shadowed = {name: vars(self.model)[name] for name in SHADOWED if name in vars(self.model)}
         self._originals: dict[str, Callable[..., Any]] = {name: getattr(self.model, name) for name in SHADOWED}

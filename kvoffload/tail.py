@@ -161,6 +161,18 @@ class Tail:
         elif form == "activation" and new.activation is not None:
             out[from_tail:] = new.activation[source, ::step]
 
+    def with_new(self, new: NewTokens) -> torch.Tensor:
+        """K/V of the tail and the new tokens, [num_tokens + new, rows, width]; these are not cached by that.
+
+        In the tail's own buffer if there is room, as there always is for one token.
+        """
+        data, stop = self._data["kv"], self.num_tokens + new.num_tokens
+        if data.shape[0] < stop:
+            data = data.new_empty(stop, *data.shape[1:])
+            data[: self.num_tokens] = self.kv
+        self.copy("kv", data[self.num_tokens : stop], self.num_tokens, stop, 1, new)
+        return data[:stop]
+
     def advance(self, gone: int, new: NewTokens) -> None:
         """The oldest `gone` tokens of tail + new are in blocks now; the rest is the tail (and has room)."""
         kept = max(0, self.num_tokens - gone)

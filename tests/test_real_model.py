@@ -66,7 +66,8 @@ def _distance(found: Any, expected: Any) -> float:
 def test_logits_equal_those_without_offloading(
     model: Any, expected: Any, rounding: float, split: Any, attention: Any
 ) -> None:
-    with kvoffload.offload(model, kvoffload.OffloadConfig(split=split, attention=attention)) as session:
+    link = kvoffload.EmulatedLink(h2d_gb_per_s=5.0)  # unpaced, "auto" is the model's own attention as well
+    with kvoffload.offload(model, kvoffload.OffloadConfig(split=split, attention=attention, link=link)) as session:
         found = _generate(model)
     assert torch.equal(found.sequences, expected.sequences)
     assert 1e-6 < rounding < 1e-4

@@ -145,6 +145,14 @@ def test_whole_layers_where_asked_for(model: PreTrainedModel, watch: Watch) -> N
         OffloadConfig(attention="eager")  # type: ignore[arg-type]
 
 
+def test_whole_layers_where_the_link_has_no_speed(model: PreTrainedModel, watch: Watch) -> None:
+    with Session(model, OffloadConfig(split="transfer", device_gib="min", block_tokens=4)) as session:
+        model.generate(prompt(2), **COMMON)
+        assert session.stats is not None
+        assert session.stats.h2d_bytes > 0
+    assert watch.num_calls == 0
+
+
 def compare(model: PreTrainedModel, forward: Any) -> Session:
     """A prefill and then `forward(model, cache)`, plain and offloaded."""
     with torch.no_grad():
