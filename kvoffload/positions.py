@@ -107,13 +107,16 @@ class PositionStore:
         self._assigned: dict[tuple[int, int], int] = {}  # (layer, index in its tuple) -> stream
         self._forward = -1
 
-    def capture(self, forward: int, layer: int, embeddings: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
+    def capture(
+        self, forward: int, layer: int, embeddings: tuple[torch.Tensor, ...], cached_tokens: int
+    ) -> tuple[int, ...]:
         """Remember the embeddings of this forward's tokens, each distinct tensor once; returns their streams.
 
         Args:
             forward: number of the forward pass; tensors are told apart by identity within one.
             layer: the layer they were given to.
             embeddings: each [rows or 1, tokens, width].
+            cached_tokens: tokens before these. What a forward left behind that failed before it cached its own goes.
 
         Raises:
             UnsupportedModelError: layers that shared a tensor in one forward have different ones in another.
@@ -122,6 +125,7 @@ class PositionStore:
             self._forward = forward
             self._captured.clear()
             self._captured_by.clear()
+            self.truncate(cached_tokens)
         streams = []
         for index, tensor in enumerate(embeddings):
             stream = self._assigned.get((layer, index))

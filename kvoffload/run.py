@@ -151,7 +151,7 @@ class Run:
         link = None if decode_start is None else end.h2d.since(decode_start.h2d)
         decode_wait_s = end.wait_s - (0.0 if decode_start is None else decode_start.wait_s)
         new_tokens = core.layers[0].num_tokens + 1 - self.prompt_tokens
-        p50 = sorted(steps)[len(steps) // 2] if steps else None
+        p50 = statistics.median(steps) if steps else None
         predicted = plan.predicted_step_s or None
         others = self.cache.other_device_bytes
         return GenerationStats(

@@ -86,5 +86,5 @@ def test_statistics_tell_how_wrong_the_prediction_was() -> None:
     measured_s = session.stats.decode_step_s_p50
     assert measured_s is not None
     assert error > MAX_PREDICTION_ERROR_FRACTION
-    assert error == pytest.approx(measured_s / session.stats.predicted_step_s - 1, rel=0.1)
+    assert error == pytest.approx(measured_s / session.stats.predicted_step_s - 1)
     assert session.stats.to_json()["prediction_error_fraction"] == error

@@ -39,7 +39,7 @@ def test_embeddings_read_back_are_those_that_were_captured(seed: int) -> None:
         if operation < 0.6 or tokens == 0:
             new = rotary(rows, tokens, draw.choice([1, 1, 1, 2, 7, 30]), padding)
             given = new[:1] if len(set(padding)) == 1 and draw.random() < 0.5 else new  # models may pass one row
-            assert store.capture(step, 0, (given,)) == (0,)
+            assert store.capture(step, 0, (given,), tokens) == (0,)
             kept = torch.cat([kept, new], dim=1)
             stored_tokens = kept.shape[1] // 4 * 4 if draw.random() < 0.7 else stored_tokens
         elif operation < 0.8:
@@ -61,14 +61,14 @@ def test_embeddings_read_back_are_those_that_were_captured(seed: int) -> None:
 
 def test_every_second_row_can_be_read() -> None:
     store, new = PositionStore(0), embedding(6, 5, seed=0)
-    store.capture(0, 0, (new,))
+    store.capture(0, 0, (new,), 0)
     (found,) = store.read((0,), 1, 4, 3, 2)
     assert torch.equal(found, new[::2, 1:4])
 
 
 def test_equal_rows_are_stored_once() -> None:
     store, new = PositionStore(100), embedding(1, 40, seed=0)
-    store.capture(0, 0, (new.expand(8, -1, -1),))
+    store.capture(0, 0, (new.expand(8, -1, -1),), 0)
     (found,) = store.read((0,), 0, 40, 8, 1)
     assert found.shape == (1, 40, WIDTH)
     assert torch.equal(found, new)
@@ -77,7 +77,7 @@ def test_equal_rows_are_stored_once() -> None:
 
 def test_rows_that_differ_by_padding_share_their_vectors() -> None:
     store = PositionStore(0)
-    store.capture(0, 0, (rotary(8, 0, 64, [0, 1, 2, 3, 4, 5, 6, 7]),))
+    store.capture(0, 0, (rotary(8, 0, 64, [0, 1, 2, 3, 4, 5, 6, 7]),), 0)
     (found,) = store.read((0,), 0, 64, 8, 1)
     assert torch.equal(found, rotary(8, 0, 64, [0, 1, 2, 3, 4, 5, 6, 7]))
     assert store.device_bytes == 64 * WIDTH * 4 + 64 * 8 * 4  # 64 vectors, an index for each token of each row
@@ -86,7 +86,7 @@ def test_rows_that_differ_by_padding_share_their_vectors() -> None:
 @pytest.mark.parametrize("tail", [1, 5])
 def test_a_beam_search_does_not_make_the_table_grow(tail: int) -> None:
     store = PositionStore(64)
-    store.capture(0, 0, (rotary(4, 0, 32, [0, 2, 5, 9]),))
+    store.capture(0, 0, (rotary(4, 0, 32, [0, 2, 5, 9]),), 0)
     store.read((0,), 0, 32, 4, 1)
     before = store.device_bytes
     for step in range(200):
@@ -100,9 +100,9 @@ def test_layers_that_share_a_tensor_share_its_storage() -> None:
     for forward in range(3):
         cos, sin = embedding(1, 4, seed=2 * forward), embedding(1, 4, seed=2 * forward + 1)
         other = embedding(1, 4, seed=100 + forward)
-        assert store.capture(forward, 0, (cos, sin)) == (0, 1)
-        assert store.capture(forward, 1, (other, sin)) == (2, 1)
-        assert store.capture(forward, 2, (cos, sin)) == (0, 1)
+        assert store.capture(forward, 0, (cos, sin), 4 * forward) == (0, 1)
+        assert store.capture(forward, 1, (other, sin), 4 * forward) == (2, 1)
+        assert store.capture(forward, 2, (cos, sin), 4 * forward) == (0, 1)
     found = store.read((0, 2), 0, 12, 1, 1)
     assert torch.equal(found[0], torch.cat([embedding(1, 4, seed=2 * f) for f in range(3)], dim=1))
     assert torch.equal(found[1], torch.cat([embedding(1, 4, seed=100 + f) for f in range(3)], dim=1))
@@ -111,8 +111,18 @@ def test_layers_that_share_a_tensor_share_its_storage() -> None:
 def test_layers_that_stop_sharing_are_refused() -> None:
     store = PositionStore(0)
     shared = embedding(1, 4, seed=0)
-    store.capture(0, 0, (shared,))
-    store.capture(0, 1, (shared,))
-    store.capture(1, 0, (embedding(1, 4, seed=1),))
+    store.capture(0, 0, (shared,), 0)
+    store.capture(0, 1, (shared,), 0)
+    store.capture(1, 0, (embedding(1, 4, seed=1),), 4)
     with pytest.raises(UnsupportedModelError, match=r"layer 1 .*split='transfer'"):
-        store.capture(1, 1, (embedding(1, 4, seed=2),))
+        store.capture(1, 1, (embedding(1, 4, seed=2),), 4)
+
+
+def test_what_a_failed_forward_left_behind_goes_when_it_is_tried_again() -> None:
+    store = PositionStore(0)
+    tries = [embedding(1, 4, seed=seed) for seed in range(3)]
+    store.capture(0, 0, (tries[0],), 0)
+    store.capture(1, 0, (tries[1],), 4)  # fails before its tokens are cached
+    store.capture(2, 0, (tries[2],), 4)
+    (found,) = store.read((0,), 0, 8, 1, 1)
+    assert torch.equal(found, torch.cat([tries[0], tries[2]], dim=1))

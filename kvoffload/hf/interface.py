@@ -7,7 +7,6 @@ function that was selected before. Masks are made as before, too.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +20,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvoffload.hf.hooks import ModelHooks
 
 TAKES_OVER_FROM = ("sdpa", "eager")  # others ask for a kernel by name
-_numbers = itertools.count()
 
 
 class SegmentAttention:
@@ -29,7 +27,7 @@ class SegmentAttention:
 
     def __init__(self, model: PreTrainedModel, hooks: ModelHooks, original: str) -> None:
         self._hooks, self._original = hooks, original
-        self.name = f"kvoffload_{next(_numbers)}_{original}"
+        self.name = f"kvoffload_{id(self):x}_{original}"
         ALL_ATTENTION_FUNCTIONS.register(self.name, self)
         ALL_MASK_ATTENTION_FUNCTIONS.register(self.name, ALL_MASK_ATTENTION_FUNCTIONS[original])
         self._configs = _configs(model, original)

@@ -264,7 +264,9 @@ class OffloadedLayer(CacheLayerMixin):
                 f"layer {core.position} was updated outside its attention module; use split='transfer'"
             )
         if core.recompute is not None and self._embeddings:
-            core.streams = core.cache.positions.capture(owner.session.num_forwards, core.position, self._embeddings)
+            core.streams = core.cache.positions.capture(
+                owner.session.num_forwards, core.position, self._embeddings, core.num_tokens
+            )
 
     def _append(self, update: _Update) -> None:
         owner, core = self._owner(), self.core
