@@ -197,7 +197,7 @@ def test_reading_the_weights_bounds_the_dense_part_and_the_head() -> None:
 
 
 def test_an_unpaced_link_has_no_rates_and_the_message_says_what_to_do() -> None:
-    with pytest.raises(ProfileError, match=r"unpaced.*split='transfer'"):
+    with pytest.raises(ProfileError, match=r"no bandwidth to plan with.*split='transfer'"):
         cost.rates_from_profile(dataclasses.replace(PROFILE, h2d=None), SHAPE, batch=1, block_tokens=8, chunk_blocks=2)
 
 
