@@ -29,7 +29,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["kvoffload", "kvoffload.backend", "kvoffload.hf", "kvoffload.kernels", "kvoffload.profiler"],
+    packages=["kvoffload", "kvoffload.backend", "kvoffload.bench", "kvoffload.hf", "kvoffload.kernels", "kvoffload.profiler"],
     package_data={"kvoffload": ["py.typed"], "kvoffload.profiler": ["presets.json"]},
     include_package_data=False,
     install_requires=RUNTIME,

@@ -1,0 +1,18 @@
+"""What is measured: decoding at named shapes, in every mode, beside the bound of the cost model."""
+
+from kvoffload.bench.decode import measure, run, table
+from kvoffload.bench.lab import MODES, WHOLE_LAYER_MODES, Lab, core_for_the_link, device_name
+from kvoffload.bench.presets import PRESETS, Preset
+
+__all__ = [
+    "MODES",
+    "PRESETS",
+    "WHOLE_LAYER_MODES",
+    "Lab",
+    "Preset",
+    "core_for_the_link",
+    "device_name",
+    "measure",
+    "run",
+    "table",
+]

@@ -1,0 +1,201 @@
+"""One model of random weights on one machine: what is measured, over which link, and the bound of each mode.
+
+Owns the model, the link's speed, the options that each mode stands for, and the cost model's step at rates measured
+here and now. Does not own what is run (`decode`, `providers`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from kvoffload import cost, planner
+from kvoffload.backend import Backend, CudaBackend
+from kvoffload.bench.presets import Preset, make_model
+from kvoffload.bench.rates import attention_s_per_token, recompute_s_per_token, step_s_without_cache
+from kvoffload.config import EmulatedLink, OffloadConfig
+from kvoffload.errors import ConfigError
+from kvoffload.model_shape import shape_from_config
+from kvoffload.profiler.environment import cpu_name
+from kvoffload.profiler.profile import with_link
+from kvoffload.types import HardwareProfile, PlanInputs, Rates
+
+MODES = ("full_transfer", "recompute_all", "sequential", "kvpr", "planned")
+# The same with a layer's K/V put together before attention, where `MODES` attend chunk by chunk.
+WHOLE_LAYER_MODES = {"full_transfer_whole_layer": "full_transfer", "planned_whole_layer": "planned"}
+_SPLITS = {"full_transfer": 0.0, "recompute_all": 1.0}  # the others plan
+
+
+class Lab:
+    """One model on one machine, and the rates of both.
+
+    Raises:
+        ConfigError: the preset needs a GPU, and there is none.
+    """
+
+    def __init__(self, preset: Preset) -> None:
+        if not preset.is_emulated and not torch.cuda.is_available():
+            raise ConfigError("this shape is measured on a CUDA device, and there is none: choose a cpu- preset")
+        self.preset = preset
+        self.device = torch.device("cpu" if preset.is_emulated else "cuda")
+        self.model = make_model(preset, self.device)
+        self.shape = shape_from_config(self.model.config, preset.dtype)
+        self.ids = torch.randint(3, preset.vocab, (preset.batch, preset.cached_tokens), device=self.device)
+        # Sixteen blocks, so that a sweep over all block counts is short and the tail has room for the steps.
+        self.block_tokens = max(16, preset.cached_tokens // 16)
+        self.chunk_blocks = 2 if preset.is_emulated else 1
+        self.link: EmulatedLink | Literal["auto"] = "auto"
+        self.bytes_per_s = 0.0
+        self._set_link()
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of one chunk."""
+        return self.block_tokens * self.chunk_blocks
+
+    @property
+    def link_name(self) -> str:
+        """The link as rows name it."""
+        kind = "emulated" if self.preset.is_emulated else "measured pinned"
+        return f"{kind} {self.bytes_per_s / 1e9:.3f} GB/s"
+
+    def _set_link(self) -> None:
+        preset = self.preset
+        beta_x = preset.batch * self.shape.activation_row_bytes
+        if not preset.is_emulated:
+            backend = CudaBackend(self.device)
+            self.bytes_per_s = _copy_rate(backend, self.chunk_tokens * beta_x)
+            backend.close()
+            return
+        gamma_r = self.recompute_s_per_token()
+        speed = (preset.h2d_gb_per_s or 0.0) * 1e9
+        if preset.max_recompute_to_link is not None:
+            speed = min(speed, preset.max_recompute_to_link * beta_x / gamma_r)
+        if preset.recompute_to_link is not None:
+            speed = preset.recompute_to_link * beta_x / gamma_r
+        self.set_link_bytes_per_s(speed)
+
+    def set_link_bytes_per_s(self, bytes_per_s: float) -> None:
+        """Another speed of the emulated link, in whole MB/s."""
+        self.bytes_per_s = round(bytes_per_s / 1e6) * 1e6
+        self.link = EmulatedLink(h2d_gb_per_s=self.bytes_per_s / 1e9)
+
+    # ---- rates of this process -----------------------------------------------------------------------------------
+
+    def recompute_s_per_token(self, idle_s: float = 0.0, *, is_segmented: bool = True) -> float:
+        """gamma_r, as `rates.recompute_s_per_token`."""
+        return recompute_s_per_token(
+            self.model, self.preset, self.chunk_tokens, idle_s=idle_s, is_segmented=is_segmented
+        )
+
+    def rates(self, mode: str) -> Rates:
+        """What the cost model needs, measured now, as the mode meets it."""
+        is_segmented = _is_segmented(mode)
+        chunk_bytes = self.chunk_tokens * self.preset.batch * self.shape.activation_row_bytes
+        idle_s = chunk_bytes / self.bytes_per_s if mode == "sequential" else 0.0
+        return Rates(
+            h2d_activation_bytes_per_s=self.bytes_per_s,
+            h2d_kv_bytes_per_s=self.bytes_per_s,
+            dense_s=0.0,
+            # dense parts and host time of a step, in one piece
+            head_s=step_s_without_cache(self.model, self.ids),
+            recompute_s_per_token=self.recompute_s_per_token(idle_s, is_segmented=is_segmented),
+            attention_s_per_token=attention_s_per_token(
+                self.preset, self.device, self.chunk_tokens, idle_s=idle_s, is_segmented=is_segmented
+            ),
+        )
+
+    def inputs(self, rates: Rates, **changes: Any) -> PlanInputs:
+        """The planning problem of the measured steps: whole blocks on the host, the rest is the tail."""
+        p = self.preset
+        values = PlanInputs(
+            num_layers=p.layers,
+            num_offloaded_layers=p.layers,
+            num_blocks=p.cached_tokens // self.block_tokens,
+            block_tokens=self.block_tokens,
+            kv_bytes_per_token=p.batch * self.shape.kv_row_bytes,
+            activation_bytes_per_token=p.batch * self.shape.activation_row_bytes,
+            rates=rates,
+            chunk_blocks=self.chunk_blocks,
+            num_slots=4,
+            device_bytes=0,
+            fixed_device_bytes=0,
+            host_bytes=2**62,
+        )
+        return replace(values, **changes)
+
+    def bound_s(self, mode: str, rates: Rates, split: float | None = None) -> float:
+        """The cost model's step for the mode's best plan."""
+        chosen = _SPLITS.get(WHOLE_LAYER_MODES.get(mode, mode)) if split is None else split
+        schedule = "kvpr" if mode == "kvpr" else "pipelined"
+        inputs = self.inputs(rates, split=chosen, schedule=schedule, is_segmented=_is_segmented(mode))
+        plan = planner.solve(inputs)
+        if mode == "sequential":
+            return cost.sequential_step_s(inputs, 0, plan.activation_blocks, plan.kv_blocks)
+        return plan.predicted_step_s
+
+    # ---- modes ---------------------------------------------------------------------------------------------------
+
+    def config(self, mode: str, profile: HardwareProfile | str, split: float | None = None) -> OffloadConfig:
+        """The options of a mode."""
+        splits: dict[str, Any] = {"full_transfer": "transfer", "recompute_all": "recompute"}
+        return OffloadConfig(
+            split=splits.get(WHOLE_LAYER_MODES.get(mode, mode), "auto") if split is None else split,
+            attention="whole_layer" if mode in WHOLE_LAYER_MODES else "auto",
+            overlap=mode != "sequential",
+            schedule="kvpr" if mode == "kvpr" else "pipelined",
+            block_tokens=self.block_tokens,
+            chunk_blocks=self.chunk_blocks,
+            device_gib="min",
+            profile=self.on_this_link(profile),
+            link=self.link,
+        )
+
+    def on_this_link(self, profile: HardwareProfile | str) -> HardwareProfile | str:
+        """A profile of this machine with the emulated link in front of it."""
+        if isinstance(profile, HardwareProfile) and isinstance(self.link, EmulatedLink):
+            return with_link(profile, self.link)
+        return profile
+
+
+def _is_segmented(mode: str) -> bool:
+    return mode != "kvpr" and mode not in WHOLE_LAYER_MODES  # the paper puts whole layers together
+
+
+def _copy_rate(backend: Backend, num_bytes: int) -> float:
+    host, device = backend.allocate_host(num_bytes), backend.allocate_device(num_bytes)
+    for count in (2, 8):
+        backend.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            backend.copy_to_device(device, host.tensor, [])
+        backend.synchronize()
+        rate = count * num_bytes / (time.perf_counter() - start)
+    return rate
+
+
+@contextlib.contextmanager
+def core_for_the_link() -> Iterator[None]:
+    """Leave one core of a CPU-only machine to the copies of the emulated link, as a GPU leaves them to its DMA engine.
+
+    Otherwise each copy holds up one thread of a GEMM, and with it all of them.
+    """
+    threads = torch.get_num_threads()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def device_name() -> str:
+    """The device as rows name it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{cpu_name()} ({torch.get_num_threads()} threads)"

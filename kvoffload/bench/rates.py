@@ -1,0 +1,124 @@
+"""The rates of the cost model, measured in this process, now: the bound of a row comes from these.
+
+Owns the timing of recomputation, of attention and of a step without a cache, each through the code that the runtime
+runs. Does not own what is made of them (`decode`).
+
+Timeline of one rate: two calls to warm up, then calls for its share of a second, the device synchronised after each;
+the median counts. Operands rotate through a ring of chunks, as they arrive in the runtime: they are in no cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvoffload import hf, ops, recompute
+from kvoffload.bench.presets import Preset
+from kvoffload.bench.watch import Stamp
+from kvoffload.tail import KVShape
+
+RING_CHUNKS = 4
+
+
+def recompute_s_per_token(
+    model: PreTrainedModel, preset: Preset, chunk_tokens: int, *, idle_s: float = 0.0, is_segmented: bool = True
+) -> float:
+    """gamma_r: one position of the whole batch, through the runtime's own recomputation.
+
+    Args:
+        model: gives the first layer's projections.
+        preset: the shape.
+        chunk_tokens: tokens of one chunk.
+        idle_s: pause before each chunk, for schedules that wait for a copy before they compute: a core that comes
+            out of a pause is slower at first.
+        is_segmented: every chunk becomes K/V in the same scratch, else each at its place in a layer buffer.
+    """
+    p, device = preset, model.device
+    shape = KVShape(p.kv_heads, p.hidden // p.heads, p.kv_heads, p.hidden // p.heads, p.dtype)
+    ring = torch.randn(RING_CHUNKS, chunk_tokens, p.batch, p.hidden, device=device, dtype=p.dtype)
+    room = chunk_tokens if is_segmented else p.cached_tokens
+    landing = torch.empty(room, p.batch, shape.width, device=device, dtype=p.dtype)
+    turns = itertools.count()
+    embeddings: tuple[torch.Tensor, ...] = ()
+    if p.architecture == "llama":
+        positions = torch.arange(chunk_tokens, device=device)[None]
+        with torch.no_grad():
+            inner: Any = model
+            embeddings = inner.model.rotary_emb(ring[0], positions)
+    path = recompute.FastRecompute(hf.attention_modules(model)[0], shape)
+
+    def recompute_next() -> None:
+        turn = next(turns)
+        start = turn % (room // chunk_tokens) * chunk_tokens
+        path(ring[turn % RING_CHUNKS], embeddings, landing[start : start + chunk_tokens])
+
+    return _median_s(recompute_next, device, budget_s=0.4, idle_s=idle_s) / chunk_tokens
+
+
+def attention_s_per_token(
+    preset: Preset, device: torch.device, chunk_tokens: int, *, idle_s: float = 0.0, is_segmented: bool = True
+) -> float:
+    """gamma_a: attention over chunks in a ring, or SDPA over a layer buffer; `idle_s` as for recomputation."""
+    p = preset
+    head_dim = p.hidden // p.heads
+    if is_segmented:
+        ring = torch.randn(RING_CHUNKS, chunk_tokens, p.batch, 2, p.kv_heads, head_dim, device=device, dtype=p.dtype)
+        query = torch.randn(p.batch, 1, p.heads, head_dim, device=device, dtype=p.dtype)
+        out = torch.empty_like(query, dtype=torch.float32)
+        lse = torch.empty(query.shape[:3], dtype=torch.float32, device=device)
+        turns = itertools.count()
+
+        def attend_next() -> None:
+            turn = next(turns)
+            segment, is_first = ring[turn % RING_CHUNKS], turn % 8 == 0
+            ops.segment_attention(
+                query, segment, out, lse, scale=1.0, is_first=is_first, first_position=0, query_position=chunk_tokens
+            )
+
+        return _median_s(attend_next, device, budget_s=0.2, idle_s=idle_s) / chunk_tokens
+    kv = torch.randn(p.cached_tokens, p.batch, 2, p.kv_heads, head_dim, device=device, dtype=p.dtype)
+    q = torch.randn(p.batch, p.heads, 1, head_dim, device=device, dtype=p.dtype)
+    k, v = (kv[:, :, i].permute(1, 2, 0, 3) for i in range(2))
+
+    def attend() -> None:
+        groups = p.heads // p.kv_heads
+        keys, values = (k, v) if groups == 1 else (t.repeat_interleave(groups, 1) for t in (k, v))
+        torch.nn.functional.scaled_dot_product_attention(q, keys, values)
+
+    return _median_s(attend, device, budget_s=0.2) / p.cached_tokens
+
+
+def step_s_without_cache(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """A whole decode step of generate() with next to no cache: dense parts, head, sampling and host time."""
+    times: list[float] = []
+    generating: Any = model
+    generating.generate(ids[:, :2], max_new_tokens=14, do_sample=False, stopping_criteria=[Stamp(times)])
+    return statistics.median(after - before for before, after in itertools.pairwise(times[2:]))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; a CPU's operations have ended when they return."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _median_s(function: Callable[[], Any], device: torch.device, budget_s: float, idle_s: float = 0.0) -> float:
+    with torch.no_grad():
+        for _ in range(2):
+            function()
+        synchronize(device)
+        samples: list[float] = []
+        began = time.perf_counter()
+        while len(samples) < 5 or time.perf_counter() - began < budget_s:
+            time.sleep(idle_s)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            samples.append(time.perf_counter() - start)
+    return statistics.median(samples)
