@@ -224,7 +224,6 @@ def _figures(
     terms = cost.terms(inputs)
     link_s = terms.activation_link_s * x + terms.kv_link_s * t
     flops = task.prefill_flops(found.batch) + (workload.new_tokens - 1) * task.step_flops(found.batch)
-    bytes_s = task.step_bytes(found.batch) / _memory_bytes_per_s(profile)
     new_tokens = workload.batch * workload.new_tokens
     decode_s = found.total_s - found.runs * found.prefill_s
     energy_j = co2_g = decode_co2_g = None
@@ -247,8 +246,8 @@ def _figures(
         link_utilization=min(1.0, link_s / found.step_s),
         device_utilization=min(1.0, (cost.device_s(inputs, r_x, x) + task.tail_s(inputs)) / found.step_s),
         device_bytes=found.device_bytes,
-        mfu=found.runs * flops / (_peak_flops_per_s(profile) * found.total_s),
-        mbu=bytes_s / found.step_s,
+        mfu=found.runs * flops / (peak_flops_per_s(profile) * found.total_s),
+        mbu=decode_mbu(task, found.batch, found.step_s),
         price_per_million_prompt_tokens=_price(
             money, found.runs * found.prefill_s, workload.batch * workload.prompt_tokens
         ),
@@ -263,13 +262,24 @@ def _price(money: Economics, seconds: float, tokens: int) -> float | None:
     return None if money.price_per_hour is None else money.price_per_hour * seconds / 3600 / tokens * MILLION
 
 
-def _peak_flops_per_s(profile: HardwareProfile) -> float:
+def decode_mfu(task: Task, batch: int, step_s: float) -> float:
+    """Operations of a decode step of `batch` sequences over what the device's peak would do in `step_s`."""
+    return task.step_flops(batch) / (peak_flops_per_s(task.profile) * step_s)
+
+
+def decode_mbu(task: Task, batch: int, step_s: float) -> float:
+    """Bytes that a decode step cannot do without over what the memory's bandwidth would move in `step_s`."""
+    return task.step_bytes(batch) / (memory_bytes_per_s(task.profile) * step_s)
+
+
+def peak_flops_per_s(profile: HardwareProfile) -> float:
     """The datasheet's, else the best measured."""
     known = profile.extra.get("peak_flops_per_s")
     return float(known or max(2 * math.prod(point.x) / point.seconds for point in profile.gemm.points))  # multiply-add
 
 
-def _memory_bytes_per_s(profile: HardwareProfile) -> float:
+def memory_bytes_per_s(profile: HardwareProfile) -> float:
+    """The datasheet's, else the best measured."""
     attended = [point.x[0] / point.seconds for point in profile.attention.points]
     return float(profile.extra.get("peak_bytes_per_s") or max(profile.device_copy_bytes_per_s, *attended))
 

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import rows
 import typer
 from rich.console import Console
 
 from kvoffload import bench
+from kvoffload.bench import rows
 
 
 def main(
@@ -62,9 +62,11 @@ def save_csv(result: dict[str, Any], path: Path) -> None:
     """Add the rows of a result to a CSV file."""
     new = []
     for row in result["rows"]:
-        config = {"preset": result["preset"], "split_fraction": round(row["split_fraction"], 4)}
+        config = {"preset": result["preset"]}
         add = [("decode_step", "s", row["decode_step_s"])]
-        add += [(name, "fraction", [row[name]]) for name in ("fraction_of_bound", "link_utilization")]
+        shares = ("fraction_of_bound", "link_utilization", "split_fraction")
+        add += [(name, "fraction", [row[name]]) for name in shares]
+        add += [("device_kv_peak_decode", "bytes", [row["device_kv_peak_decode_bytes"]])]
         add += [("bound_step", "s", [row["bound_step_s"]])]
         if row["speedup_vs_full_transfer"] is not None:
             add += [("speedup_vs_full_transfer", "ratio", [row["speedup_vs_full_transfer"]])]

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import rows
 import torch
 import typer
 from rich.console import Console
@@ -31,6 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from kvoffload import ops
+from kvoffload.bench import rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from kvoffload.errors import ConfigError
 from kvoffload.model_shape import shape_from_config
 from kvoffload.profiler.environment import cpu_name
 from kvoffload.profiler.profile import with_link
-from kvoffload.types import HardwareProfile, PlanInputs, Rates
+from kvoffload.types import HardwareProfile, Plan, PlanInputs, Rates
 
 MODES = ("full_transfer", "recompute_all", "sequential", "kvpr", "planned")
 # The same with a layer's K/V put together before attention, where `MODES` attend chunk by chunk.
@@ -129,11 +129,31 @@ class Lab:
         )
         return replace(values, **changes)
 
-    def bound_s(self, mode: str, rates: Rates, split: float | None = None) -> float:
-        """The cost model's step for the mode's best plan."""
+    def bound_s(self, mode: str, rates: Rates, split: float | None = None, like: Plan | None = None) -> float:
+        """The cost model's step for the mode's best plan.
+
+        Args:
+            mode: one of `MODES` and `WHOLE_LAYER_MODES`.
+            rates: as measured.
+            split: instead of the mode's own.
+            like: a plan that ran, whose sizes and room for resident blocks the best plan is to have.
+        """
         chosen = _SPLITS.get(WHOLE_LAYER_MODES.get(mode, mode)) if split is None else split
         schedule = "kvpr" if mode == "kvpr" else "pipelined"
         inputs = self.inputs(rates, split=chosen, schedule=schedule, is_segmented=_is_segmented(mode))
+        if like is not None:
+            resident = like.resident_kv_blocks * like.kv_bytes_per_token
+            resident += like.resident_activation_blocks * like.activation_bytes_per_token
+            inputs = replace(
+                inputs,
+                num_blocks=like.num_blocks,
+                block_tokens=like.block_tokens,
+                chunk_blocks=like.chunk_blocks,
+                num_slots=like.num_slots,
+                kv_bytes_per_token=like.kv_bytes_per_token,
+                activation_bytes_per_token=like.activation_bytes_per_token,
+                device_bytes=like.num_offloaded_layers * like.block_tokens * resident,
+            )
         plan = planner.solve(inputs)
         if mode == "sequential":
             return cost.sequential_step_s(inputs, 0, plan.activation_blocks, plan.kv_blocks)
@@ -141,20 +161,23 @@ class Lab:
 
     # ---- modes ---------------------------------------------------------------------------------------------------
 
-    def config(self, mode: str, profile: HardwareProfile | str, split: float | None = None) -> OffloadConfig:
-        """The options of a mode."""
+    def config(
+        self, mode: str, profile: HardwareProfile | str, split: float | None = None, **changes: Any
+    ) -> OffloadConfig:
+        """The options of a mode, with `changes` to them."""
         splits: dict[str, Any] = {"full_transfer": "transfer", "recompute_all": "recompute"}
-        return OffloadConfig(
-            split=splits.get(WHOLE_LAYER_MODES.get(mode, mode), "auto") if split is None else split,
-            attention="whole_layer" if mode in WHOLE_LAYER_MODES else "auto",
-            overlap=mode != "sequential",
-            schedule="kvpr" if mode == "kvpr" else "pipelined",
-            block_tokens=self.block_tokens,
-            chunk_blocks=self.chunk_blocks,
-            device_gib="min",
-            profile=self.on_this_link(profile),
-            link=self.link,
-        )
+        options: dict[str, Any] = {
+            "split": splits.get(WHOLE_LAYER_MODES.get(mode, mode), "auto") if split is None else split,
+            "attention": "whole_layer" if mode in WHOLE_LAYER_MODES else "auto",
+            "overlap": mode != "sequential",
+            "schedule": "kvpr" if mode == "kvpr" else "pipelined",
+            "block_tokens": self.block_tokens,
+            "chunk_blocks": self.chunk_blocks,
+            "device_gib": "min",
+            "profile": self.on_this_link(profile),
+            "link": self.link,
+        }
+        return OffloadConfig(**options | changes)
 
     def on_this_link(self, profile: HardwareProfile | str) -> HardwareProfile | str:
         """A profile of this machine with the emulated link in front of it."""

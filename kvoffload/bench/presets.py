@@ -71,9 +71,11 @@ PRESETS: dict[str, Preset] = {
     "opt-6.7b": _gpu("opt", 4096, 32, 32, 16384, 32, 50272),
     "opt-13b": _gpu("opt", 5120, 40, 40, 20480, 40, 50272),
     "opt-30b": _gpu("opt", 7168, 56, 56, 28672, 4, 50272),  # 4 of its 48 layers
+    "opt-66b": _gpu("opt", 9216, 72, 72, 36864, 4, 50272),  # 4 of its 64 layers
     "llama-2-7b": _gpu("llama", 4096, 32, 32, 11008, 32, 32000),
     "llama-2-13b": _gpu("llama", 5120, 40, 40, 13824, 40, 32000),
     "llama-3.1-8b": _gpu("llama", 4096, 32, 8, 14336, 32, 128256),
+    "qwen3-8b": _gpu("qwen3", 4096, 32, 8, 12288, 36, 151936),
 }
 
 
@@ -92,7 +94,11 @@ def make_model(preset: Preset, device: torch.device) -> PreTrainedModel:
         )
     else:
         config = AutoConfig.for_model(
-            "llama", **common, num_key_value_heads=preset.kv_heads, intermediate_size=preset.ffn
+            preset.architecture,
+            **common,
+            head_dim=preset.hidden // preset.heads,
+            num_key_value_heads=preset.kv_heads,
+            intermediate_size=preset.ffn,
         )
     torch.manual_seed(0)
     with torch.device(device):

@@ -46,7 +46,7 @@ def recompute_s_per_token(
     landing = torch.empty(room, p.batch, shape.width, device=device, dtype=p.dtype)
     turns = itertools.count()
     embeddings: tuple[torch.Tensor, ...] = ()
-    if p.architecture == "llama":
+    if p.architecture != "opt":
         positions = torch.arange(chunk_tokens, device=device)[None]
         with torch.no_grad():
             inner: Any = model

@@ -1,0 +1,242 @@
+"""All providers over the cells, most informative first, within a budget of time; every number becomes a row.
+
+Owns the order, the budget, the resuming, and what is done with a cell that cannot run. Does not own the measurement of
+one run (`serving`) or how it is made (`providers`).
+
+Timeline of one cell:
+
+    reference   dynamic_cache without a cap, a few tokens with logits             not timed
+    provider    the same few tokens with logits, compared with the reference     warm-up
+                rates of this process | `repeats` timed runs | rates again        ours only
+                `repeats` timed runs                                              the others
+
+Whatever cannot run is a row that says why: the plan's reason, a missing tool, or memory that ran out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvoffload.bench import rows
+from kvoffload.bench.cells import GB, Cell
+from kvoffload.bench.external import External
+from kvoffload.bench.lab import Lab, core_for_the_link
+from kvoffload.bench.providers import Bed, DynamicCache, Ours, Provider
+from kvoffload.bench.serving import Objective, Outcome, Sameness, Samples, samples
+from kvoffload.errors import InfeasiblePlanError, KVOffloadError
+from kvoffload.forecast import decode_mbu, decode_mfu
+from kvoffload.profiler.stored import load_or_measure
+from kvoffload.types import HardwareProfile, Rates
+
+logger = logging.getLogger(__name__)
+
+BENCH = "campaign"
+CHECKED_TOKENS = 4
+FLOAT32_TOLERANCE = 5e-6  # of logits, tests/test_matrix.py
+GENEROUS = Objective(ttft_s=10.0, tpot_s=0.5)
+Tell = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a campaign is run.
+
+    Args:
+        budget_s: no cell is begun that would probably end later than this; None for no limit.
+        repeats: timed runs of each provider in each cell.
+        objective: what a sequence's latency must be to count in `goodput`.
+        resumes: leave out what these versions at this commit have measured on this device.
+    """
+
+    budget_s: float | None = None
+    repeats: int = 1
+    objective: Objective = GENEROUS
+    resumes: bool = True
+
+
+def run(cells: Sequence[Cell], providers: Sequence[Provider], path: Path, settings: Settings, tell: Tell) -> None:
+    """Measure and save, cell by cell and provider by provider, so that an interruption loses one provider's runs.
+
+    Args:
+        cells: in this order, as far as the budget goes.
+        providers: in this order.
+        path: the CSV file, added to.
+        settings: see there.
+        tell: called with one line for everything that ends.
+
+    Raises:
+        ConfigError: the file is of another schema; nothing was measured.
+    """
+    rows.load(path)
+    began = time.perf_counter()
+    slowest_s = 0.0  # of the cells so far: they come in no order of size
+    profile: HardwareProfile | None = None
+    with core_for_the_link():
+        for cell in cells:
+            left = [one for one in providers if not (settings.resumes and _is_done(path, cell, one))]
+            if not left:
+                tell(f"{cell.name}: measured before")
+                continue
+            spent_s = time.perf_counter() - began
+            if settings.budget_s is not None and spent_s + slowest_s > settings.budget_s:
+                tell(f"{cell.name}: no time left in the budget of {settings.budget_s / 60:g} minutes")
+                continue
+            profile = profile or load_or_measure()
+            start = time.perf_counter()
+            _run_cell(cell, left, profile, path, settings, tell)
+            slowest_s = max(slowest_s, time.perf_counter() - start)
+
+
+def _is_done(path: Path, cell: Cell, provider: Provider) -> bool:
+    return (BENCH, provider.name, cell.name, rows.config_text(cell.to_json())) in rows.done(rows.load(path))
+
+
+def _run_cell(
+    cell: Cell, providers: Sequence[Provider], profile: HardwareProfile, path: Path, settings: Settings, tell: Tell
+) -> None:
+    torch.manual_seed(0)
+    lab = Lab(dataclasses.replace(cell.preset, batch=cell.batch * cell.num_beams))
+    try:
+        if cell.device_memory_gb is not None:
+            cap_bytes = min(int(cell.device_memory_gb * GB), profile.device_memory_bytes)
+            profile = dataclasses.replace(profile, device_memory_bytes=cap_bytes)
+        bed = Bed(cell, lab, profile)
+        reference = DynamicCache().run(bed, CHECKED_TOKENS, keeps_logits=True)
+        with _memory_cap(cell, lab.device):
+            for provider in providers:
+                found = _measured(provider, bed, reference, settings)
+                rows.save(path, found)
+                if found[0]["metric"] != rows.SKIPPED:
+                    tell(f"{cell.name}: {_line(provider, found)}")
+    finally:
+        del lab
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _measured(provider: Provider, bed: Bed, reference: Outcome, settings: Settings) -> list[rows.Row]:
+    """All rows of one provider in one cell; one row that says why where there are none."""
+    cell, link = bed.cell, bed.lab.link_name
+    config = cell.to_json()
+    why = provider.problem(bed)
+    if why is None:
+        try:
+            if isinstance(provider, External):
+                figures = provider.figures(bed)
+            else:
+                figures = _figures(provider, bed, reference, settings)
+        except torch.OutOfMemoryError:
+            why = f"ran out of device memory under a cap of {cell.device_memory_gb or 'all'} GB"
+            torch.cuda.empty_cache()
+        except KVOffloadError as error:  # the plan's reason
+            why = str(error)
+    if why is not None:
+        return [rows.skipped(BENCH, provider.name, cell.name, config, link, why)]
+    return [
+        rows.row(BENCH, provider.name, metric, unit, cell.name, values, config, link)
+        for metric, (unit, values) in figures.items()
+    ]
+
+
+def _figures(provider: Provider, bed: Bed, reference: Outcome, settings: Settings) -> Samples:
+    cell = bed.cell
+    checked = provider.run(bed, min(CHECKED_TOKENS, cell.new_tokens), keeps_logits=True)
+    sameness = Sameness.of(checked, reference)
+    if provider.is_exact and cell.preset.dtype == torch.float32:
+        _must_be_equal(provider, cell, sameness)
+    before = bed.lab.rates(provider.mode) if isinstance(provider, Ours) else None
+    runs = [provider.run(bed, cell.new_tokens, keeps_logits=False) for _ in range(settings.repeats)]
+    after = bed.lab.rates(provider.mode) if isinstance(provider, Ours) else None
+    found = samples(runs, bed.prompt_tokens, settings.objective)
+    if not math.isnan(sameness.max_abs_logit_difference):
+        found["max_abs_logit_difference"] = ("", [sameness.max_abs_logit_difference])
+        found["kl_divergence"] = ("nats", [sameness.kl_divergence])
+    if sameness.first_differing_token is not None:
+        found["first_differing_token"] = ("index", [float(sameness.first_differing_token)])
+    tpot_s = statistics.median(found["tpot"][1])
+    if tpot_s:
+        found["mfu"] = ("fraction", [decode_mfu(bed.task, cell.batch, tpot_s)])
+        found["mbu"] = ("fraction", [decode_mbu(bed.task, cell.batch, tpot_s)])
+    if isinstance(provider, Ours) and before is not None and after is not None:
+        _add_bound(found, provider, bed, runs, (before, after))
+    return found
+
+
+def _must_be_equal(provider: Provider, cell: Cell, sameness: Sameness) -> None:
+    """A figure of wrong tokens is no figure."""
+    distance = sameness.max_abs_logit_difference
+    if sameness.first_differing_token is not None or distance > FLOAT32_TOLERANCE:
+        raise AssertionError(
+            f"{provider.name} in {cell.name}: in float32 its logits differ by {distance:.2g} from dynamic_cache's "
+            f"(first differing token: {sameness.first_differing_token}); its times mean nothing"
+        )
+
+
+def _add_bound(found: Samples, provider: Ours, bed: Bed, runs: Sequence[Outcome], rates: Sequence[Rates]) -> None:
+    """The median step beside the cost model's at rates measured around the runs."""
+    stats = [run.stats for run in runs if run.stats is not None]
+    steps = [seconds for one in stats for seconds in one.decode_step_s[2:]]  # the first two are uneven, see `decode`
+    plan = stats[-1].plan
+    if not steps or plan.num_blocks < 1:
+        return
+    found["decode_step"] = ("s", steps)
+    found["setup"] = ("s", [one.setup_s for one in stats])
+    found["split_fraction"] = ("fraction", [plan.split_fraction])
+    errors = [abs(one.prediction_error_fraction) for one in stats if one.prediction_error_fraction is not None]
+    if errors:
+        found["prediction_error"] = ("fraction", errors)
+    if bed.cell.prompt_lookup_tokens is not None or bed.cell.num_beams > 1:
+        return  # the bound is that of steps of one token, and of blocks that hold every row
+    try:
+        bound_s = min(bed.lab.bound_s(provider.mode, one, like=plan) for one in rates)
+    except InfeasiblePlanError as error:
+        logger.info("no bound for %s: %s", bed.cell.name, error)
+        return
+    found["bound_step"] = ("s", [bound_s])
+    found["fraction_of_bound"] = ("fraction", [bound_s / statistics.median(steps)])
+
+
+@contextlib.contextmanager
+def _memory_cap(cell: Cell, device: torch.device) -> Iterator[None]:
+    """At most `device_memory_gb` for this process, on a GPU."""
+    if device.type != "cuda" or cell.device_memory_gb is None:
+        yield
+        return
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cell.device_memory_gb * GB / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
+
+
+def _line(provider: Provider, found: list[rows.Row]) -> str:
+    p50 = {one["metric"]: one["p50"] for one in found}
+    bound = f", {float(p50['fraction_of_bound']):.3f} of the bound" if "fraction_of_bound" in p50 else ""
+    if "tpot" not in p50:
+        return f"{provider.name} {float(p50['total']):.2f} s"
+    return f"{provider.name} {float(p50['tpot']) * 1e3:.1f} ms per token{bound}"
+
+
+def summary(found: Sequence[rows.Row]) -> dict[str, dict[str, dict[str, Any]]]:
+    """cell -> provider -> metric -> median, and "note" for what was not measured."""
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for one in found:
+        figures = table.setdefault(one["x"], {}).setdefault(one["provider"], {})
+        if one["metric"] == rows.SKIPPED:
+            figures["note"] = one["note"]
+        else:
+            figures[one["metric"]] = float(one["p50"])
+    return table

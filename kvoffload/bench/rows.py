@@ -1,0 +1,134 @@
+"""Result rows: `scripts/results/<bench>.csv`, one row per measured number.
+
+Owns the columns and the reading and writing of the files. Does not own what is measured. A rerun of one provider at
+one x replaces all of its rows there.
+
+A row with the metric "skipped" stands for something that was not measured; its `note` says why. `p20`, `p50` and
+`p80` are of `repeats` samples, so p20 and p80 are the spread.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import functools
+import json
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from kvoffload.bench.lab import device_name
+from kvoffload.errors import ConfigError
+
+SCHEMA = "2"
+COLUMNS = (
+    *("bench", "provider", "metric", "unit", "x", "p20", "p50", "p80", "repeats", "note", "config_json"),
+    *("device", "link", "versions", "commit", "date", "schema"),
+)
+SUBJECT = ("bench", "provider", "x", "config_json", "device")  # and whether the link is emulated
+SKIPPED = "skipped"
+Row = dict[str, str]
+
+
+def row(
+    bench: str,
+    provider: str,
+    metric: str,
+    unit: str,
+    x: Any,
+    samples: Sequence[float],
+    config: dict[str, Any],
+    link: str,
+    note: str = "",
+) -> Row:
+    """One row from its samples; without samples the three percentiles are empty."""
+    percentiles = [f"{float(np.percentile(samples, q)):.6g}" for q in (20, 50, 80)] if samples else [""] * 3
+    values = [bench, provider, metric, unit, str(x), *percentiles, str(len(samples)), note]
+    values += [config_text(config), device_name(), link, _versions(), commit()]
+    values += [datetime.date.today().isoformat(), SCHEMA]
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def config_text(config: dict[str, Any]) -> str:
+    """A configuration as rows hold it."""
+    return json.dumps(config, sort_keys=True)
+
+
+def skipped(bench: str, provider: str, x: Any, config: dict[str, Any], link: str, why: str) -> Row:
+    """A row for what could not be measured."""
+    return row(bench, provider, SKIPPED, "", x, [], config, link, why)
+
+
+def load(path: Path) -> list[Row]:
+    """All rows of a file; none if there is no file.
+
+    Raises:
+        ConfigError: the file is of another schema; names its version.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        found = list(reader)
+        columns = tuple(reader.fieldnames or ())
+    schemas = {one.get("schema") or "1" for one in found} or {SCHEMA if columns == COLUMNS else "1"}
+    if columns != COLUMNS or schemas != {SCHEMA}:
+        raise ConfigError(
+            f"{path} holds rows of schema {', '.join(sorted(schemas))}, this release reads and writes schema {SCHEMA}: "
+            "move the file away, or write to another one"
+        )
+    return found
+
+
+def save(path: Path, new: Sequence[Row]) -> None:
+    """Add rows to a file, in place of all rows of the same subjects.
+
+    Raises:
+        ConfigError: the file is of another schema; nothing is written.
+    """
+    replaced = {_subject(one) for one in new}
+    kept = [one for one in load(path) if _subject(one) not in replaced]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")  # an interruption leaves the old file
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*kept, *new])
+    os.replace(partial, path)
+
+
+def done(rows: Iterable[Row]) -> set[tuple[str, ...]]:
+    """(bench, provider, x, config) of what these versions at this commit have measured on this device."""
+    here = (device_name(), _versions(), commit())
+    found = (one for one in rows if (one["device"], one["versions"], one["commit"]) == here)
+    return {(one["bench"], one["provider"], one["x"], one["config_json"]) for one in found}
+
+
+def is_gpu(one: Row) -> bool:
+    """Whether a row was measured on a GPU's own link."""
+    return not one["link"].startswith("emulated") and "threads)" not in one["device"]
+
+
+def _subject(one: Row) -> tuple[str, ...]:
+    return (*(one[name] for name in SUBJECT), str(one["link"].startswith("emulated")))
+
+
+def _versions() -> str:
+    return f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of this source tree, "-dirty" with changes; "unknown" where it is none."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    except OSError:  # no git
+        return "unknown"
+    return result.stdout.strip() or "unknown"

@@ -1,0 +1,57 @@
+"""Rows as people read them, on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from kvoffload.bench.campaign import summary
+from kvoffload.bench.rows import Row
+
+_COLUMNS = (
+    ("TTFT s", "ttft", "{:.2f}", 1.0),
+    ("ms/token", "tpot", "{:.1f}", 1e3),
+    ("tokens/s", "decode_tokens_per_s", "{:.1f}", 1.0),
+    ("of bound", "fraction_of_bound", "{:.3f}", 1.0),
+    ("link busy", "link_utilization", "{:.2f}", 1.0),
+    ("device MB", "device_cache_bytes", "{:.1f}", 1e-6),
+    ("host MB", "host_bytes", "{:.1f}", 1e-6),
+)
+
+
+def campaign_tables(found: Sequence[Row]) -> list[Table]:
+    """One table for each cell, fastest first, and one of the reasons for what was not measured."""
+    tables = []
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for cell, providers in summary(found).items():
+        full = providers.get("full_transfer", {}).get("tpot")
+        device, link = next((row["device"], row["link"]) for row in found if row["x"] == cell)
+        table = Table(title=f"{cell}: {device}, link {link}", title_justify="left")
+        table.add_column("provider", no_wrap=True)
+        for name, *_ in _COLUMNS:
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("speed", justify="right", no_wrap=True)
+        measured = {name: figures for name, figures in providers.items() if "tpot" in figures}
+        for name, figures in sorted(measured.items(), key=lambda item: item[1]["tpot"]):
+            shown = [
+                text.format(figures[metric] * factor) if metric in figures else ""
+                for _, metric, text, factor in _COLUMNS
+            ]
+            table.add_row(name, *shown, f"{full / figures['tpot']:.2f}x" if full else "")
+        for name, figures in providers.items():
+            if "note" in figures:
+                reasons.setdefault((name, figures["note"]), []).append(cell)
+        tables.append(table)
+    if reasons:
+        tables.append(_reasons(reasons, len(tables)))
+    return tables
+
+
+def _reasons(reasons: dict[tuple[str, str], list[str]], num_cells: int) -> Table:
+    table = Table(title="not measured (speed above: against full_transfer)", title_justify="left")
+    for name in ("provider", "cell", "why"):
+        table.add_column(name)
+    for (provider, why), cells in reasons.items():
+        table.add_row(provider, "all" if len(cells) == num_cells else ", ".join(cells), why)
+    return table
