@@ -18,7 +18,15 @@ RUNTIME = [
     "typer>=0.15,<1",  # command line; transformers requires it as well
     "rich>=13.8",  # tables and progress on a terminal; typer requires it as well
 ]
-DEV = ["pytest>=8.4", "pytest-xdist>=3.8", "ruff>=0.12", "mypy>=1.17", "pre-commit>=4.0", "peft>=0.17"]
+DEV = [
+    "pytest>=8.4",
+    "pytest-xdist>=3.8",
+    "ruff>=0.12",
+    "mypy>=1.17",
+    "pre-commit>=4.0",
+    "peft>=0.17",
+    "matplotlib>=3.9",
+]
 
 setup(
     name="kvoffload",
@@ -29,7 +37,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["kvoffload", "kvoffload.backend", "kvoffload.bench", "kvoffload.hf", "kvoffload.kernels", "kvoffload.profiler"],
+    packages=["kvoffload", *(f"kvoffload.{name}" for name in ("backend", "bench", "hf", "kernels", "profiler"))],
     package_data={"kvoffload": ["py.typed"], "kvoffload.profiler": ["presets.json"]},
     include_package_data=False,
     install_requires=RUNTIME,

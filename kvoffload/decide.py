@@ -224,10 +224,15 @@ class Decider:
         return room if room > least.fixed_device_bytes else None
 
     def _free_device_bytes(self, held_bytes: int) -> int:
-        """What may be taken on the device: free in the driver's eyes, cached by PyTorch, or held by the session."""
-        free, _ = torch.cuda.mem_get_info(self.backend.device)
-        cached = torch.cuda.memory_reserved(self.backend.device) - torch.cuda.memory_allocated(self.backend.device)
-        return int(DEVICE_SHARE * (free + cached)) + held_bytes
+        """What may be taken on the device: free in the driver's eyes, cached by PyTorch, or held by the session.
+
+        No more than a cap on the process allows (`torch.cuda.set_per_process_memory_fraction`).
+        """
+        device = self.backend.device
+        free, total = torch.cuda.mem_get_info(device)
+        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return int(DEVICE_SHARE * min(free + reserved - allocated, allowed - allocated)) + held_bytes
 
     def _prefill_peak_bytes(self, geometry: Geometry, tokens: int) -> int:
         return prefill_peak_bytes(self.shape, num_tokens=geometry.rows * tokens, rows=geometry.rows)

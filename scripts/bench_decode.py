@@ -71,7 +71,12 @@ def save_csv(result: dict[str, Any], path: Path) -> None:
         if row["speedup_vs_full_transfer"] is not None:
             add += [("speedup_vs_full_transfer", "ratio", [row["speedup_vs_full_transfer"]])]
         for metric, unit, samples in add:
-            new.append(rows.row("decode", row["mode"], metric, unit, result["preset"], samples, config, result["link"]))
+            new.append(
+                rows.row(
+                    *("decode", row["mode"], metric, unit, result["preset"], samples, config, result["link"]),
+                    device=result["device"],
+                )
+            )
     rows.save(path, new)
 
 

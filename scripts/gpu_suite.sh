@@ -1,58 +1,75 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA GPU, in one command: tests, stream sanitizer, decode benchmarks with CSV rows.
+# Everything that needs a CUDA GPU, in one command for a bare machine.
 #
-#   scripts/gpu_suite.sh [--dry-run] [--quick] [--results DIR]
+#   scripts/gpu_suite.sh [--dry-run] [--quick] [--fresh] [--results DIR]
 #
-# Each step is bounded in time; a step that fails or runs over does not stop the next. Rows land in scripts/results/
-# (or DIR) as soon as a step has them. --dry-run lists the steps, their limits and what they write.
+# The environment, tests, stream sanitizer, kernels, transfer, the decode grid and the ablation, in this order. Each
+# step is bounded in time; one that fails or runs over does not stop the next. Rows land in scripts/results/ (or DIR)
+# as soon as there are any. Steps that ended well at this commit are left out when the suite is started again, unless
+# --fresh. --dry-run lists the steps, their limits and what they write.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=.venv/bin/python
 [[ -x $python ]] || python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
-results=scripts/results dry_run=0 quick=0
+results=scripts/results dry_run=0 quick=0 fresh=0
 while (($# > 0)); do
     case $1 in
         --dry-run) dry_run=1 ;;
         --quick) quick=1 ;;
+        --fresh) fresh=1 ;;
         --results) results=$2 && shift ;;
-        *) echo "usage: scripts/gpu_suite.sh [--dry-run] [--quick] [--results DIR]" >&2 && exit 2 ;;
+        *) echo "usage: scripts/gpu_suite.sh [--dry-run] [--quick] [--fresh] [--results DIR]" >&2 && exit 2 ;;
     esac
     shift
 done
+commit=$(git describe --always --dirty 2>/dev/null || echo unknown)
+ended="$results/.gpu_suite-$commit" # one line for each step that ended well
 
 summary=()
 step() { # step SECONDS WRITES COMMAND...
-    local limit=$1 writes=$2 began=$SECONDS
+    local limit=$1 writes=$2 began=$SECONDS code
     shift 2
     if ((dry_run)); then
         printf 'up to %4d s  writes %-32s  %s\n' "$limit" "$writes" "$*"
         return
     fi
+    if ((!fresh)) && grep -qxF -- "$*" "$ended" 2>/dev/null; then
+        summary+=("$(printf 'ended before     %s' "$*")")
+        return
+    fi
     printf '\n== %s\n' "$*"
-    timeout "$limit" "$@"
-    summary+=("$(printf 'exit %3d  %4d s  %s' $? $((SECONDS - began)) "$*")")
+    timeout --kill-after=10 "$limit" "$@"
+    code=$?
+    ((code == 0)) && echo "$*" >>"$ended"
+    ((code == 124 || code == 137)) && echo "stopped after $limit s; what it had written is kept"
+    summary+=("$(printf 'exit %3d  %4d s  %s' $code $((SECONDS - began)) "$*")")
 }
 
 if ((!dry_run)) && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "no CUDA device: nothing to run (--dry-run lists the steps)" >&2
     exit 1
 fi
-quick_option=
-((quick)) && quick_option=--quick
 ((dry_run)) || mkdir -p "$results"
+brief=()
+((quick)) && brief=(--quick)
 
 step 60 - "$python" -m kvoffload.cli env
-step 300 - "$python" -m pytest -q -m gpu tests/test_gpu.py -s
-kernel_tests=(tests/test_{segment_attention,merge,rope,linear_rope,ops}.py)
-step 400 - "$python" -m pytest -q -m gpu "${kernel_tests[@]}"
-step 240 "$results/kernels.csv" "$python" scripts/bench_kernels.py ${quick_option:+"$quick_option"} --csv "$results/kernels.csv"
-step 60 "$results/profile.json" "$python" -m kvoffload.cli profile --output "$results/profile.json"
+step 300 - "$python" -m pytest -q -m gpu -k "not sanitizer" tests/test_gpu.py -s
+step 200 - "$python" -m pytest -q -m gpu -k sanitizer tests/test_gpu.py
+step 400 - "$python" -m pytest -q -m gpu tests/test_{segment_attention,merge,rope,linear_rope,ops,profiler}.py
+step 240 "$results/kernels.csv" "$python" scripts/bench_kernels.py "${brief[@]}" --csv "$results/kernels.csv"
+step 90 "$results/profile.json" "$python" -m kvoffload.cli profile "${brief[@]}" --output "$results/profile.json"
+step 200 "$results/transfer.csv" "$python" scripts/bench_transfer.py --csv "$results/transfer.csv"
 presets=(opt-6.7b llama-3.1-8b opt-30b llama-2-7b opt-13b llama-2-13b)
 ((quick)) && presets=(opt-6.7b llama-3.1-8b)
 for preset in "${presets[@]}"; do
     step 240 "$results/decode.csv" "$python" scripts/bench_decode.py --preset "$preset" --csv "$results/decode.csv"
 done
+campaign=(--budget-minutes 40 --repeats 5)
+((quick)) && campaign=(--budget-minutes 5 --repeats 1)
+step 3000 "$results/campaign.csv" "$python" scripts/bench_campaign.py "${campaign[@]}" --csv "$results/campaign.csv"
+step 600 "$results/ablation.csv" "$python" scripts/ablation.py "${brief[@]}" --csv "$results/ablation.csv"
 
-((dry_run)) || printf '%s\n' "" "summary:" "${summary[@]}"
+((dry_run)) || printf '%s\n' "" "summary, rows in $results:" "${summary[@]}"

@@ -67,6 +67,7 @@ def _cpu(architecture: str, kv_heads: int, **link: float) -> Preset:
 PRESETS: dict[str, Preset] = {
     "cpu-mha": _cpu("opt", 8, h2d_gb_per_s=0.15, max_recompute_to_link=0.7),
     "cpu-balanced": _cpu("opt", 8, recompute_to_link=1 / 0.43),
+    "cpu-small": replace(_cpu("opt", 8, h2d_gb_per_s=0.15, max_recompute_to_link=0.7), cached_tokens=128),
     "cpu-gqa": _cpu("llama", 2, h2d_gb_per_s=0.05),
     "opt-6.7b": _gpu("opt", 4096, 32, 32, 16384, 32, 50272),
     "opt-13b": _gpu("opt", 5120, 40, 40, 20480, 40, 50272),

@@ -46,11 +46,12 @@ def row(
     config: dict[str, Any],
     link: str,
     note: str = "",
+    device: str | None = None,
 ) -> Row:
-    """One row from its samples; without samples the three percentiles are empty."""
+    """One row from its samples; without samples the three percentiles are empty. `device` is this one by default."""
     percentiles = [f"{float(np.percentile(samples, q)):.6g}" for q in (20, 50, 80)] if samples else [""] * 3
     values = [bench, provider, metric, unit, str(x), *percentiles, str(len(samples)), note]
-    values += [config_text(config), device_name(), link, _versions(), commit()]
+    values += [config_text(config), device or device_name(), link, _versions(), commit()]
     values += [datetime.date.today().isoformat(), SCHEMA]
     return dict(zip(COLUMNS, values, strict=True))
 
@@ -112,7 +113,7 @@ def done(rows: Iterable[Row]) -> set[tuple[str, ...]]:
 
 def is_gpu(one: Row) -> bool:
     """Whether a row was measured on a GPU's own link."""
-    return not one["link"].startswith("emulated") and "threads)" not in one["device"]
+    return not one["link"].startswith("emulated") and " thread" not in one["device"]
 
 
 def _subject(one: Row) -> tuple[str, ...]:

@@ -1,0 +1,180 @@
+"""What README says of the rows in `scripts/results/`: tables in Markdown, and the data of its figure.
+
+Owns the selection and the wording. Does not own the rows (`rows`) or where they stand in README (`scripts/report.py`).
+The headline is the share of the bound that this machine allows; a speed-up stands only beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from kvoffload.bench import ablation
+from kvoffload.bench.campaign import summary
+from kvoffload.bench.lab import MODES
+from kvoffload.bench.rows import Row, is_gpu
+
+NO_GPU = "No GPU figure has been measured yet."
+_PROVIDERS = (
+    *("dynamic_cache", "on_device_sub_batches", "hf_offloaded", "whole_layer_both_ways"),
+    *("full_transfer", "sequential", "kvpr", "planned"),
+)
+
+
+class Bar(NamedTuple):
+    """One bar of the figure."""
+
+    group: str  # preset and device
+    mode: str
+    fraction_of_bound: float
+
+
+def performance(decode: Sequence[Row]) -> str:
+    """The performance section: the share of the bound first, then every mode of every preset."""
+    if not decode:
+        return NO_GPU
+    lines = [] if any(is_gpu(row) for row in decode) else [NO_GPU, ""]
+    for (preset, device), found in _groups(decode, lambda row: (row["x"], row["device"])).items():
+        modes = _figures(found)
+        shown = [mode for mode in MODES if mode in modes]
+        if "planned" in modes:
+            lines += [_headline(preset, modes), ""]
+        lines += [_caption(preset, device, found), ""]
+        lines += ["| mode | step | bound | share of the bound | against full transfer | link busy |", _rule(6)]
+        for mode in shown:
+            one = modes[mode]
+            lines.append(
+                f"| {mode} | {_ms(one['decode_step'])} | {_ms(one['bound_step'])} | {one['fraction_of_bound']:.3f} "
+                f"| {_times(one.get('speedup_vs_full_transfer'))} | {one['link_utilization']:.3f} |"
+            )
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def _headline(preset: str, modes: dict[str, dict[str, float]]) -> str:
+    planned = modes["planned"]
+    return (
+        f"**{preset}: {planned['fraction_of_bound']:.2f} of the bound** of the cost model at rates measured around the "
+        f"run, {_times(planned.get('speedup_vs_full_transfer'))} full transfer."
+    )
+
+
+def comparison(campaign: Sequence[Row]) -> str:
+    """Milliseconds per token of every provider in every cell, and why the others are missing."""
+    if not campaign:
+        return "Not measured yet."
+    lines: list[str] = []
+    for device, found in _groups(campaign, lambda row: row["device"]).items():
+        table = summary(found)
+        names = [name for name in _PROVIDERS if any("tpot" in cell.get(name, {}) for cell in table.values())]
+        lines += [f"Milliseconds per token on {device}, {_link_kind(found)}, {_source(found)}:", ""]
+        lines += [f"| cell | {' | '.join(names)} | planned, share of the bound |", _rule(len(names) + 2)]
+        for cell, providers in table.items():
+            steps = {name: providers[name]["tpot"] for name in names if "tpot" in providers.get(name, {})}
+            best = min(steps, key=lambda name: steps[name])
+            shown = [_mark(name == best, f"{steps[name] * 1e3:.1f}") if name in steps else "–" for name in names]
+            bound = providers.get("planned", {}).get("fraction_of_bound")
+            lines.append(f"| {cell} | {' | '.join(shown)} | {'' if bound is None else f'{bound:.3f}'} |")
+        lines += ["", "A dash is a cell that this provider cannot run; the rows in `campaign.csv` say why."]
+        lines += [_in_parts(table), ""]
+    return "\n".join(line for line in lines if line is not None).strip()
+
+
+def _in_parts(table: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The cells where offloading is the wrong answer."""
+    worse = [
+        cell
+        for cell, providers in table.items()
+        if providers.get("on_device_sub_batches", {}).get("tpot", float("inf"))
+        < providers.get("planned", {}).get("tpot", float("inf"))
+    ]
+    if not worse:
+        return "Where a part of the batch fits on the device, decoding in parts is faster than any offloading."
+    return f"In {', '.join(worse)} a part of the batch fits on the device: decode it in parts, do not offload."
+
+
+def parts(found: Sequence[Row]) -> str:
+    """What each part of the runtime is worth, and the factors over transformers' traffic."""
+    if not found:
+        return "Not measured yet."
+    lines: list[str] = []
+    for device, here in _groups(found, lambda row: row["device"]).items():
+        settings = list(dict.fromkeys(row["x"] for row in here))
+        figures = {setting: _figures(row for row in here if row["x"] == setting) for setting in settings}
+        first = figures[settings[0]]
+        names = [name for name in first if not name.startswith("factor: ")]
+        preset = json.loads(here[0]["config_json"])["preset"]
+        lines += [f"Decode step over that with everything on, {preset} on {device}, {_source(here)}:", ""]
+        lines += [f"| variant | {' | '.join(settings)} |", _rule(len(settings) + 1)]
+        for name in names:
+            shown = [_ratio(figures[setting].get(name)) for setting in settings]
+            lines.append(f"| {name} | {' | '.join(shown)} |")
+        factors = {name: first[f"factor: {name}"]["speedup"] for name in ablation.FACTORS if f"factor: {name}" in first}
+        if factors:
+            product = 1.0
+            for factor in factors.values():
+                product *= factor
+            text = " × ".join(f"{name} {factor:.2f}" for name, factor in factors.items())
+            lines += ["", f"The gain over the traffic of transformers' offloaded cache: {text} = {product:.2f}."]
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def bars(decode: Sequence[Row]) -> list[Bar]:
+    """The share of the bound of every mode, GPU rows first."""
+    found = [
+        Bar(f"{row['x']}\n{'' if is_gpu(row) else 'emulated link'}".strip(), row["provider"], float(row["p50"]))
+        for row in sorted(decode, key=lambda row: not is_gpu(row))
+        if row["metric"] == "fraction_of_bound" and row["provider"] in MODES
+    ]
+    return found
+
+
+def _figures(found: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """provider -> metric -> median."""
+    table: dict[str, dict[str, float]] = {}
+    for row in found:
+        if row["p50"]:
+            table.setdefault(row["provider"], {})[row["metric"]] = float(row["p50"])
+    return table
+
+
+def _groups(found: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    groups: dict[Any, list[Row]] = {}
+    for row in found:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def _caption(preset: str, device: str, found: Sequence[Row]) -> str:
+    return f"{preset} on {device}, link {found[0]['link']}, {_source(found)}:"
+
+
+def _source(found: Sequence[Row]) -> str:
+    commits = sorted({row["commit"].removesuffix("-dirty") for row in found})
+    return f"{found[0]['versions']}, commit {', '.join(commits)}"
+
+
+def _link_kind(found: Sequence[Row]) -> str:
+    return "own link" if is_gpu(found[0]) else "emulated link"
+
+
+def _rule(columns: int) -> str:
+    return "|" + "---|" * columns
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms"
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}×"
+
+
+def _ratio(figures: dict[str, float] | None) -> str:
+    return f"{figures['step_over_everything_on']:.2f}" if figures else ""
+
+
+def _mark(is_best: bool, text: str) -> str:
+    return f"**{text}**" if is_best else text

@@ -1,0 +1,119 @@
+"""What README says of measurements is what the rows say."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from kvoffload.bench import published, rows
+
+ROOT = Path(__file__).parents[1]
+
+
+class _Done(NamedTuple):
+    returncode: int
+    stderr: str
+
+
+def _report(*args: str) -> _Done:
+    """The script, run in this process: importing everything again would take seconds."""
+    spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "report", script)  # typer looks annotations up there
+        spec.loader.exec_module(script)
+        app = typer.Typer()
+        app.command()(script.main)
+        done = CliRunner().invoke(app, args)
+    return _Done(done.exit_code, done.stderr)
+
+
+def test_readme_and_its_figure_agree_with_the_rows() -> None:
+    done = _report("--check")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """README, figure and rows in another folder."""
+    shutil.copytree(ROOT / "scripts" / "results", tmp_path / "results")
+    shutil.copytree(ROOT / "docs" / "figures", tmp_path / "docs" / "figures")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
+
+
+def test_a_changed_row_fails_the_check_and_writing_mends_it(copy: Path) -> None:
+    where = ("--root", str(copy), "--results", str(copy / "results"))
+    path = copy / "results" / "decode.csv"
+    found = rows.load(path)
+    changed = next(row for row in found if row["metric"] == "fraction_of_bound" and row["provider"] == "planned")
+    rows.save(path, [row | ({"p50": "0.123"} if row is changed else {}) for row in found])
+    done = _report("--check", *where)
+    assert done.returncode == 1
+    assert "README.md, docs/figures/share_of_bound.svg disagree" in done.stderr
+    assert _report(*where).returncode == 0
+    assert _report("--check", *where).returncode == 0
+    assert "0.123" in (copy / "README.md").read_text()
+
+
+def test_an_edited_number_in_readme_fails_the_check(copy: Path) -> None:
+    readme = copy / "README.md"
+    text = readme.read_text()
+    begin = text.index("<!-- results:performance -->")
+    end = text.index("<!-- /results:performance -->")
+    readme.write_text(text[:begin] + text[begin:end].replace("of the bound", "of the bounds", 1) + text[end:])
+    done = _report("--check", "--root", str(copy))
+    assert done.returncode == 1
+    assert "README.md disagree" in done.stderr
+
+
+def _decode(link: str, device: str) -> list[rows.Row]:
+    metrics = {"decode_step": 0.2, "bound_step": 0.19, "fraction_of_bound": 0.95, "link_utilization": 0.9}
+    metrics |= {"speedup_vs_full_transfer": 1.5}
+    return [
+        rows.row("decode", "planned", metric, "", "opt-6.7b", [value], {"preset": "opt-6.7b"}, link, device=device)
+        for metric, value in metrics.items()
+    ]
+
+
+def test_without_a_gpu_row_the_section_says_so_first() -> None:
+    emulated = _decode("emulated 0.1 GB/s", "CPU (2 threads)")
+    assert published.performance([]) == published.NO_GPU
+    assert published.performance(emulated).startswith(published.NO_GPU)
+    measured = published.performance([*emulated, *_decode("measured pinned 25 GB/s", "NVIDIA A100")])
+    assert published.NO_GPU not in measured
+    assert "**opt-6.7b: 0.95 of the bound**" in measured
+    assert "NVIDIA A100" in measured
+
+
+def test_the_comparison_marks_the_fastest_and_says_where_not_to_offload() -> None:
+    def row(provider: str, cell: str, value: float, metric: str = "tpot") -> rows.Row:
+        return rows.row("campaign", provider, metric, "s", cell, [value], {}, "emulated 1 GB/s")
+
+    found = [row("planned", "long", 0.1), row("planned", "long", 0.97, "fraction_of_bound"), row("kvpr", "long", 0.2)]
+    text = published.comparison(found)
+    assert "| long | 200.0 | **100.0** | 0.970 |" in text
+    assert "decoding in parts is faster" in text
+    parts = published.comparison([*found, row("on_device_sub_batches", "half", 0.01), row("planned", "half", 0.1)])
+    assert "In half a part of the batch fits" in parts
+    assert "**10.0**" in parts
+
+
+def test_the_gpu_suite_lists_its_steps_in_order_without_a_gpu() -> None:
+    command = ["bash", str(ROOT / "scripts" / "gpu_suite.sh"), "--dry-run"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    order = ("cli env", "not sanitizer", "-k sanitizer", "test_segment_attention", "bench_kernels", "cli profile")
+    order += ("bench_transfer", "bench_decode", "bench_campaign", "ablation")
+    firsts = [next(idx for idx, line in enumerate(lines) if step in line) for step in order]
+    assert firsts == sorted(firsts)
+    assert all(line.startswith("up to ") and " s  writes " in line for line in lines)
