@@ -29,8 +29,28 @@ class Budget(NamedTuple):
 
 
 BUDGETS: dict[Thoroughness, Budget] = {
-    "quick": Budget(3.0, 0.0, 1.0, 5.5, 1.2, 0.0, 0.3, SIZES_BYTES, MAX_COPY_S),
-    "full": Budget(9.0, 9.0, 3.0, 12.0, 4.0, 1.0, 0.5, ALL_SIZES_BYTES, 0.5),
+    "quick": Budget(
+        link_s=2.5,
+        pageable_s=0.0,
+        emulated_s=1.0,
+        compute_s=5.0,
+        host_memory_s=1.2,
+        stretch_s=0.0,
+        host_s=0.3,
+        sizes_bytes=SIZES_BYTES,
+        max_copy_s=MAX_COPY_S,
+    ),
+    "full": Budget(
+        link_s=9.0,
+        pageable_s=9.0,
+        emulated_s=3.0,
+        compute_s=12.0,
+        host_memory_s=4.0,
+        stretch_s=1.0,
+        host_s=0.5,
+        sizes_bytes=ALL_SIZES_BYTES,
+        max_copy_s=0.5,
+    ),
 }
 
 

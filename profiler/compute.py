@@ -60,21 +60,34 @@ class ComputeCurves(NamedTuple):
     noisy: tuple[str, ...]  # points whose trials disagree, as text
 
 
-def measure_compute(device: torch.device, dtype: torch.dtype, *, budget_s: float = 9.0) -> ComputeCurves:
+def measure_compute(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    budget_s: float = 9.0,
+    progress: Callable[[float], None] | None = None,
+) -> ComputeCurves:
     """Measure matrix products, attention and copies on `device`.
 
     Args:
         device: where to compute.
         dtype: of all operands.
         budget_s: wall-clock seconds for everything but the first touch of the device.
+        progress: called with the share of the budget that is spent.
     """
     with torch.inference_mode(False), torch.no_grad():
         bench = Workbench(device, dtype, POOL_BYTES[device.type])
+        works = attention_works(bench, ATTENTION_SHAPE[device.type], ATTENTION_BYTES[device.type])
+        if device.type == "cuda":  # kernels are compiled when they are first used, for some sizes apart
+            for work in (*works.values(), product_work(bench, dtype, 1, *WEIGHTS["cuda"][0])):
+                work()
+            torch.cuda.synchronize(device)
         began = time.perf_counter()
+        if progress is not None:
+            bench.after_point = lambda: progress(min(1.0, (time.perf_counter() - began) / budget_s))
         copied = bench.pool.numel() // 2
         copies = [bench.time((), "device copy", lambda: bench.pool[:copied].copy_(bench.pool[copied:]), 0.1)]
-        sizes = ATTENTION_BYTES[device.type]
-        attention = time_attention(bench, ATTENTION_SHAPE[device.type], sizes, began + 0.15 * budget_s)
+        attention = time_attention(bench, works, began + 0.15 * budget_s)
         gemm = _gemm(bench, dtype, began + 0.5 * budget_s)
         timed = [*copies, *attention, *gemm]
         bench.repeat(timed, began + budget_s)
@@ -119,44 +132,49 @@ def product_work(bench: Workbench, dtype: torch.dtype, m: int, n: int, k: int) -
     return lambda: ops.linear_into(bench.take(m, k), bench.take(n, k), None, out)
 
 
-def time_attention(
-    bench: Workbench, shape: tuple[int, int, int], sizes_bytes: tuple[int, ...], deadline: float
-) -> list[Timed]:
-    """One query token per row against token-major keys and values.
+def attention_works(
+    bench: Workbench, shape: tuple[int, int, int], sizes_bytes: tuple[int, ...]
+) -> dict[int, Callable[[], None]]:
+    """Attention of one query token per row over token-major keys and values, by their bytes.
 
     Args:
         bench: holds K and V; its dtype and device are those of the attention.
         shape: rows, heads, head_dim.
-        sizes_bytes: ascending bytes of K and V; those that would take too long are left out, never the first.
-        deadline: of `time.perf_counter`.
+        sizes_bytes: bytes of K and V; those that the pool does not hold are left out.
     """
     rows, heads, head_dim = shape
     query = bench.take(rows, 1, heads, head_dim).clone()
     out = torch.empty(query.shape, dtype=torch.float32, device=bench.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=bench.device)
+
+    def work(tokens: int) -> Callable[[], None]:
+        return lambda: ops.segment_attention(
+            query,
+            bench.take(tokens, rows, 2, heads, head_dim),
+            out,
+            lse,
+            scale=head_dim**-0.5,
+            is_first=True,
+            first_position=0,
+            query_position=tokens - 1,
+        )
+
+    token_bytes = 2 * query.nbytes  # keys and values
+    return {size: work(size // token_bytes) for size in sizes_bytes if token_bytes <= size <= bench.pool.nbytes}
+
+
+def time_attention(bench: Workbench, works: dict[int, Callable[[], None]], deadline: float) -> list[Timed]:
+    """Time them in ascending size; those that would take too long are left out, never the first.
+
+    Args:
+        bench: the clock.
+        works: as `attention_works` makes them.
+        deadline: of `time.perf_counter`.
+    """
     points: list[Timed] = []
-    for size in sizes_bytes:
+    for size, work in works.items():
         if points and time.perf_counter() + 5 * points[-1].seconds * size / points[-1].x[0] > deadline:
             break
-        if size > bench.pool.nbytes:
-            break
-        tokens = size // (2 * rows * heads * head_dim * query.element_size())  # keys and values
-        if tokens < 1:
-            continue
-
-        def attend(tokens: int = tokens) -> None:
-            cached = bench.take(tokens, rows, 2, heads, head_dim)
-            ops.segment_attention(
-                query,
-                cached,
-                out,
-                lse,
-                scale=head_dim**-0.5,
-                is_first=True,
-                first_position=0,
-                query_position=tokens - 1,
-            )
-
-        budget_s = max(0.0, deadline - time.perf_counter()) / len(sizes_bytes)
-        points.append(bench.time((float(size),), f"attention over {size} bytes", attend, budget_s))
+        budget_s = max(0.0, deadline - time.perf_counter()) / len(works)
+        points.append(bench.time((float(size),), f"attention over {size} bytes", work, budget_s))
     return points

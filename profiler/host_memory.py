@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from kvoffload.profiler import environment
-from kvoffload.profiler.compute import time_attention
+from kvoffload.profiler.compute import attention_works, time_attention
 from kvoffload.profiler.workbench import Workbench, curve_of, noisy_of
 from kvoffload.types import Curve, Quantity
 
@@ -60,7 +60,8 @@ def measure_host_memory(*, budget_s: float = 4.0, pool_bytes: int = POOL_BYTES) 
         for dtype in DTYPES:
             bench = Workbench(cpu, dtype, pool_bytes // 2)
             name, began = str(dtype).removeprefix("torch."), time.perf_counter()
-            timed = time_attention(bench, ATTENTION_SHAPE, ATTENTION_BYTES, began + 0.2 * budget_s)
+            works = attention_works(bench, ATTENTION_SHAPE, ATTENTION_BYTES)
+            timed = time_attention(bench, works, began + 0.2 * budget_s)
             bench.repeat(timed, began + 0.35 * budget_s)
             curves[f"host_attention_{name}"] = curve_of("bytes", timed)
             noisy += [f"host {name} {text}" for text in noisy_of(timed)]

@@ -6,14 +6,14 @@ Owns the order of the measurements and the labels on the result. Does not own th
 Timeline (a GPU, or two CPU cores), every part bounded in wall-clock time:
 
                           quick     full
-    link                  3 s       9 s     copies up to 64 MiB, in full up to 1 GiB: H2D, D2H, both at once
+    link                  2.5 s     9 s     copies up to 64 MiB, in full up to 1 GiB: H2D, D2H, both at once
     pageable              -         9 s     the same from memory that is not pinned
     emulated link         1 s       3 s     in place of both: what copies over it achieve
-    compute               5.5 s     12 s    device copy, attention over sizes, matrix products over shapes
+    compute               5 s       12 s    device copy, attention over sizes, matrix products over shapes
     host memory           1.2 s     4 s     reading it, attention over K and V in it
     energy                -         6 s     GPUs that count it: matrix products, copies
     host                  0.6 s     1 s     seconds to issue a chunk and a layer
-                          < 15 s    < 60 s  with all allocations
+                          < 15 s    < 60 s  with allocations and, on a GPU, the kernels' compilation
 
 PCIe facts are read right after the link, while it is awake. What makes a profile valid: backend and operations are
 those of the runtime; every number is the median of trials that follow a warm-up; those whose trials disagree are listed
@@ -101,7 +101,7 @@ def measure_hardware(
         copies = measure_copies(backend, budget, steps)
         facts = environment.environment(device)  # while the link is awake
         steps.begin("matrix products and attention")
-        compute = measure_compute(device, dtype, budget_s=budget.compute_s)
+        compute = measure_compute(device, dtype, budget_s=budget.compute_s, progress=steps.within)
         steps.begin("host memory")
         host_memory = measure_host_memory(budget_s=budget.host_memory_s)
         steps.begin("energy")

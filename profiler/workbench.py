@@ -70,6 +70,7 @@ class Workbench:
         seed = torch.randn(2**18, generator=generator, device=device, dtype=torch.float32).to(dtype)
         self.pool = seed.repeat(max(1, pool_bytes // dtype.itemsize // seed.numel()))
         self._offset = 0
+        self.after_point: Callable[[], None] = lambda: None
 
     def take(self, *shape: int) -> torch.Tensor:
         """The next operand of the pool, contiguous."""
@@ -103,6 +104,7 @@ class Workbench:
         trial_s = TRIAL_S[self.device.type]
         trials = time_trials(lambda n: self.seconds(work, n), trial_s=trial_s, budget_s=budget_s, max_burst=512)
         logger.debug("%s: %.3g s, spread %.2f", what, trials.seconds, trials.spread_fraction)
+        self.after_point()
         return Timed(x, what, work, trials)
 
     def repeat(self, timed: list[Timed], deadline: float) -> None:

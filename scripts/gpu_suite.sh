@@ -48,7 +48,8 @@ step 300 - "$python" -m pytest -q -m gpu tests/test_gpu.py -s
 kernel_tests=(tests/test_{segment_attention,merge,rope,linear_rope,ops}.py)
 step 400 - "$python" -m pytest -q -m gpu "${kernel_tests[@]}"
 step 240 "$results/kernels.csv" "$python" scripts/bench_kernels.py ${quick_option:+"$quick_option"} --csv "$results/kernels.csv"
-step 60 "$results/profile.json" "$python" -m kvoffload.cli profile --output "$results/profile.json"
+step 180 - "$python" -m pytest -q -m gpu tests/test_profiler.py
+step 120 "$results/profile.json" "$python" -m kvoffload.cli profile ${quick_option:+"$quick_option"} --output "$results/profile.json"
 presets=(opt-6.7b llama-3.1-8b opt-30b llama-2-7b opt-13b llama-2-13b)
 ((quick)) && presets=(opt-6.7b llama-3.1-8b)
 for preset in "${presets[@]}"; do

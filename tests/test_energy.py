@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from kvoffload.backend import EmulatedBackend
+from kvoffload.config import EmulatedLink
 from kvoffload.profiler import energy
 from kvoffload.types import Quantity
 
@@ -126,3 +129,26 @@ def test_a_counter_that_fails_or_stands_still_on_the_way_gives_no_number(install
     gpu.failing = "counter"
     assert energy.measure_power(meter, "gemm", gpu.burst, clock=gpu.clock) == {}
     assert "Not Supported" in str(meter.missing)
+
+
+class WallClockMeter(energy.EnergyMeter):
+    """A device that takes 40 W whatever it does."""
+
+    def joules(self) -> float:
+        return 40.0 * time.perf_counter()
+
+
+def test_products_and_copies_are_metered_while_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(energy, "PRODUCT", 64)
+    monkeypatch.setattr(energy, "COPY_BYTES", 2**16)
+    monkeypatch.setattr(energy, "POOL_BYTES", 2**20)
+    backend = EmulatedBackend(EmulatedLink())
+    try:
+        found = energy.measure_energy(backend, torch.float32, WallClockMeter(), 0.05)
+        assert backend.link_use("h2d").copies > 3
+        assert energy.measure_energy(backend, torch.float32, energy.NoMeter("none"), 0.05) == {}
+    finally:
+        backend.close()
+    assert set(found) == {"gemm_power_w", "gemm_energy_j", "h2d_power_w", "h2d_energy_j"}
+    for name in ("gemm_power_w", "h2d_power_w"):
+        assert found[name].value == pytest.approx(40.0, rel=0.05)

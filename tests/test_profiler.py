@@ -13,7 +13,7 @@ from kvoffload.backend import EmulatedBackend
 from kvoffload.backend.base import HostBuffer
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError, ProfileError
-from kvoffload.profiler import compute, host, link, profile, trials, workbench
+from kvoffload.profiler import compute, host, host_memory, link, profile, trials, workbench
 from kvoffload.profiler.profile import measure_hardware, with_link
 from kvoffload.types import Curve, HardwareProfile, Point, Quantity
 
@@ -267,6 +267,20 @@ def test_products_have_the_shapes_of_recomputation_and_of_an_mlp(measured: Measu
 def test_energy_that_cannot_be_had_is_said(measured: Measured) -> None:
     assert measured.profile.extra["energy"].startswith("not available: ")
     assert "gemm_power_w" not in measured.profile.quantities
+
+
+def test_what_the_meter_tells_stands_in_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    curve = Curve(unit="bytes", points=(Point((1.0,), 1.0, 0.0),))
+    rate = Quantity(value=1.0, unit="bytes/s", spread_fraction=0.0)
+    power = Quantity(value=240.0, unit="W", spread_fraction=0.02)
+    found = compute.ComputeCurves(curve, curve, rate, ())
+    monkeypatch.setattr(profile, "measure_compute", lambda *_, **__: found)
+    monkeypatch.setattr(profile, "measure_host_memory", lambda **_: host_memory.HostRates(rate, {}, ()))
+    monkeypatch.setattr(profile.energy, "measure_energy", lambda *_: {"gemm_power_w": power})
+    full = measure_hardware("cpu", thoroughness="full")
+    assert full.quantities["gemm_power_w"] == power
+    assert full.extra["energy"] is None
+    assert "gemm_power_w" not in measure_hardware("cpu", thoroughness="quick").quantities
 
 
 def test_a_thoroughness_that_does_not_exist_is_refused() -> None:
