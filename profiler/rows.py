@@ -111,18 +111,20 @@ def _copies(name: str, curve: Curve) -> str:
     if curve.provenance != "measured":
         return f"{text} ({curve.provenance})"
     sizes = f"{_size(curve.points[0].x[0])} to {_size(curve.points[-1].x[0])}"
-    off = f", a line within {100 * error:.0f} %" if error > MAX_LINE_ERROR_FRACTION else ""
-    return f"{text} ({sizes}{off})"
+    if error <= MAX_LINE_ERROR_FRACTION:
+        return f"{text} ({sizes})"
+    last = curve.points[-1].x[0]
+    return f"{text} ({sizes}, a line within {100 * error:.0f} %; {_gb_per_s(curve.rate(last))} at {_size(last)})"
 
 
 def _product_rows(measured: HardwareProfile) -> Rows:
-    """The fastest product, the fastest with the shape of recomputed K and V or an MLP, and one row."""
+    """The fastest product with a square weight, and the fastest with the shape of recomputed K and V or an MLP."""
     points = measured.gemm.points
     if not points:
         return []
     rows = []
     for title, some in (
-        ("matrix product", points),
+        ("matrix product", [point for point in points if point.x[1] == point.x[2]]),
         ("at recompute, MLP shapes", [point for point in points if point.x[1] != point.x[2]]),
     ):
         if some:
@@ -175,7 +177,7 @@ def _duration(quantity: Quantity) -> str:
 def _time(seconds: float) -> str:
     if seconds >= 1e-3:
         return f"{seconds * 1e3:.3g} ms"
-    return f"{seconds * 1e6:.0f} us" if seconds >= 1e-5 or not seconds else f"{seconds * 1e6:.1f} us"
+    return f"{seconds * 1e6:.0f} us" if seconds >= 1e-5 or seconds < 5e-8 else f"{seconds * 1e6:.1f} us"
 
 
 def _spread(fraction: float | None) -> str:

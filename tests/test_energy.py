@@ -85,10 +85,10 @@ def test_power_is_joules_over_seconds_while_the_work_runs(install: Any) -> None:
 
 
 def test_the_median_stretch_counts_and_their_spread_is_kept(install: Any) -> None:
-    gpu = FakeGpu(watts=[100.0, 200.0, 210.0, 220.0])
+    gpu = FakeGpu(watts=[100.0, 200.0, 400.0, 400.0])
     found = energy.measure_power(install(gpu), "h2d", gpu.burst, clock=gpu.clock)
-    assert found["h2d_power_w"].value == pytest.approx(200.0, rel=0.1)
-    assert found["h2d_power_w"].spread_fraction == pytest.approx(0.5, abs=0.2)
+    assert found["h2d_power_w"].value == pytest.approx(200.0, rel=0.15)
+    assert found["h2d_power_w"].spread_fraction == pytest.approx(1.5, rel=0.15)
 
 
 @pytest.mark.parametrize(

@@ -58,10 +58,16 @@ def test_both_at_once_keeps_sources_and_destinations_apart() -> None:
 
 def test_the_budget_holds_and_sizes_that_would_not_fit_in_it_are_left_out() -> None:
     backend = ReplayedLink({"h2d": 1e8, "d2h": 5e7})
-    found = measure(backend, budget_s=3.0, max_copy_s=0.05)
+    found = measure(backend, budget_s=3.0, max_copy_s=60.0)
     assert backend.now_s < 3.5
-    assert 2**18 <= found.h2d.points[-1].x[0] < 2**24  # 16 MiB take 0.17 s
+    assert 2**18 <= found.h2d.points[-1].x[0] < 2**26  # 64 MiB take 0.67 s
     assert backend.largest_bytes == max(found.h2d.points[-1].x[0], found.d2h.points[-1].x[0])
+
+
+def test_copies_that_take_long_are_left_out_however_much_time_there_is() -> None:
+    found = measure(ReplayedLink({"h2d": 1e8, "d2h": 5e7}), budget_s=600.0, max_copy_s=0.05)
+    assert found.h2d.points[-1].x == (2.0**22,)  # 16 MiB would take 0.17 s
+    assert found.d2h.points[-1].x == (2.0**20,)
 
 
 def test_a_size_whose_trials_disagree_is_named() -> None:

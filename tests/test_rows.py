@@ -52,6 +52,11 @@ def test_what_is_given_is_not_shown_as_measured() -> None:
     assert shown["emulated H2D, achieved"].startswith("0.15 GB/s ± 0.5 %, latency 200 us (4 KiB")
     assert "2 ms (assumed) between steps" in shown["host time"]
     assert "±" in shown["matrix product"]
+    assert "at recompute, MLP shapes" not in shown  # none was measured then
+    points = (*HardwareProfile.load(RECORDED).gemm.points, Point((64.0, 1024.0, 512.0), 1e-5, 0.02))
+    shown = rows(gemm=Curve(unit="m,n,k", points=points))
+    assert shown["at recompute, MLP shapes"] == "6.7 TFLOP/s ± 1 % at 64x1024x512, float32"
+    assert "GFLOP/s" in shown["matrix product"]
     assert rows(h2d=None, d2h=None)["H2D, D2H"].startswith("no speed")
     assert "pinned" not in "".join(name for name, _ in profile_rows(HardwareProfile.load(RECORDED)) if "H2D" in name)
 
@@ -61,6 +66,7 @@ def test_a_line_that_does_not_fit_says_so() -> None:
     points = tuple(point._replace(seconds=point.seconds * (1 + idx % 2)) for idx, point in enumerate(bent.points))
     shown = rows(curves={"h2d_achieved": dataclasses.replace(bent, points=points)})
     assert "a line within" in shown["emulated H2D, achieved"]
+    assert shown["emulated H2D, achieved"].endswith("; 12.5 GB/s at 1 GiB)")  # what large copies get all the same
 
 
 def test_energy_is_watts_or_the_reason_there_are_none() -> None:
