@@ -254,7 +254,7 @@ class HardwareProfile:
     dtype: str = "float32"  # of the GEMM and attention curves
     host_s_per_layer: float = 2e-4
     host_s_per_chunk: float = 2e-5
-    gap_s: float = 2e-3
+    gap_s: float = 2e-3  # between the last attention of a step and the first of the next, as seen with transformers
     created: str = ""
     curves: dict[str, Curve] = field(default_factory=dict)
     quantities: dict[str, Quantity] = field(default_factory=dict)  # scalars that no attribute holds, labels of those
@@ -320,7 +320,8 @@ class HardwareProfile:
     def behind(self, link_name: str, h2d: Curve | None, d2h: Curve | None) -> HardwareProfile:
         """The same machine behind another link; what was measured of the old one is dropped."""
         kept = {name: curve for name, curve in self.curves.items() if name not in LINK_CURVES}
-        return dataclasses.replace(self, link_name=link_name, h2d=h2d, d2h=d2h, curves=kept)
+        scalars = {name: one for name, one in self.quantities.items() if not name.startswith("h2d_")}  # power
+        return dataclasses.replace(self, link_name=link_name, h2d=h2d, d2h=d2h, curves=kept, quantities=scalars)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a file, with every scalar labelled under "quantities"."""

@@ -103,11 +103,14 @@ def test_a_number_that_was_changed_is_no_longer_measured() -> None:
 
 def test_behind_another_link_nothing_of_the_old_one_is_left() -> None:
     other = copies(0.0, 1e9, "assumed")
-    moved = profile().behind("another", other, other)
+    one = profile()
+    one.quantities["h2d_power_w"] = Quantity(value=90.0, unit="W")
+    moved = one.behind("another", other, other)
     assert moved.link_name == "another"
     assert set(moved.curves) == {"host_attention_float32"}
     assert moved.all_quantities()["h2d_bytes_per_s"].value == pytest.approx(1e9)
-    assert "both_bytes_per_s" not in moved.all_quantities()
+    assert not {"both_bytes_per_s", "h2d_power_w"} & set(moved.all_quantities())
+    assert "host_read_bytes_per_s" in moved.all_quantities()
 
 
 @pytest.mark.parametrize(
