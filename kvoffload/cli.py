@@ -19,11 +19,8 @@ import typer
 from typer.core import TyperGroup
 
 from kvoffload.config import EmulatedLink, OffloadConfig
-from kvoffload.errors import ConfigError, KVOffloadError
-from kvoffload.types import Curve, HardwareProfile, Workload
-
-NOT_AVAILABLE = "not available"
-SHOWN_COPY_BYTES = (2**16, 2**20, 2**26)
+from kvoffload.errors import ConfigError, KVOffloadError, ProfileError
+from kvoffload.types import Workload
 
 
 class _Commands(TyperGroup):
@@ -55,12 +52,13 @@ LinkSpeed = Annotated[
 def env(as_json: AsJson = False) -> None:
     """Show the facts that decide how fast offloading can be: PCIe, NUMA, memory and pinning limits."""
     from kvoffload.profiler.environment import environment
+    from kvoffload.profiler.rows import fact_rows
 
     facts = environment()
     if as_json:
         _print_json(facts)
     else:
-        _print_rows("This machine", _fact_rows(facts))
+        _print_rows("This machine", fact_rows(facts))
 
 
 @app.command("profile")
@@ -68,27 +66,42 @@ def profile(
     device: Annotated[str, typer.Option(help="'auto', 'cuda', 'cuda:1' or 'cpu'.")] = "auto",
     link_gb_per_s: LinkSpeed = None,
     latency_us: Annotated[float, typer.Option(help="Latency of each copy over the emulated link.")] = 0.0,
+    quick: Annotated[bool, typer.Option("--quick", help="In under 15 s: no pageable memory, large copies, energy.")] = (
+        False
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Keep the result even if it is too doubtful.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write the profile here, not to the cache.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure this machine (up to 20 s) and keep the result for planning."""
+    """Measure this machine (in under 60 s) and keep the result for planning."""
     from kvoffload.profiler import stored
     from kvoffload.profiler.profile import measure_hardware
 
     link = _link(link_gb_per_s, latency_us)
     with _progress("measuring") as tell:
-        measured = measure_hardware(device, link or "auto", progress=tell)
+        measured = measure_hardware(device, link or "auto", thoroughness="quick" if quick else "full", progress=tell)
+    doubt = stored.reason_not_to_keep(measured)
+    is_kept = output is not None or force or not doubt
     try:
         if output is not None:
             measured.save(output)
-        else:
+        elif is_kept:
             output = stored.store(measured)
     except OSError as error:
         raise ConfigError(f"cannot write the profile: {error}; choose another file with --output") from error
     if as_json:
         _print_json(measured.to_json())
     else:
-        _print_rows(f"Profile of {measured.device_name}", _profile_rows(measured))
+        from kvoffload.profiler.rows import profile_rows
+
+        _print_rows(f"Profile of {measured.device_name}", profile_rows(measured))
+    if not is_kept:
+        raise ProfileError(
+            f"not stored, since {doubt}: measure again while nothing else runs, or keep such a profile with --force "
+            "or --output FILE"
+        )
+    if doubt:
+        typer.echo(f"this profile is doubtful: {doubt}", err=True)
     typer.echo(f"stored in {output}", err=True)
 
 
@@ -263,7 +276,11 @@ def main() -> None:
 
 def _link(gb_per_s: float | None, latency_us: float = 0.0) -> EmulatedLink | None:
     """The emulated link the options ask for."""
-    if gb_per_s is None and not latency_us:
+    if gb_per_s is None:
+        if latency_us:
+            raise ConfigError(
+                f"--latency-us {latency_us:g} needs --link-gb-per-s: an unpaced link has no time to add it to"
+            )
         return None
     return EmulatedLink(h2d_gb_per_s=gb_per_s, latency_s=latency_us * 1e-6)
 
@@ -288,74 +305,6 @@ def _progress(title: str) -> Iterator[Callable[[str, float], None] | None]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=1.0)
         yield lambda what, share: bar.update(task, completed=share, description=f"{title} {what}")
-
-
-def _fact_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """What `env` shows, and `profile` with it."""
-    if facts["locked_memory_is_unlimited"]:
-        locked = "no limit"
-    else:
-        locked = f"{_gib(facts['locked_memory_limit_bytes'])} may be locked (ulimit -l)"
-    versions = ", ".join(f"{name} {version or NOT_AVAILABLE}" for name, version in facts["versions"].items())
-    return [
-        ("GPU", facts["gpu_name"] or NOT_AVAILABLE),
-        ("GPU memory", _gib(facts["gpu_memory_bytes"])),
-        ("driver, CUDA", f"{facts['driver_version'] or NOT_AVAILABLE}, {facts['cuda_version'] or NOT_AVAILABLE}"),
-        ("PCIe generation", _of_maximum(facts["pcie_generation"], facts["pcie_generation_max"])),
-        ("PCIe lanes", _of_maximum(facts["pcie_width"], facts["pcie_width_max"])),
-        ("NUMA node of the GPU", _shown(facts["gpu_numa_node"])),
-        ("CPU", f"{facts['cpu_name']}, {facts['num_cpus']} usable, {facts['torch_threads']} threads in PyTorch"),
-        ("memory", f"{_gib(facts['memory_bytes'])}, {_gib(facts['memory_available_bytes'])} free"),
-        ("container's memory limit", _gib(facts["cgroup_memory_limit_bytes"])),
-        ("pinned memory", locked + (", WSL2 pins less than there is" if facts["is_wsl"] else "")),
-        ("versions", versions),
-    ]
-
-
-def _profile_rows(measured: HardwareProfile) -> list[tuple[str, str]]:
-    gemm = max(measured.gemm.points, key=lambda point: point.x[0] * point.x[1] * point.x[2] / point.seconds)
-    m, n, k = (int(size) for size in gemm.x)
-    attended = int(measured.attention.points[-1].x[0])
-    noisy = measured.extra.get("noisy", [])
-    return [
-        ("link", measured.link_name),
-        ("host to device", _copy_rates(measured.h2d)),
-        ("device to host", _copy_rates(measured.d2h)),
-        ("matrix product", f"{2 * m * n * k / gemm.seconds / 1e9:.0f} GFLOP/s at {m}x{n}x{k}, {measured.dtype}"),
-        ("attention", f"{measured.attention.rate(attended) / 1e9:.1f} GB/s over {attended / 2**20:g} MiB of K/V"),
-        ("device memory", f"{measured.device_copy_bytes_per_s / 1e9:.1f} GB/s, {_gib(measured.device_memory_bytes)}"),
-        (
-            "host",
-            f"{measured.host_s_per_layer * 1e6:.0f} us per layer, {measured.host_s_per_chunk * 1e6:.0f} us per chunk",
-        ),
-        ("noisy", "; ".join(noisy) or "nothing"),
-        *_fact_rows(measured.extra["environment"]),
-    ]
-
-
-def _copy_rates(curve: Curve | None) -> str:
-    if curve is None:
-        return "no speed: copies are not paced"
-    largest = curve.points[-1].x[0]
-    sizes = [size for size in SHOWN_COPY_BYTES if size <= largest] or [int(largest)]
-    rates = ", ".join(f"{curve.rate(size) / 1e9:.2f} GB/s at {size // 1024} KiB" for size in sizes)
-    return f"{rates} ({curve.provenance})"
-
-
-def _of_maximum(current: int | None, maximum: int | None) -> str:
-    if current is None:
-        return NOT_AVAILABLE
-    return f"{current} in use, {_shown(maximum)} at most"
-
-
-def _shown(value: object) -> str:
-    return NOT_AVAILABLE if value is None else str(value)
-
-
-def _gib(num_bytes: int | None) -> str:
-    if num_bytes is None:
-        return NOT_AVAILABLE
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def _seconds(value: float) -> str:

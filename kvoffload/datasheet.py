@@ -214,13 +214,20 @@ def profile_data(sheet: Datasheet) -> dict[str, Any]:
         moved_bytes = (2 * m * size + size * size) * itemsize_bytes
         return max(2 * m * size * size / peak, moved_bytes / sheet.memory_bytes_per_s)  # multiply-add
 
-    def curve(unit: str, points: list[tuple[list[float], float]]) -> dict[str, Any]:
-        return {"unit": unit, "points": [[x, seconds, 0.0] for x, seconds in points], "provenance": "datasheet"}
+    def curve(unit: str, points: list[tuple[list[float], float]], provenance: str) -> dict[str, Any]:
+        return {"unit": unit, "points": [[x, seconds, 0.0] for x, seconds in points], "provenance": provenance}
 
-    def copies(sizes: tuple[int, ...], bytes_per_s: float) -> dict[str, Any]:
-        return curve("bytes", [([float(size)], size / bytes_per_s) for size in sizes])
+    def copies(sizes: tuple[int, ...], bytes_per_s: float, provenance: str) -> dict[str, Any]:
+        return curve("bytes", [([float(size)], size / bytes_per_s) for size in sizes], provenance)
 
-    link = copies(COPY_BYTES, sheet.link_achievable_bytes_per_s)
+    def figure(value: float, unit: str, field: str) -> dict[str, Any]:
+        return {"value": value, "unit": unit, "spread_fraction": None, "provenance": sheet.provenance_of(field)}
+
+    link_provenance = sheet.provenance_of("link_achievable_bytes_per_s")
+    if link_provenance == "measured":  # elsewhere: of the machine that this stands for it is an assumption
+        link_provenance = "assumed"
+    memory_provenance = sheet.provenance_of("memory_bytes_per_s")
+    link = copies(COPY_BYTES, sheet.link_achievable_bytes_per_s, link_provenance)
     products = [([float(m), float(size), float(size)], gemm_s(m, size)) for size in GEMM_WEIGHTS for m in GEMM_ROWS]
     return {
         "schema_version": 1,
@@ -230,18 +237,16 @@ def profile_data(sheet: Datasheet) -> dict[str, Any]:
         "key": f"{sheet.device_name} | datasheet",
         "h2d": link,
         "d2h": link,
-        "gemm": curve("m,n,k", products),
-        "attention": copies(ATTENTION_BYTES, sheet.memory_bytes_per_s),
+        "gemm": curve("m,n,k", products, sheet.provenance_of("peak_flops_per_s", sheet.dtype)),
+        "attention": copies(ATTENTION_BYTES, sheet.memory_bytes_per_s, memory_provenance),
         "device_copy_bytes_per_s": sheet.memory_bytes_per_s,
         "device_memory_bytes": sheet.memory_bytes,
         "dtype": sheet.dtype,
+        "quantities": {
+            "device_copy_bytes_per_s": figure(sheet.memory_bytes_per_s, "bytes/s", "memory_bytes_per_s"),
+            "device_memory_bytes": figure(sheet.memory_bytes, "bytes", "memory_bytes"),
+        },
         "extra": {
-            "provenance": {
-                "device_copy_bytes_per_s": sheet.provenance_of("memory_bytes_per_s"),
-                "host_s_per_layer": "assumed",
-                "host_s_per_chunk": "assumed",
-                "gap_s": "assumed",
-            },
             "peak_flops_per_s": peak,
             "peak_bytes_per_s": sheet.memory_bytes_per_s,
             "note": "peaks are the datasheet's; the link curve is the bandwidth that pinned copies achieve "

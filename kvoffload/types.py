@@ -6,24 +6,39 @@ Symbols of the cost model (see docs/architecture.md) are given behind each field
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from kvoffload import datasheet
 from kvoffload.errors import ConfigError, ProfileError
+from kvoffload.quantities import Curve as Curve  # as: also importable from here
+from kvoffload.quantities import Point as Point
+from kvoffload.quantities import Provenance as Provenance
+from kvoffload.quantities import Quantity as Quantity
 
 Form = Literal["kv", "activation"]
 Schedule = Literal["pipelined", "kvpr"]
 Objective = Literal["latency", "throughput"]
 Constraint = Literal["link", "device", "host", "device_memory", "host_memory"]
-Provenance = Literal["measured", "datasheet", "assumed"]
 
 PROFILE_SCHEMA_VERSION = 1
+LINK_CURVES = (
+    *("both", "h2d_pageable", "d2h_pageable", "both_pageable"),
+    *("h2d_achieved", "d2h_achieved", "both_achieved"),
+)
+_CURVES = ("h2d", "d2h", "gemm", "attention")
+_LINE_QUANTITIES = ("latency_s", "bytes_per_s", "line_error_fraction")
+_ATTRIBUTE_UNITS = {
+    "device_copy_bytes_per_s": "bytes/s",
+    "device_memory_bytes": "bytes",
+    "host_s_per_layer": "s",
+    "host_s_per_chunk": "s",
+    "gap_s": "s",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,47 +227,18 @@ class Plan:
         return data
 
 
-class Point(NamedTuple):
-    """One measured point of a curve."""
-
-    x: tuple[float, ...]  # bytes of a copy; (m, n, k) of a GEMM; bytes of K/V read by attention
-    seconds: float
-    spread_fraction: float  # (p80 - p20) / p50 of the trials
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
-    """Measured durations over a size, interpolated linearly in between and by the last rate beyond."""
-
-    unit: str  # of x, e.g. "bytes" or "m,n,k"
-    points: tuple[Point, ...]
-    provenance: Provenance = "measured"
-
-    def seconds(self, size: float) -> float:
-        """Duration at `size` (same unit as x, one-dimensional curves only)."""
-        if not self.points:
-            raise ProfileError("a curve without points cannot predict anything; measure the profile again")
-        sizes = [point.x[0] for point in self.points]
-        idx = bisect.bisect_left(sizes, size)
-        if idx == 0:
-            return self.points[0].seconds
-        if idx == len(sizes):
-            last = self.points[-1]
-            return last.seconds * size / last.x[0]
-        low, high = self.points[idx - 1], self.points[idx]
-        share = (size - low.x[0]) / (high.x[0] - low.x[0])
-        return low.seconds + share * (high.seconds - low.seconds)
-
-    def rate(self, size: float) -> float:
-        """Size per second at `size`."""
-        return size / self.seconds(size)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HardwareProfile:
     """What a machine and its link can do, measured once. Describes no model.
 
-    `h2d` and `d2h` are None for an unpaced emulated link: it has no bandwidth, and `split="auto"` then transfers.
+    `h2d` and `d2h` are None for an unpaced emulated link: it has no bandwidth, and `split="auto"` then transfers. Plans
+    are made with the attributes; `curves` holds what else was measured (the names are those below, and
+    `host_attention_<dtype>`, x = bytes of K/V in host memory), and `all_quantities` every scalar with its unit, spread
+    and provenance.
+
+        both                                       a copy in each direction at once, x = bytes of either
+        h2d_pageable, d2h_pageable, both_pageable  the same three from host memory that is not pinned
+        h2d_achieved, d2h_achieved, both_achieved  copies over an emulated link, beside the speed it was given
     """
 
     device_name: str
@@ -268,8 +254,10 @@ class HardwareProfile:
     dtype: str = "float32"  # of the GEMM and attention curves
     host_s_per_layer: float = 2e-4
     host_s_per_chunk: float = 2e-5
-    gap_s: float = 2e-3
+    gap_s: float = 2e-3  # between the last attention of a step and the first of the next, as seen with transformers
     created: str = ""
+    curves: dict[str, Curve] = field(default_factory=dict)
+    quantities: dict[str, Quantity] = field(default_factory=dict)  # scalars that no attribute holds, labels of those
     extra: dict[str, Any] = field(default_factory=dict)
     schema_version: int = PROFILE_SCHEMA_VERSION
 
@@ -302,9 +290,48 @@ class HardwareProfile:
         """Achieved FLOP/s of a [m, k] x [k, n] product."""
         return 2 * m * n * k / self.gemm_seconds(m, n, k)  # multiply-add
 
+    def quantity(self, name: str) -> Quantity:
+        """A scalar with its unit, spread and provenance; an attribute without a label, or changed since, is assumed.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        unit = _ATTRIBUTE_UNITS.get(name)
+        if unit is None:
+            return self.quantities[name]
+        value = getattr(self, name)
+        label = self.quantities.get(name)
+        if label is not None and label.value == value:
+            return label
+        return Quantity(value=value, unit=unit, provenance="assumed")
+
+    def all_quantities(self) -> dict[str, Quantity]:
+        """Every scalar by its name: attributes, the lines through the copies of the link, and what else there is."""
+        found = {name: self.quantity(name) for name in _ATTRIBUTE_UNITS}
+        for name, curve in self.link_curves().items():
+            found |= curve.line_quantities(name)
+        return found | {name: one for name, one in self.quantities.items() if name not in found}
+
+    def link_curves(self) -> dict[str, Curve]:
+        """The copies over the link that were measured or given, by name."""
+        curves = {"h2d": self.h2d, "d2h": self.d2h} | {name: self.curves.get(name) for name in LINK_CURVES}
+        return {name: curve for name, curve in curves.items() if curve is not None and curve.points}
+
+    def behind(self, link_name: str, h2d: Curve | None, d2h: Curve | None) -> HardwareProfile:
+        """The same machine behind another link; what was measured of the old one is dropped."""
+        kept = {name: curve for name, curve in self.curves.items() if name not in LINK_CURVES}
+        scalars = {name: one for name, one in self.quantities.items() if not name.startswith("h2d_")}  # power
+        return dataclasses.replace(self, link_name=link_name, h2d=h2d, d2h=d2h, curves=kept, quantities=scalars)
+
     def to_json(self) -> dict[str, Any]:
-        """Plain data for a file."""
-        return dataclasses.asdict(self)
+        """Plain data for a file, with every scalar labelled under "quantities"."""
+        data = dataclasses.asdict(self)
+        for name in _CURVES:
+            curve = getattr(self, name)
+            data[name] = None if curve is None else curve.to_json()
+        data["curves"] = {name: curve.to_json() for name, curve in self.curves.items()}
+        data["quantities"] = {name: dataclasses.asdict(one) for name, one in self.all_quantities().items()}
+        return data
 
     @classmethod
     def from_json(cls, data: Any, *, source: str = "profile") -> HardwareProfile:
@@ -322,17 +349,20 @@ class HardwareProfile:
             )
         try:
             values = dict(data)
-            for name in ("h2d", "d2h", "gemm", "attention"):
-                curve = values[name]
-                if curve is not None:
-                    points = tuple(
-                        Point(tuple(float(v) for v in p[0]), float(p[1]), float(p[2])) for p in curve["points"]
-                    )
-                    if any(p.seconds <= 0 or not math.isfinite(p.seconds) for p in points):
-                        raise ValueError(f"{name} holds a duration that is not positive")
-                    values[name] = Curve(unit=curve["unit"], points=points, provenance=curve["provenance"])
-            return cls(**values)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            for name in _CURVES:
+                values[name] = None if values[name] is None else Curve.from_json(values[name])
+            values["curves"] = {name: Curve.from_json(curve) for name, curve in values.get("curves", {}).items()}
+            labels = values.pop("quantities", None)
+            if labels is None:
+                values["extra"], labels = _labels_before_quantities(values)
+            profile = cls(**values)
+            derived = {f"{name}_{end}" for name in ("h2d", "d2h", *LINK_CURVES) for end in _LINE_QUANTITIES}
+            for name, label in labels.items():
+                quantity = Quantity.from_json(label)
+                if name not in derived and not (name in _ATTRIBUTE_UNITS and quantity == profile.quantity(name)):
+                    profile.quantities[name] = quantity
+            return profile
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise ProfileError(
                 f"{source} is damaged ({type(error).__name__}: {error}); measure again with `kvoffload profile`"
             ) from error
@@ -366,3 +396,20 @@ class HardwareProfile:
             ProfileError: unknown name; lists the near and the known ones.
         """
         return cls.from_json(datasheet.profile_data(datasheet.preset(name)), source=f"preset {name}")
+
+
+def _labels_before_quantities(data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`extra` and the labels of a file from before "quantities", which kept them in `extra`."""
+    extra = dict(data.get("extra", {}))
+    provenance, spread = extra.pop("provenance", {}), extra.pop("spread_fraction", {})
+    labels = {
+        name: {
+            "value": data[name],
+            "unit": _ATTRIBUTE_UNITS[name],
+            "spread_fraction": spread.get(name),
+            "provenance": provenance[name],
+        }
+        for name in provenance
+        if name in _ATTRIBUTE_UNITS and name in data
+    }
+    return extra, labels

@@ -67,7 +67,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 def gpu_facts(device: torch.device | None = None) -> dict[str, Any]:
     """Name, driver, memory, PCIe link (in use and maximum) and NUMA node of a GPU; all None without one."""
     facts = dict(NO_GPU)
-    bus = _bus_id(device)
+    bus = pci_bus_id(device)
     row = _nvidia_smi(bus)
     if row is not None:
         facts |= {
@@ -127,6 +127,12 @@ def memory_bytes() -> int:
     return min(total, cgroup_memory_limit_bytes() or total)
 
 
+def memory_available_bytes() -> int:
+    """Memory that is free for the asking now, at most what the container may hold; half of it all where unknown."""
+    total, available = _meminfo()
+    return min(available or memory_bytes() // 2, cgroup_memory_limit_bytes() or total or memory_bytes())
+
+
 def cpu_seconds() -> tuple[float, float]:
     """CPU time spent so far by everything on this machine (nan where unknown), and by this process."""
     fields = (_read(Path("/proc/stat")) or "").partition("\n")[0].split()
@@ -143,7 +149,8 @@ def sysfs_bus_id(bus: str) -> str:
     return f"{domain[-4:]}:{rest}"
 
 
-def _bus_id(device: torch.device | None) -> str | None:
+def pci_bus_id(device: torch.device | None) -> str | None:
+    """The PCI address of a CUDA device, with a domain of eight digits; None where it cannot be had."""
     if device is None or device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)

@@ -78,7 +78,6 @@ def machine_of(profile: HardwareProfile) -> Machine:
     fits = fit_profile(profile)
     best = max(2 * math.prod(point.x) / point.seconds for point in profile.gemm.points)  # multiply-add
     read = [point.x[0] / point.seconds for point in profile.attention.points]
-    facts = profile.extra.get("provenance", {})
     return Machine(
         device_name=profile.device_name,
         link_name=profile.link_name,
@@ -90,7 +89,7 @@ def machine_of(profile: HardwareProfile) -> Machine:
         fits={str(name): fitted for name, fitted in fits.items()},
         provenance={
             "peak_flops_per_s": profile.gemm.provenance,
-            "memory_bytes_per_s": facts.get("device_copy_bytes_per_s", "measured"),
+            "memory_bytes_per_s": profile.quantity("device_copy_bytes_per_s").provenance,
             "link_bytes_per_s": profile.h2d.provenance if profile.h2d else "assumed",
         },
     )
@@ -114,7 +113,7 @@ def what_if(
 
         spec = datasheet.link_named(link)
         curve = given_curve(spec.bytes_per_s, spec.latency_s)
-        profile = dataclasses.replace(profile, link_name=spec.link_name, h2d=curve, d2h=curve)
+        profile = profile.behind(spec.link_name, curve, curve)
     if device_memory_bytes is not None:
         if not 1e8 <= device_memory_bytes <= 1e14:
             raise ConfigError(f"a device with {device_memory_bytes:g} bytes of memory makes no sense: give GB, e.g. 24")

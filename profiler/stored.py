@@ -18,19 +18,15 @@ import torch
 
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ProfileError
+from kvoffload.profiler.budget import Progress
+from kvoffload.profiler.device import Link, machine_key, resolve_device
 from kvoffload.profiler.hardware import find_profile
-from kvoffload.profiler.profile import (
-    Link,
-    Progress,
-    machine_key,
-    measure_hardware,
-    resolve_device,
-    was_disturbed,
-    with_link,
-)
+from kvoffload.profiler.profile import MAX_OTHER_LOAD_FRACTION, measure_hardware, some_of, with_link
 from kvoffload.types import HardwareProfile
 
 logger = logging.getLogger(__name__)
+
+MAX_NOISY_FRACTION = 0.25  # of all measured points
 
 
 def cache_folder() -> Path:
@@ -63,13 +59,32 @@ def store(profile: HardwareProfile) -> Path:
     return path
 
 
+def reason_not_to_keep(profile: HardwareProfile) -> str | None:
+    """Why a measurement is too doubtful to plan with from now on, with the numbers; None where it is not.
+
+    Other work kept the CPUs busy that were measured (which may slow everything evenly, so no spread shows it), or more
+    than `MAX_NOISY_FRACTION` of the points have trials that disagree. A few noisy points are no reason: each is a
+    median all the same, and most shapes are planned for by others.
+    """
+    load = profile.extra.get("other_cpu_load_fraction")
+    if profile.emulated_link and load is not None and load > MAX_OTHER_LOAD_FRACTION:
+        return f"other work kept {load:.2f} of the CPUs busy (at most {MAX_OTHER_LOAD_FRACTION} may be)"
+    noisy = profile.extra.get("noisy", [])
+    curves = [profile.h2d, profile.d2h, profile.gemm, profile.attention, *profile.curves.values()]
+    num_points = sum(len(curve.points) for curve in curves if curve is not None and curve.provenance == "measured")
+    num_points += sum(one.spread_fraction is not None for one in profile.quantities.values())
+    if len(noisy) > MAX_NOISY_FRACTION * num_points:
+        return f"the trials of {len(noisy)} of {num_points} points disagree ({some_of(noisy)})"
+    return None
+
+
 def load_or_measure(
     device: torch.device | str = "auto", link: Link = "auto", *, progress: Progress | None = None
 ) -> HardwareProfile:
     """The stored profile of this machine; else measure it once and store it, with a log message.
 
     A profile of the same device with another driver or PyTorch version is stale: told, left where it is, not used.
-    A measurement that other work disturbed is used but not stored. An emulated link is not part of what is stored, it
+    A measurement that `reason_not_to_keep` is used but not stored. An emulated link is not part of what is stored, it
     is put in front of the stored machine.
 
     Raises:
@@ -93,8 +108,12 @@ def load_or_measure(
         began = time.perf_counter()
         profile = measure_hardware(device, EmulatedLink() if device.type == "cpu" else "auto", progress=progress)
         try:
-            if was_disturbed(profile):
-                logger.warning("not stored, since other work disturbed the measurement: it will be repeated")
+            if doubt := reason_not_to_keep(profile):
+                logger.warning(
+                    "not stored, since %s: it will be repeated, or run `kvoffload profile` while nothing else runs "
+                    "(--force keeps what it measures in any case)",
+                    doubt,
+                )
             else:
                 path = store(profile)
                 logger.info("measured in %.1f s, stored in %s", time.perf_counter() - began, path)

@@ -58,9 +58,10 @@ brief=()
 step 60 - "$python" -m kvoffload.cli env
 step 300 - "$python" -m pytest -q -m gpu -k "not sanitizer" tests/test_gpu.py -s
 step 200 - "$python" -m pytest -q -m gpu -k sanitizer tests/test_gpu.py
-step 400 - "$python" -m pytest -q -m gpu tests/test_{segment_attention,merge,rope,linear_rope,ops,profiler}.py
+step 400 - "$python" -m pytest -q -m gpu tests/test_{segment_attention,merge,rope,linear_rope,ops}.py
+step 180 - "$python" -m pytest -q -m gpu tests/test_profiler.py
 step 240 "$results/kernels.csv" "$python" scripts/bench_kernels.py "${brief[@]}" --csv "$results/kernels.csv"
-step 90 "$results/profile.json" "$python" -m kvoffload.cli profile "${brief[@]}" --output "$results/profile.json"
+step 120 "$results/profile.json" "$python" -m kvoffload.cli profile "${brief[@]}" --output "$results/profile.json"
 step 200 "$results/transfer.csv" "$python" scripts/bench_transfer.py --csv "$results/transfer.csv"
 presets=(opt-6.7b llama-3.1-8b opt-30b llama-2-7b opt-13b llama-2-13b)
 ((quick)) && presets=(opt-6.7b llama-3.1-8b)

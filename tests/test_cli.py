@@ -14,10 +14,11 @@ from typer.testing import CliRunner, Result
 
 import kvoffload.cli as cli
 from kvoffload.errors import ProfileError
-from kvoffload.profiler import profile, stored
+from kvoffload.profiler import profile, rows, stored
 from kvoffload.types import HardwareProfile
 
 RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"
+DISTURBANCE: dict[str, object] = {}  # laid over the facts of the next measurements
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -42,10 +43,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, and measurements that take no time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def measure(device: object = "auto", link: Any = "auto", **_options: object) -> HardwareProfile:
+    def measure(device: object = "auto", link: Any = "auto", **options: object) -> HardwareProfile:
         key = profile.machine_key(profile.resolve_device("cpu", "auto"))
         recorded = HardwareProfile.load(RECORDED)
-        recorded = dataclasses.replace(recorded, key=key, extra=recorded.extra | {"other_cpu_load_fraction": 0.0})
+        facts = recorded.extra | {"other_cpu_load_fraction": 0.0} | options
+        recorded = dataclasses.replace(recorded, key=key, extra=facts | {"progress": None} | DISTURBANCE)
         return recorded if link == "auto" else profile.with_link(recorded, link)
 
     monkeypatch.setattr(profile, "measure_hardware", measure)
@@ -148,8 +150,8 @@ def test_profile_of_an_unpaced_link_says_it_has_no_speed(cache: Path) -> None:
     from kvoffload.config import EmulatedLink
 
     assert profile.with_link(HardwareProfile.load(RECORDED), EmulatedLink()).h2d is None
-    unpaced = cli._profile_rows(profile.with_link(HardwareProfile.load(RECORDED), EmulatedLink()))
-    assert dict(unpaced)["host to device"].startswith("no speed")
+    unpaced = rows.profile_rows(profile.with_link(HardwareProfile.load(RECORDED), EmulatedLink()))
+    assert dict(unpaced)["H2D, D2H"].startswith("no speed")
 
 
 def test_profile_goes_where_output_says_and_a_bad_place_is_an_error(cache: Path, tmp_path: Path) -> None:
@@ -164,6 +166,49 @@ def test_profile_goes_where_output_says_and_a_bad_place_is_an_error(cache: Path,
 def test_profile_refuses_a_link_without_speed_and_an_unknown_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "above zero" in run_badly("profile", "--link-gb-per-s", 0)
     assert "'cuda'" in run_badly("profile", "--device", "toaster")
+
+
+def test_profile_measures_in_full_unless_it_shall_be_quick(cache: Path) -> None:
+    assert json.loads(run_well("profile", "--json"))["extra"]["thoroughness"] == "full"
+    assert json.loads(run_well("profile", "--quick", "--json"))["extra"]["thoroughness"] == "quick"
+
+
+def test_a_latency_without_a_speed_is_refused_and_the_stored_profile_stays(cache: Path) -> None:
+    run_well("profile", "--link-gb-per-s", 0.5)
+    (path,) = cache.glob("*.json")
+    before = path.read_text()
+    message = run_badly("profile", "--latency-us", 100)
+    assert "--latency-us 100 needs --link-gb-per-s" in message
+    assert path.read_text() == before
+
+
+def test_a_doubtful_profile_is_shown_but_not_stored(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_well("profile", "--link-gb-per-s", 0.5)
+    (path,) = cache.glob("*.json")
+    before = path.read_text()
+    monkeypatch.setitem(DISTURBANCE, "other_cpu_load_fraction", 0.62)
+    result = run("profile", "--link-gb-per-s", 2)
+    assert result.exit_code == 2
+    assert "emulated 2 GB/s" in result.stdout
+    assert result.stderr.startswith("kvoffload: not stored, since other work kept 0.62 of the CPUs busy (at most 0.25")
+    assert "--force" in result.stderr
+    assert "--output" in result.stderr
+    assert path.read_text() == before
+
+
+def test_a_doubtful_profile_is_kept_on_demand_and_said_to_be_one(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DISTURBANCE, "noisy", [f"gemm {idx} (spread 0.90)" for idx in range(30)])
+    for arguments, path in (
+        (["--force"], None),
+        (["--output", tmp_path / "p.json"], tmp_path / "p.json"),
+    ):
+        result = run("profile", *arguments)
+        assert result.exit_code == 0
+        assert "this profile is doubtful: the trials of 30 of" in result.stderr
+        assert f"stored in {path or cache}" in result.stderr
+    assert len(list(cache.glob("*.json"))) == 1
 
 
 # ---- plan --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kvoffload"
 
-_LAYER_0 = {"errors", "datasheet", "types"}
+_LAYER_0 = {"errors", "datasheet", "quantities", "types"}
 _LAYER_1 = _LAYER_0 | {
     *("config", "cost", "architectures", "model_config", "model_shape", "placement", "progress", "stats"),
 }
@@ -23,7 +23,8 @@ _LAYER_5 = _LAYER_4 | {"hf", "decide", "profiler"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "datasheet": {"errors"},
-    "types": {"errors", "datasheet"},
+    "quantities": {"errors"},
+    "types": {"errors", "datasheet", "quantities"},
     "config": _LAYER_0,
     "cost": _LAYER_0,
     "architectures": _LAYER_0,
@@ -73,6 +74,7 @@ ONLY_IN: dict[str, set[str]] = {
 TORCH_FREE = {
     "errors",
     "datasheet",
+    "quantities",
     "types",
     "config",
     "cost",

@@ -12,8 +12,8 @@ import pytest
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ProfileError
 from kvoffload.profiler import stored
+from kvoffload.profiler.device import machine_key, resolve_device
 from kvoffload.profiler.hardware import find_profile
-from kvoffload.profiler.profile import machine_key, resolve_device
 from kvoffload.types import HardwareProfile
 
 RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"
@@ -37,7 +37,8 @@ def measurements(mine: HardwareProfile, monkeypatch: pytest.MonkeyPatch, tmp_pat
     """An empty cache folder; counts the measurements made."""
     calls: list[object] = []
 
-    def measure(device: object, link: object, **_options: object) -> HardwareProfile:
+    def measure(device: object, link: object, *, thoroughness: str = "quick", **_options: object) -> HardwareProfile:
+        assert thoroughness == "quick"  # the work waits for it
         calls.append(link)
         return mine
 
@@ -135,8 +136,30 @@ def test_a_measurement_that_other_work_disturbed_is_used_and_not_kept(
 ) -> None:
     mine.extra["other_cpu_load_fraction"] = 0.8
     assert stored.load_or_measure("cpu") == mine
-    assert "not stored" in caplog.text
+    assert "not stored, since other work kept 0.80 of the CPUs busy" in caplog.text
+    assert "--force" in caplog.text
     assert not stored.profile_path(key).exists()
+
+
+def test_a_measurement_with_too_many_noisy_points_is_not_kept_and_one_with_a_few_is(
+    measurements: list[object], mine: HardwareProfile, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_points = len(mine.gemm.points) + len(mine.attention.points) + 2  # host times
+    noisy = [f"gemm {idx} (spread 0.7{idx % 10})" for idx in range(num_points // 2)]
+    mine.extra["noisy"] = noisy
+    stored.load_or_measure("cpu")
+    assert f"the trials of {len(noisy)} of {num_points} points disagree (gemm 0 (spread 0.70)" in caplog.text
+    assert not stored.profile_path(key).exists()
+    mine.extra["noisy"] = noisy[: num_points // 5]
+    assert stored.reason_not_to_keep(mine) is None
+    stored.load_or_measure("cpu")
+    assert stored.profile_path(key).exists()
+
+
+def test_other_work_on_the_host_does_not_disturb_the_measurement_of_a_gpu(mine: HardwareProfile) -> None:
+    mine.extra["other_cpu_load_fraction"] = 0.8
+    assert stored.reason_not_to_keep(mine) is not None
+    assert stored.reason_not_to_keep(dataclasses.replace(mine, emulated_link=False)) is None
 
 
 def test_a_profile_is_found_by_preset_name_or_by_path(tmp_path: Path) -> None:
