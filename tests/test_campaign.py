@@ -336,3 +336,16 @@ def test_tables_show_the_fastest_first_and_every_reason(measured: Path) -> None:
     assert "flexllmgen" in list(reasons.columns[0].cells)
     assert isinstance(next(iter(providers().values())), Provider)
     assert {"cpu-mha", "opt-66b", "qwen3-8b"} <= set(PRESETS)
+
+
+def test_energy_is_per_new_token_where_there_is_a_counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Meter:
+        readings = iter([100.0, 136.0])
+
+        def joules(self) -> float:
+            return next(self.readings)
+
+    monkeypatch.setattr(campaign, "open_meter", lambda device: Meter())
+    path = tmp_path / "rows.csv"
+    _run([_cell()], ["full_transfer"], path)
+    assert _figures(path)["full_transfer"]["energy_per_new_token"] == 36.0 / (3 * 6)

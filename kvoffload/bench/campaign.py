@@ -35,6 +35,7 @@ from kvoffload.bench.providers import Bed, DynamicCache, Ours, Provider
 from kvoffload.bench.serving import Objective, Outcome, Sameness, Samples, samples
 from kvoffload.errors import InfeasiblePlanError, KVOffloadError
 from kvoffload.forecast import decode_mbu, decode_mfu
+from kvoffload.profiler.energy import open_meter
 from kvoffload.profiler.stored import load_or_measure
 from kvoffload.types import HardwareProfile, Rates
 
@@ -155,9 +156,15 @@ def _figures(provider: Provider, bed: Bed, reference: Outcome, settings: Setting
     if provider.is_exact and cell.preset.dtype == torch.float32:
         _must_be_equal(provider, cell, sameness)
     before = bed.lab.rates(provider.mode) if isinstance(provider, Ours) else None
+    meter = open_meter(bed.lab.device)
+    joules_before = meter.joules()
     runs = [provider.run(bed, cell.new_tokens, keeps_logits=False) for _ in range(settings.repeats)]
+    joules_after = meter.joules()
     after = bed.lab.rates(provider.mode) if isinstance(provider, Ours) else None
     found = samples(runs, bed.prompt_tokens, settings.objective)
+    if joules_before is not None and joules_after is not None:
+        new_tokens = sum(run.tokens.numel() for run in runs)
+        found["energy_per_new_token"] = ("J", [(joules_after - joules_before) / new_tokens])
     if not math.isnan(sameness.max_abs_logit_difference):
         found["max_abs_logit_difference"] = ("", [sameness.max_abs_logit_difference])
         found["kl_divergence"] = ("nats", [sameness.kl_divergence])
