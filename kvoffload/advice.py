@@ -21,7 +21,8 @@ from kvoffload.errors import InfeasiblePlanError, UnsupportedModelError
 from kvoffload.model_config import ITEMSIZE_BYTES
 from kvoffload.model_shape import shape_from_config, sliding_window_tokens
 from kvoffload.types import HardwareProfile, ModelShape, Plan, Workload
-from kvoffload.ways import Alternative, Task, gb
+from kvoffload.units import duration, gb
+from kvoffload.ways import Alternative, Task
 
 
 class Advice(NamedTuple):
@@ -131,15 +132,11 @@ def _describe_plan(chosen: Plan, offload: Alternative) -> str:
     limit = chosen.binding_constraint.replace("_", " ")
     return (
         f"offloaded (of {chosen.num_blocks} blocks per layer {placed or 'none leaves the tail'}) a step takes "
-        f"{_time(chosen.predicted_step_s)} at full length, limited by the {limit} "
-        f"({_time(chosen.full_transfer_step_s)} with full transfer), and everything {_time(offload.total_s)}"
+        f"{duration(chosen.predicted_step_s)} at full length, limited by the {limit} "
+        f"({duration(chosen.full_transfer_step_s)} with full transfer), and everything {duration(offload.total_s)}"
     )
 
 
 def _describe(one: Alternative) -> str:
     how = "on the device" if one.runs == 1 else f"on the device in {one.runs} runs of {one.batch}"
-    return f"{how} a step takes {_time(one.step_s)} and everything {_time(one.total_s)}"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"
+    return f"{how} a step takes {duration(one.step_s)} and everything {duration(one.total_s)}"

@@ -24,6 +24,7 @@ from kvoffload.errors import HostMemoryError
 from kvoffload.placement import Placement
 from kvoffload.sizing import Geometry, Sizes, choose_sizes, prefill_peak_bytes
 from kvoffload.types import HardwareProfile, ModelShape, Plan, PlanInputs, Rates
+from kvoffload.units import gib
 
 logger = logging.getLogger(__name__)
 CHECK_BUDGET_S = 0.2  # for timing both ways before the first prefill
@@ -284,8 +285,8 @@ class Decider:
         cap = self._host_cap_bytes(held_bytes)
         if needed > cap:
             raise HostMemoryError(
-                f"{geometry.rows} sequences of {geometry.max_tokens} tokens need {needed / 1e9:.4g} GB of host memory, "
-                f"{cap / 1e9:.4g} GB may be used: raise host_gib, or lower the batch or max_new_tokens"
+                f"{geometry.rows} sequences of {geometry.max_tokens} tokens need {gib(needed)} of host memory, "
+                f"{gib(cap)} may be used: raise host_gib, or lower the batch or max_new_tokens"
             )
 
     # ---- checked, not believed -----------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from typing import Any, Literal, NamedTuple
 from kvoffload import cost, planner
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.types import HardwareProfile, Plan, PlanInputs
-from kvoffload.ways import Alternative, Task, gb
+from kvoffload.units import gb
+from kvoffload.ways import Alternative, Task
 
 Name = Literal["no offload", "sub-batches", "offload", "full transfer", "paper's schedule"]
 MAX_SEARCHED = 2**24  # batches and prompts larger than this are not looked for

@@ -21,6 +21,7 @@ import pulp
 from kvoffload import cost
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.types import Constraint, Plan, PlanInputs
+from kvoffload.units import gb, gib
 
 EQUAL_FRACTION = 1e-9  # step times closer than this are the same
 OBJECTIVE_SCALE = 1000.0  # the solver sees times of about this size, far above its absolute tolerance
@@ -117,13 +118,16 @@ def program(inputs: PlanInputs) -> Program:
     weighted = pulp.LpAffineExpression
 
     problem = pulp.LpProblem("placement", pulp.LpMinimize)
-    step = pulp.LpVariable("step", 0)
-    r = pulp.LpVariable("r", inputs.stored_resident_blocks, s, pulp.LpInteger)
-    r_x = pulp.LpVariable("r_x", inputs.stored_resident_activation_blocks, s, pulp.LpInteger)
-    x = pulp.LpVariable("x", inputs.stored_activation_blocks, s, pulp.LpInteger)
-    t = pulp.LpVariable("t", inputs.stored_kv_blocks, s, pulp.LpInteger)
-    chunks_x = pulp.LpVariable("chunks_x", 0, s, pulp.LpInteger)
-    chunks_t = pulp.LpVariable("chunks_t", 0, s, pulp.LpInteger)
+    # Since 3.3 PuLP wants variables made by their problem and warns of the constructor. Calling what does not warn
+    # needs no `warnings.catch_warnings`, which swaps the filters of the whole process under the feet of other threads.
+    variable = getattr(problem, "add_variable", pulp.LpVariable)
+    step = variable("step", 0)
+    r = variable("r", inputs.stored_resident_blocks, s, pulp.LpInteger)
+    r_x = variable("r_x", inputs.stored_resident_activation_blocks, s, pulp.LpInteger)
+    x = variable("x", inputs.stored_activation_blocks, s, pulp.LpInteger)
+    t = variable("t", inputs.stored_kv_blocks, s, pulp.LpInteger)
+    chunks_x = variable("chunks_x", 0, s, pulp.LpInteger)
+    chunks_t = variable("chunks_t", 0, s, pulp.LpInteger)
     activation_link, kv_link = c.activation_link_s / unit_s, c.kv_link_s / unit_s
     recompute, chunk_host = c.recompute_s / unit_s, c.chunk_host_s / unit_s
 
@@ -134,10 +138,10 @@ def program(inputs: PlanInputs) -> Program:
     link = [(step, 1), (x, -activation_link), (t, -kv_link)]
     if inputs.schedule == "kvpr":
         # its barrier adds L*max(0, gamma_r*x - beta_kv*t/B_kv) ...
-        outlasting = pulp.LpVariable("outlasting", 0)
+        outlasting = variable("outlasting", 0)
         problem += weighted([(outlasting, 1), (x, -recompute), (t, kv_link)]) >= 0
         # ... and L*gamma_a*s if x > 0
-        any_x = pulp.LpVariable("any_x", 0, 1, pulp.LpInteger)
+        any_x = variable("any_x", 0, 1, pulp.LpInteger)
         problem += weighted([(any_x, s), (x, -1)]) >= 0
         link += [(outlasting, -1), (any_x, -c.attention_s / unit_s)]
     # the link: T >= L*(beta_x*x/B_x + beta_kv*t/B_kv) + weights/B_kv + max(0, t_gap - ring_bytes/B_kv)
@@ -162,7 +166,7 @@ def _relax(inputs: PlanInputs) -> tuple[float, float] | None:
     solver: pulp.LpSolver = pulp.HiGHS(mip=False, msg=False, threads=1, presolve="off", **tolerances)
     error_fraction = 0.0
     if not solver.available():
-        solver = pulp.PULP_CBC_CMD(mip=False, msg=False, threads=1)
+        solver = pulp.COIN_CMD(path=pulp.PULP_CBC_CMD.pulp_cbc_path, mip=False, msg=False, threads=1)
         error_fraction = 1e-7  # CBC's answer is read from a file with eight digits
     if problem.solve(solver) != pulp.LpStatusOptimal:
         return None
@@ -318,4 +322,4 @@ def _infeasible(inputs: PlanInputs) -> InfeasiblePlanError:
 
 def _size(num_bytes: int) -> str:
     """Bytes for a message, in both units people use."""
-    return f"{num_bytes / 1e9:.4g} GB ({num_bytes / 2**30:.4g} GiB)"
+    return f"{gb(num_bytes)} ({gib(num_bytes)})"

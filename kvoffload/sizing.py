@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from kvoffload.config import GIB, OffloadConfig
+from kvoffload.config import OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.types import ModelShape, Rates
+from kvoffload.units import gib
 
 TARGET_CHUNK_BYTES = 32 * 2**20  # K/V of a chunk: large enough for full link and GEMM rate on GPUs measured by others
 MIN_CHUNK_BYTES = 2**20  # K/V of a chunk: below this the host's time per chunk shows, and nothing is gained
@@ -103,8 +104,8 @@ def choose_sizes(
     if smallest.fixed_device_bytes > device_bytes:
         raise InfeasiblePlanError(
             f"offloading {geometry.rows} sequences of {geometry.max_tokens} tokens needs at least "
-            f"{smallest.fixed_device_bytes / GIB:.4f} GiB on the device ({_describe(smallest)}), device_gib allows "
-            f"{device_bytes / GIB:.4f}: raise device_gib, or lower the batch or max_new_tokens"
+            f"{gib(smallest.fixed_device_bytes)} on the device ({_describe(smallest)}), device_gib allows "
+            f"{gib(device_bytes)}: raise device_gib, or lower the batch or max_new_tokens"
         )
     best = smallest
     for slots in range(smallest.num_slots, sizes.num_slots + 1):  # as much of comfort as fits
@@ -205,11 +206,11 @@ def _slot_row_bytes(geometry: Geometry, keeps_activations: bool) -> int:
 
 
 def _describe(sizes: Sizes) -> str:
-    parts = [f"tails {sizes.tail_bytes / GIB:.4f} GiB"]
+    parts = [f"tails {gib(sizes.tail_bytes)}"]
     if sizes.num_buffers:
-        parts.insert(0, f"{sizes.num_buffers} layer buffers of {sizes.buffer_bytes / GIB:.4f} GiB")
+        parts.insert(0, f"{sizes.num_buffers} layer buffers of {gib(sizes.buffer_bytes)}")
     else:
-        parts.insert(0, f"{sizes.num_slots} slots of {sizes.slot_bytes / GIB:.4f} GiB")
+        parts.insert(0, f"{sizes.num_slots} slots of {gib(sizes.slot_bytes)}")
     return ", ".join(parts)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvoffload.types import Plan
+from kvoffload.units import duration, gb
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,29 +58,46 @@ class GenerationStats:
 
     def __str__(self) -> str:
         step = self.decode_step_s_p50
-        step_text = "no decode step" if step is None else f"step {step * 1e3:.1f} ms"
-        link = "idle" if self.h2d_gb_per_s is None else f"{self.h2d_gb_per_s:.2f} GB/s"
+        step_text = "no decode step" if step is None else f"step {duration(step)} (median)"
+        link = "" if self.h2d_gb_per_s is None else f" at {gb(self.h2d_gb_per_s * 1e9)}/s"
         busy = "" if self.link_utilization is None else f", busy {self.link_utilization:.2f} of the time"
         plan = self.plan
         return "\n".join(
             [
-                f"first token {self.ttft_s:.3f} s (setup {self.setup_s:.3f} s apart), {step_text}, "
+                f"first token {duration(self.ttft_s)} (setup {duration(self.setup_s)} apart), {step_text}, "
                 f"{self.tokens_per_s:.1f} tokens/s",
-                f"link ({self.link_name}): {self.h2d_bytes / 1e9:.3f} GB to the device at {link}{busy}, "
-                f"{self.d2h_bytes / 1e9:.3f} GB back",
-                f"plan: {plan.split_fraction:.2f} of the offloaded tokens as activations, "
-                f"{plan.resident_kv_blocks + plan.resident_activation_blocks} of {plan.num_blocks} blocks on the "
-                f"device; host {self.host_bytes / 1e9:.3f} GB; K/V "
+                f"link ({self.link_name}): {gb(self.h2d_bytes)} to the device{link}{busy}, {gb(self.d2h_bytes)} back",
+                f"plan: {_moved(plan)}; {plan.resident_kv_blocks + plan.resident_activation_blocks} of "
+                f"{plan.num_blocks} blocks stay on the device; host {gb(self.host_bytes)}; K/V "
                 + ("exact" if self.exact else "recomputed in half precision"),
                 self._verdict(step),
             ]
         )
 
     def _verdict(self, step_s: float | None) -> str:
+        """How the steps compare with full transfer; else why they cannot be compared, and what would change that."""
         full = self.plan.full_transfer_step_s
-        if step_s is None or not full:
-            return "verdict: not compared with full transfer (no decode step, or a link without a known speed)"
+        if step_s is None:
+            return "verdict: none, no decode step was run: the first token comes from the prefill, generate more"
+        if not full and "unpaced" in self.link_name:
+            return (
+                "verdict: none, this link copies as fast as it can and has no speed to predict with: give it one with "
+                "link=kvoffload.EmulatedLink(h2d_gb_per_s=...), or --link-gb-per-s"
+            )
+        if not full:
+            return "verdict: none, a given split needs no prediction and none was made: name a profile=... for one"
         ratio = full / step_s
         if self.plan.kv_blocks == self.plan.num_blocks:
-            return f"verdict: this is full transfer, {ratio:.2f} of its predicted speed ({full * 1e3:.1f} ms a step)"
-        return f"verdict: {ratio:.2f}x as fast as the predicted full transfer ({full * 1e3:.1f} ms a step)"
+            return f"verdict: this is full transfer, {ratio:.2f} times its predicted speed ({duration(full)} a step)"
+        return f"verdict: {ratio:.2f}x as fast as the predicted full transfer ({duration(full)} a step)"
+
+
+def _moved(plan: Plan) -> str:
+    """In which form the offloaded tokens cross the link, in words."""
+    if not plan.kv_blocks + plan.activation_blocks:
+        return "nothing crosses the link"
+    if not plan.activation_blocks:
+        return "offloaded tokens cross as K/V, none is recomputed"
+    if not plan.kv_blocks:
+        return "offloaded tokens cross as activations, all are recomputed"
+    return f"{plan.split_fraction:.2g} of the offloaded tokens cross as activations and are recomputed, the rest as K/V"

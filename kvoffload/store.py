@@ -18,6 +18,7 @@ from kvoffload.backend import Backend, Event
 from kvoffload.backend.base import HostBuffer
 from kvoffload.errors import HostMemoryError
 from kvoffload.types import Form
+from kvoffload.units import gib
 
 SLAB_BYTES = 64 * 2**20
 ALIGNMENT_BYTES = 256
@@ -118,8 +119,8 @@ class HostPool:
             room = self.cap_bytes - self.slab_bytes
         if needed_bytes > room:
             raise HostMemoryError(
-                f"the cache needs {needed_bytes / 1e9:.4g} GB more host memory, {max(room, 0) / 1e9:.4g} GB of the cap "
-                f"of {self.cap_bytes / 1e9:.4g} GB are left: raise host_gib, or lower the batch or max_new_tokens"
+                f"the cache needs {gib(needed_bytes)} more host memory, {gib(max(room, 0))} of the cap "
+                f"of {gib(self.cap_bytes)} are left: raise host_gib, or lower the batch or max_new_tokens"
             )
         size = min(max(needed_bytes, SLAB_BYTES), room)
         self._slabs.append(self._backend.allocate_host(size))

@@ -17,6 +17,7 @@ from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.sizing import Geometry, choose_sizes, prefill_peak_bytes
 from kvoffload.types import HardwareProfile, ModelShape, Plan, PlanInputs, Rates, Workload
+from kvoffload.units import gb
 
 PREFILL_TOKENS = 16384  # of all sequences, in one forward of the prefill
 USABLE_DEVICE_FRACTION = 0.9  # of what weights leave, where the cap is "auto"
@@ -214,8 +215,3 @@ class Task(NamedTuple):
             return 2**62
         used = self.shape.weight_bytes if self.profile.emulated_link else 0  # the "device" is host memory there
         return max(0, int(USABLE_HOST_FRACTION * installed) - used)
-
-
-def gb(num_bytes: float) -> str:
-    """Bytes for a message."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kvoffload"
 
-_LAYER_0 = {"errors", "datasheet", "quantities", "types"}
+_LAYER_0 = {"errors", "units", "datasheet", "quantities", "types"}
 _LAYER_1 = _LAYER_0 | {
     *("config", "cost", "architectures", "model_config", "model_shape", "placement", "progress", "stats"),
 }
@@ -22,6 +22,7 @@ _LAYER_5 = _LAYER_4 | {"hf", "decide", "profiler"}
 # module (a file, or a folder as a whole) -> the modules of ours it may import
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "units": set(),
     "datasheet": {"errors"},
     "quantities": {"errors"},
     "types": {"errors", "datasheet", "quantities"},
@@ -73,6 +74,7 @@ ONLY_IN: dict[str, set[str]] = {
 }
 TORCH_FREE = {
     "errors",
+    "units",
     "datasheet",
     "quantities",
     "types",

@@ -6,6 +6,7 @@ import dataclasses
 import random
 import re
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from kvoffload import cost, planner
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.types import Plan, PlanInputs, Rates
+from kvoffload.units import gb, gib
 
 SAME = 1e-9  # relative: step times closer than this are the same
 
@@ -335,8 +337,8 @@ def test_too_little_device_memory_is_said_with_the_numbers_and_the_way_out() -> 
     with pytest.raises(InfeasiblePlanError) as caught:
         planner.solve(paper_instance(4096, device_bytes=5 * 10**8))
     assert "device memory" in str(caught.value)
-    assert "need 1 GB (0.9313 GiB)" in str(caught.value)
-    assert "limit is 0.5 GB (0.4657 GiB)" in str(caught.value)
+    assert "need 1.00 GB (953.67 MiB)" in str(caught.value)
+    assert "limit is 500.00 MB (476.84 MiB)" in str(caught.value)
     assert re.search("raise device_gib.*lower the batch", str(caught.value))
 
 
@@ -346,7 +348,7 @@ def test_too_little_host_memory_is_said_with_the_least_that_works(changes: dict[
     least = 32 * 16 * 1000 * 8192 * (1 + kv_share)
     with pytest.raises(InfeasiblePlanError) as caught:
         planner.solve(paper_instance(4096, **changes, host_bytes=int(least) - 1))
-    assert f"needs at least {least / 1e9:.4g} GB ({least / 2**30:.4g} GiB)" in str(caught.value)
+    assert f"needs at least {gb(least)} ({gib(least)})" in str(caught.value)
     assert re.search("host memory.*raise host_gib or device_gib.*lower max_new_tokens", str(caught.value))
     assert planner.solve(paper_instance(4096, **changes, host_bytes=int(least))).host_bytes == least
 
@@ -365,16 +367,32 @@ def test_equal_inputs_are_solved_once() -> None:
     assert planner.solve(paper_instance(4096)) is planner.solve(paper_instance(4096))
 
 
+def test_planning_warns_of_nothing_and_leaves_the_filters_of_the_process_alone(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise AssertionError("the filters of all threads were changed")
+
+    warnings.simplefilter("always")
+    monkeypatch.setattr(warnings, "catch_warnings", refuse)
+    monkeypatch.setattr(warnings, "simplefilter", refuse)
+    monkeypatch.setattr(warnings, "filterwarnings", refuse)
+    for schedule in ("pipelined", "kvpr"):
+        planner.solve.__wrapped__(paper_instance(4096, schedule=schedule))
+    monkeypatch.undo()
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_without_highspy_cbc_gives_the_same_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not pulp.PULP_CBC_CMD(msg=False).available():
+    if not pulp.COIN_CMD(path=pulp.PULP_CBC_CMD.pulp_cbc_path, msg=False).available():
         pytest.skip("this PuLP brings no CBC")
     rng = random.Random(4)
     instances = [real_instance(rng, 100) for _ in range(10)] + [small_instance(rng) for _ in range(30)]
     expected = [solve_or_none(inputs) for inputs in instances]
     calls = []
-    solve = pulp.PULP_CBC_CMD.actualSolve
+    solve = pulp.COIN_CMD.actualSolve
     monkeypatch.setattr(pulp.HiGHS, "available", lambda self: False)
-    monkeypatch.setattr(pulp.PULP_CBC_CMD, "actualSolve", lambda self, lp: calls.append(1) or solve(self, lp))
+    monkeypatch.setattr(pulp.COIN_CMD, "actualSolve", lambda self, lp: calls.append(1) or solve(self, lp))
     for inputs, plan in zip(instances, expected, strict=True):
         if plan is not None:
             assert planner.solve.__wrapped__(inputs) == plan

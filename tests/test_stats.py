@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,46 @@ def test_steps_bytes_and_rates_belong_together() -> None:
     assert stats.recomputed_tokens == 0
     assert stats.host_bytes >= stats.d2h_bytes
     assert stats.pinned_bytes == 0  # nothing is pinned without a GPU
+
+
+def test_the_verdict_says_why_there_is_none_and_what_would_change_that() -> None:
+    stats = _run()
+    unknown = replace(stats.plan, full_transfer_step_s=0.0)
+    unpaced = replace(stats, plan=unknown, link_name="emulated unpaced")
+    assert "no speed to predict with" in _verdict(unpaced)
+    assert "link=kvoffload.EmulatedLink(h2d_gb_per_s=...)" in _verdict(unpaced)
+    assert "profile=..." in _verdict(replace(stats, plan=unknown))
+    assert "no decode step" in _verdict(replace(unpaced, decode_step_s=[]))
+    everything = replace(stats.plan, full_transfer_step_s=2.0, kv_blocks=stats.plan.num_blocks, activation_blocks=0)
+    assert "this is full transfer, 2.00 times" in _verdict(replace(stats, plan=everything, decode_step_s=[1.0]))
+    faster = replace(stats, plan=replace(stats.plan, full_transfer_step_s=0.05), decode_step_s=[0.025])
+    assert _verdict(faster).startswith("verdict: 2.00x as fast as the predicted full transfer (50.00 ms a step)")
+
+
+def _verdict(stats: kvoffload.GenerationStats) -> str:
+    return str(stats).splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("kv_blocks", "activation_blocks", "text"),
+    [
+        (8, 0, "offloaded tokens cross as K/V, none is recomputed"),
+        (0, 8, "offloaded tokens cross as activations, all are recomputed"),
+        (995, 5, "0.005 of the offloaded tokens cross as activations and are recomputed, the rest as K/V"),
+        (0, 0, "nothing crosses the link; 2 of 2 blocks stay on the device"),
+    ],
+)
+def test_the_split_is_said_in_words_and_never_rounded_away(kv_blocks: int, activation_blocks: int, text: str) -> None:
+    stats = _run()
+    plan = replace(stats.plan, kv_blocks=kv_blocks, activation_blocks=activation_blocks, resident_kv_blocks=2)
+    assert f"plan: {text}" in str(replace(stats, plan=plan))
+
+
+def test_few_bytes_are_shown_as_what_they_are() -> None:
+    text = str(replace(_run(), h2d_bytes=352_256, d2h_bytes=4_096, host_bytes=12_300_000))
+    assert "352.26 kB to the device" in text
+    assert "4.10 kB back" in text
+    assert "host 12.30 MB" in text
 
 
 def test_it_prints_four_lines_that_end_in_the_verdict_and_survives_json() -> None:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 
 from kvoffload.backend.base import Backend, HostBuffer, LinkUse
+from kvoffload.units import gb
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class CudaBackend(Backend):
         if not self._warned_pageable:
             self._warned_pageable = True
             warnings.warn(
-                f"could not pin {num_bytes / 1e9:.2f} GB of host memory (CUDA error {code}); using pageable memory, "
+                f"could not pin {gb(num_bytes)} of host memory (CUDA error {code}); using pageable memory, "
                 "which is slower. Raise the limit on locked memory (ulimit -l) or lower host_gib.",
                 stacklevel=2,
             )
