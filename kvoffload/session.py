@@ -54,9 +54,11 @@ class Session:
         self.stats: GenerationStats | None = None
         self.num_forwards = 0
         self.is_closed = False
-        self._profile: HardwareProfile | None = None
         self._layer_indices = hf.offloadable_layers(self.model)
         device = next(self.model.parameters()).device
+        # A named profile is looked up before anything is set up, also where nothing will be predicted with it.
+        is_measured = config.profile == "auto"
+        self._profile = None if is_measured else resolve_profile(config.profile, device=device, link=config.link)
         self.backend = backend or _make_backend(device, config)
         self.engine = TransferEngine(self.backend, overlap=config.overlap, schedule=config.schedule)
         text_config = self.model.config.get_text_config(decoder=True)

@@ -48,6 +48,7 @@ from kvoffload import (
 from kvoffload.backend import EmulatedBackend
 from kvoffload.hf import check_supported
 from kvoffload.session import Session
+from kvoffload.units import gib
 
 PLAN: dict[str, Any] = {
     "link": FAST_LINK,
@@ -305,7 +306,7 @@ def test_too_little_host_memory(split: Any, model: PreTrainedModel) -> None:
     needed = 3 * 48 * 3 * row  # rows, tokens, layers
     for cap_bytes in (needed - 100, needed // 2, 1000):
         with kvoffload.offload(model, config(split=split, host_gib=cap_bytes / 2**30)) as session:
-            message = f"3 sequences of 48 tokens need {needed / 1e9:.4g} GB of host memory, {cap_bytes / 1e9:.4g}"
+            message = f"3 sequences of 48 tokens need {gib(needed)} of host memory, {gib(cap_bytes)}"
             with no_forward(model), pytest.raises(HostMemoryError, match=message) as caught:
                 generate(model)
             assert session.pool.slab_bytes == 0
@@ -330,7 +331,7 @@ def test_too_little_device_memory(model: PreTrainedModel) -> None:
         kvoffload.offload(model, config(device_gib=1e-5)) as session,
         no_forward(model),
         pytest.raises(
-            InfeasiblePlanError, match=r"3 sequences of 48 tokens needs at least 0\.000\d .*raise device_gib"
+            InfeasiblePlanError, match=r"3 sequences of 48 tokens needs at least \d+\.\d\d KiB .*raise device_gib"
         ),
     ):
         generate(model)
@@ -345,7 +346,9 @@ def test_host_memory_that_runs_out_while_decoding(model: PreTrainedModel, wanted
             model(prompt(3, 5, seed=step), past_key_values=cache)
 
     with kvoffload.offload(model, config(host_gib=800_000 / 2**30)) as session:
-        message = r"the cache needs \S+ GB more host memory, \S+ GB of the cap of 0\.0008 GB are left: raise host_gib"
+        message = (
+            r"the cache needs \S+ KiB more host memory, \S+ K?i?B of the cap of 781\.25 KiB are left: raise host_gib"
+        )
         with torch.no_grad(), pytest.raises(HostMemoryError, match=message):
             loop(session.new_cache())
         session.new_cache()
@@ -373,15 +376,24 @@ def test_a_profile_file_that_cannot_be_used(
     path = tmp_path / "profile.json"
     if text is not None:
         path.write_text(text)
-    with (
-        kvoffload.offload(model, config(profile=path, split="auto")),
-        no_forward(model),
-        pytest.raises(ProfileError, match=message) as caught,
-    ):
-        generate(model)
+    before = dict(vars(model))
+    with pytest.raises(ProfileError, match=message) as caught:
+        kvoffload.offload(model, config(profile=path, split="auto"))
+    assert dict(vars(model)) == before
     assert str(path) in str(caught.value)
     assert "kvoffload profile" in str(caught.value)
     assert (path.read_text() if text is not None else None) == text  # not measured again behind the user's back
+
+
+@pytest.mark.parametrize("split", ["auto", "transfer"])
+def test_a_mistyped_preset_is_refused_at_once_also_where_nothing_is_predicted(
+    split: str, model: PreTrainedModel
+) -> None:
+    unpaced = kvoffload.OffloadConfig(profile="a100-40gb-pcie", split=split)  # type: ignore[arg-type]
+    threads = threading.active_count()
+    with pytest.raises(ProfileError, match="'a100-40gb-pcie'; near: a100-40gb-pcie4"):
+        kvoffload.offload(model, unpaced)
+    assert threading.active_count() == threads
 
 
 # ---- exceptions from anywhere ----------------------------------------------------------------------------------------
