@@ -132,11 +132,12 @@ def _describe_plan(chosen: Plan, offload: Alternative) -> str:
     limit = chosen.binding_constraint.replace("_", " ")
     return (
         f"offloaded (of {chosen.num_blocks} blocks per layer {placed or 'none leaves the tail'}) a step takes "
-        f"{duration(chosen.predicted_step_s)} at full length, limited by the {limit} "
-        f"({duration(chosen.full_transfer_step_s)} with full transfer), and everything {duration(offload.total_s)}"
+        f"{duration(offload.step_s)} on average, {duration(chosen.predicted_step_s)} at full length, limited by the "
+        f"{limit} there ({duration(chosen.full_transfer_step_s)} with full transfer), and everything "
+        f"{duration(offload.total_s)}"
     )
 
 
 def _describe(one: Alternative) -> str:
     how = "on the device" if one.runs == 1 else f"on the device in {one.runs} runs of {one.batch}"
-    return f"{how} a step takes {duration(one.step_s)} and everything {duration(one.total_s)}"
+    return f"{how} a step takes {duration(one.step_s)} on average and everything {duration(one.total_s)}"

@@ -74,7 +74,8 @@ def _forecast_table(rows: Sequence[forecast.Row]) -> Table:
         "MBU",
     ]
     names += ["price/M prompt", "price/M new"] * has_price + ["CO2", "CO2/M new"] * has_co2
-    table = Table(title=Text("Predicted, shares 0..1"), title_justify="left")
+    title = "Predicted for the whole run: TPOT is the mean of its steps; link and device, their share of one (0..1)"
+    table = Table(title=Text(title), title_justify="left")
     for name in names:
         table.add_column(name, justify="left" if name == "way" else "right")
     for row in rows:

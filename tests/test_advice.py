@@ -17,6 +17,7 @@ from kvoffload.config import GIB, EmulatedLink, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, ProfileError, UnsupportedModelError
 from kvoffload.profiler.profile import with_link
 from kvoffload.types import HardwareProfile, Workload
+from kvoffload.units import duration
 from kvoffload.ways import Task
 
 LLAMA_2_7B: dict[str, Any] = {
@@ -110,6 +111,15 @@ def test_the_way_that_ends_first_is_the_one_recommended(workload: Workload, conf
     for one in advice.alternatives:
         assert one.total_s == pytest.approx(one.runs * (one.prefill_s + (workload.new_tokens - 1) * one.step_s))
         assert one.tokens_per_s == pytest.approx(workload.batch * workload.new_tokens / one.total_s)
+
+
+def test_steps_on_average_and_at_full_length_are_told_apart() -> None:
+    advice = advise(LLAMA_2_7B, LARGE_BATCH, A100, OffloadConfig())
+    on_device, offload = advice.alternatives
+    mean, last = duration(offload.step_s), duration(advice.plan.predicted_step_s)
+    assert offload.step_s < advice.plan.predicted_step_s
+    assert f"a step takes {mean} on average, {last} at full length" in advice.plan.recommendation
+    assert f"a step takes {duration(on_device.step_s)} on average" in advice.plan.recommendation
 
 
 def test_the_plan_is_the_planners_for_the_full_length() -> None:

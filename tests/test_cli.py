@@ -278,22 +278,6 @@ def test_a_bad_request_is_one_line_and_exit_code_2(arguments: list[object], mess
     assert message in run_badly("plan", "--model", model, "--hardware", "a100-40gb-pcie4", *arguments)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--w-bits", 0], "--w-bits must be a number of bits from 1 to 64, got 0.0"),
-        (["--a-bits", 65], "--a-bits must be"),
-        (["--kv-bits", "nan"], "--kv-bits must be"),
-        (["--attention", "flash"], "--attention must be 'fused' or 'unfused', got flash"),
-        (["--kv-on-host", 1.5], "--kv-on-host must be a share from 0 to 1, got 1.5"),
-        (["--weights-on-host", -0.1], "--weights-on-host must be"),
-    ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
-)
-def test_roofline_names_the_option_that_is_wrong(arguments: list[object], message: str, model: Path) -> None:
-    assert message in run_badly("roofline", "--config", model, "--hardware", "t4-16gb-pcie3", *arguments)
-
-
 def test_the_latency_is_said_in_the_unit_it_is_given_in() -> None:
     message = run_badly("profile", "--link-gb-per-s", 1, "--latency-us", -1)
     assert "--latency-us must be a number of microseconds from 0 to 1e+06, got -1.0" in message

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
 from test_layering import ALLOWED
+from typer.testing import CliRunner
 
+from kvoffload.cli import app
 from kvoffload.config import OffloadConfig
+from kvoffload.stats import GenerationStats
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -24,6 +28,28 @@ def test_readme_lists_every_option_with_its_default() -> None:
 def test_the_architecture_page_names_every_module() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert not [name for name in ALLOWED if name != "__init__" and not re.search(rf"`{name}/?`", text)]
+
+
+def names_in(section: str) -> list[str]:
+    """Names in the first column of the table below a heading of the page of figures."""
+    text = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
+    below = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?) \|", below, re.MULTILINE)
+    return sorted(name for row in rows for name in re.findall(r"`(\w+)`", row))
+
+
+def test_the_page_of_figures_names_every_field_of_the_statistics_and_every_key_of_plan() -> None:
+    fields = {field.name for field in dataclasses.fields(GenerationStats)}
+    assert names_in("GenerationStats") == sorted(fields | {"decode_step_s_p50"})
+    config = ROOT / "tests" / "data" / "configs" / "opt-6.7b.json"
+    arguments = ["plan", "--config", str(config), "--hardware", "a100-40gb-pcie4", "--sweep", "1:128", "--json"]
+    data = json.loads(CliRunner().invoke(app, arguments).stdout)
+    listed = [key for key, value in data.items() if isinstance(value, (list, dict))]
+    assert listed == ["alternatives", "forecast", "limits", "sweep"]
+    assert names_in("Plan") == sorted(set(data) - set(listed))
+    for key in listed:
+        one = data[key][0] if isinstance(data[key], list) else data[key]
+        assert names_in(key) == sorted(one), key
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -344,9 +344,9 @@ def test_the_command_shows_ways_limits_and_a_sweep() -> None:
     ("arguments", "message"),
     [
         (["--link", "pcie9"], "unknown link 'pcie9'"),
-        (["--device-memory", -3], "makes no sense"),
-        (["--price-per-hour", -1], "price_per_hour"),
-        (["--grid-g-per-kwh", -1], "grid_g_per_kwh"),
+        (["--device-memory", -3], "--device-memory must be a number of GB from 0.1 to 100000, got -3.0"),
+        (["--price-per-hour", -1], "--price-per-hour"),
+        (["--grid-g-per-kwh", -1], "--grid-g-per-kwh"),
         (["--sweep", "1,2"], "a sweep is batches and prompts"),
         (["--sweep", "1,x:5"], "a sweep is batches and prompts"),
         (["--sweep", "0:5"], "go from 1"),
