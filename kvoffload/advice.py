@@ -13,16 +13,20 @@ Whichever is predicted to end first is recommended, with the numbers.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any, NamedTuple
 
 from kvoffload import planner
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, UnsupportedModelError
-from kvoffload.model_config import ITEMSIZE_BYTES
+from kvoffload.model_config import ITEMSIZE_BYTES, reader
 from kvoffload.model_shape import shape_from_config, sliding_window_tokens
+from kvoffload.quantization import quantization_of
 from kvoffload.types import HardwareProfile, ModelShape, Plan, Workload
 from kvoffload.units import duration, gb
 from kvoffload.ways import Alternative, Task
+
+logger = logging.getLogger(__name__)
 
 
 class Advice(NamedTuple):
@@ -65,6 +69,7 @@ def plan(model_or_config: Any, workload: Workload, profile: HardwareProfile, con
 def advise(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Advice:
     """As `plan`, with the numbers of every way."""
     task = task_of(model_or_config, workload, profile, config)
+    _warn_of_unknown_weights(model_or_config)
     on_device = task.on_device()
     try:
         chosen = planner.solve(task.inputs(workload.cached_tokens))
@@ -99,6 +104,18 @@ def describe(model_or_config: Any) -> tuple[ModelShape, int]:
     shape = shape_from_config(model_or_config.config, dtype if dtype in ITEMSIZE_BYTES else None)
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model_or_config.parameters())
     return dataclasses.replace(shape, weight_bytes=weight_bytes), sliding_window_tokens(model_or_config.config)
+
+
+def _warn_of_unknown_weights(model_or_config: Any) -> None:
+    """Weights that are quantised in a way we do not know count as if they were not."""
+    if hasattr(model_or_config, "parameters"):
+        return  # counted as they are
+    quantization = quantization_of(reader(model_or_config))
+    if quantization is not None and quantization.scope == "nothing":
+        logger.warning(
+            "the quantization_config names %r, which is not known here: weights are counted as not quantised",
+            quantization.method,
+        )
 
 
 def _recommend(task: Task, chosen: Plan, offload: Alternative, on_device: Alternative | None) -> str:

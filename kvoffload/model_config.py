@@ -23,6 +23,7 @@ _NAMES = {
     "vocab_size": ("vocab_size",),
 }
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+_SHARED = ("dtype", "torch_dtype", "quantization_config")
 
 MAX_NUMBER = 10**8  # no dimension of a decoder is larger
 
@@ -33,16 +34,19 @@ def reader(config: Any) -> Get:
     """A lookup in the configuration of the decoder, None for what is missing, whatever form `config` has."""
     if isinstance(config, (str, Path)):
         config = _read(Path(config))
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
+    # What is said once for all parts of a multimodal model counts for its decoder as well.
     if isinstance(config, Mapping):
         for name in _TEXT_CONFIGS:
             if isinstance(config.get(name), Mapping):
-                config = {"dtype": config.get("dtype"), "torch_dtype": config.get("torch_dtype")} | dict(config[name])
+                config = {shared: config.get(shared) for shared in _SHARED} | dict(config[name])
         mapping = config
         return lambda name: mapping.get(name)
+    quantization = getattr(config, "quantization_config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
     # "torch_dtype" is the name in old files; a configuration object has "dtype" and warns of the other.
-    return lambda name: None if name == "torch_dtype" else getattr(config, name, None)
+    unusual = {"torch_dtype": None, "quantization_config": quantization}
+    return lambda name: unusual[name] if name in unusual else getattr(config, name, None)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -1,8 +1,8 @@
 """The dimensions of a decoder, read from its Hugging Face configuration: a config object, or a plain `config.json`.
 
 Owns the defaults a bare file leaves out, and the count of every matrix and vector:
-exact to the byte for the model types of `architectures`, about right for others. Does not load models, does not import
-transformers or torch.
+exact to the byte for the model types of `architectures`, about right for others and for quantised weights. Does not
+load models, does not import transformers or torch.
 
 Where a field is looked for: the text configuration of a multimodal model, else the configuration itself; each of its
 names in order (`model_config`); then a default of the architecture; then a ConfigError that names the field.
@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from kvoffload.architectures import ARCHITECTURES, Architecture, architecture_of
 from kvoffload.errors import ConfigError, UnsupportedModelError
 from kvoffload.model_config import Get, first_whole, itemsize_bytes, model_type, reader, whole
+from kvoffload.quantization import Quantization, quantization_of
 from kvoffload.types import ModelShape
 
 # Every n-th layer attends to everything, where the file gives neither `layer_types` nor a pattern.
@@ -35,6 +36,7 @@ class Matrix(NamedTuple):
     stored: int = 1  # copies per layer: experts
     active: int = 1  # of these, how many one token goes through
     bias: bool = False
+    bits: float = 16.0  # of each weight as it is stored, scales of quantised ones included; biases apart
 
     @property
     def num_weights(self) -> int:
@@ -71,6 +73,23 @@ class Dimensions:
     embedding_weights: int  # rows of which are read by token number
     vector_weights: int  # norms and the like
     is_exact: bool  # a model type that `architectures` knows
+    quantization: Quantization | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters as they are stored."""
+        own_bits = 8 * self.itemsize_bytes
+        saved_bits = sum(
+            matrix.layers * matrix.stored * matrix.inputs * matrix.outputs * (own_bits - matrix.bits)
+            for matrix in self.matrices
+        )
+        return self.num_weights * self.itemsize_bytes - round(saved_bits / 8)
+
+    @property
+    def linear_bits(self) -> float:
+        """Mean bits of a weight of the linear layers, which leaves out the head."""
+        counts = [(one.layers * one.stored * one.inputs * one.outputs, one.bits) for one in self.matrices[:-1]]
+        return sum(count * bits for count, bits in counts) / max(1, sum(count for count, _ in counts))
 
     @property
     def num_weights(self) -> int:
@@ -117,7 +136,7 @@ def shape_from_config(config: Any, dtype: Any = None) -> ModelShape:
         vocab_size=dims.vocab_size,
         kv_itemsize_bytes=dims.itemsize_bytes,
         activation_itemsize_bytes=dims.itemsize_bytes,
-        weight_bytes=dims.num_weights * dims.itemsize_bytes,
+        weight_bytes=dims.weight_bytes,
         mlp_matrices=dims.mlp_matrices,
         latent_width=dims.latent_width,
     )
@@ -170,6 +189,15 @@ def dimensions_from_config(config: Any, dtype: Any = None) -> Dimensions:
     if arch.flag("qk_norm", get):
         q, k = (heads * head_dim, kv_heads * head_dim) if arch.qk_norm_is_wide else (head_dim, head_dim)
         vectors += arch.qk_norm_vectors * (num_layers * q + (num_layers - sharing) * k)
+    quantization = quantization_of(get)
+    matrices = (
+        *attention,
+        *mlp,
+        *extra,
+        *([Matrix("project_in", "mlp", embedding_width, hidden, 1)] if projected else []),
+        *([Matrix("project_out", "mlp", hidden, embedding_width, 1)] if projected else []),
+        head,
+    )
     return Dimensions(
         model_type=model_type(get),
         num_layers=num_layers,
@@ -192,18 +220,20 @@ def dimensions_from_config(config: Any, dtype: Any = None) -> Dimensions:
         norms_per_layer=norms,
         is_tied=bool(arch.tied if tied is None else tied),
         itemsize_bytes=itemsize,
-        matrices=(
-            *attention,
-            *mlp,
-            *extra,
-            *([Matrix("project_in", "mlp", embedding_width, hidden, 1)] if projected else []),
-            *([Matrix("project_out", "mlp", hidden, embedding_width, 1)] if projected else []),
-            head,
-        ),
+        matrices=tuple(_stored_as(one, quantization, 8 * itemsize) for one in matrices),
         embedding_weights=vocab * embedding_width + positions * hidden + extra_embeddings,
         vector_weights=vectors,
         is_exact=get("model_type") in ARCHITECTURES,
+        quantization=quantization,
     )
+
+
+def _stored_as(matrix: Matrix, quantization: Quantization | None, plain_bits: float) -> Matrix:
+    """A matrix with the bits of its weights."""
+    if quantization is not None:
+        name, part, inputs, outputs, layers, *_ = matrix
+        return matrix._replace(bits=quantization.bits_of(name, part, inputs, outputs, layers, plain_bits))
+    return matrix._replace(bits=plain_bits)
 
 
 def _attention(

@@ -31,22 +31,26 @@ NORM_FLOPS, SOFTMAX_FLOPS, ACTIVATION_FLOPS = 7, 5, 2  # per value
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
-    """Bits per value. Fractions are allowed, such as 4.5 for groups of 32 with a scale of 16 bits."""
+    """Bits per value. Fractions are allowed, such as 4.5 for groups of 32 with a scale of 16 bits.
 
-    weight_bits: float = 16
+    `weight_bits` is None for weights as the model stores them, which quantised ones do in several widths.
+    """
+
+    weight_bits: float | None = 16
     activation_bits: float = 16
     kv_bits: float = 16
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "kv_bits"):
             value = getattr(self, name)
+            if value is None and name == "weight_bits":
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= 64:
                 raise ConfigError(f"{name} must be a number of bits from 1 to 64, e.g. 16, 8 or 4, got {value!r}")
 
-    @property
-    def product_bits(self) -> float:
-        """Width that products with weights are computed in: that of the wider operand."""
-        return max(self.weight_bits, self.activation_bits)
+    def bits_of(self, matrix: Matrix) -> float:
+        """Width of its weights."""
+        return matrix.bits if self.weight_bits is None else self.weight_bits
 
     @property
     def attention_bits(self) -> float:
@@ -133,7 +137,7 @@ def attending(
 
 def _product(dims: Dimensions, matrix: Matrix, precision: Precision, tokens: int) -> Operation:
     """One weight matrix with the activations of all tokens."""
-    activation_bytes = precision.activation_bits / 8
+    activation_bytes, weight_bits = precision.activation_bits / 8, precision.bits_of(matrix)
     copies = 1.0
     if matrix.stored > 1:  # experts: those that at least one token is expected to be sent to, if all are as likely
         copies = matrix.stored * (1 - (1 - matrix.active / matrix.stored) ** tokens)
@@ -144,8 +148,8 @@ def _product(dims: Dimensions, matrix: Matrix, precision: Precision, tokens: int
         kind="gemm",
         layers=matrix.layers,
         flops=2.0 * rows * matrix.inputs * matrix.outputs,  # multiply-add
-        bits=precision.product_bits,
-        weight_bytes=copies * matrix.inputs * matrix.outputs * precision.weight_bits / 8,
+        bits=max(weight_bits, precision.activation_bits),  # that of the wider operand
+        weight_bytes=copies * matrix.inputs * matrix.outputs * weight_bits / 8,
         read_bytes=rows * matrix.inputs * activation_bytes,
         written_bytes=0.0 if is_cached else rows * matrix.outputs * activation_bytes,
         kv_written_bytes=rows * matrix.outputs * precision.kv_bits / 8 if is_cached else 0.0,

@@ -127,6 +127,12 @@ def summary(found: Roofline) -> list[str]:
     lines = [f"{found.dims.model_type}, {si(found.dims.num_weights)} parameters, on {machine.device_name}: {mode}"]
     if not found.dims.is_exact:
         lines.append(f"model type {found.dims.model_type!r} is not known: weights are counted as for LLaMA")
+    quantized = found.dims.quantization
+    if quantized is not None and setting.precision.weight_bits is None:
+        if quantized.scope == "nothing":
+            lines.append(f"quantisation {quantized.method!r} is not known: weights are counted as not quantised")
+        else:
+            lines.append(f"weights quantised by {quantized.method}: {found.dims.linear_bits:.3g} bits in linear layers")
     for phase in found.phases:
         interval = "" if phase.low_s == phase.high_s else f" ({seconds(phase.low_s)} to {seconds(phase.high_s)})"
         lines.append(f"{phase.name}: {seconds(phase.seconds)}{interval}, bound by {phase.bound}")

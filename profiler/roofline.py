@@ -138,7 +138,8 @@ class Roofline(NamedTuple):
             "batch": setting.batch,
             "seq": setting.seq,
             "new_tokens": setting.new_tokens,
-            "w_bits": precision.weight_bits,
+            "w_bits": self.dims.linear_bits if precision.weight_bits is None else precision.weight_bits,
+            "quantization": None if self.dims.quantization is None else self.dims.quantization.method,
             "a_bits": precision.activation_bits,
             "kv_bits": precision.kv_bits,
             "attention": setting.convention,
@@ -162,7 +163,8 @@ def setting_of(
     """
     own_bits = 8 * dims.itemsize_bytes
     weight, activation, kv = (own_bits if one is None else one for one in bits)
-    precision = Precision(weight_bits=weight, activation_bits=activation, kv_bits=kv)
+    as_stored = bits[0] is None and dims.quantization is not None
+    precision = Precision(weight_bits=None if as_stored else weight, activation_bits=activation, kv_bits=kv)
     return Setting(precision=precision, convention=convention, **others)
 
 
@@ -194,6 +196,8 @@ def evaluate(dims: Dimensions, machine: Machine, setting: Setting) -> Roofline:
 
 def weight_bytes(dims: Dimensions, precision: Precision) -> int:
     """Bytes of all weights: matrices at their precision, embedding, norms and biases in the model's own dtype."""
+    if precision.weight_bits is None:
+        return dims.weight_bytes
     matrices = sum(
         matrix.layers * matrix.stored * matrix.inputs * matrix.outputs
         for matrix in dims.matrices

@@ -130,9 +130,10 @@ def remedies_of(timer: Timer, timed: Timed, twice: Operation, device_s: float, l
         then = timer.time(other)
         consider(change, then.seconds / batches, then.link_s / batches)
 
-    weight_bits, kv_bits = NARROWER.get(precision.weight_bits), NARROWER.get(precision.kv_bits)
+    stored_bits = precision.weight_bits or 0.0  # quantised weights are narrow already
+    weight_bits, kv_bits = NARROWER.get(stored_bits), NARROWER.get(precision.kv_bits)
     if bound in ("memory", "link") and weight_bits and one.weight_bytes:
-        share = weight_bits / precision.weight_bits
+        share = weight_bits / stored_bits
         changed(f"weights in {weight_bits} bits", one._replace(weight_bytes=one.weight_bytes * share))
     if bound in ("memory", "link") and kv_bits and one.kv_read_bytes + one.kv_written_bytes:
         share = kv_bits / precision.kv_bits

@@ -12,7 +12,17 @@ PACKAGE = Path(__file__).parents[1] / "kvoffload"
 
 _LAYER_0 = {"errors", "units", "datasheet", "quantities", "types"}
 _LAYER_1 = _LAYER_0 | {
-    *("config", "cost", "architectures", "model_config", "model_shape", "placement", "progress", "stats"),
+    *(
+        "config",
+        "cost",
+        "architectures",
+        "model_config",
+        "quantization",
+        "model_shape",
+        "placement",
+        "progress",
+        "stats",
+    ),
 }
 _LAYER_2 = _LAYER_1 | {"planner", "sizing", "backend", "store", "positions", "ops"}
 _LAYER_3 = _LAYER_2 | {"transfer", "ways", "advice", "forecast"}
@@ -32,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "cost": _LAYER_0,
     "architectures": _LAYER_0,
     "model_config": _LAYER_0,
-    "model_shape": _LAYER_0 | {"architectures", "model_config"},
+    "quantization": _LAYER_0 | {"model_config"},
+    "model_shape": _LAYER_0 | {"architectures", "model_config", "quantization"},
     "placement": _LAYER_0,
     "progress": _LAYER_0,
     "stats": _LAYER_0,
@@ -84,6 +95,7 @@ TORCH_FREE = {
     "cost",
     "architectures",
     "model_config",
+    "quantization",
     "model_shape",
     "placement",
     "stats",
