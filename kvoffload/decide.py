@@ -22,7 +22,7 @@ from kvoffload.backend import Backend
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import HostMemoryError
 from kvoffload.placement import Placement
-from kvoffload.sizing import Geometry, Sizes, choose_sizes, prefill_peak_bytes
+from kvoffload.sizing import Geometry, Sizes, choose_sizes, prefill_peak_bytes, split_to_plan
 from kvoffload.types import HardwareProfile, ModelShape, Plan, PlanInputs, Rates
 from kvoffload.units import gib
 
@@ -116,7 +116,7 @@ class Decider:
         Raises:
             InfeasiblePlanError, HostMemoryError: before any token, with the numbers.
         """
-        config, fixed_split = self.config, self.config.fixed_split if can_recompute else 0.0
+        config, fixed_split = self.config, 0.0 if not can_recompute else self._fixed_split(geometry)
         profile = self._profile() if self._wants_profile else None
         rates: Rates | None = None
         if profile is not None:
@@ -158,6 +158,11 @@ class Decider:
         )
         self._check_host(decision, host_held_bytes)
         return decision
+
+    def _fixed_split(self, geometry: Geometry) -> float | None:
+        return split_to_plan(
+            self.config, kv_row_bytes=geometry.kv_row_bytes, activation_row_bytes=geometry.activation_row_bytes
+        )
 
     @property
     def _wants_profile(self) -> bool:

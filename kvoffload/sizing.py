@@ -198,6 +198,16 @@ def _with(
     )
 
 
+def split_to_plan(config: OffloadConfig, *, kv_row_bytes: int, activation_row_bytes: int) -> float | None:
+    """The share of activations that is fixed, None where the planner is free.
+
+    An activation that is no smaller than its K and V (grouped-query attention) can only cost: then "auto" is transfer,
+    and no memory is set aside for recomputing.
+    """
+    is_smaller = activation_row_bytes < kv_row_bytes
+    return config.fixed_split if is_smaller or config.fixed_split is not None else 0.0
+
+
 def _slot_row_bytes(geometry: Geometry, keeps_activations: bool) -> int:
     """The largest form that travels through the ring."""
     if not geometry.is_segmented:

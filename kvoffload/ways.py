@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from kvoffload import cost, planner
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
-from kvoffload.sizing import Geometry, choose_sizes, prefill_peak_bytes
+from kvoffload.sizing import Geometry, choose_sizes, prefill_peak_bytes, split_to_plan
 from kvoffload.types import HardwareProfile, ModelShape, Plan, PlanInputs, Rates, Workload
 from kvoffload.units import gb
 
@@ -56,6 +56,7 @@ class Task(NamedTuple):
         shape, config = self.shape, self.config
         rows = (batch or self.workload.batch) * self.workload.num_beams
         cap = None if batch else self._device_cap_bytes(rows)
+        split = split_to_plan(config, kv_row_bytes=shape.kv_row_bytes, activation_row_bytes=shape.activation_row_bytes)
         geometry = Geometry(
             num_offloaded_layers=shape.num_offloaded_layers,
             rows=rows,
@@ -65,13 +66,11 @@ class Task(NamedTuple):
             beams=self.workload.num_beams,
             other_device_bytes=self._bounded_layers_bytes(rows),
             is_segmented=config.attention == "auto" and config.schedule == "pipelined",
-            least_chunk_bytes=cost.least_chunk_bytes(self.profile, shape, recomputes=config.fixed_split != 0),
+            least_chunk_bytes=cost.least_chunk_bytes(self.profile, shape, recomputes=split != 0),
         )
         rates: Rates | None = None
         for _ in range(2):  # the ring needs rates, rates need the size of a chunk
-            sizes = choose_sizes(
-                geometry, config, keeps_activations=config.fixed_split != 0, device_bytes=cap, rates=rates
-            )
+            sizes = choose_sizes(geometry, config, keeps_activations=split != 0, device_bytes=cap, rates=rates)
             rates = cost.rates_from_profile(
                 self.profile,
                 shape,
@@ -97,7 +96,7 @@ class Task(NamedTuple):
             device_bytes=sizes.fixed_device_bytes if cap is None else cap,
             fixed_device_bytes=sizes.fixed_device_bytes,
             host_bytes=min(self._host_cap_bytes(), every_bytes),
-            split=config.fixed_split,
+            split=split,
             schedule=config.schedule,
             is_segmented=geometry.is_segmented,
         )

@@ -94,6 +94,14 @@ def test_grouped_queries_recompute_nothing_in_either_schedule() -> None:
             assert gain(CONFIGS / f"{name}.json", large, schedule) == (0.0, pytest.approx(1.0))
 
 
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-8b", "mixtral-8x7b"])
+def test_where_activations_are_no_smaller_the_plan_is_full_transfer_with_all_its_room(name: str) -> None:
+    """No memory is set aside for recomputing, so that planning is never behind not planning."""
+    tight = HardwareProfile.preset("h200-pcie5" if name == "mixtral-8x7b" else "rtx3090-24gb-pcie4")
+    rows = by_name(forecast(task(name, dataclasses.replace(BATCH, batch=256), tight)))
+    assert rows["offload"] == rows["full transfer"]._replace(name="offload")
+
+
 def test_the_gain_depends_on_the_device() -> None:
     gains = {
         name: gain(opt(4096), HardwareProfile.preset(name), "pipelined")[1]

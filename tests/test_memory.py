@@ -159,6 +159,20 @@ def test_over_segments_device_memory_is_slots_scratch_and_tails(
     assert backend.peak_device_bytes <= expected + stages
 
 
+@pytest.mark.parametrize("attention", ["auto", "whole_layer"])
+def test_nothing_is_set_aside_for_recomputing_where_activations_are_no_smaller(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grouped = make_model("llama")
+    kv, activation = row_bytes(grouped)
+    assert activation >= kv
+    (free, free_stats), (transfer, _) = (
+        measure(grouped, CALLS[0], split, monkeypatch, attention=attention) for split in ("auto", "transfer")
+    )
+    assert free_stats.recomputed_tokens == 0
+    assert free.peak_device_bytes == pytest.approx(transfer.peak_device_bytes, rel=0.02)
+
+
 @pytest.mark.parametrize(("architecture", "split"), [("llama", "transfer"), ("opt", "recompute"), ("opt", 0.5)])
 def test_over_segments_device_memory_does_not_grow_with_the_context(
     architecture: str, split: Any, monkeypatch: pytest.MonkeyPatch
