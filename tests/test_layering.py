@@ -25,7 +25,7 @@ _LAYER_1 = _LAYER_0 | {
     ),
 }
 _LAYER_2 = _LAYER_1 | {"planner", "sizing", "backend", "store", "positions", "ops"}
-_LAYER_3 = _LAYER_2 | {"transfer", "ways", "advice", "forecast"}
+_LAYER_3 = _LAYER_2 | {"transfer", "ways", "advice", "forecast", "verdict"}
 _LAYER_4 = _LAYER_3 | {"tail", "layer", "cache", "attention", "recompute"}
 _LAYER_5 = _LAYER_4 | {"hf", "decide", "profiler"}
 
@@ -58,6 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "ways": _LAYER_2,
     "advice": _LAYER_2 | {"ways"},
     "forecast": _LAYER_2 | {"ways"},
+    "verdict": _LAYER_2 | {"ways", "forecast"},
     "profiler": _LAYER_3,
     "tail": _LAYER_2,
     "layer": _LAYER_3 | {"tail"},
@@ -106,6 +107,7 @@ TORCH_FREE = {
     "ways",
     "advice",
     "forecast",
+    "verdict",
 }
 
 # the only modules that create streams, events or pinned memory

@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+"""README's section "Will it help me?": models x devices x workloads, as `kvoffload.plan` predicts them.
+
+scripts/will_it_help.py            every cell in words
+scripts/will_it_help.py --write    put the table between the markers of README.md
+scripts/will_it_help.py --check    fail if it differs from what stands there
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from kvoffload.advice import task_of
+from kvoffload.config import OffloadConfig
+from kvoffload.types import HardwareProfile, Workload
+from kvoffload.verdict import Verdict, judge
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- will-it-help:begin -->", "<!-- will-it-help:end -->"
+DEVICES = {
+    "L4": "l4-24gb-pcie4",
+    "RTX 3090": "rtx3090-24gb-pcie4",
+    "RTX 4090": "rtx4090-24gb-pcie4",
+    "RTX 5090": "rtx5090-32gb-pcie5",
+    "A100 40GB": "a100-40gb-pcie4",
+    "H100 80GB": "h100-80gb-pcie5",
+    "H200": "h200-pcie5",
+}
+FILES = {
+    "OPT-6.7B": "opt-6.7b",
+    "Llama-2-7B": "llama-2-7b",
+    "Llama-3.1-8B": "llama-3.1-8b",
+    "Qwen3-8B": "qwen3-8b",
+    "Mixtral-8x7B": "mixtral-8x7b",
+}
+LARGER_OPT = {"OPT-13B": (5120, 40, 40), "OPT-30B": (7168, 56, 48)}  # hidden size, heads, layers
+WORKLOADS = {
+    "one context of 32k tokens": Workload(batch=1, prompt_tokens=32768, new_tokens=256),
+    "64 sequences of 1k tokens": Workload(batch=64, prompt_tokens=1024, new_tokens=128),
+    "8 beams over 8k tokens": Workload(batch=1, prompt_tokens=8192, new_tokens=128, num_beams=8),
+}
+KEY = """
+Read it so: **1.5x** means offload, predicted so many times as fast as the best alternative, which is full transfer
+where no part of the work fits on the device; `=` offload, nothing else works, but planning gains nothing over full
+transfer (`split="transfer"` does as well). All others mean **no, do this instead**:
+
+- `fits`: plain `model.generate()`; weights and cache fit on the device.
+- `3 parts`: run the batch in 3 parts, one after another, on the device. The number behind it is what planning gains
+  over full transfer if the batch *must* stay together, which is slower than parts all the same.
+- `weights`: the weights and the prefill's peak leave no room. Offloading a cache makes none for weights: quantise them
+  or take a larger device.
+
+Predicted from the figures of datasheets and the achievable speed of each link, with weights in 16 bits and enough host
+memory; **not measured**. OPT and Llama-2 stand for multi-head attention at their size, and themselves end at 2k and 4k
+tokens. Beams are counted as sequences of their own, although their prompt is stored once.
+`kvoffload plan` says it for your model, machine and workload; `scripts/will_it_help.py` makes this table.
+"""
+
+
+class Cell(NamedTuple):
+    """One workload of one model on one device."""
+
+    workload: str
+    model: str
+    device: str
+    verdict: Verdict
+
+
+def cells() -> Iterator[Cell]:
+    """All of them."""
+    for workload_name, workload in WORKLOADS.items():
+        for model, config in models().items():
+            for device, preset in DEVICES.items():
+                task = task_of(config, workload, HardwareProfile.preset(preset), OffloadConfig())
+                yield Cell(workload_name, model, device, judge(task))
+
+
+def models() -> dict[str, dict[str, Any]]:
+    """Configurations by the names in the table, the smaller ones first."""
+    found = {name: json.loads((ROOT / f"tests/data/configs/{file}.json").read_text()) for name, file in FILES.items()}
+    for name, (hidden, heads, layers) in LARGER_OPT.items():
+        sizes = {"hidden_size": hidden, "ffn_dim": 4 * hidden, "word_embed_proj_dim": hidden}
+        found[name] = found["OPT-6.7B"] | sizes | {"num_attention_heads": heads, "num_hidden_layers": layers}
+    return found
+
+
+def table() -> str:
+    """The section as Markdown; models that are the same in all cells of a workload share a line."""
+    lines = ["| Workload | Model | " + " | ".join(DEVICES) + " |", "|---|---|" + "---|" * len(DEVICES)]
+    found = list(cells())
+    for workload in WORKLOADS:
+        rows: dict[str, list[str]] = {}
+        for model in models():
+            row = " | ".join(short(cell.verdict) for cell in found if (cell.workload, cell.model) == (workload, model))
+            rows.setdefault(row, []).append(model)
+        for idx, (row, names) in enumerate(rows.items()):
+            lines.append(f"| {workload if idx == 0 else ''} | {', '.join(names)} | {row} |")
+    return "\n".join([*lines, KEY.rstrip()])
+
+
+def short(verdict: Verdict) -> str:
+    """One cell of the table."""
+    if verdict.answer == "faster":
+        return "**only way**" if math.isinf(verdict.gain) else f"**{verdict.gain:.1f}x**"
+    if verdict.answer == "parts":
+        together = f" ({verdict.gain_together:.1f}x)" if 1 < verdict.gain_together < math.inf else ""
+        return f"{verdict.parts} parts{together}"
+    return {"only way": "=", "nothing": "none"}.get(verdict.answer, verdict.answer)
+
+
+def sentence(cell: Cell) -> str:
+    """One cell in words."""
+    verdict = cell.verdict
+    if verdict.answer == "faster":
+        over = "nothing else works" if math.isinf(verdict.gain) else f"{verdict.gain:.2f}x the best alternative"
+        said = f"yes, offload: {over}"
+    elif verdict.answer == "only way":
+        said = "yes, offload: nothing else works, and transferring everything is as fast as the plan"
+    elif verdict.answer == "parts":
+        said = f"no, run {verdict.parts} parts one after another: {verdict.gain:.2f}x is what offloading would be"
+    elif verdict.answer == "fits":
+        said = "no, generate() as it is: it fits"
+    else:
+        said = f"no: {verdict.reason}; quantise the weights or take a larger device"
+    return f"{cell.workload}, {cell.model}, {cell.device}: {said}"
+
+
+def main(
+    write: Annotated[bool, typer.Option("--write", help="Put the table into the file.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Fail if the file says something else.")] = False,
+    file: Annotated[Path, typer.Option(help="Which has the markers.")] = ROOT / "README.md",
+) -> None:
+    """Print, write or check the table."""
+    if not write and not check:
+        for cell in cells():
+            print(sentence(cell))
+        return
+    text = file.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f"{file} has no markers {BEGIN} and {END}")
+    wanted = f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    if write:
+        file.write_text(wanted, encoding="utf-8")
+    elif wanted != text:
+        sys.exit(f"{file} differs from what plan predicts now: run scripts/will_it_help.py --write")
+
+
+if __name__ == "__main__":
+    typer.run(main)

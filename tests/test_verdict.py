@@ -1,0 +1,97 @@
+"""Whether offloading helps: the judgement itself, and the table in the README that is made of it."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_forecast import task
+
+from kvoffload.forecast import Row, forecast
+from kvoffload.types import HardwareProfile, Workload
+from kvoffload.verdict import LEAST_GAIN, Verdict, judge, of_rows
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "will_it_help.py"
+
+
+def ways(**tokens_per_s: float) -> tuple[Row, ...]:
+    """Rows of the ways that work, with 1000 tokens each, and of the others, which say why they do not."""
+    names = ("no offload", "sub-batches", "offload", "full transfer", "paper's schedule")
+    rates = {name: tokens_per_s.get(name.replace(" ", "_").replace("-", "_"), 0.0) for name in names}
+    return tuple(
+        Row(name, "", runs=3, tokens_per_s=rate, total_s=1000 / rate) if rate else Row(name, f"no {name}")
+        for name, rate in rates.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (ways(no_offload=9.0, offload=9.0, full_transfer=9.0), Verdict("fits", 1.0, 1.0)),
+        (ways(offload=3.0, full_transfer=2.0), Verdict("faster", 1.5, 1.5)),
+        (ways(offload=2.0, full_transfer=2.0), Verdict("only way", 1.0, 1.0)),
+        (ways(offload=2.0), Verdict("faster", math.inf, math.inf)),
+        (ways(sub_batches=8.0, offload=4.0, full_transfer=2.0), Verdict("parts", 0.5, 2.0, 3)),
+        (ways(sub_batches=4.0, offload=4.0 * (LEAST_GAIN - 0.01), full_transfer=2.0), Verdict("parts", 1.04, 2.08, 3)),
+        (ways(sub_batches=2.0, offload=6.0, full_transfer=4.0), Verdict("faster", 1.5, 1.5)),
+        (ways(sub_batches=4.0, offload=6.0, full_transfer=2.0), Verdict("faster", 1.5, 3.0)),
+        (ways(sub_batches=2.0), Verdict("parts", parts=3)),
+        (ways(), Verdict("nothing", reason="no offload")),
+    ],
+)
+def test_the_gain_is_over_the_best_alternative_that_works(rows: tuple[Row, ...], expected: Verdict) -> None:
+    found = of_rows(rows)
+    assert found._replace(gain=0, gain_together=0, reason="") == expected._replace(gain=0, gain_together=0, reason="")
+    assert (found.gain, found.gain_together) == pytest.approx((expected.gain, expected.gain_together))
+
+
+@pytest.mark.parametrize(
+    ("preset", "workload", "answer"),
+    [
+        ("a100-40gb-pcie4", Workload(batch=1, prompt_tokens=1024, new_tokens=128), "fits"),
+        ("a100-40gb-pcie4", Workload(batch=64, prompt_tokens=1024, new_tokens=128), "parts"),
+        ("a100-40gb-pcie4", Workload(batch=1, prompt_tokens=100_000, new_tokens=128), "faster"),
+        ("a100-40gb-pcie4", Workload(batch=1, prompt_tokens=8192, new_tokens=128, num_beams=8), "faster"),
+        ("t4-16gb-pcie3", Workload(batch=1, prompt_tokens=16384, new_tokens=128), "weights"),
+    ],
+)
+def test_a_task_is_judged_by_its_forecast(preset: str, workload: Workload, answer: str) -> None:
+    one = task(profile=HardwareProfile.preset(preset), workload=workload)
+    found = judge(one)
+    assert found.answer == answer
+    if answer == "faster":
+        works = {row.name: row.tokens_per_s for row in forecast(one) if not row.problem}
+        others = [rate for name, rate in works.items() if name in ("no offload", "sub-batches", "full transfer")]
+        assert found.gain == pytest.approx(works["offload"] / max(others))
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_the_readme_says_what_plan_predicts_now(tmp_path: Path) -> None:
+    done = run("--check")
+    assert done.returncode == 0, done.stderr
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    changed = tmp_path / "README.md"
+    changed.write_text(text.replace("**1.3x**", "**9.3x**", 1))
+    assert "run scripts/will_it_help.py --write" in run("--check", "--file", changed).stderr
+    assert run("--write", "--file", changed).returncode == 0
+    assert changed.read_text(encoding="utf-8") == text
+    changed.write_text("no markers")
+    assert "has no markers" in run("--write", "--file", changed).stderr
+    section = text.partition("<!-- will-it-help:begin -->")[2].partition("<!-- will-it-help:end -->")[0]
+    assert "**not measured**" in section
+    assert section.count("\n| ") <= 22  # a table that can be read
+    assert len(run().stdout.splitlines()) == 7 * 7 * 3
