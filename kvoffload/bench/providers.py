@@ -28,7 +28,8 @@ from kvoffload.bench.serving import Group, Outcome, generate
 from kvoffload.bench.whole_layer_cache import WholeLayerCache
 from kvoffload.config import GIB, EmulatedLink, OffloadConfig
 from kvoffload.types import HardwareProfile, Workload
-from kvoffload.ways import Task, gb
+from kvoffload.units import gb
+from kvoffload.ways import Task
 
 
 class Bed:
