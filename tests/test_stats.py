@@ -38,6 +38,7 @@ def _run(split: Any = 0.5, new_tokens: int = 12, backend: Any = None) -> kvofflo
     return session.stats
 
 
+@pytest.mark.timing
 def test_pinning_is_set_up_and_neither_prefill_nor_time_to_first_token() -> None:
     _run()  # first use of everything
     usual, slow = _run(), _run(backend=SlowPinning(LINK))
