@@ -1,4 +1,4 @@
-"""The `kvoffload` command: `demo`, `generate`, `env`, `profile`, `plan` and `roofline`, each with `--json`.
+"""The `kvoffload` command and its subcommands, each with `--json`.
 
 Owns the commands, messages and exit codes (2 and one line on stderr for every error of ours). Does not own what the
 commands compute, nor the range of options that several share (`options`). PyTorch is imported inside the commands, and
@@ -283,6 +283,36 @@ def generate(
     if answer.tokens_equal is not None:
         typer.echo(_same_tokens(answer.tokens_equal), err=True)
     typer.echo(str(answer.stats), err=True)
+
+
+@app.command("custom-generate")
+def custom_generate(
+    folder: Annotated[Path, typer.Argument(help="Where custom_generate/ goes: a model's folder, or any other.")],
+    split: Split = "auto",
+    device_gib: DeviceGib = "auto",
+    host_gib: HostGib = "auto",
+    hardware: Annotated[str, typer.Option(help="A preset, a profile file, or 'auto' for the machine.")] = "auto",
+    link_gb_per_s: LinkSpeed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a custom_generate/ folder: transformers, and tools that call it, then generate through kvoffload."""
+    from kvoffload.profiler.hardware import find_profile
+
+    if hardware != "auto":
+        find_profile(hardware)  # now, not in the first call
+        hardware = str(Path(hardware).absolute()) if Path(hardware).exists() else hardware
+    link = _link(link_gb_per_s) or "auto"
+    config = OffloadConfig(split=split, device_gib=device_gib, host_gib=host_gib, profile=hardware, link=link)
+
+    from kvoffload.custom_generate import write
+
+    path = write(folder, config)
+    if as_json:
+        _print_json({"path": str(path), "options": config.to_json()})
+        return
+    typer.echo(f"wrote {path}")
+    typer.echo(f"model.generate(..., custom_generate={str(folder)!r}, trust_remote_code=True) runs it, and so does")
+    typer.echo(f"generate() of a model from from_pretrained({str(folder)!r}, trust_remote_code=True)")
 
 
 @app.command("demo")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kvoffload.errors import ConfigError
 from kvoffload.types import HardwareProfile, Schedule
@@ -108,9 +111,52 @@ class OffloadConfig:
         if self.link != "auto" and not isinstance(self.link, EmulatedLink):
             raise ConfigError(f"link must be 'auto' or a kvoffload.EmulatedLink, got {self.link!r}")
 
+    def to_json(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as JSON can hold them; `from_json` reads them back.
+
+        Raises:
+            ConfigError: a profile that is not a name or a path.
+        """
+        if isinstance(self.profile, HardwareProfile):
+            raise ConfigError("a HardwareProfile is no text: save() it and give the path as profile=")
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["profile"] = str(self.profile)
+        changed = {name: value for name, value in values.items() if value != getattr(_DEFAULTS, name)}
+        if isinstance(self.link, EmulatedLink):
+            changed["link"] = {name: value for name, value in dataclasses.asdict(self.link).items() if value}
+        return changed
+
+    @classmethod
+    def from_json(cls, options: Mapping[str, Any]) -> OffloadConfig:
+        """A configuration from option names and values; `link` may be a mapping with those of `EmulatedLink`.
+
+        Raises:
+            ConfigError: an unknown option (with the nearest one), or a value outside its range.
+        """
+        values = dict(options)
+        link = values.get("link")
+        if isinstance(link, Mapping):
+            _check_names("EmulatedLink", link, EmulatedLink)
+            values["link"] = EmulatedLink(**link)
+        _check_names("OffloadConfig", values, cls)
+        return cls(**values)
+
     @property
     def fixed_split(self) -> float | None:
         """The share of activations the user asked for, or None for "auto"."""
         if isinstance(self.split, str):
             return {"auto": None, "transfer": 0.0, "recompute": 1.0}[self.split]
         return float(self.split)
+
+
+_DEFAULTS = OffloadConfig()
+
+
+def _check_names(owner: str, values: Mapping[str, Any], kind: type[Any]) -> None:
+    """Every key is a field of the dataclass."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+            raise ConfigError(f"{owner} has no option {key!r}; {hint}")

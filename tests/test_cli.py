@@ -372,3 +372,24 @@ def test_errors_of_commands_added_later_follow_the_same_rule() -> None:
     result = CliRunner().invoke(app, ["one"])
     assert (result.exit_code, result.stderr) == (2, "kvoffload: no profile\n")
     assert isinstance(CliRunner().invoke(app, ["two"]).exception, RuntimeError)
+
+
+def test_custom_generate_writes_the_options_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = run_well("custom-generate", tmp_path, "--split", "0.5", "--device-gib", "min", "--link-gb-per-s", "2")
+    path = tmp_path / "custom_generate" / "generate.py"
+    assert f"wrote {path}" in out
+    assert f"custom_generate={str(tmp_path)!r}, trust_remote_code=True" in out
+    written: dict[str, Any] = {}
+    exec(path.read_text(), written)
+    assert written["OPTIONS"] == {"split": 0.5, "device_gib": "min", "link": {"h2d_gb_per_s": 2.0}}
+    found = json.loads(run_well("custom-generate", tmp_path, "--hardware", "a100-40gb-pcie4", "--json"))
+    assert found == {"path": str(path), "options": {"profile": "a100-40gb-pcie4"}}
+    monkeypatch.chdir(RECORDED.parent)  # a call may come from another folder
+    found = json.loads(run_well("custom-generate", tmp_path, "--hardware", RECORDED.name, "--json"))
+    assert found["options"] == {"profile": str(RECORDED)}
+
+
+def test_custom_generate_says_which_option_is_wrong(tmp_path: Path) -> None:
+    assert "split is a share and must lie in 0..1, got 7.0" in run_badly("custom-generate", tmp_path, "--split", 7)
+    assert "a100-40gb-pcie4" in run_badly("custom-generate", tmp_path, "--hardware", "a100-40gb-pci4")
+    assert not list(tmp_path.iterdir())
