@@ -1,7 +1,7 @@
 """The golden comparison: one generation plain and offloaded, step by step, with what the link had to carry.
 
-Not a test module. `MODES` are the ways to generate, `Observer` says what each forward of the offloaded run needed from
-the host, `compare` runs both and checks everything that holds for any cell, `pairwise` picks the cells.
+Not a test module. `Observer` says what each forward of the offloaded run needed from the host, `check_cell` runs both
+and checks everything that holds for any cell, `pairwise` picks the cells. The ways to generate are those of modes.py.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import functools
 import itertools
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from models import RECOMPUTABLE, TRANSFERRED, make_model
+from modes import MODES, Mode, Outcome, outcome, plain_cache, prompt
 from transformers import DynamicCache, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvoffload import EmulatedLink, HardwareProfile, OffloadConfig, cost
 from kvoffload.backend import Backend, CheckingBackend, EmulatedBackend
@@ -29,7 +32,6 @@ from kvoffload.sizing import Geometry, choose_sizes
 from kvoffload.types import Curve, Point
 
 TOLERANCE = 5e-6  # max |d logits|, float32
-PROMPT_TOKENS, NEW_TOKENS = 37, 12
 LINK_GB_PER_S = 2.0
 FAST_LINK = EmulatedLink(h2d_gb_per_s=LINK_GB_PER_S)
 
@@ -48,146 +50,6 @@ PIPELINES: dict[str, dict[str, Any]] = {
     "kvpr": {"schedule": "kvpr"},
     "whole_layer": {"attention": "whole_layer"},
     "sequential": {"overlap": False},
-}
-
-
-class Outcome(NamedTuple):
-    """What a generation gave: per turn the tokens, and the logits of all its steps."""
-
-    sequences: list[torch.Tensor]
-    logits: list[torch.Tensor]
-
-
-Generate = Callable[[PreTrainedModel, Callable[[], Any] | None], list[Any]]
-
-
-class Mode(NamedTuple):
-    """A way to generate.
-
-    Attributes:
-        run: calls `model.generate` once or more; takes the model and a factory of empty caches.
-        rows: sequences decoded at once, beams included.
-        sequences: rows whose prompts differ.
-        max_tokens: cached at the end, at most.
-        planned_tokens: what buffers are made for; more than that for caches that may grow over several turns.
-        ends_early: the last prefetched layers may never be used.
-    """
-
-    run: Generate
-    rows: int
-    sequences: int
-    max_tokens: int = PROMPT_TOKENS + NEW_TOKENS - 1
-    ends_early: bool = False
-    planned_tokens: int = 0
-
-
-def prompt(rows: int, tokens: int = PROMPT_TOKENS, seed: int = 1) -> torch.Tensor:
-    """Random tokens, none of them special."""
-    return torch.randint(3, 96, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def padded_prompt(rows: int) -> dict[str, torch.Tensor]:
-    """Prompts of different lengths, padded on the left; the first row has no padding."""
-    tokens = prompt(rows)
-    mask = torch.ones_like(tokens)
-    for row in range(1, rows):
-        tokens[row, : 5 * row + 3] = 0
-        mask[row, : 5 * row + 3] = 0
-    return {"input_ids": tokens, "attention_mask": mask}
-
-
-COMMON: dict[str, Any] = {
-    "max_new_tokens": NEW_TOKENS,
-    "do_sample": False,
-    "return_dict_in_generate": True,
-    "output_logits": True,
-    "pad_token_id": 0,
-}
-
-
-def _once(rows: int, **kwargs: Any) -> Generate:
-    inputs = kwargs.pop("inputs", None) or {"input_ids": prompt(rows)}
-
-    def run(model: PreTrainedModel, new_cache: Callable[[], Any] | None) -> list[Any]:
-        torch.manual_seed(7)
-        return [model.generate(**inputs, **{**COMMON, **kwargs})]
-
-    return run
-
-
-def _assisted(model: PreTrainedModel, new_cache: Callable[[], Any] | None) -> list[Any]:
-    return [model.generate(prompt(1), assistant_model=assistant_of(model), **COMMON)]
-
-
-def assistant_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A model that mostly agrees: half of its drafts are taken, so that every step crops another number of tokens."""
-    values = {name: getattr(model.config, name, None) for name in ("num_key_value_heads",)}
-    assistant = make_model(model.config.model_type, **{k: v for k, v in values.items() if v is not None})
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in assistant.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1 * parameter.std().nan_to_num())
-    assistant.generation_config.num_assistant_tokens_schedule = "constant"
-    assistant.generation_config.num_assistant_tokens = 4
-    assistant.generation_config.assistant_confidence_threshold = 0.0
-    return assistant
-
-
-def _prompt_lookup(model: PreTrainedModel, new_cache: Callable[[], Any] | None) -> list[Any]:
-    tokens = prompt(1, 12).repeat(1, 3)  # so that there is something to find
-    return [model.generate(tokens, prompt_lookup_num_tokens=4, **COMMON)]
-
-
-def _multi_turn(model: PreTrainedModel, new_cache: Callable[[], Any] | None) -> list[Any]:
-    assert new_cache is not None
-    cache, tokens, outputs = new_cache(), prompt(2), []
-    for turn in range(3):
-        outputs.append(model.generate(tokens, past_key_values=cache, **{**COMMON, "max_new_tokens": 5}))
-        tokens = torch.cat([outputs[-1].sequences, prompt(2, 6, seed=turn + 2)], dim=1)
-    return outputs
-
-
-def _returned_cache(model: PreTrainedModel, new_cache: Callable[[], Any] | None) -> list[Any]:
-    first = model.generate(**padded_prompt(2), **{**COMMON, "max_new_tokens": 5})
-    tokens = torch.cat([first.sequences, prompt(2, 6, seed=2)], dim=1)
-    mask = torch.cat([padded_prompt(2)["attention_mask"], torch.ones(2, 11, dtype=torch.long)], dim=1)
-    second = model.generate(
-        tokens, attention_mask=mask, past_key_values=first.past_key_values, **{**COMMON, "max_new_tokens": 5}
-    )
-    return [first, second]
-
-
-def _early_ends(model: PreTrainedModel, new_cache: Callable[[], Any] | None) -> list[Any]:
-    """Rows that meet their end token at different steps, the last one before `max_new_tokens`."""
-    eos = end_tokens(model)
-    torch.manual_seed(7)
-    return [model.generate(prompt(3), **{**COMMON, "do_sample": True, "eos_token_id": eos})]
-
-
-def end_tokens(model: PreTrainedModel) -> list[int]:
-    """One token of each row of the sampled continuation, from different steps; read without any offloading."""
-    known = getattr(model, "_end_tokens", None)
-    if known is None:
-        torch.manual_seed(7)
-        new = model.generate(prompt(3), **{**COMMON, "do_sample": True}).sequences[:, PROMPT_TOKENS:]
-        known = [int(new[0, 2]), int(new[1, 5]), int(new[2, 8])]
-        object.__setattr__(model, "_end_tokens", known)
-    return known
-
-
-MODES: dict[str, Mode] = {
-    "greedy": Mode(_once(2), 2, 2),
-    "sampling": Mode(_once(2, do_sample=True, temperature=1.3, top_k=20), 2, 2),
-    "beams": Mode(_once(2, num_beams=3), 6, 2),
-    "padded_beams": Mode(_once(2, inputs=padded_prompt(2), num_beams=3), 6, 2),
-    "left_padding": Mode(_once(3, inputs=padded_prompt(3)), 3, 3),
-    "assisted": Mode(_assisted, 1, 1, ends_early=True),
-    "prompt_lookup": Mode(_prompt_lookup, 1, 1, 36 + NEW_TOKENS - 1, ends_early=True),
-    "chunked_prefill": Mode(_once(2, prefill_chunk_size=10), 2, 2),
-    "multi_turn": Mode(_multi_turn, 2, 2, PROMPT_TOKENS + 26, planned_tokens=256),
-    "returned_cache": Mode(_returned_cache, 2, 2, PROMPT_TOKENS + 4),
-    "early_ends": Mode(_early_ends, 3, 3, ends_early=True),
-    "return_sequences": Mode(_once(2, do_sample=True, num_return_sequences=3), 6, 2),
 }
 
 
@@ -263,6 +125,7 @@ def half_resident_gib(
     model: PreTrainedModel, mode: Mode, config: OffloadConfig, *, can_recompute: bool = True, can_segment: bool = True
 ) -> float:
     """What everything we hold takes with half of the cache on the device."""
+    assert isinstance(config.profile, HardwareProfile)
     bytes_of = row_bytes(model)
     geometry = Geometry(
         num_offloaded_layers=len(offloadable_layers(model)),
@@ -273,7 +136,7 @@ def half_resident_gib(
         beams=mode.rows // mode.sequences,
         is_segmented=can_segment and config.attention == "auto" and config.schedule == "pipelined",
         least_chunk_bytes=cost.least_chunk_bytes(
-            profile(), shape_from_config(model.config.get_text_config(decoder=True)), recomputes=config.split != 0
+            config.profile, shape_from_config(model.config.get_text_config(decoder=True)), recomputes=config.split != 0
         ),
     )
     fixed = choose_sizes(
@@ -402,24 +265,6 @@ def kvoffload_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("kvoffload")]
 
 
-def plain_cache(model: PreTrainedModel) -> DynamicCache:
-    """What the model caches in without us."""
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
-
-
-def emptied(cache: Any) -> Any:
-    """The cache without its tokens. Transformers' own one is replaced: up to 5.17 `reset` kept its length."""
-    if isinstance(cache, OffloadedHFCache):
-        cache.reset()
-        return cache
-    return DynamicCache()
-
-
-def outcome(outputs: list[Any]) -> Outcome:
-    """Tokens and logits of all turns."""
-    return Outcome([out.sequences for out in outputs], [step for out in outputs for step in out.logits])
-
-
 @functools.lru_cache(maxsize=32)
 def reference(architecture: str, multi_head: bool, mode: str) -> Outcome:
     """The same without offloading."""
@@ -457,6 +302,23 @@ def not_recomputable(architecture: str, split: Any) -> Iterator[None]:
     assert bool(ours) == (architecture in TRANSFERRED and split != "transfer")
 
 
+@contextmanager
+def leaves_no_trace(model: PreTrainedModel) -> Iterator[None]:
+    """Afterwards the model has the hooks it had and its own methods, and no thread and no attention of ours is left."""
+
+    def hooks() -> dict[int, int]:
+        return {id(m): len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()}
+
+    hooks_before, own_before = hooks(), set(vars(model))
+    yield
+    assert hooks() == hooks_before, "hooks are left on the model"
+    assert set(vars(model)) - own_before <= {"_end_tokens"}, "the model has attributes it had not"
+    assert not kvoffload_threads(), "threads are left"
+    for interface in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        left = [name for name in interface.valid_keys() if name.startswith("kvoffload")]
+        assert not left, f"attention functions are left: {left}"
+
+
 def checking_backend(link: EmulatedLink = FAST_LINK) -> CheckingBackend:
     """An emulated link, each access to its buffers checked."""
     return CheckingBackend(EmulatedBackend(link))
@@ -483,34 +345,31 @@ def run_offloaded(
 ) -> Run:
     """Generate with a session of its own; afterwards nothing of it may be left."""
     bytes_of = row_bytes(model)
-    hooks_before = {id(m): len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()}
-    session = Session(model, config, backend=backend)
-    if fixed_rates:
-        session.decider.measured = FixedRates(*bytes_of)
-    observer = Observer(model, bytes_of)
     stats: list[Any] = []
-    original = vars(model)["generate"]
+    with leaves_no_trace(model):
+        session = Session(model, config, backend=backend)
+        if fixed_rates:
+            session.decider.measured = FixedRates(*bytes_of)
+        observer = Observer(model, bytes_of)
+        original = vars(model)["generate"]
 
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        output = original(*args, **kwargs)
-        stats.append(session.stats)
-        return output
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            stats.append(session.stats)
+            return output
 
-    vars(model)["generate"] = generate
-    try:
-        with session:
-            outputs = mode.run(model, session.new_cache)
-            used_bytes = session.pool.used_bytes
-            result = outcome(outputs)
-            del outputs
-            vars(model)["generate"] = original
-    finally:
-        observer.remove()
-        session.close()
+        vars(model)["generate"] = generate
+        try:
+            with session:
+                outputs = mode.run(model, session.new_cache)
+                used_bytes = session.pool.used_bytes
+                result = outcome(outputs)
+                del outputs
+                vars(model)["generate"] = original
+        finally:
+            observer.remove()
+            session.close()
     assert session.pool.used_bytes == session.pool.slab_bytes == 0
-    assert not {"generate", "_prepare_cache_for_generation", "_kvoffload_session"} & set(vars(model))
-    assert {id(m): len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()} == hooks_before
-    assert not kvoffload_threads()
     return Run(
         result,
         observer,

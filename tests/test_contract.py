@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from matrix import FAST_LINK, checking_backend, plain_cache, profile, prompt
+from matrix import FAST_LINK, checking_backend, profile
 from models import make_model
+from modes import plain_cache, prompt
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 

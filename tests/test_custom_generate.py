@@ -13,20 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import (
-    COMMON,
-    FAST_LINK,
-    MODES,
-    TOLERANCE,
-    assistant_of,
-    distance,
-    kvoffload_threads,
-    outcome,
-    padded_prompt,
-    profile,
-    prompt,
-)
+from matrix import FAST_LINK, TOLERANCE, distance, kvoffload_threads, profile
 from models import make_model
+from modes import COMMON, MODES, SHAPES, assistant_of, end_tokens, outcome, padded_prompt, prompt
 from test_modes import StopRows
 from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -108,10 +97,8 @@ def plain(model: Any, run: Callable[[Any], Any]) -> Any:
 def test_tokens_and_logits_are_those_of_plain_generate(
     mode: str, model: PreTrainedModel, sessions: list[Session]
 ) -> None:
-    if mode == "early_ends":
-        from matrix import end_tokens
-
-        object.__setattr__(model, "_end_tokens", plain(model, end_tokens))
+    if mode == "early_ends":  # which tokens are to end it is read without offloading
+        vars(model)["_end_tokens"] = {SHAPES[mode]: plain(model, lambda it: end_tokens(it, SHAPES[mode]))}
     before = dict(vars(inner(model)))
     found = outcome(MODES[mode].run(model, None))
     (session,) = sessions

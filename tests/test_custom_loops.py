@@ -11,20 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import (
-    COMMON,
-    FAST_LINK,
-    TOLERANCE,
-    checking_backend,
-    distance,
-    emptied,
-    outcome,
-    padded_prompt,
-    plain_cache,
-    profile,
-    prompt,
-)
+from matrix import FAST_LINK, TOLERANCE, checking_backend, distance, profile
 from models import make_model
+from modes import COMMON, emptied, outcome, padded_prompt, plain_cache, prompt
 from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 

@@ -15,7 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import ARCHITECTURES, MODES, Cell, check_cell, checking_backend, config_for, model_for, plain_cache
+from matrix import (
+    ARCHITECTURES,
+    Cell,
+    check_cell,
+    checking_backend,
+    config_for,
+    model_for,
+)
+from modes import MODES, plain_cache
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -15,21 +15,15 @@ from typing import Any
 import pytest
 import torch
 from matrix import (
-    COMMON,
     FAST_LINK,
-    MODES,
     TOLERANCE,
-    Outcome,
     checking_backend,
     distance,
     kvoffload_threads,
-    outcome,
-    padded_prompt,
-    plain_cache,
     profile,
-    prompt,
 )
 from models import make_model
+from modes import COMMON, MODES, Outcome, outcome, padded_prompt, plain_cache, prompt
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import profile, prompt
+from matrix import profile
 from models import make_model
+from modes import prompt
 
 from kvoffload import EmulatedLink, OffloadConfig, cost, planner
 from kvoffload.backend import EmulatedBackend

@@ -14,9 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import ARCHITECTURES, FAST_LINK, MODES, TOLERANCE, distance, model_for, not_recomputable, outcome, profile
+from matrix import (
+    ARCHITECTURES,
+    FAST_LINK,
+    TOLERANCE,
+    distance,
+    model_for,
+    not_recomputable,
+    profile,
+)
 from matrix import reference as plain
 from models import RECOMPUTABLE
+from modes import MODES, outcome
 
 from kvoffload import OffloadConfig
 from kvoffload.backend import EmulatedBackend

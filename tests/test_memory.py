@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from matrix import COMMON, FAST_LINK, profile, prompt, row_bytes
+from matrix import FAST_LINK, profile, row_bytes
 from models import make_model
+from modes import COMMON, prompt
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -17,25 +17,27 @@ from typing import Any
 import pytest
 import torch
 from matrix import (
-    COMMON,
     FAST_LINK,
-    MODES,
-    PROMPT_TOKENS,
     TOLERANCE,
     FixedRates,
-    Outcome,
     checking_backend,
     distance,
-    emptied,
-    outcome,
-    padded_prompt,
-    plain_cache,
     profile,
-    prompt,
     row_bytes,
     run_offloaded,
 )
 from models import OTHERS, make_model
+from modes import (
+    COMMON,
+    MODES,
+    PROMPT_TOKENS,
+    Outcome,
+    emptied,
+    outcome,
+    padded_prompt,
+    plain_cache,
+    prompt,
+)
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -501,7 +503,7 @@ def test_a_generation_that_never_reads_the_host(options: dict[str, Any], model: 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_sampling_with_an_assistant(split: Any, model: PreTrainedModel) -> None:
-    from matrix import assistant_of
+    from modes import assistant_of
 
     assistant = assistant_of(model)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 
 import pytest
-from matrix import COMMON, FAST_LINK, profile, prompt
+from matrix import FAST_LINK, profile
 from models import make_model
+from modes import COMMON, prompt
 from rich.console import Console
 
 from kvoffload import OffloadConfig, progress

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import COMMON, FAST_LINK, TOLERANCE, checking_backend, distance, outcome, plain_cache, profile, prompt
+from matrix import FAST_LINK, TOLERANCE, checking_backend, distance, profile
 from models import make_model
+from modes import COMMON, outcome, plain_cache, prompt
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward

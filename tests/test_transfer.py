@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from matrix import COMMON, FAST_LINK, MODES, TOLERANCE, emptied, outcome, plain_cache, profile, prompt
+from matrix import FAST_LINK, TOLERANCE, profile
 from models import make_model
+from modes import COMMON, MODES, emptied, outcome, plain_cache, prompt
 from transformers import PreTrainedModel
 
 import kvoffload.session
