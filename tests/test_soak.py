@@ -82,8 +82,8 @@ def long_run(new_tokens: int, split: Any, block_tokens: int) -> str:
     config = OffloadConfig(
         split=split, link=FAST_LINK, profile=profile(), device_gib="min", block_tokens=block_tokens, chunk_blocks=2
     )
-    backend = CountingBackend(FAST_LINK)
     began, before, seen = time.perf_counter(), Footprint.now(), []
+    backend = CountingBackend(FAST_LINK)
 
     def look(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         new = ids.shape[1] - shape.prompt_tokens
@@ -125,7 +125,7 @@ def test_a_run_of_150_tokens(split: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["transfer", 0.5])
 def test_a_run_of_2000_tokens(split: Any) -> None:
-    logger.info("%s", long_run(2000, split, block_tokens=16))
+    logger.info("%s", long_run(2000, split, block_tokens=32))
 
 
 # ---- what the soak is there to find ----------------------------------------------------------------------------------
