@@ -52,7 +52,7 @@ class Footprint(NamedTuple):
     """What must not grow.
 
     Attributes:
-        threads: of the process, whoever started them.
+        threads: of Python.
         files: open descriptors.
         tensor_bytes: of all tensors that Python can reach, each storage once.
         rss_bytes: of the process.
@@ -75,7 +75,7 @@ class Footprint(NamedTuple):
                 storages[storage.data_ptr()] = storage.nbytes()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return cls(
-            len(list(Path("/proc/self/task").iterdir())),
+            threading.active_count(),  # not the system's: a thread that was joined may take a moment to go
             len(list(Path("/proc/self/fd").iterdir())),
             sum(storages.values()),
             pages * 4096,
