@@ -301,8 +301,13 @@ def custom_generate(
     if hardware != "auto":
         find_profile(hardware)  # now, not in the first call
         hardware = str(Path(hardware).absolute()) if Path(hardware).exists() else hardware
-    link = _link(link_gb_per_s) or "auto"
-    config = OffloadConfig(split=split, device_gib=device_gib, host_gib=host_gib, profile=hardware, link=link)
+    config = OffloadConfig(
+        split=split,
+        device_gib=device_gib,
+        host_gib=host_gib,
+        profile=hardware,
+        link=_link(link_gb_per_s) or "auto",
+    )
 
     from kvoffload.custom_generate import write
 

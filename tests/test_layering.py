@@ -76,7 +76,8 @@ ALLOWED: dict[str, set[str]] = {
     "bench": _LAYER_5 | {"run", "session", "api"},
     "chat": _LAYER_5 | {"run", "session", "api", "model_source"},
     "demo": _LAYER_5 | {"run", "session", "api", "bench", "chat", "model_source"},
-    "cli": _LAYER_5 | {"run", "session", "api", "__init__", "custom_generate", "bench", "chat", "demo", "options", "model_source"},
+    "cli": _LAYER_5
+    | {"run", "session", "api", "__init__", "custom_generate", "bench", "chat", "demo", "options", "model_source"},
 }
 
 # third-party package -> the only modules of ours that may import it
