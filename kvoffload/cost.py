@@ -11,9 +11,11 @@ for the terms, which differ from the paper's formula by having no barrier betwee
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 from kvoffload.errors import ProfileError
+from kvoffload.timeline import Lane, Span
 from kvoffload.types import Constraint, HardwareProfile, ModelShape, Plan, PlanInputs, Rates, Schedule
 
 CHUNK_SPEED_FRACTION = 0.95
@@ -277,7 +279,14 @@ class Simulation(NamedTuple):
     device_busy_fraction: float
 
 
-def simulate(plan: Plan, rates: Rates, *, overlap: bool = True, num_steps: int = 6) -> Simulation:
+def simulate(
+    plan: Plan,
+    rates: Rates,
+    *,
+    overlap: bool = True,
+    num_steps: int = 6,
+    record: Callable[[Span], None] | None = None,
+) -> Simulation:
     """Play `num_steps` decode steps chunk by chunk and return the average of the later half.
 
     One link and one compute stream, each in order. Per layer: weights if streamed, then its chunks in
@@ -296,6 +305,8 @@ def simulate(plan: Plan, rates: Rates, *, overlap: bool = True, num_steps: int =
         rates: the machine, e.g. newer measurements than the plan was made with.
         overlap: False makes copies and compute wait for each other.
         num_steps: steps played, at least 2; the pipeline fills in the first half.
+        record: called with every stretch of link and compute, and at each step's start (`timeline.assemble` takes
+            them). Resident activations count as "recompute", the head as "dense".
     """
     num_layers = max(1, plan.num_offloaded_layers)
     ordinary = plan.num_layers / num_layers  # layers per offloaded one, for work that all layers do
@@ -319,25 +330,38 @@ def simulate(plan: Plan, rates: Rates, *, overlap: bool = True, num_steps: int =
     attended = deque([0.0, 0.0], maxlen=2)  # the two layer buffers, older first
     weights_used = deque([0.0, 0.0], maxlen=2)
 
-    def copy(seconds: float, free_s: float) -> float:
+    def copy(seconds: float, free_s: float, num_bytes: float) -> float:
         nonlocal link, link_busy
         barrier_s = attended[-1] if kvpr else 0.0
-        link = max(link, free_s, barrier_s, 0.0 if overlap else max(compute, host)) + seconds
+        start = max(link, free_s, barrier_s, 0.0 if overlap else max(compute, host))
+        link = start + seconds
         link_busy += seconds
+        if record is not None and seconds:
+            record(Span("h2d", start, link, round(num_bytes)))
         return link
 
-    def work(seconds: float, ready_s: float) -> float:
+    def work(lane: Lane, seconds: float, ready_s: float) -> float:
         nonlocal compute, compute_busy
-        compute = max(compute, ready_s, 0.0 if overlap else link) + seconds
+        start = max(compute, ready_s, 0.0 if overlap else link)
+        if record is not None and start > compute:
+            record(Span("wait", compute, start))
+        compute = start + seconds
         compute_busy += seconds
+        if record is not None and seconds:
+            record(Span(lane, start, compute))
         return compute
+
+    def copy_chunk(tokens: int, is_activation: bool, free_s: float) -> float:
+        if is_activation:
+            return copy(tokens * activation_s, free_s, tokens * plan.activation_bytes_per_token)
+        return copy(tokens * kv_s, free_s, tokens * plan.kv_bytes_per_token)
 
     def recompute(done: int, arrived: list[float]) -> int:
         """All chunks of the layer that have been copied, each followed by its share of the resident activations."""
         for idx in range(done, len(arrived)):
             gate = min(max(idx, first_gate), len(arrived) - 1)
-            released.append(work(activation_chunks[idx] * rates.recompute_s_per_token, arrived[gate]))
-            work(resident_s / len(activation_chunks), 0.0)
+            released.append(work("recompute", activation_chunks[idx] * rates.recompute_s_per_token, arrived[gate]))
+            work("recompute", resident_s / len(activation_chunks), 0.0)
         return len(arrived)
 
     def attend_chunks() -> None:
@@ -346,44 +370,49 @@ def simulate(plan: Plan, rates: Rates, *, overlap: bool = True, num_steps: int =
         chunks = {True: iter(activation_chunks), False: iter(kv_chunks)}
         for is_activation in order:
             tokens = next(chunks[is_activation])
-            there_s = copy(tokens * (activation_s if is_activation else kv_s), released[num_copied])
+            there_s = copy_chunk(tokens, is_activation, released[num_copied])
             num_copied += 1
-            recompute_s = rates.recompute_s_per_token if is_activation else 0.0
-            released.append(work(tokens * (recompute_s + rates.attention_s_per_token), there_s))
             if is_activation:
-                work(resident_s / len(activation_chunks), 0.0)
+                there_s = work("recompute", tokens * rates.recompute_s_per_token, there_s)
+            released.append(work("attention", tokens * rates.attention_s_per_token, there_s))
+            if is_activation:
+                work("recompute", resident_s / len(activation_chunks), 0.0)
         chunk_tokens = sum(activation_chunks) + sum(kv_chunks)
-        work(attention_s - chunk_tokens * rates.attention_s_per_token, 0.0)
+        work("attention", attention_s - chunk_tokens * rates.attention_s_per_token, 0.0)
 
     marks = []
     for _ in range(num_steps):
+        if record is not None:
+            record(Span("step", compute, compute))
         for _ in range(num_layers):
             host += issue_s
-            weights_arrived = copy(weights_s, weights_used[0])
+            weights_arrived = copy(weights_s, weights_used[0], plan.weight_bytes_per_step / num_layers)
             arrived: list[float] = []  # activation chunks
             kv_arrived, num_kv = 0.0, 0
-            work(0.0 if activation_chunks else resident_s, host)
+            work("recompute", 0.0 if activation_chunks else resident_s, host)
             recomputed = 0
             if plan.is_segmented:
                 attend_chunks()
-                weights_used.append(work(ordinary * rates.dense_s, weights_arrived))
+                weights_used.append(work("dense", ordinary * rates.dense_s, weights_arrived))
                 continue
             for is_activation in order:
                 if is_activation:
                     if num_copied >= len(released):  # its slot is freed by a chunk of this layer
                         recomputed = recompute(recomputed, arrived)
-                    arrived.append(copy(activation_chunks[len(arrived)] * activation_s, released[num_copied]))
+                    arrived.append(copy_chunk(activation_chunks[len(arrived)], True, released[num_copied]))
                     num_copied += 1
                     if len(arrived) - 1 >= first_gate:
                         recomputed = recompute(recomputed, arrived)
                 else:
-                    kv_arrived = copy(kv_chunks[num_kv] * kv_s, attended[0])
+                    kv_arrived = copy_chunk(kv_chunks[num_kv], False, attended[0])
                     num_kv += 1
             recompute(recomputed, arrived)
-            attended.append(work(attention_s, kv_arrived))
-            weights_used.append(work(ordinary * rates.dense_s, weights_arrived))
-        host = work(rates.head_s, 0.0) + rates.gap_s  # the host waits for the sampled token
+            attended.append(work("attention", attention_s, kv_arrived))
+            weights_used.append(work("dense", ordinary * rates.dense_s, weights_arrived))
+        host = work("dense", rates.head_s, 0.0) + rates.gap_s  # the host waits for the sampled token
         marks.append((compute, link_busy, compute_busy))
+    if record is not None:
+        record(Span("end", compute, compute))
 
     counted = num_steps // 2
     seconds, copied_s, worked_s = (b - a for a, b in zip(marks[-counted - 1], marks[-1], strict=True))

@@ -65,6 +65,8 @@ class Run:
         self.setup_s = 0.0
         self._setup_in_forward_s = 0.0  # the part of it that fell into the prefill
         self._backend, self._engine = backend, engine
+        if backend.is_recording:
+            backend.start_recording()  # anew
         self._written_before = engine.written_back_bytes
         self._began = time.perf_counter()
         self._start = _Readings.of(backend)
@@ -104,7 +106,10 @@ class Run:
         self._forwards.append(time.perf_counter())
         is_first = len(self._forwards) == 1
         cached = self.cache.core.layers[0].num_tokens
-        if self._num_prefill_forwards == len(self._forwards) - 1 and (is_first or cached < self.prompt_tokens):
+        is_prefill = self._num_prefill_forwards == len(self._forwards) - 1
+        is_prefill &= is_first or cached < self.prompt_tokens
+        self._backend.mark("prefill" if is_prefill else "step")
+        if is_prefill:
             self._num_prefill_forwards += 1
         elif self._decode is None:
             self._decode = _Readings.of(self._backend)
@@ -139,6 +144,7 @@ class Run:
     def finish(self, plan: Plan, pool: HostPool) -> GenerationStats:
         """The statistics, once `generate()` has returned."""
         assert self.cache is not None
+        self._backend.mark("end")
         if self._decode is None:
             self._engine.release_stages()
             self._prefill_peak_bytes = self._engine.take_peak()

@@ -107,20 +107,21 @@ class _Answer:
 
     def _attend(self, kv: torch.Tensor, first_position: int, row_table: torch.Tensor | None) -> None:
         shape, question = self._shape, self._question
-        ops.segment_attention(
-            question.query,
-            kv.unflatten(-1, (2, shape.key_heads, shape.key_dim)),
-            self._out,
-            self._lse,
-            scale=question.scale,
-            is_first=self._is_first,
-            first_position=first_position,
-            query_position=self._layer.num_tokens,
-            valid=question.valid,
-            row_table=row_table,
-            block_tokens=self._layer.cache.placement.block_tokens if row_table is not None else 0,
-            softcap=question.softcap,
-        )
+        with self._layer.cache.engine.backend.recording("attention"):
+            ops.segment_attention(
+                question.query,
+                kv.unflatten(-1, (2, shape.key_heads, shape.key_dim)),
+                self._out,
+                self._lse,
+                scale=question.scale,
+                is_first=self._is_first,
+                first_position=first_position,
+                query_position=self._layer.num_tokens,
+                valid=question.valid,
+                row_table=row_table,
+                block_tokens=self._layer.cache.placement.block_tokens if row_table is not None else 0,
+                softcap=question.softcap,
+            )
         self._is_first = False
 
     def finish(self) -> torch.Tensor:

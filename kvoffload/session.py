@@ -35,6 +35,7 @@ from kvoffload.run import Run
 from kvoffload.sizing import Geometry, grown, widened
 from kvoffload.stats import GenerationStats
 from kvoffload.store import HostPool
+from kvoffload.timeline import Timeline, assemble
 from kvoffload.transfer import TransferEngine
 from kvoffload.types import HardwareProfile
 
@@ -150,6 +151,28 @@ class Session:
         core.before_blocks = lambda: self._before_blocks(reference())
         self._caches.add(cache)
         return cache
+
+    def record_timeline(self) -> None:
+        """From the next `generate()` on, keep what ran when, for `timeline`. Off by default; costs nothing then.
+
+        While it is on a decode step takes a little longer: a reading of the clock, or two CUDA events, at every
+        attention to a chunk.
+        """
+        self.backend.start_recording()
+
+    def timeline(self) -> Timeline:
+        """What ran when in the last `generate()`, if `record_timeline` was called before; waits for the device.
+
+        Returns:
+            Copies, recomputation, attention and the rest, and where each decode step begins. Plain data, in seconds
+            since that `generate()` began; the latest 200,000 stretches of it.
+
+        Raises:
+            KVOffloadError: nothing is recorded.
+        """
+        if not self.backend.is_recording:
+            raise KVOffloadError("nothing is recorded: call session.record_timeline() before generate()")
+        return assemble(self.backend.recorded())
 
     def _reap(self) -> None:
         """Take back the memory of caches that nobody holds any more."""

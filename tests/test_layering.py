@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kvoffload"
 
-_LAYER_0 = {"errors", "units", "datasheet", "quantities", "types"}
+_LAYER_0 = {"errors", "units", "datasheet", "quantities", "types", "timeline"}
 _LAYER_1 = _LAYER_0 | {
     *(
         "config",
@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "datasheet": {"errors"},
     "quantities": {"errors"},
     "types": {"errors", "datasheet", "quantities"},
+    "timeline": set(),
     "config": _LAYER_0,
     "options": _LAYER_0,
     "model_source": _LAYER_0,
@@ -87,6 +88,7 @@ ONLY_IN: dict[str, set[str]] = {
     "triton": {"kernels"},
     "transformers": {"hf", "cli", "bench", "chat"},  # the seam, and the commands that load a model
     "typer": {"cli", "options"},
+    "plotly": {"profiler"},
 }
 TORCH_FREE = {
     "errors",
@@ -94,6 +96,7 @@ TORCH_FREE = {
     "datasheet",
     "quantities",
     "types",
+    "timeline",
     "config",
     "cost",
     "architectures",

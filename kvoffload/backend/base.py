@@ -7,14 +7,21 @@ always recorded when it is created, so nobody can wait for one that has not been
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from kvoffload.timeline import Lane, Span
+
 Event = Any  # a torch.cuda.Event, or the event type of the backend that made it
 Queue = Literal["compute", "h2d", "d2h"]
+MAX_RECORDED = 200_000  # stretches that a recording keeps: the latest
+# Span names whose totals every backend keeps, and the lane each is recorded in.
+LANE_OF: dict[str, Lane] = {"exposed_wait": "wait", "recompute": "recompute", "attention": "attention"}
+_NOT_RECORDING = contextlib.nullcontext()
 
 
 class LinkUse(NamedTuple):
@@ -44,6 +51,7 @@ class Backend(ABC):
     device: torch.device
     link_name: str
     emulated: bool
+    is_recording = False  # whether stretches are kept one by one, for `recorded`
 
     @abstractmethod
     def allocate_host(self, num_bytes: int) -> HostBuffer:
@@ -93,6 +101,30 @@ class Backend(ABC):
     @abstractmethod
     def span_seconds(self, name: str) -> float:
         """Total time of the completed stretches of that name; never blocks."""
+
+    @abstractmethod
+    def start_recording(self) -> None:
+        """Keep every copy, span and mark from now on one by one; what was recorded before is forgotten."""
+
+    @abstractmethod
+    def recorded(self) -> list[Span]:
+        """The latest `MAX_RECORDED` of them, in seconds since `start_recording`; blocks until all queues are empty."""
+
+    @abstractmethod
+    def mark(self, lane: Lane) -> None:
+        """Note a moment of compute while recording; nothing else."""
+
+    def recording(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """A span that is taken only while recording, for stretches whose totals nobody needs."""
+        return self._recorded_span(name) if self.is_recording else _NOT_RECORDING
+
+    @contextlib.contextmanager
+    def _recorded_span(self, name: str) -> Iterator[None]:
+        span = self.start_span(name)
+        try:
+            yield
+        finally:
+            self.end_span(span)
 
     def free_device(self, buffer: torch.Tensor) -> None:
         """Declare that the caller drops this buffer: its memory is reused in the order of compute."""

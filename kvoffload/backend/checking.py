@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from kvoffload.backend.base import Backend, HostBuffer, LinkUse, Queue
+from kvoffload.timeline import Lane, Span
 
 Clock = dict[Queue, int]
 
@@ -161,6 +162,16 @@ class CheckingBackend(Backend):
 
     def span_seconds(self, name: str) -> float:
         return self.inner.span_seconds(name)
+
+    def start_recording(self) -> None:
+        self.inner.start_recording()
+        self.is_recording = True
+
+    def recorded(self) -> list[Span]:
+        return self.inner.recorded()
+
+    def mark(self, lane: Lane) -> None:
+        self.inner.mark(lane)
 
     def close(self) -> None:
         self.inner.close()

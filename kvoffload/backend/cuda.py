@@ -21,12 +21,14 @@ from typing import Any, Literal
 
 import torch
 
-from kvoffload.backend.base import Backend, HostBuffer, LinkUse
+from kvoffload.backend.base import LANE_OF, MAX_RECORDED, Backend, HostBuffer, LinkUse
+from kvoffload.timeline import Lane, Span
 from kvoffload.units import gb
 
 logger = logging.getLogger(__name__)
 
 MAX_OPEN_MEASUREMENTS = 4096  # events kept before the completed ones are added up
+_LANES: dict[str, Lane] = {"h2d": "h2d", "d2h": "d2h", **LANE_OF}
 
 
 class CudaBackend(Backend):
@@ -44,6 +46,8 @@ class CudaBackend(Backend):
         self._streams = {"h2d": torch.cuda.Stream(device), "d2h": torch.cuda.Stream(device)}
         self._pending: dict[str, deque[tuple[Any, Any, int]]] = defaultdict(deque)  # (start, end, bytes)
         self._totals: dict[str, LinkUse] = defaultdict(lambda: LinkUse(0, 0.0, 0))
+        self._recording: deque[tuple[Lane, Any, Any, int]] = deque(maxlen=MAX_RECORDED)  # (lane, start, end, bytes)
+        self._recording_since: Any = None  # the event that recorded times count from
         self._registered: dict[int, int] = {}  # address -> bytes
         self._warned_pageable = False
 
@@ -111,17 +115,15 @@ class CudaBackend(Backend):
         return self._totals[direction]
 
     def start_span(self, name: str) -> tuple[str, Any]:
-        start = torch.cuda.Event(enable_timing=True)
-        start.record(torch.cuda.current_stream(self.device))
-        return name, start
+        return name, self._timed_event()
 
     def end_span(self, span: tuple[str, Any]) -> None:
         name, start = span
-        end = torch.cuda.Event(enable_timing=True)
-        end.record(torch.cuda.current_stream(self.device))
-        self._note(name, start, end, 0)
+        self._note(name, start, self._timed_event(), 0)
 
     def _note(self, name: str, start: Any, end: Any, num_bytes: int) -> None:
+        if self.is_recording:
+            self._recording.append((_LANES[name], start, end, num_bytes))
         self._pending[name].append((start, end, num_bytes))
         if len(self._pending[name]) > MAX_OPEN_MEASUREMENTS:
             self._harvest(name)
@@ -138,6 +140,31 @@ class CudaBackend(Backend):
             seconds = start.elapsed_time(end) / 1e3  # milliseconds
             total = LinkUse(total.copied_bytes + num_bytes, total.busy_s + seconds, total.copies + 1)
         self._totals[name] = total
+
+    def start_recording(self) -> None:
+        self.synchronize()  # so that nothing is timed from before the event that times count from
+        self._recording.clear()
+        self._recording_since = self._timed_event()
+        self.is_recording = True
+
+    def recorded(self) -> list[Span]:
+        self.synchronize()
+        since, found = self._recording_since, []
+        for lane, start, end, num_bytes in self._recording:
+            start_s, end_s = (since.elapsed_time(event) / 1e3 for event in (start, end))  # milliseconds
+            found.append(Span(lane, start_s, end_s, num_bytes))
+        return found
+
+    def mark(self, lane: Lane) -> None:
+        if self.is_recording:
+            event = self._timed_event()
+            self._recording.append((lane, event, event, 0))
+
+    def _timed_event(self) -> Any:
+        """An event in the compute queue that has been recorded."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def close(self) -> None:
         self.synchronize()

@@ -15,15 +15,16 @@ import ctypes
 import logging
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from kvoffload.backend.base import Backend, HostBuffer, LinkUse
+from kvoffload.backend.base import LANE_OF, MAX_RECORDED, Backend, HostBuffer, LinkUse
 from kvoffload.config import EmulatedLink
+from kvoffload.timeline import Lane, Span
 
 logger = logging.getLogger(__name__)
 ALIGNMENT_BYTES = 64
@@ -76,7 +77,9 @@ class _Copy(NamedTuple):
 class _Direction:
     """One direction of the link: a queue, its thread, and what it has done."""
 
-    def __init__(self, name: str, bytes_per_s: float | None, latency_s: float) -> None:
+    def __init__(self, name: Literal["h2d", "d2h"], bytes_per_s: float | None, latency_s: float) -> None:
+        self.name: Literal["h2d", "d2h"] = name
+        self.recording: deque[Span] | None = None  # by the clock of the machine
         self.bytes_per_s = bytes_per_s
         self.latency_s = latency_s
         self.use = LinkUse(0, 0.0, 0)
@@ -113,6 +116,8 @@ class _Direction:
                 while (left := due - time.perf_counter()) > 0:
                     time.sleep(left)
             self.use = LinkUse(self.use.copied_bytes + num_bytes, self.use.busy_s + seconds, self.use.copies + 1)
+            if self.recording is not None:
+                self.recording.append(Span(self.name, due - seconds, due, num_bytes))
             done.complete(due)
 
     def stop(self) -> None:
@@ -140,6 +145,8 @@ class EmulatedBackend(Backend):
             "d2h": _Direction("d2h", _per_s(d2h), link.latency_s),
         }
         self._spans: dict[str, float] = defaultdict(float)
+        self._recording: deque[Span] = deque(maxlen=MAX_RECORDED)
+        self._recording_since = 0.0
         self._closed = False
 
     def set_bandwidth(self, h2d_gb_per_s: float) -> None:
@@ -160,9 +167,9 @@ class EmulatedBackend(Backend):
 
     def compute_waits(self, event: EmulatedEvent) -> None:
         if not event.is_complete:
-            began = time.perf_counter()
+            span = self.start_span("exposed_wait")
             event.wait()
-            self._spans["exposed_wait"] += time.perf_counter() - began
+            self.end_span(span)
 
     def release(self, *buffers: torch.Tensor) -> EmulatedEvent:
         return EmulatedEvent.now()  # CPU compute is synchronous
@@ -181,10 +188,30 @@ class EmulatedBackend(Backend):
 
     def end_span(self, span: tuple[str, float]) -> None:
         name, began = span
-        self._spans[name] += time.perf_counter() - began
+        now = time.perf_counter()
+        self._spans[name] += now - began
+        if self.is_recording:
+            self._recording.append(Span(LANE_OF[name], began, now))
 
     def span_seconds(self, name: str) -> float:
         return self._spans[name]
+
+    def start_recording(self) -> None:
+        self.synchronize()
+        self._recording.clear()
+        for direction in self._directions.values():
+            direction.recording = self._recording  # appending is atomic
+        self._recording_since, self.is_recording = time.perf_counter(), True
+
+    def recorded(self) -> list[Span]:
+        self.synchronize()
+        since = self._recording_since
+        return [span._replace(start_s=span.start_s - since, end_s=span.end_s - since) for span in list(self._recording)]
+
+    def mark(self, lane: Lane) -> None:
+        if self.is_recording:
+            now = time.perf_counter()
+            self._recording.append(Span(lane, now, now))
 
     def close(self) -> None:
         if not self._closed:

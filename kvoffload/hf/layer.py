@@ -207,7 +207,8 @@ class OffloadedLayer(CacheLayerMixin):
                     if not _is_asked_for(module, kwargs, query.device):
                         owner.warn_whole_layer(module)
                     key, value = attention.assemble(core, key, value)
-                    output = original(module, query, key, value, mask, **kwargs)
+                    with core.cache.engine.backend.recording("attention"):
+                        output = original(module, query, key, value, mask, **kwargs)
                 else:
                     output = segments.attend(core, key, value, question), None
             self._append(update)

@@ -1,0 +1,190 @@
+"""What ran when: planned stretches add up to the plan, measured ones to the statistics, and no lane overlaps itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from matrix import prompt
+from models import make_model
+from test_cost import LONG, placed, random_placement
+
+import kvoffload
+from kvoffload import EmulatedLink, KVOffloadError, OffloadConfig, cost
+from kvoffload.backend import CheckingBackend, EmulatedBackend
+from kvoffload.session import Session
+from kvoffload.timeline import COMPUTE, Span, Timeline, assemble
+
+NEW_TOKENS = 10
+
+
+def assert_no_overlap(spans: Sequence[Span]) -> None:
+    for before, after in itertools.pairwise(sorted(spans, key=lambda span: span.start_s)):
+        assert before.end_s <= after.start_s + 1e-9, (before, after)
+
+
+def assert_compute_is_tiled(found: Timeline, start_s: float, end_s: float) -> None:
+    """Something of compute, or a wait, at every moment, and never two of them at once."""
+    compute = [span for span in found.spans if span.lane in COMPUTE and span.end_s > start_s and span.start_s < end_s]
+    assert_no_overlap(compute)
+    covered_s = sum(min(span.end_s, end_s) - max(span.start_s, start_s) for span in compute)
+    assert covered_s == pytest.approx(end_s - start_s, rel=1e-6)
+
+
+# ---- assembling ------------------------------------------------------------------------------------------------------
+
+
+def test_what_nobody_noted_in_a_step_is_dense() -> None:
+    found = assemble(
+        [
+            Span("end", 9.0, 9.0),
+            Span("step", 6.0, 6.0),
+            Span("attention", 7.0, 8.0),
+            Span("wait", 3.0, 4.0),
+            Span("recompute", 4.0, 7.0),
+            Span("step", 2.0, 2.0),
+            Span("prefill", 0.0, 0.0),
+            Span("h2d", 1.0, 5.0, 40),
+        ]
+    )
+    assert found.steps_s == (2.0, 6.0, 9.0)
+    assert found.lane("dense") == (Span("dense", 2.0, 3.0), Span("dense", 8.0, 9.0))
+    assert_compute_is_tiled(found, 2.0, 9.0)
+
+
+def test_a_step_is_cut_out_with_the_share_of_the_bytes_that_travelled_in_it() -> None:
+    found = Timeline((Span("h2d", 1.0, 5.0, 40), Span("attention", 7.0, 8.0)), (2.0, 6.0, 9.0))
+    assert found.steps(0) == Timeline((Span("h2d", 0.0, 3.0, 30),), (0.0, 4.0))
+    assert found.steps(0, 2).lane("attention") == (Span("attention", 5.0, 6.0),)
+    assert found.num_steps == 2
+
+
+def test_a_timeline_without_decode_steps_has_none() -> None:
+    assert assemble([Span("prefill", 0.0, 0.0), Span("h2d", 0.0, 1.0, 3), Span("end", 2.0, 2.0)]).num_steps == 0
+
+
+# ---- planned ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_segmented", [False, True])
+def test_planned_stretches_carry_the_bytes_of_the_plan_and_never_overlap(is_segmented: bool) -> None:
+    rng = random.Random(1)
+    for _ in range(60):
+        inputs, (r, r_x, x, t) = random_placement(rng)
+        speed = 160.0
+        rates = dataclasses.replace(inputs.rates, h2d_activation_bytes_per_s=speed, h2d_kv_bytes_per_s=speed)
+        schedule: Any = "pipelined" if is_segmented else rng.choice(["pipelined", "kvpr"])
+        plan = dataclasses.replace(placed(inputs, r, r_x, x, t), is_segmented=is_segmented, schedule=schedule)
+        overlap = rng.random() < 0.8
+        recorded: list[Span] = []
+        simulation = cost.simulate(plan, rates, overlap=overlap, num_steps=4, record=recorded.append)
+        assert simulation == cost.simulate(plan, rates, overlap=overlap, num_steps=4)
+        found = assemble(recorded)
+        assert found.num_steps == 4
+        assert_no_overlap(found.lane("h2d"))
+        assert_compute_is_tiled(found, 0.0, found.steps_s[-1])
+        assert found.busy_s("h2d") == pytest.approx(4 * plan.link_bytes_per_step / speed)
+        assert sum(span.num_bytes for span in found.lane("h2d")) == pytest.approx(4 * plan.link_bytes_per_step, abs=99)
+        assert (found.steps_s[4] - found.steps_s[2]) / 2 == pytest.approx(simulation.step_s)
+
+
+def test_planned_stretches_of_compute_add_up_to_the_device_time_of_the_model() -> None:
+    recorded: list[Span] = []
+    plan = dataclasses.replace(placed(LONG, 10, 10, 20, 20), is_segmented=True)
+    cost.simulate(plan, LONG.rates, num_steps=2, record=recorded.append)
+    worked_s = sum(span.seconds for span in recorded if span.lane in COMPUTE - {"wait"})
+    assert worked_s == pytest.approx(2 * cost.device_s(LONG, 10, 20))
+
+
+# ---- measured --------------------------------------------------------------------------------------------------------
+
+
+def generate(session: Session, rows: int = 4, new_tokens: int = NEW_TOKENS) -> torch.Tensor:
+    ids = prompt(rows, 64)
+    out: torch.Tensor = session.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False
+    )
+    return out
+
+
+def opened(checked: bool = False, attention: Any = "auto") -> Session:
+    model = make_model("opt", hidden_size=64, ffn_dim=64, word_embed_proj_dim=64)
+    link = EmulatedLink(h2d_gb_per_s=0.02)
+    config = OffloadConfig(split=0.5, link=link, device_gib="min", block_tokens=8, chunk_blocks=2, attention=attention)
+    backend: Any = EmulatedBackend(link)
+    return Session(model, config, CheckingBackend(backend) if checked else backend)
+
+
+def test_nothing_is_recorded_unless_asked_for() -> None:
+    with opened() as session:
+        generate(session)
+        assert session.backend.recorded() == []
+        with pytest.raises(KVOffloadError, match=r"call session\.record_timeline\(\) before generate"):
+            session.timeline()
+
+
+@pytest.mark.parametrize("attention", ["auto", "whole_layer"])
+@pytest.mark.parametrize("checked", [False, True])
+def test_recorded_copies_are_those_of_the_statistics(checked: bool, attention: Any) -> None:
+    with opened(checked, attention) as session:
+        session.record_timeline()
+        generate(session)
+        found, stats = session.timeline(), session.stats
+        use = session.backend.link_use("h2d")
+    assert stats is not None
+    for lane, num_bytes in (("h2d", stats.h2d_bytes), ("d2h", stats.d2h_bytes)):
+        spans = found.lane(lane)
+        assert_no_overlap(spans)
+        assert sum(span.num_bytes for span in spans) == num_bytes > 0
+    assert found.busy_s("h2d") == pytest.approx(use.busy_s)
+    assert found.busy_s("recompute") == pytest.approx(stats.recompute_s)
+    assert found.busy_s("wait") == pytest.approx(stats.exposed_wait_s)
+    assert found.num_steps == len(stats.decode_step_s) == NEW_TOKENS - 1
+    assert_compute_is_tiled(found, found.steps_s[0], found.steps_s[-1])
+    assert bool(found.lane("attention")) == (attention == "auto")  # inside a module of transformers it is not seen
+
+
+@pytest.mark.timing
+def test_recorded_steps_take_as_long_as_the_statistics_say() -> None:
+    with opened() as session:
+        session.record_timeline()
+        generate(session)
+        found, stats = session.timeline(), session.stats
+    assert stats is not None
+    steps = [after - before for before, after in itertools.pairwise(found.steps_s)]
+    assert sum(steps) == pytest.approx(sum(stats.decode_step_s), rel=0.02)
+
+
+def test_each_generate_is_recorded_anew() -> None:
+    with opened() as session:
+        session.record_timeline()
+        generate(session)
+        generate(session, rows=2, new_tokens=4)
+        found, stats = session.timeline(), session.stats
+    assert stats is not None
+    assert found.num_steps == 3
+    assert sum(span.num_bytes for span in found.lane("h2d")) == stats.h2d_bytes
+
+
+def test_tokens_are_the_same_with_and_without_a_recording() -> None:
+    with opened() as session:
+        plain = generate(session)
+        session.record_timeline()
+        assert torch.equal(generate(session), plain)
+
+
+def test_a_recording_keeps_the_latest_stretches_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvoffload.backend.emulated.MAX_RECORDED", 40)
+    with opened() as session:
+        session.record_timeline()
+        generate(session)
+        assert len(session.backend.recorded()) == 40
+
+
+def test_the_public_session_offers_it() -> None:
+    assert {"record_timeline", "timeline"} <= set(dir(kvoffload.Session))
