@@ -18,6 +18,7 @@ RUNTIME = [
     "typer>=0.15,<1",  # command line; transformers requires it as well
     "rich>=13.8",  # tables and progress on a terminal; typer requires it as well
 ]
+REPORT = ["plotly>=6.1,<8"]  # the charts of `kvoffload report`
 DEV = [
     "pytest>=8.4",
     "pytest-xdist>=3.8",
@@ -26,6 +27,7 @@ DEV = [
     "pre-commit>=4.0",
     "peft>=0.17",
     "matplotlib>=3.9",
+    "selenium>=4.30",  # the report in a real browser
 ]
 
 setup(
@@ -38,10 +40,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=["kvoffload", *(f"kvoffload.{name}" for name in ("backend", "bench", "hf", "kernels", "profiler"))],
-    package_data={"kvoffload": ["py.typed"], "kvoffload.profiler": ["presets.json"]},
+    package_data={"kvoffload": ["py.typed"], "kvoffload.profiler": ["presets.json", "page.css", "page.js"]},
     include_package_data=False,
     install_requires=RUNTIME,
-    extras_require={"dev": DEV, "nvml": ["nvidia-ml-py>=12.560"]},
+    extras_require={"dev": DEV + REPORT, "nvml": ["nvidia-ml-py>=12.560"], "report": REPORT},
     entry_points={"console_scripts": ["kvoffload = kvoffload.cli:main"]},
     zip_safe=False,
     classifiers=[

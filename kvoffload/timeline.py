@@ -8,7 +8,7 @@ simulation (`cost.simulate`) gives planned times, a backend that records (`Backe
     attention   over chunks, the tail and the new tokens; the model's own function where that runs instead
     dense       the rest: projections, MLP, head, sampling; measured, it is what the other lanes of compute leave of a
                 step, so host time and launch gaps are in it
-    wait        compute waits for the link
+    wait        compute waits: measured, for the link; planned, for the link or for the host to issue something
     prefill, step, end   moments without length: a forward of the prompt begins, a decode step, nothing follows
 """
 

@@ -159,7 +159,9 @@ def si(value: float, unit: str = "") -> str:
 
 
 def seconds(value: float) -> str:
-    """Seconds with three digits."""
+    """Seconds with three digits, or whole ones."""
+    if value >= 999.5:
+        return f"{value:.0f} s"
     for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "us")):
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"

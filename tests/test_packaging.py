@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGE_DATA = (".py", ".typed", ".json")  # suffixes of the files that belong into a wheel
+PACKAGE_DATA = (".py", ".typed", ".json", ".css", ".js")  # suffixes of the files that belong into a wheel
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:

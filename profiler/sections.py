@@ -1,0 +1,266 @@
+"""What a report tells, part by part, and which charts stand in it.
+
+Owns the words, the order and what is said where something was not measured or does not exist. Does not own numbers
+(`study`), charts (`chart` and its users) or markup (`page`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from kvoffload.profiler.operation_chart import roofline_chart
+from kvoffload.profiler.page import Page, Section, Table
+from kvoffload.profiler.plan_charts import compared_chart, memory_chart, sizes_chart, split_chart
+from kvoffload.profiler.report import seconds, si
+from kvoffload.profiler.study import Study
+from kvoffload.profiler.timeline_chart import measured_chart, planned_chart
+
+NOT_MEASURED = (
+    "Not measured. `kvoffload report --measure` runs decode steps on this machine and puts them beside what was "
+    "planned for them."
+)
+
+
+def page(found: Study, model: str, made: str) -> Page:
+    """The whole report.
+
+    Args:
+        found: its numbers.
+        model: what the model is called.
+        made: with what, and when.
+    """
+    workload, profile = found.task.workload, found.task.profile
+    beams = f" with {workload.num_beams} beams" if workload.num_beams > 1 else ""
+    link, link_origin = _link(found)
+    lengths = f"prompts of {workload.prompt_tokens} tokens, {workload.new_tokens} new ones"
+    facts = (
+        ("Model", f"{model}: {found.dims.model_type}, {si(found.dims.num_weights)} parameters, {_attention(found)}"),
+        ("Workload", f"batch {workload.batch}{beams}, {lengths}"),
+        ("Hardware", f"{profile.device_name}, {si(found.machine.memory_bytes, 'B')} ({_origin(found)})"),
+        ("Link", f"{link} ({link_origin})"),
+        ("Measured here", _measured_fact(found)),
+    )
+    sections = (
+        _roofline(found),
+        _timeline(found),
+        _split(found),
+        _sizes(found),
+        _memory(found),
+        _compared(found),
+        _origins(found),
+    )
+    return Page(f"{model} on {profile.device_name}", tuple(_advice(found)), facts, sections, made)
+
+
+def _advice(found: Study) -> Iterator[str]:
+    """The verdict, then its reasons."""
+    verdict, colon, reasons = found.recommendation.partition(": ")
+    yield f"{verdict}." if colon else verdict
+    if colon:
+        yield reasons[0].upper() + reasons[1:]
+    yield f"These are predictions {_basis(found)}, not measurements of this workload."
+
+
+def _basis(found: Study) -> str:
+    return "from datasheet figures" if _is_datasheet(found) else "from the measured profile of this hardware"
+
+
+def _origin(found: Study) -> str:
+    return "datasheet" if _is_datasheet(found) else "measured profile"
+
+
+def _is_datasheet(found: Study) -> bool:
+    """Whether nobody measured this hardware for us: a preset, or a user's file like one."""
+    return "datasheet" in found.task.profile.extra
+
+
+def _attention(found: Study) -> str:
+    dims = found.dims
+    if dims.latent_width:
+        return "latent attention"
+    kind = "multi-head" if dims.num_heads == dims.num_kv_heads else "grouped-query"
+    return f"{kind} attention with {dims.num_heads} query and {dims.num_kv_heads} K/V heads"
+
+
+def _link(found: Study) -> tuple[str, str]:
+    """Name and speed, and where the speed comes from."""
+    profile, speed = found.task.profile, found.machine.link_bytes_per_s
+    rate = f"{si(speed, 'B/s')} to the device" if math.isfinite(speed) else "no speed"
+    return f"{profile.link_name}, {rate}", (
+        "given: it is emulated" if profile.emulated_link else _provenance(found, "link_bytes_per_s")
+    )
+
+
+def _provenance(found: Study, name: str) -> str:
+    """Where a figure of the machine comes from; what a preset calls measured was not measured here."""
+    told = found.machine.provenance.get(name, "assumed")
+    return "measured by others" if told == "measured" and _is_datasheet(found) else told
+
+
+def _measured_fact(found: Study) -> str:
+    run = found.measured
+    if run is None:
+        return "nothing: everything here is a prediction"
+    link = "an emulated link" if run.is_emulated else "the link"
+    return f"{len(run.step_s)} decode steps of {run.shape}, on {run.device_name} over {link}"
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _roofline(found: Study) -> Section:
+    shown = found.roofline
+    lines = [
+        "What each operation of the model computes for every byte it moves, against what the hardware can do. Left of "
+        "the ridge a roof of bandwidth is the limit, right of it the peak.",
+        f"Prefill takes {seconds(shown.prefill.seconds)}, bound by {shown.prefill.bound}; a decode step at the "
+        f"prompt's context {seconds(shown.decode.seconds)}, bound by {shown.decode.bound}; the whole task "
+        f"{seconds(shown.task.seconds)}.",
+    ]
+    if _is_datasheet(found):
+        lines.append("These times are lower bounds from the datasheet, so every operation lies on its roof.")
+    if found.advice is None:
+        lines.append("The model does not fit this device: these are the times of one with more memory, else the same.")
+    if not found.dims.is_exact:
+        lines.append(f"Model type {found.dims.model_type!r} is not known: weights are counted as for LLaMA.")
+    if shown.setting.kv_on_host:
+        lines.append(
+            f"In decode, {shown.setting.kv_on_host:.2f} of the cached tokens come over the link, as the plan places "
+            "them; the cross is attention by the bytes that cross it, all of them taken as K and V."
+        )
+    return Section("roofline", "Roofline", tuple(lines), (roofline_chart(shown),))
+
+
+def _timeline(found: Study) -> Section:
+    lines = [
+        "What link and device do during a decode step: the simulation of the plan at the full length of the cache"
+        + (", and beside it a run of this machine." if found.measured else ".")
+        + " Drag to zoom, double-click to go back."
+    ]
+    charts, notes = [], []
+    if found.planned is not None:
+        assert found.advice is not None
+        charts.append(planned_chart(found))
+        lines.append(
+            f"Planned for {found.task.profile.device_name}: the cost model says "
+            f"{seconds(found.advice.plan.predicted_step_s)} a step when all that may overlap does, "
+            f"its simulation chunk by chunk with {found.advice.plan.num_slots} slots {seconds(found.simulated_step_s)}."
+        )
+        if not found.planned.lane("h2d"):
+            lines.append("The whole cache stays on the device: nothing crosses the link.")
+    else:
+        notes.append(f"No plan: {found.problem}.")
+    run = found.measured
+    if run is None:
+        notes.append(NOT_MEASURED)
+    else:
+        charts.append(measured_chart(run))
+        emulated = " The link is emulated: copies are paced by a thread, no GPU took part." if run.is_emulated else ""
+        lines.append(
+            f"Measured on this machine, with random weights: {run.shape}. The plan beside it is for that run, at rates "
+            f"taken around it.{emulated}"
+        )
+        lines.append(
+            "Measured, dense and the rest is what the other lanes of compute leave of a step: host time is in it. "
+            "Planned, waiting is for the link or for the host."
+        )
+    return Section("timeline", "Step timeline", tuple(lines), tuple(charts), note=" ".join(notes))
+
+
+def _split(found: Study) -> Section:
+    shape = found.task.shape
+    ratio = shape.activation_row_bytes / shape.kv_row_bytes
+    lines = (
+        f"A block kept as activations has {ratio:.2f} times the bytes of its K and V in this model, and is recomputed "
+        "on the device. The step takes as long as the slowest of link, device and host; for every number of blocks the "
+        "best placement over device and host is taken.",
+    )
+    if not found.splits:
+        return Section("split", "Split", lines, note=f"No split fits: {found.problem}.")
+    return Section("split", "Split", lines, (split_chart(found),))
+
+
+def _sizes(found: Study) -> Section:
+    workload = found.task.workload
+    lines = (
+        "New tokens per second of all sequences over the whole task, each way it can be done; a way that does not fit "
+        "has no point. Sub-batches are the largest part of the batch that fits on the device, run as often as needed.",
+    )
+    names = [("batch-chart", "batch", found.over_batch), ("context-chart", "prompt tokens", found.over_context)]
+    if not any(row for _, _, points in names for point in points for row in point.rows if not row.problem):
+        return Section(
+            "sizes", "Batch and context", lines, note=f"Nothing fits at any of these sizes: {found.problem}."
+        )
+    over_batch = sizes_chart(
+        "batch-chart",
+        f"Over batch, prompts of {workload.prompt_tokens} tokens",
+        "batch",
+        found.over_batch,
+        lambda point: point.batch,
+    )
+    over_context = sizes_chart(
+        "context-chart",
+        f"Over context, batch {workload.batch}",
+        "prompt tokens",
+        found.over_context,
+        lambda point: point.prompt_tokens,
+    )
+    return Section("sizes", "Batch and context", lines, (over_batch, over_context))
+
+
+def _memory(found: Study) -> Section:
+    workload, cap = found.task.workload, found.task.config.device_gib
+    holds = "the plan fills the device up to there and gives the rest to the host"
+    if cap == "min" or (cap == "auto" and found.task.profile.emulated_link):
+        holds = "the plan holds as little on the device as works, the rest is on the host"
+    lines = (
+        f"Memory at the full length of {workload.new_tokens} new tokens behind each prompt, batch {workload.batch}. "
+        "The limit leaves out the peak of the prefill and a tenth of what the weights leave free. Offloaded, "
+        f"{holds}; where the size of the host's memory is not known it is taken as large enough.",
+    )
+    return Section("memory", "Memory", lines, (memory_chart(found),))
+
+
+def _compared(found: Study) -> Section:
+    lines = ["Decode steps that were measured, beside what the cost model predicted for them."]
+    if not found.compared:
+        note = f"{NOT_MEASURED} `--rows FILE` shows those of a results file."
+        return Section("compared", "Measured and predicted", tuple(lines), note=note)
+    emulated = sum("emulated" in one.where for one in found.compared)
+    if emulated:
+        lines.append(f"Of these {len(found.compared)} steps, {emulated} ran over an emulated link.")
+    return Section("compared", "Measured and predicted", tuple(lines), (compared_chart(found.compared),))
+
+
+def _origins(found: Study) -> Section:
+    """Where every number comes from."""
+    profile, machine = found.task.profile, found.machine
+    told = profile.extra.get("provenance", {})
+    peaks = ", ".join(f"{si(peak, 'FLOP/s')} at {bits} bits" for bits, peak in sorted(machine.peak_flops_per_s.items()))
+    rows = [
+        ("peak of matrix products", peaks, _provenance(found, "peak_flops_per_s")),
+        ("device memory bandwidth", si(machine.memory_bytes_per_s, "B/s"), _provenance(found, "memory_bytes_per_s")),
+        ("link to the device", *_link(found)),
+        ("host time per layer", seconds(profile.host_s_per_layer), told.get("host_s_per_layer", "assumed")),
+        ("host time per chunk", seconds(profile.host_s_per_chunk), told.get("host_s_per_chunk", "assumed")),
+        ("gap between steps", seconds(profile.gap_s), told.get("gap_s", "assumed")),
+        ("step times, memory, tokens per second", "all charts but the measured ones", f"predicted {_basis(found)}"),
+    ]
+    if not found.dims.is_exact:
+        rows.append(("weights", f"model type {found.dims.model_type!r} is not known", "counted as for LLaMA"))
+    if found.measured is not None:
+        run = found.measured
+        kind = "measured over an emulated link" if run.is_emulated else "measured"
+        rows.append(("decode steps of this machine", f"median {seconds(run.median_step_s)}, {run.where}", kind))
+    elsewhere = [one for one in found.compared if found.measured is None or one.name != "this machine"]
+    if elsewhere:
+        rows.append(("rows of the results file", f"{len(elsewhere)} steps, at the places named there", "measured"))
+    table = Table("Numbers and their origin", ("number", "value", "origin"), tuple(rows))
+    source = str(profile.extra.get("source", ""))
+    lines = (
+        "Datasheet: as its maker states it, the link as pinned copies are known to achieve it. Assumed: a typical "
+        "value that nobody measured here. Predicted: worked out from the others.",
+        *((f"Source of the hardware's figures: {source}",) if source else ()),
+    )
+    return Section("origins", "Where the numbers come from", lines, tables=(table,))

@@ -1,0 +1,294 @@
+"""Everything a report shows of one workload on one machine, as plain numbers.
+
+Owns which numbers those are: the roofline, one planned decode step, the step time at every split, the ways to do the
+work over batch and context, memory over context, and measured beside predicted. Does not own how any of them is made
+(`roofline`, `kvoffload/cost.py`, `kvoffload/forecast.py`, `kvoffload/advice.py`), nor charts (`figures`) or the page
+(`page`). Measures nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from kvoffload import cost
+from kvoffload.advice import Advice, advise, task_of
+from kvoffload.config import OffloadConfig
+from kvoffload.errors import ConfigError, InfeasiblePlanError
+from kvoffload.forecast import Row, forecast
+from kvoffload.model_shape import Dimensions, dimensions_from_config
+from kvoffload.profiler.hardware import Machine, machine_of
+from kvoffload.profiler.roofline import Roofline, evaluate, setting_of
+from kvoffload.timeline import Span, Timeline, assemble
+from kvoffload.types import HardwareProfile, Plan, PlanInputs, Workload
+from kvoffload.ways import Task
+
+SIZE_FACTORS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the workload's batch and prompt
+EQUAL_FRACTION = 0.005  # ways closer than this are as fast as each other
+SIMULATED_STEPS = 6  # the pipeline fills in the first half; the last has no step behind it to copy for
+ROW_METRICS = ("decode_step", "bound_step")  # of a results file: measured, predicted
+Progress = Callable[[str, float], None]
+
+
+class SplitPoint(NamedTuple):
+    """The fastest placement that keeps so many blocks of every layer as activations, on device and host together."""
+
+    activation_blocks: int
+    link_s: float
+    device_s: float
+    host_s: float
+    step_s: float
+    paper_step_s: float  # the fastest with the paper's schedule
+
+
+class SizePoint(NamedTuple):
+    """All ways to do the work at one size."""
+
+    batch: int
+    prompt_tokens: int
+    rows: tuple[Row, ...]
+    whole_bytes: int  # weights and the whole cache on the device
+    usable_bytes: int  # of the device, beside what the prefill needs and what is kept free; 0: not even the weights fit
+
+    def row(self, name: str) -> Row | None:
+        """One way, None where it cannot be done."""
+        return next((row for row in self.rows if row.name == name and not row.problem), None)
+
+
+class Compared(NamedTuple):
+    """One measured decode step beside its prediction."""
+
+    name: str
+    where: str  # device and link
+    predicted_s: float
+    measured_s: float
+
+    @property
+    def error_fraction(self) -> float:
+        """Above 0: slower than predicted."""
+        return self.measured_s / self.predicted_s - 1
+
+
+class MeasuredRun(NamedTuple):
+    """Decode steps that really ran on this machine, and what was planned for them."""
+
+    shape: str  # of the model, in words
+    device_name: str
+    link_name: str
+    is_emulated: bool
+    plan: Plan
+    predicted_step_s: float  # the cost model, at the mean of the rates taken before and after the run
+    predicted_range_s: tuple[float, float]  # at the rates before it, and after it
+    simulated_step_s: float
+    step_s: tuple[float, ...]  # without the first two, which still wait for the prefill's write-back
+    planned: Timeline
+    measured: Timeline
+
+    @property
+    def median_step_s(self) -> float:
+        """The middle one of the measured steps."""
+        return sorted(self.step_s)[len(self.step_s) // 2]
+
+    @property
+    def where(self) -> str:
+        """Device and link."""
+        return f"{self.device_name}, link: {self.link_name}"
+
+
+class Study(NamedTuple):
+    """One workload of one model on one machine."""
+
+    dims: Dimensions
+    task: Task
+    machine: Machine
+    roofline: Roofline
+    advice: Advice | None
+    problem: str  # why there is no advice
+    planned: Timeline | None  # one decode step at full length, in the steady state
+    simulated_step_s: float
+    splits: tuple[SplitPoint, ...]
+    over_batch: tuple[SizePoint, ...]
+    over_context: tuple[SizePoint, ...]
+    compared: tuple[Compared, ...]
+    measured: MeasuredRun | None
+
+    @property
+    def recommendation(self) -> str:
+        """What to do, or why nothing works."""
+        return self.advice.plan.recommendation if self.advice else f"It does not fit: {self.problem}."
+
+
+def study(
+    config: object,
+    workload: Workload,
+    profile: HardwareProfile,
+    options: OffloadConfig,
+    *,
+    compared: tuple[Compared, ...] = (),
+    measured: MeasuredRun | None = None,
+    progress: Progress | None = None,
+) -> Study:
+    """Work out every number of a report.
+
+    Args:
+        config: the model's, as `advice.advise` takes it.
+        workload: what will be generated.
+        profile: the machine.
+        options: caps and choices.
+        compared: measured steps from elsewhere.
+        measured: a run of this machine, if there was one.
+        progress: called with what begins and the share done.
+
+    Raises:
+        ConfigError, ProfileError, UnsupportedModelError: as `advice.advise`. What fits nowhere is no error here, the
+            report says so.
+    """
+    tell = progress or (lambda _what, _share: None)
+    tell("the plan", 0.0)
+    dims = dimensions_from_config(config)
+    task, machine = task_of(config, workload, profile, options), machine_of(profile)
+    advice, problem = None, ""
+    try:
+        advice = advise(config, workload, profile, options)
+    except InfeasiblePlanError as error:
+        problem = str(error)
+    tell("the roofline", 0.1)
+    plan = advice.plan if advice else None
+    offloaded = (plan.kv_blocks + plan.activation_blocks) / max(1, plan.num_blocks) if plan else 0.0
+    setting = setting_of(
+        dims,
+        bits=(None, None, None),
+        convention="fused",
+        batch=workload.rows,
+        seq=workload.prompt_tokens,
+        new_tokens=workload.new_tokens,
+        kv_on_host=offloaded,
+    )
+    planned: Timeline | None = None
+    simulated_step_s = 0.0
+    splits: tuple[SplitPoint, ...] = ()
+    if plan is not None:
+        inputs = task.inputs(workload.cached_tokens)
+        planned, simulated_step_s = simulated(plan, inputs)
+        splits = tuple(split_points(inputs))
+    tell("batches", 0.3)
+    batches = tuple(_sized(task, batch, workload.prompt_tokens) for batch in _around(workload.batch))
+    tell("contexts", 0.6)
+    contexts = tuple(_sized(task, workload.batch, prompt) for prompt in _around(workload.prompt_tokens))
+    if measured is not None:
+        ours = Compared("this machine", measured.where, measured.predicted_step_s, measured.median_step_s)
+        compared = (*compared, ours)
+    tell("done", 1.0)
+    return Study(
+        dims=dims,
+        task=task,
+        machine=machine,
+        roofline=evaluate(dims, machine, setting),
+        advice=advice,
+        problem=problem,
+        planned=planned,
+        simulated_step_s=simulated_step_s,
+        splits=splits,
+        over_batch=batches,
+        over_context=contexts,
+        compared=compared,
+        measured=measured,
+    )
+
+
+def simulated(plan: Plan, inputs: PlanInputs, num_steps: int = 1) -> tuple[Timeline, float]:
+    """Decode steps in the steady state as the simulation plays them, from 0 seconds, and the seconds of one."""
+    recorded: list[Span] = []
+    found = cost.simulate(plan, inputs.rates, num_steps=SIMULATED_STEPS, record=recorded.append)
+    return assemble(recorded).steps(SIMULATED_STEPS - 1 - num_steps, num_steps), found.step_s
+
+
+def split_points(inputs: PlanInputs) -> Iterator[SplitPoint]:
+    """The fastest placement for every number of blocks kept as activations, where there is one that fits.
+
+    Every such placement is tried: which blocks of either form stay on the device is free too.
+    """
+    terms = cost.terms(inputs)
+    paper = cost.terms(replace(inputs, schedule="kvpr"))
+    capacity, host_capacity = cost.resident_capacity_bytes(inputs), cost.host_capacity_bytes(inputs)
+    beta_x, beta_kv = inputs.activation_bytes_per_token, inputs.kv_bytes_per_token
+    for kept in range(inputs.num_blocks + 1):
+        found: list[tuple[float, float, int, int, int]] = []
+        for r_x in range(min(kept, max(0, capacity) // beta_x) + 1):
+            x, kv = kept - r_x, inputs.num_blocks - kept
+            r = min(kv, max(0, capacity - beta_x * r_x) // beta_kv)
+            t = kv - r
+            if beta_x * x + beta_kv * t <= host_capacity and capacity >= 0:
+                found.append((terms.step_s(r_x, x, t)[0], terms.link_s(x, t), r_x, x, t))
+        if found:
+            step_s, link_s, _, x, t = min(found)
+            paper_s = min(paper.step_s(*placed)[0] for _, _, *placed in found)
+            yield SplitPoint(kept, link_s, terms.device_s(kept), terms.host_s(x, t), step_s, paper_s)
+
+
+def compared_rows(path: Path) -> tuple[Compared, ...]:
+    """Measured decode steps beside the bound of the cost model, from a results file of the benchmark.
+
+    Raises:
+        ConfigError: no such file, or it holds no pair of these numbers.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"cannot read the rows in {path}: {error}") from error
+    found: dict[tuple[str, ...], dict[str, float]] = {}
+    try:
+        for row in rows:
+            if row["metric"] in ROW_METRICS:
+                key = tuple(row[name] for name in ("provider", "x", "device", "link", "config_json"))
+                found.setdefault(key, {})[row["metric"]] = float(row["p50"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} is no results file ({type(error).__name__}: {error}): it needs the columns provider, metric, x, "
+            "p50, device, link and config_json, as scripts/results/decode.csv has them"
+        ) from error
+    measured, predicted = ROW_METRICS
+    pairs = {key: values for key, values in found.items() if all(values.get(name, 0.0) > 0 for name in ROW_METRICS)}
+    if not pairs:
+        raise ConfigError(f"{path} holds no row with both {measured} and {predicted}: give one as scripts/results has")
+    return tuple(
+        Compared(f"{provider}, {shape}", f"{device}, link: {link}", values[predicted], values[measured])
+        for (provider, shape, device, link, _), values in pairs.items()
+    )
+
+
+def _sized(task: Task, batch: int, prompt_tokens: int) -> SizePoint:
+    sized = task._replace(workload=replace(task.workload, batch=batch, prompt_tokens=prompt_tokens))
+    whole_bytes = task.shape.weight_bytes + sized.resident_bytes(batch)
+    free_bytes = sized.free_bytes(sized.workload.rows)
+    usable_bytes = task.shape.weight_bytes + free_bytes if free_bytes > 0 else 0
+    return SizePoint(batch, prompt_tokens, forecast(sized), whole_bytes, usable_bytes)
+
+
+def _around(size: int) -> list[int]:
+    """Sizes on both sides of one, itself among them."""
+    wanted = {max(1, math.ceil(factor * size)) for factor in SIZE_FACTORS}
+    if size < 16:  # too few below: go further up instead
+        wanted |= {size * 2**exponent for exponent in range(7)}
+    return sorted(wanted)
+
+
+def best_row(point: SizePoint) -> Row | None:
+    """The fastest way at a size; of ways that are as fast to within `EQUAL_FRACTION` the first, which is simplest."""
+    possible = [row for row in point.rows if not row.problem]
+    fastest = max((row.tokens_per_s for row in possible), default=0.0)
+    return next((row for row in possible if row.tokens_per_s >= (1 - EQUAL_FRACTION) * fastest), None)
+
+
+def typical_steps(found: Timeline, step_s: float, count: int, after: int) -> Timeline:
+    """So many consecutive decode steps, not before the step `after`, whose duration is nearest to `step_s` each."""
+    marks = found.steps_s
+    starts = range(min(after, max(0, found.num_steps - count)), max(1, found.num_steps - count + 1))
+    lengths = {first: marks[min(first + count, len(marks) - 1)] - marks[first] for first in starts}
+    first = min(lengths, key=lambda first: abs(lengths[first] - count * step_s))
+    return found.steps(first, count)
