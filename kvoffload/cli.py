@@ -251,6 +251,72 @@ def roofline(
     print_roofline(found)
 
 
+@app.command("report")
+def report(
+    config: ModelConfig,
+    batch: Batch = 1,
+    prompt_tokens: PromptTokens = 1024,
+    new_tokens: NewTokens = 128,
+    hardware: Hardware = "auto",
+    link_gb_per_s: LinkSpeed = None,
+    device_gib: DeviceGib = "auto",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also run decode steps on this machine, random weights.")
+    ] = False,
+    rows: Annotated[Path | None, typer.Option(help="A results file: measured steps beside predicted ones.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Also write the timelines, for ui.perfetto.dev.")] = None,
+    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML file with charts: roofline, step timeline, split, batch and context, memory, measurements."""
+    from kvoffload import __version__
+    from kvoffload import report as reports
+    from kvoffload.model_shape import dimensions_from_config
+    from kvoffload.profiler import chart, study
+    from kvoffload.profiler.hardware import find_profile
+
+    chart.require_plotly()
+    options = OffloadConfig(device_gib=device_gib)
+    workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    dimensions, compared = dimensions_from_config(config), study.compared_rows(rows) if rows else ()
+    emulated = _link(link_gb_per_s)
+    if hardware == "auto":
+        from kvoffload.profiler import stored
+
+        with _progress("measuring") as tell:
+            machine = stored.load_or_measure(link=emulated or "auto", progress=tell)
+    else:
+        machine = find_profile(hardware)
+        if emulated:
+            from kvoffload.profiler.profile import with_link
+
+            machine = with_link(machine, emulated)
+    run = None
+    if measure:
+        from kvoffload import measured_run
+
+        with _progress("measuring") as tell:
+            run = measured_run.measure(dimensions, workload, tell)
+    with _progress("working out") as tell:
+        found = study.study(config, workload, machine, options, compared=compared, measured=run, progress=tell)
+    written = reports.write(found, _model_name(config), output, trace, __version__)
+    if as_json:
+        _print_json(written)
+    else:
+        typer.echo(found.recommendation)
+    for path in (output, trace):
+        if path is not None:
+            typer.echo(f"wrote {path}", err=True)
+    if run is not None and run.doubt:
+        typer.echo(run.doubt, err=True)
+
+
+def _model_name(config: str) -> str:
+    """What a configuration file or its folder is called."""
+    path = Path(config).resolve()
+    return path.parent.name if path.name == "config.json" else path.stem if path.suffix == ".json" else path.name
+
+
 @app.command("generate")
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to ask or continue.")],

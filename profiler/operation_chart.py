@@ -15,7 +15,9 @@ POINTS_OF_A_ROOF = 60
 def roofline_chart(found: Roofline) -> Chart:
     """Operations of prefill and decode under the roofs of device memory and link."""
     go, machine = require_plotly(), found.machine
-    peak = machine.flops_per_s(math.ceil(found.setting.precision.product_bits))
+    precision = found.setting.precision
+    weight_bits = found.dims.linear_bits if precision.weight_bits is None else precision.weight_bits
+    peak = machine.flops_per_s(math.ceil(max(weight_bits, precision.activation_bits)))  # of the wider operand
     phases = (found.prefill, found.decode)
     intensities = [row.intensity for phase in phases for row in phase.rows if row.intensity]
     crossing = [row for row in found.decode.rows if row.link_bytes and row.kv_bytes]

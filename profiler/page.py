@@ -51,7 +51,7 @@ class Page(NamedTuple):
 def html(page: Page) -> str:
     """The whole file."""
     charts = [chart for section in page.sections for chart in section.charts]
-    figures = json.dumps({chart.name: chart.figure for chart in charts}, allow_nan=False).replace("</", "<\\/")
+    figures = json.dumps({chart.name: chart.figure for chart in charts}, allow_nan=False).replace("<", "\\u003c")
     head = f"""<!doctype html>
 <html lang="en">
 <head>

@@ -15,6 +15,7 @@ from kvoffload.profiler.plan_charts import compared_chart, memory_chart, sizes_c
 from kvoffload.profiler.report import seconds, si
 from kvoffload.profiler.study import Study
 from kvoffload.profiler.timeline_chart import measured_chart, planned_chart
+from kvoffload.quantities import Quantity
 
 NOT_MEASURED = (
     "Not measured. `kvoffload report --measure` runs decode steps on this machine and puts them beside what was "
@@ -155,6 +156,7 @@ def _timeline(found: Study) -> Section:
     if run is None:
         notes.append(NOT_MEASURED)
     else:
+        notes.append(run.doubt)
         charts.append(measured_chart(run))
         emulated = " The link is emulated: copies are paced by a thread, no GPU took part." if run.is_emulated else ""
         lines.append(
@@ -165,7 +167,7 @@ def _timeline(found: Study) -> Section:
             "Measured, dense and the rest is what the other lanes of compute leave of a step: host time is in it. "
             "Planned, waiting is for the link or for the host."
         )
-    return Section("timeline", "Step timeline", tuple(lines), tuple(charts), note=" ".join(notes))
+    return Section("timeline", "Step timeline", tuple(lines), tuple(charts), note=" ".join(filter(None, notes)))
 
 
 def _split(found: Study) -> Section:
@@ -233,18 +235,23 @@ def _compared(found: Study) -> Section:
     return Section("compared", "Measured and predicted", tuple(lines), (compared_chart(found.compared),))
 
 
+def _seconds_of(one: Quantity) -> tuple[str, str]:
+    """Value, and where it comes from with the spread of its trials."""
+    spread = "" if one.spread_fraction is None else f", spread {one.spread_fraction:.2f}"
+    return seconds(one.value), one.provenance + spread
+
+
 def _origins(found: Study) -> Section:
     """Where every number comes from."""
     profile, machine = found.task.profile, found.machine
-    told = profile.extra.get("provenance", {})
     peaks = ", ".join(f"{si(peak, 'FLOP/s')} at {bits} bits" for bits, peak in sorted(machine.peak_flops_per_s.items()))
     rows = [
         ("peak of matrix products", peaks, _provenance(found, "peak_flops_per_s")),
         ("device memory bandwidth", si(machine.memory_bytes_per_s, "B/s"), _provenance(found, "memory_bytes_per_s")),
         ("link to the device", *_link(found)),
-        ("host time per layer", seconds(profile.host_s_per_layer), told.get("host_s_per_layer", "assumed")),
-        ("host time per chunk", seconds(profile.host_s_per_chunk), told.get("host_s_per_chunk", "assumed")),
-        ("gap between steps", seconds(profile.gap_s), told.get("gap_s", "assumed")),
+        ("host time per layer", *_seconds_of(profile.quantity("host_s_per_layer"))),
+        ("host time per chunk", *_seconds_of(profile.quantity("host_s_per_chunk"))),
+        ("gap between steps", *_seconds_of(profile.quantity("gap_s"))),
         ("step times, memory, tokens per second", "all charts but the measured ones", f"predicted {_basis(found)}"),
     ]
     if not found.dims.is_exact:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from kvoffload.ways import Task
 
 SIZE_FACTORS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the workload's batch and prompt
 EQUAL_FRACTION = 0.005  # ways closer than this are as fast as each other
+MAX_SPREAD_FRACTION = 0.1  # of measured steps that are worth comparing
 SIMULATED_STEPS = 6  # the pipeline fills in the first half; the last has no step behind it to copy for
 ROW_METRICS = ("decode_step", "bound_step")  # of a results file: measured, predicted
 Progress = Callable[[str, float], None]
@@ -91,7 +93,23 @@ class MeasuredRun(NamedTuple):
     @property
     def median_step_s(self) -> float:
         """The middle one of the measured steps."""
-        return sorted(self.step_s)[len(self.step_s) // 2]
+        return statistics.median(self.step_s)
+
+    @property
+    def spread_fraction(self) -> float:
+        """How far the middle three fifths of the steps lie apart, as a share of the median."""
+        low_s, *_, high_s = statistics.quantiles(self.step_s, n=5, method="inclusive")
+        return (high_s - low_s) / self.median_step_s
+
+    @property
+    def doubt(self) -> str:
+        """Why these steps say little about the prediction, and what to do; empty if they do."""
+        if self.spread_fraction <= MAX_SPREAD_FRACTION:
+            return ""
+        return (
+            f"The measured steps disagree by {self.spread_fraction:.2f} of their median: other work has "
+            "probably disturbed them. Measure again on a quiet machine before comparing them with the prediction."
+        )
 
     @property
     def where(self) -> str:

@@ -80,7 +80,7 @@ def run_badly(*arguments: object) -> str:
 
 def test_help_lists_the_commands_and_what_they_are_for() -> None:
     text = run_well("--help")
-    for command in ("env", "profile", "plan"):
+    for command in ("env", "profile", "plan", "report"):
         assert f" {command} " in text
         assert "--json" in run_well(command, "--help")
 

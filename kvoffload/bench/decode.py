@@ -20,7 +20,9 @@ from kvoffload.api import offload
 from kvoffload.bench.lab import Lab, core_for_the_link, device_name
 from kvoffload.bench.presets import PRESETS
 from kvoffload.config import OffloadConfig
+from kvoffload.session import Session
 from kvoffload.stats import GenerationStats
+from kvoffload.timeline import Timeline
 from kvoffload.types import HardwareProfile
 
 MAX_RATE_DRIFT_FRACTION = 0.1
@@ -31,8 +33,19 @@ NUM_UNEVEN_STEPS = 2  # the first waits for the end of the write-back, the secon
 def steps(lab: Lab, config: OffloadConfig, new_tokens: int) -> GenerationStats:
     """Decode and return the statistics of the product."""
     with offload(lab.model, config) as session:
-        model: Any = lab.model
-        model.generate(lab.ids, attention_mask=torch.ones_like(lab.ids), max_new_tokens=new_tokens, do_sample=False)
+        return _generate(lab, session, new_tokens)
+
+
+def recorded_steps(lab: Lab, config: OffloadConfig, new_tokens: int) -> tuple[GenerationStats, Timeline]:
+    """The same, with what ran when."""
+    with offload(lab.model, config) as session:
+        session.record_timeline()
+        return _generate(lab, session, new_tokens), session.timeline()
+
+
+def _generate(lab: Lab, session: Session, new_tokens: int) -> GenerationStats:
+    model: Any = lab.model
+    model.generate(lab.ids, attention_mask=torch.ones_like(lab.ids), max_new_tokens=new_tokens, do_sample=False)
     assert session.stats is not None
     return session.stats
 

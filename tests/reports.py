@@ -1,0 +1,71 @@
+"""A study with everything in it, made without measuring: for tests of the report."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from kvoffload import cost
+from kvoffload.config import OffloadConfig
+from kvoffload.profiler.hardware import find_profile
+from kvoffload.profiler.study import MeasuredRun, Study, compared_rows, simulated, study
+from kvoffload.types import Workload
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "tests" / "data" / "configs"
+ROWS = ROOT / "scripts" / "results" / "decode.csv"
+HARDWARE = "a100-40gb-pcie4"
+
+
+def made(name: str = "opt-6.7b", batch: int = 64, prompt_tokens: int = 1024, **options: Any) -> Study:
+    """The study of one of the recorded configurations on an A100."""
+    workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=128)
+    return study(CONFIGS / f"{name}.json", workload, find_profile(HARDWARE), OffloadConfig(), **options)
+
+
+def pretended_run(found: Study) -> MeasuredRun:
+    """A "measurement" whose steps are those of a link a little slower than planned."""
+    assert found.advice is not None
+    plan, inputs = found.advice.plan, found.task.inputs(found.task.workload.cached_tokens)
+    rates = inputs.rates
+    slower = dataclasses.replace(
+        rates,
+        h2d_kv_bytes_per_s=rates.h2d_kv_bytes_per_s / 1.1,
+        h2d_activation_bytes_per_s=rates.h2d_activation_bytes_per_s / 1.1,
+    )
+    planned, step_s = simulated(plan, inputs, 2)
+    measured, slower_s = simulated(plan, dataclasses.replace(inputs, rates=slower), 2)
+    return MeasuredRun(
+        shape="a pretended shape",
+        device_name="a pretended device",
+        link_name="emulated 1 GB/s",
+        is_emulated=True,
+        plan=plan,
+        predicted_step_s=plan.predicted_step_s,
+        predicted_range_s=(0.9 * plan.predicted_step_s, 1.1 * plan.predicted_step_s),
+        simulated_step_s=step_s,
+        step_s=(slower_s, slower_s, 1.01 * slower_s),
+        planned=planned,
+        measured=measured,
+    )
+
+
+def with_everything(name: str = "opt-6.7b") -> Study:
+    """With rows and a run."""
+    return made(name, compared=compared_rows(ROWS), measured=pretended_run(made(name)))
+
+
+def best_step_s(found: Study) -> float:
+    """The fastest placement of the plan's problem, every one of them tried."""
+    inputs = found.task.inputs(found.task.workload.cached_tokens)
+    s, fastest = inputs.num_blocks, float("inf")
+    for r in range(s + 1):
+        for r_x in range(s + 1 - r):
+            if cost.device_bytes(inputs, r, r_x) > inputs.device_bytes:
+                break
+            for x in range(s + 1 - r - r_x):
+                t = s - r - r_x - x
+                if cost.host_bytes(inputs, x, t) <= inputs.host_bytes:
+                    fastest = min(fastest, cost.predict_step_s(inputs, r, r_x, x, t)[0])
+    return fastest
