@@ -293,9 +293,9 @@ def simulate(
     `transfer_order`; the next layer's right behind them, layer 0 of the next step during the gap. An activation chunk
     needs a free slot (free when its recomputation ended), kv chunks one of two layer buffers (free when attention of
     the layer two before ended); where attention takes chunks one by one every chunk needs a slot, free when it was
-    attended to. A layer computes once the host has issued it: each chunk when it has arrived and a
-    share of the resident activations behind it, attention after the last one, the dense part; after the last layer
-    the head, then the gap.
+    attended to. A layer computes once the host has issued it: each chunk when it has arrived and a share of the
+    resident blocks behind it (of their recomputation behind activation chunks, where a layer is put together), then
+    the rest of its attention and the dense part; after the last layer the head, then the gap.
 
     `plan.schedule == "kvpr"`: copies of a layer with activations start after attention of the layer before, and its
     recomputation when its whole activation has arrived, or as much of it as the slots hold.
@@ -319,7 +319,10 @@ def simulate(
     weights_s = plan.weight_bytes_per_step / num_layers / rates.h2d_kv_bytes_per_s
     resident_s = plan.resident_activation_blocks * plan.block_tokens * rates.recompute_s_per_token
     attention_s = plan.num_blocks * plan.block_tokens * rates.attention_s_per_token
-    chunks_issue_s = (len(activation_chunks) + len(kv_chunks)) * rates.host_s_per_chunk
+    num_chunks = len(activation_chunks) + len(kv_chunks)
+    resident_tokens = plan.block_tokens * (plan.resident_kv_blocks + plan.resident_activation_blocks)
+    resident_attention_s = resident_tokens * rates.attention_s_per_token
+    chunks_issue_s = num_chunks * rates.host_s_per_chunk
     issue_s = plan.num_micro_batches * (ordinary * rates.host_s_per_layer + chunks_issue_s)
 
     link = compute = host = 0.0  # when each is free
@@ -375,10 +378,11 @@ def simulate(
             if is_activation:
                 there_s = work("recompute", tokens * rates.recompute_s_per_token, there_s)
             released.append(work("attention", tokens * rates.attention_s_per_token, there_s))
-            if is_activation:
-                work("recompute", resident_s / len(activation_chunks), 0.0)
-        chunk_tokens = sum(activation_chunks) + sum(kv_chunks)
-        work("attention", attention_s - chunk_tokens * rates.attention_s_per_token, 0.0)
+            work("recompute", resident_s / num_chunks, 0.0)
+            work("attention", resident_attention_s / num_chunks, 0.0)
+        if not num_chunks:
+            work("recompute", resident_s, host)
+            work("attention", resident_attention_s, 0.0)
 
     marks = []
     for _ in range(num_steps):
@@ -389,12 +393,13 @@ def simulate(
             weights_arrived = copy(weights_s, weights_used[0], plan.weight_bytes_per_step / num_layers)
             arrived: list[float] = []  # activation chunks
             kv_arrived, num_kv = 0.0, 0
-            work("recompute", 0.0 if activation_chunks else resident_s, host)
             recomputed = 0
             if plan.is_segmented:
+                work("recompute", 0.0, host)
                 attend_chunks()
                 weights_used.append(work("dense", ordinary * rates.dense_s, weights_arrived))
                 continue
+            work("recompute", 0.0 if activation_chunks else resident_s, host)
             for is_activation in order:
                 if is_activation:
                     if num_copied >= len(released):  # its slot is freed by a chunk of this layer

@@ -44,26 +44,24 @@ def attend(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor, question
     answer = _Answer(layer, question)
     resident = ResidentBlocks(layer, max_blocks=cache.placement.chunk_blocks)
 
-    def attend_resident(share: float) -> None:
+    job = engine.begin(cache, layer, in_layer_buffer=False)
+    shares = max(1, len(job.chunks))  # spread, so that work which frees no slot never keeps the ring full for long
+
+    def attend_resident(share: float = 1 / shares) -> None:
         for run in resident.due(share):
             if run.form == "kv":
                 answer.add(run.data, run.first_block)
             else:
                 answer.add_recomputed(run.data, run.first_block)
 
-    job = engine.begin(cache, layer, in_layer_buffer=False)
-    shares = max(1, job.num_activation_chunks)  # so that a long recomputation never keeps the ring full
-    if job.num_activation_chunks == 0:
-        attend_resident(1)
-    for chunk, data in engine.arriving(job):
+    for chunk, data in engine.arriving(job, between=attend_resident):
         rows = layer.row_shapes[chunk.form].view(data, len(chunk.blocks) * block_tokens, chunk.blocks[0].rows)
         engine.backend.compute(reads=(data,))
         if chunk.form == "kv":
             answer.add(rows, chunk.first_block)
         else:
             answer.add_recomputed(rows, chunk.first_block)
-            attend_resident(1 / shares)
-    attend_resident(1)
+    attend_resident(1)  # what rounding left, or all of it
     answer.add_newest(keys, values)
     return answer.finish()
 

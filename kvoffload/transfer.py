@@ -234,11 +234,12 @@ class TransferEngine:
             self._next_position = 0
         self._pump()
 
-    def arriving(self, job: Job) -> Iterator[tuple[Chunk, torch.Tensor]]:
+    def arriving(self, job: Job, between: Callable[[], None] = lambda: None) -> Iterator[tuple[Chunk, torch.Tensor]]:
         """Chunks in order of transfer, each in its slot on the device when yielded.
 
         With a layer buffer only activation chunks: kv chunks land there by themselves, all of them by the end. The
-        caller issues what it does with a chunk before asking for the next.
+        caller issues what it does with a chunk before asking for the next; `between` is called when a chunk's slot can
+        be filled again, to issue work that needs no slot.
         """
         for idx, chunk in enumerate(job.chunks):
             while len(job.ready) <= idx:
@@ -262,6 +263,7 @@ class TransferEngine:
                 slot.released = self.backend.release(data)
                 slot.is_busy = False
                 self._pump()
+                between()
 
     def finish_current(self) -> None:
         """The attention that reads the current job's layer buffer has been issued."""

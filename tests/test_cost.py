@@ -48,7 +48,8 @@ def placed(inputs: PlanInputs, r: int, r_x: int, x: int, t: int) -> Plan:
     step_s, binding = cost.predict_step_s(inputs, r, r_x, x, t)
     return Plan(
         **{name: getattr(inputs, name) for name in ("num_layers", "num_offloaded_layers", "block_tokens")},
-        **{name: getattr(inputs, name) for name in ("chunk_blocks", "num_slots", "schedule", "num_micro_batches")},
+        **{name: getattr(inputs, name) for name in ("chunk_blocks", "num_slots", "schedule", "is_segmented")},
+        num_micro_batches=inputs.num_micro_batches,
         resident_kv_blocks=r,
         resident_activation_blocks=r_x,
         kv_blocks=t,
@@ -289,3 +290,17 @@ def test_newer_rates_change_the_simulation_of_an_old_plan() -> None:
     plan = placed(LONG, 0, 0, 0, 60)
     slower = dataclasses.replace(LONG.rates, h2d_kv_bytes_per_s=100.0)
     assert cost.simulate(plan, slower).step_s == pytest.approx(2 * cost.simulate(plan, LONG.rates).step_s, rel=0.03)
+
+
+def test_resident_work_is_spread_over_all_chunks_so_that_it_never_fills_the_ring() -> None:
+    """Seven kv chunks and one activation chunk; recomputing takes nearly as long as the link."""
+    inputs = with_rates(
+        dataclasses.replace(LONG, chunk_blocks=1, num_slots=5, num_blocks=26, is_segmented=True),
+        attention_s_per_token=0.0,
+        dense_s=0.0,
+        head_s=0.0,
+    )
+    link_s = cost.link_s(inputs, 1, 7) / inputs.num_offloaded_layers
+    inputs = with_rates(inputs, recompute_s_per_token=0.95 * link_s / (19 * inputs.block_tokens), gap_s=0.0)
+    simulated_s = cost.simulate(placed(inputs, 0, 18, 1, 7), inputs.rates).step_s
+    assert simulated_s == pytest.approx(cost.predict_step_s(inputs, 0, 18, 1, 7)[0], rel=0.03)

@@ -4,6 +4,7 @@ makes it leave a call to the model's own attention."""
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvoffload import ConfigError, OffloadConfig, UnsupportedModelError, hf, segments
+from kvoffload.config import GIB
 from kvoffload.hf.layer import can_segment
 from kvoffload.hf.masks import MaskReader, pack
 from kvoffload.session import Session
@@ -430,3 +432,28 @@ def test_dtypes_without_a_kernel_are_refused(dtype: torch.dtype) -> None:
     one = torch.zeros(2, 4, 1, 8, dtype=dtype)
     assert not can_segment(nn.Linear(1, 1), one, one, one, {})
     assert not can_segment(nn.Linear(1, 1), one.float(), one.half(), one.half(), {})
+
+
+def test_resident_blocks_are_attended_to_between_the_chunks_that_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise their work stands in front of the chunks, whose slots it keeps full while the link waits."""
+    model = make_model("opt", num_hidden_layers=2)
+    attended: list[int] = []
+    real = segments._Answer.add
+
+    def noted(self: Any, kv: torch.Tensor, first_block: int) -> None:
+        attended.append(first_block)
+        real(self, kv, first_block)
+
+    monkeypatch.setattr(segments._Answer, "add", noted)
+    with Session(model, config(split="transfer", chunk_blocks=1, device_gib=60_000 / GIB)) as session, torch.no_grad():
+        ids = prompt(1, 97)
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+    assert session.stats is not None
+    plan = session.stats.plan
+    resident, chunks = plan.resident_kv_blocks, plan.kv_blocks
+    assert resident > chunks > 1, (resident, chunks)
+    order = attended[: resident + chunks]
+    assert sorted(order) == list(range(resident + chunks))
+    firsts = [idx for idx, block in enumerate(order) if block >= resident]
+    stretches = [after - before - 1 for before, after in itertools.pairwise([*firsts, len(order)])]
+    assert max(stretches) <= -(-resident // chunks)
