@@ -20,9 +20,9 @@ import torch
 from kvoffload import cost, ops, planner
 from kvoffload.backend import Backend
 from kvoffload.config import GIB, OffloadConfig
-from kvoffload.errors import HostMemoryError
-from kvoffload.placement import Placement
-from kvoffload.sizing import Geometry, Sizes, choose_sizes, prefill_peak_bytes, split_to_plan
+from kvoffload.errors import HostMemoryError, InfeasiblePlanError
+from kvoffload.placement import Placement, reserved_blocks
+from kvoffload.sizing import Geometry, Sizes, choose_sizes, grown, prefill_peak_bytes, split_to_plan
 from kvoffload.types import HardwareProfile, ModelShape, Plan, PlanInputs, Rates
 from kvoffload.units import gib
 
@@ -42,6 +42,8 @@ class Decision:
     placement: Placement
     inputs: PlanInputs | None  # None where nothing could be predicted
     stage_limit_bytes: int | None  # what the cap on device memory leaves for staging a prefill's blocks
+    host_cap_bytes: int  # on the host at the full length, as if every row stored every block
+    reserved_share: float  # of activations, that room on the host was made for
 
 
 class MeasuredRates:
@@ -130,7 +132,8 @@ class Decider:
         device_bytes = self._device_bytes(geometry, prompt_tokens, device_held_bytes)
         may_recompute = fixed_split != 0 and (fixed_split is not None or rates is not None)
         sizes = choose_sizes(geometry, config, keeps_activations=may_recompute, device_bytes=device_bytes, rates=rates)
-        inputs = self._inputs(geometry, sizes, rates, prompt_tokens, device_bytes, host_held_bytes, fixed_split)
+        host_cap = self._full_host_cap_bytes(geometry, prompt_tokens, host_held_bytes)
+        inputs = self._inputs(geometry, sizes, rates, prompt_tokens, device_bytes, host_cap, fixed_split)
         if rates is None:
             inputs = replace(inputs, split=fixed_split or 0.0, rates=_UNKNOWN)
         self._check_least_host(geometry, inputs, prompt_tokens, host_held_bytes)
@@ -141,6 +144,8 @@ class Decider:
         room = None if device_bytes is None else max(0, device_bytes - plan.device_bytes)
         decision = Decision(
             stage_limit_bytes=room,
+            host_cap_bytes=host_cap,
+            reserved_share=share,
             geometry=geometry,
             sizes=sizes,
             plan=plan,
@@ -156,8 +161,25 @@ class Decider:
             ),
             inputs=None if rates is None else inputs,
         )
-        self._check_host(decision, host_held_bytes)
+        self._check_host(decision)
         return decision
+
+    def prolong(self, decision: Decision, max_tokens: int, host_held_bytes: int) -> Decision:
+        """The same for a cache that a further turn makes longer than was planned.
+
+        Raises:
+            HostMemoryError: before any token of that turn, with the numbers.
+        """
+        geometry = replace(decision.geometry, max_tokens=max(decision.geometry.max_tokens, max_tokens))
+        longer = replace(
+            decision,
+            geometry=geometry,
+            sizes=grown(decision.sizes, geometry),
+            placement=replace(decision.placement, max_tokens=max_tokens),
+            host_cap_bytes=self._full_host_cap_bytes(geometry, decision.placement.prompt_tokens, host_held_bytes),
+        )
+        self._check_host(longer)
+        return longer
 
     def _fixed_split(self, geometry: Geometry) -> float | None:
         return split_to_plan(
@@ -172,7 +194,7 @@ class Decider:
         return self.config.fixed_split is None or self.config.profile != "auto"
 
     def _rates(self, profile: HardwareProfile, geometry: Geometry) -> Rates:
-        sizes = choose_sizes(geometry, self.config, keeps_activations=True, device_bytes=None, rates=None)
+        sizes = self._least_sizes(geometry)
         rates = cost.rates_from_profile(
             profile,
             self.shape,
@@ -190,14 +212,11 @@ class Decider:
         rates: Rates | None,
         prompt_tokens: int,
         device_bytes: int | None,
-        host_held_bytes: int,
+        host_cap_bytes: int,
         split: float | None,
     ) -> PlanInputs:
         mean_tokens = (prompt_tokens + geometry.max_tokens) // 2 if prompt_tokens else geometry.max_tokens
         num_blocks = max(1, mean_tokens // sizes.block_tokens)
-        growth = max(1.0, geometry.max_tokens / max(1, num_blocks * sizes.block_tokens))
-        # The plan is for the mean length, the cap for the full one, at which beams share the blocks of their prompt.
-        host_bytes = int(self._host_cap_bytes(host_held_bytes) / growth / _stored_share(geometry, prompt_tokens))
         # A kv block is resident in the form it has; the cap is checked at the full length by what is fixed.
         return PlanInputs(
             num_layers=self.shape.num_layers,
@@ -211,7 +230,7 @@ class Decider:
             num_slots=max(2, sizes.num_slots),
             device_bytes=sizes.fixed_device_bytes if device_bytes is None else device_bytes,
             fixed_device_bytes=sizes.fixed_device_bytes,
-            host_bytes=host_bytes,
+            host_bytes=_host_bytes(host_cap_bytes, geometry, num_blocks, sizes.block_tokens),
             split=split,
             schedule=self.config.schedule,
             is_segmented=geometry.is_segmented,
@@ -226,8 +245,13 @@ class Decider:
             return int(float(setting) * GIB)
         tokens = self.prefill_chunk_tokens(geometry, prompt_tokens, held_bytes) or prompt_tokens
         room = self._free_device_bytes(held_bytes) - self._prefill_peak_bytes(geometry, tokens)
-        least = choose_sizes(geometry, self.config, keeps_activations=True, device_bytes=None, rates=None)
+        least = self._least_sizes(geometry)
         return room if room > least.fixed_device_bytes else None
+
+    def _least_sizes(self, geometry: Geometry) -> Sizes:
+        """Without a cap and before any rate is known."""
+        keeps = self._fixed_split(geometry) != 0
+        return choose_sizes(geometry, self.config, keeps_activations=keeps, device_bytes=None, rates=None)
 
     def _free_device_bytes(self, held_bytes: int) -> int:
         """What may be taken on the device: free in the driver's eyes, cached by PyTorch, or held by the session.
@@ -247,7 +271,7 @@ class Decider:
         """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole."""
         if self.backend.emulated or self.config.device_gib != "auto":
             return None
-        sizes = choose_sizes(geometry, self.config, keeps_activations=True, device_bytes=None, rates=None)
+        sizes = self._least_sizes(geometry)
         room = self._free_device_bytes(held_bytes) - sizes.fixed_device_bytes
         tokens = prompt_tokens
         while tokens > MIN_PREFILL_TOKENS and self._prefill_peak_bytes(geometry, tokens) > room:
@@ -264,17 +288,16 @@ class Decider:
         """What the pool of the session may grow to."""
         return self._host_cap_bytes(0)
 
-    def _check_host(self, decision: Decision, held_bytes: int) -> None:
+    def _full_host_cap_bytes(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int:
+        """The cap as if every row stored every block: beams share those of their prompt."""
+        return int(self._host_cap_bytes(held_bytes) / _stored_share(geometry, prompt_tokens))
+
+    def _check_host(self, decision: Decision) -> None:
         """Refuse before any token if the cache cannot fit on the host at its full length."""
-        placement, geometry = decision.placement, decision.geometry
-        resident = placement.resident_kv_blocks + placement.resident_activation_blocks
-        num_blocks = max(0, geometry.max_tokens // placement.block_tokens - resident)
-        x = round(placement.activation_share * num_blocks)
-        per_layer = placement.block_tokens * (
-            x * geometry.activation_bytes_per_token + (num_blocks - x) * geometry.kv_bytes_per_token
-        )
-        needed = geometry.num_offloaded_layers * per_layer * _stored_share(geometry, placement.prompt_tokens)
-        self._require_host(geometry, int(needed), held_bytes)
+        if not _fits_on_host(decision):
+            geometry, share = decision.geometry, _stored_share(decision.geometry, decision.placement.prompt_tokens)
+            needed, cap = _host_bytes_of(decision) * share, decision.host_cap_bytes * share
+            raise _host_too_small(geometry, int(needed), int(cap))
 
     def _check_least_host(self, geometry: Geometry, inputs: PlanInputs, prompt_tokens: int, held_bytes: int) -> None:
         """Refuse what no plan can make fit, with the numbers of the full length."""
@@ -284,15 +307,9 @@ class Decider:
         num_tokens = geometry.max_tokens // inputs.block_tokens * inputs.block_tokens
         needed = geometry.num_offloaded_layers * num_tokens * token_bytes * _stored_share(geometry, prompt_tokens)
         on_device = max(0, inputs.device_bytes - inputs.fixed_device_bytes) * token_bytes / smallest
-        self._require_host(geometry, int(needed - on_device), held_bytes)
-
-    def _require_host(self, geometry: Geometry, needed: int, held_bytes: int) -> None:
-        cap = self._host_cap_bytes(held_bytes)
+        needed, cap = int(needed - on_device), self._host_cap_bytes(held_bytes)
         if needed > cap:
-            raise HostMemoryError(
-                f"{geometry.rows} sequences of {geometry.max_tokens} tokens need {gib(needed)} of host memory, "
-                f"{gib(cap)} may be used: raise host_gib, or lower the batch or max_new_tokens"
-            )
+            raise _host_too_small(geometry, needed, cap)
 
     # ---- checked, not believed -----------------------------------------------------------------------------------
 
@@ -327,7 +344,11 @@ class Decider:
             resident_activation_blocks=plan.resident_activation_blocks,
             activation_share=plan.split_fraction,
         )
-        return replace(decision, inputs=inputs, plan=plan, placement=placement)
+        corrected = replace(
+            decision, inputs=inputs, plan=plan, placement=placement, reserved_share=placement.activation_share
+        )
+        # The plan is for the mean length; at the full one only the form that was asked for first may fit.
+        return corrected if _fits_on_host(corrected) else replace(decision, inputs=inputs)
 
     def _prepare_attention(self, tokens: int, decision: Decision) -> Callable[[], None]:
         """Attention of one query per row over that many tokens, laid out as a step finds them."""
@@ -382,7 +403,10 @@ class Decider:
         return rate
 
     def replan(self, decision: Decision, stored_kv_blocks: int, stored_activation_blocks: int) -> Decision:
-        """The plan for blocks still to come, at the rates measured so far and with the blocks there are."""
+        """The plan for blocks still to come, at the rates measured so far and with the blocks there are.
+
+        Where no plan is within the caps any more the decision stays: whether the blocks fit is for the store to say.
+        """
         if decision.inputs is None or not decision.placement.may_change:
             return decision
         num_blocks = max(
@@ -397,14 +421,22 @@ class Decider:
             decision.inputs,
             rates=self.measured.correct(decision.inputs.rates, decision.geometry.rows),
             num_blocks=num_blocks,
+            host_bytes=_host_bytes(
+                decision.host_cap_bytes, decision.geometry, num_blocks, decision.inputs.block_tokens
+            ),
             stored_kv_blocks=stored_kv_blocks,
             stored_activation_blocks=stored_activation_blocks,
             stored_resident_blocks=decision.placement.resident_kv_blocks,
             stored_resident_activation_blocks=decision.placement.resident_activation_blocks,
         )
-        plan = replace(planner.solve(inputs), version=decision.plan.version + 1)
+        try:
+            plan = replace(planner.solve(inputs), version=decision.plan.version + 1)
+        except InfeasiblePlanError as error:
+            logger.debug("the plan stays as it is: %s", error)
+            return decision
         placement = replace(decision.placement, activation_share=plan.split_fraction)
-        return replace(decision, inputs=inputs, plan=plan, placement=placement)
+        changed = replace(decision, inputs=inputs, plan=plan, placement=placement)
+        return changed if _fits_on_host(changed) else decision
 
 
 MIN_PREFILL_TOKENS = 64
@@ -417,6 +449,36 @@ _UNKNOWN = Rates(
     attention_s_per_token=0.0,
     dense_s=0.0,
 )
+
+
+def _host_bytes_of(decision: Decision) -> int:
+    """What the cache takes on the host at its full length, as if every row stored every block.
+
+    With what was reserved for the form that it turned out to need less of.
+    """
+    placement, geometry = decision.placement, decision.geometry
+    resident = placement.resident_kv_blocks + placement.resident_activation_blocks
+    num_blocks = max(0, geometry.max_tokens // placement.block_tokens - resident)
+    reserved = reserved_blocks(num_blocks, decision.reserved_share)
+    x, t = (max(pair) for pair in zip(reserved, reserved_blocks(num_blocks, placement.activation_share), strict=True))
+    token_bytes = x * geometry.activation_bytes_per_token + t * geometry.kv_bytes_per_token
+    return geometry.num_offloaded_layers * placement.block_tokens * token_bytes
+
+
+def _fits_on_host(decision: Decision) -> bool:
+    return _host_bytes_of(decision) <= decision.host_cap_bytes
+
+
+def _host_too_small(geometry: Geometry, needed: int, cap: int) -> HostMemoryError:
+    return HostMemoryError(
+        f"{geometry.rows} sequences of {geometry.max_tokens} tokens need {gib(needed)} of host memory, "
+        f"{gib(cap)} may be used: raise host_gib, or lower the batch or max_new_tokens"
+    )
+
+
+def _host_bytes(cap_bytes: int, geometry: Geometry, num_blocks: int, block_tokens: int) -> int:
+    """The part of a cap on the full length that so many blocks may take."""
+    return int(cap_bytes * min(1.0, num_blocks * block_tokens / max(1, geometry.max_tokens)))
 
 
 def _stored_share(geometry: Geometry, prompt_tokens: int) -> float:

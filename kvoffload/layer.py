@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from kvoffload.cost import transfer_order
-from kvoffload.placement import Kind, Placement, Run, next_runs
+from kvoffload.placement import Kind, Placement, Run, next_runs, reserved_blocks
 from kvoffload.positions import PositionStore
 from kvoffload.store import Block, Extent, HostPool, RowTable
 from kvoffload.tail import KVShape, NewTokens, RowShape, Tail
@@ -172,9 +172,7 @@ class CacheLayer:
             in_place = placement.resident_kv_blocks + placement.resident_activation_blocks
             num_blocks = max(0, placement.max_tokens // bt - in_place)
             share = placement.activation_share if self.recompute is not None else 0.0
-            margin = 1 if 0 < share < 1 else 0  # forms follow the share to within a block
-            x = min(num_blocks, round(share * num_blocks) + margin)
-            t = min(num_blocks, num_blocks - round(share * num_blocks) + margin)
+            x, t = reserved_blocks(num_blocks, share)
             prompt_blocks = placement.prompt_tokens // bt if self.cache.prompt_copies > 1 else 0
             saved = min(prompt_blocks, num_blocks) * (rows - rows // self.cache.prompt_copies) * bt
             full = max(1, num_blocks * rows * bt)

@@ -42,6 +42,15 @@ class Run(NamedTuple):
     num_blocks: int
 
 
+def reserved_blocks(num_blocks: int, share: float) -> tuple[int, int]:
+    """Activation and kv blocks to make room for where `share` of `num_blocks` will be activations.
+
+    Forms follow the share to within a block while a layer grows, so a mixed layer has one to spare of each.
+    """
+    x, spare = round(share * num_blocks), int(0 < share < 1)
+    return min(num_blocks, x + spare), min(num_blocks, num_blocks - x + spare)
+
+
 def next_runs(
     placement: Placement,
     count: int,

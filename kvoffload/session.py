@@ -370,13 +370,10 @@ class Session:
 
     def _prolong(self, cache: hf.OffloadedHFCache, max_tokens: int) -> None:
         """A further turn makes the cache longer than was planned."""
-        decision = self._decisions[cache]
-        geometry = replace(decision.geometry, max_tokens=max(decision.geometry.max_tokens, max_tokens))
-        sizes = grown(decision.sizes, geometry)
-        placement = replace(decision.placement, max_tokens=max_tokens)
-        changed = sizes != decision.sizes or self._configured_for() is not cache
-        self._decisions[cache] = replace(decision, geometry=geometry, sizes=sizes, placement=placement)
-        cache.core.placement = placement
+        before = self._decisions[cache]
+        decision = self._decisions[cache] = self.decider.prolong(before, max_tokens, self.pool.slab_bytes)
+        changed = decision.sizes != before.sizes or self._configured_for() is not cache
+        cache.core.placement = decision.placement
         if changed:
             self._configure(cache)
 

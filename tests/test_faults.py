@@ -669,3 +669,38 @@ def test_chunks_larger_than_the_cache_take_no_more_memory_than_it(model: PreTrai
         assert distance(outcome([generate(model)]), wanted) <= TOLERANCE
         assert session.stats is not None
         assert session.stats.device_kv_peak_decode_bytes < 2**20
+
+
+@pytest.mark.parametrize("split", ["auto", "transfer", 0.3, 0.5, "recompute"])
+def test_a_host_cap_is_refused_before_any_token_or_holds_to_the_end(split: Any) -> None:
+    """In steps of a twentieth around what the cache takes, whatever the corrections of the plan would like."""
+    model = make_model("opt")
+    ids = prompt(3, 24)
+    everything = 3 * 48 * 3 * 384  # layers, tokens, rows, bytes of K and V
+    finished = []
+    for twentieths in range(8, 30):
+        options = {"block_tokens": 4, "chunk_blocks": 1, "host_gib": everything * twentieths / 20 / 2**30}
+        with kvoffload.offload(model, config(split=split, **options)) as session:
+            before = session.num_forwards
+            try:
+                model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=25, do_sample=False)
+                finished.append(twentieths)
+            except kvoffload.KVOffloadError:
+                assert session.num_forwards == before, (split, twentieths)
+    assert finished
+    assert finished == list(range(finished[0], 30))
+    assert finished[0] <= {"transfer": 20, "recompute": 10}.get(split, 24)
+
+
+def test_a_further_turn_that_the_host_cap_does_not_hold_is_refused_before_its_first_token() -> None:
+    model = make_model("opt")
+    ids = prompt(3, 24)
+    options = {"block_tokens": 4, "chunk_blocks": 1, "host_gib": 3 * 300 * 3 * 384 / 2**30}
+    with kvoffload.offload(model, config(split="transfer", **options)) as session:
+        cache = session.new_cache()
+        call = {"past_key_values": cache, "do_sample": False}
+        ids = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, **call)
+        before = session.num_forwards
+        with pytest.raises(HostMemoryError, match="raise host_gib"):
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=300, **call)
+        assert session.num_forwards == before
