@@ -74,6 +74,7 @@ def advise(model_or_config: Any, workload: Workload, profile: HardwareProfile, c
     try:
         chosen = planner.solve(task.inputs(workload.cached_tokens))
         offload = task.offload(chosen)
+        chosen = _beside_full_transfer(task, chosen)
     except InfeasiblePlanError as error:
         if on_device is None:
             raise
@@ -81,6 +82,16 @@ def advise(model_or_config: Any, workload: Workload, profile: HardwareProfile, c
     ways = sorted([offload, *([on_device] if on_device else [])], key=lambda one: (one.total_s, one.way == "offload"))
     text = _recommend(task, chosen, offload, on_device)
     return Advice(dataclasses.replace(chosen, recommendation=text), tuple(ways))
+
+
+def _beside_full_transfer(task: Task, chosen: Plan) -> Plan:
+    """The plan with the step of full transfer as it would be set up by itself."""
+    plain = task._replace(config=dataclasses.replace(task.config, split="transfer"))
+    try:
+        full_s = planner.solve(plain.inputs(task.workload.cached_tokens)).predicted_step_s
+    except InfeasiblePlanError:
+        return chosen
+    return dataclasses.replace(chosen, full_transfer_step_s=full_s)
 
 
 def task_of(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Task:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ from kvoffload.units import gib
 
 logger = logging.getLogger(__name__)
 CHECK_BUDGET_S = 0.2  # for timing both ways before the first prefill
+MIN_GAIN_FRACTION = 0.01
 HOST_SHARE = 0.8  # of the free host memory that "auto" takes at most
 DEVICE_SHARE = 0.9  # of the free device memory that "auto" takes at most
 
@@ -95,7 +97,33 @@ class Decider:
         self._profile = profile
         self.measured = MeasuredRates()
 
-    def decide(
+    def decide(self, geometry: Geometry, *, can_recompute: bool = True, **known: Any) -> Decision:
+        """Sizes, plan and placement for a cache; the sizes of plain transfer where those are predicted to be faster.
+
+        Recomputing takes memory for activations, which under a cap leaves less for resident blocks. Arguments and
+        errors as of `decide_sizes`.
+        """
+        if not can_recompute or self._fixed_split(geometry) is not None or self.config.schedule != "pipelined":
+            return self.decide_sizes(geometry, can_recompute=can_recompute, **known)
+        found, why = [], None
+        for recomputes in (True, False):
+            try:
+                found.append(self.decide_sizes(geometry, can_recompute=recomputes, **known))
+            except (InfeasiblePlanError, HostMemoryError) as error:
+                why = why or error
+        if not found:
+            assert why is not None
+            raise why
+        if len(found) == 1:
+            return found[0]
+        free, plain = found
+        # A plan that may recompute can be corrected later, so only a real gain decides against it.
+        if plain.plan.predicted_step_s < (1 - MIN_GAIN_FRACTION) * free.plan.predicted_step_s:
+            return plain
+        full_s = min(free.plan.full_transfer_step_s, plain.plan.predicted_step_s)
+        return replace(free, plan=replace(free.plan, full_transfer_step_s=full_s))
+
+    def decide_sizes(
         self,
         geometry: Geometry,
         *,
@@ -105,7 +133,7 @@ class Decider:
         device_held_bytes: int = 0,
         can_recompute: bool = True,
     ) -> Decision:
-        """Sizes, plan and placement for a cache.
+        """Sizes, plan and placement for a cache that keeps activations or does not.
 
         Args:
             geometry: its shape.

@@ -207,6 +207,7 @@ def _on_device(task: Task, money: Economics) -> Iterator[Row]:
 
 def _offloaded(name: Name, task: Task, money: Economics) -> Row:
     try:
+        task = task.settled()
         chosen = planner.solve(task.inputs(task.workload.cached_tokens))
         inputs = task.inputs(task.mean_tokens())
         mean = planner.solve(inputs)

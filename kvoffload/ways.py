@@ -10,6 +10,8 @@ long answers are not judged by their last step.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from kvoffload import cost, planner
@@ -100,6 +102,22 @@ class Task(NamedTuple):
             schedule=config.schedule,
             is_segmented=geometry.is_segmented,
         )
+
+    def settled(self) -> Task:
+        """This task with "auto" as plain transfer where that is predicted to be faster.
+
+        Recomputing takes memory for activations, which under a cap leaves less for resident blocks.
+        """
+        if self.config.fixed_split is not None or self.config.schedule != "pipelined":
+            return self
+        plain = self._replace(config=replace(self.config, split="transfer"))
+        return plain if plain._mean_step_s() < self._mean_step_s() else self
+
+    def _mean_step_s(self) -> float:
+        try:
+            return planner.solve(self.inputs(self.mean_tokens())).predicted_step_s
+        except InfeasiblePlanError:
+            return math.inf
 
     def offload(self, chosen: Plan) -> Alternative:
         """What the plan is predicted to take; the prefill writes the cache back while it computes."""

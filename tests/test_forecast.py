@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvoffload import cli, planner
-from kvoffload.advice import task_of
+from kvoffload.advice import advise, task_of
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.datasheet import link_named
 from kvoffload.errors import ConfigError, InfeasiblePlanError
@@ -370,3 +370,15 @@ def test_a_bad_request_is_one_line(arguments: list[object], message: str) -> Non
 def test_no_sweep_is_an_empty_one() -> None:
     assert grid(None) == Grid([], [])
     assert grid("1,8:1024") == Grid([1, 8], [1024])
+
+
+@pytest.mark.parametrize("batch", range(13, 20))
+def test_auto_is_never_foreseen_to_be_slower_than_full_transfer(batch: int) -> None:
+    """On a device this small the memory for recomputing is missed by resident blocks."""
+    small = HardwareProfile.preset("l4-24gb-pcie4")
+    workload = dataclasses.replace(BATCH, batch=batch)
+    rows = by_name(forecast(task(workload=workload, profile=small)))
+    assert rows["offload"].tokens_per_s >= rows["full transfer"].tokens_per_s > 0
+    plan = advise(CONFIGS / "opt-6.7b.json", workload, small, OffloadConfig()).plan
+    alone = advise(CONFIGS / "opt-6.7b.json", workload, small, OffloadConfig(split="transfer")).plan
+    assert plan.full_transfer_step_s == alone.predicted_step_s
