@@ -120,9 +120,7 @@ def _roofline(found: Study) -> Section:
         f"{seconds(shown.task.seconds)}.",
     ]
     if _is_datasheet(found):
-        lines.append(
-            "These times are those of the roofs: what the datasheet allows, with everything that crosses the link as K and V."
-        )
+        lines.append("The times are those of the roofs, with everything that crosses the link counted as K and V.")
     if found.advice is None:
         lines.append("The model does not fit this device: these are the times of one with more memory, else the same.")
     if not found.dims.is_exact:
