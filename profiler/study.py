@@ -262,7 +262,7 @@ def compared_rows(path: Path) -> tuple[Compared, ...]:
     found: dict[tuple[str, ...], dict[str, float]] = {}
     try:
         for row in rows:
-            if row["metric"] in ROW_METRICS:
+            if row["metric"] in ROW_METRICS and row["p50"] != "":  # empty: no samples
                 key = tuple(row[name] for name in ("provider", "x", "device", "link", "config_json"))
                 found.setdefault(key, {})[row["metric"]] = float(row["p50"])
     except (KeyError, TypeError, ValueError) as error:

@@ -9,6 +9,7 @@ import torch
 
 from kvoffload.backend import Backend, LinkUse
 from kvoffload.backend.base import HostBuffer
+from kvoffload.timeline import Lane, Span
 
 
 class ReplayedLink(Backend):
@@ -91,5 +92,12 @@ class ReplayedLink(Backend):
 
     def span_seconds(self, name: str) -> float:
         return 0.0
+
+    def start_recording(self) -> None: ...
+
+    def recorded(self) -> list[Span]:
+        return []
+
+    def mark(self, lane: Lane) -> None: ...
 
     def close(self) -> None: ...

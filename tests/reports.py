@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from kvoffload import cost
+from kvoffload.bench import rows
 from kvoffload.config import OffloadConfig
 from kvoffload.profiler.hardware import find_profile
 from kvoffload.profiler.study import MeasuredRun, Study, compared_rows, simulated, study
@@ -14,8 +16,13 @@ from kvoffload.types import Workload
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "tests" / "data" / "configs"
-ROWS = ROOT / "scripts" / "results" / "decode.csv"
+SHIPPED_ROWS = ROOT / "scripts" / "results" / "decode.csv"
 HARDWARE = "a100-40gb-pcie4"
+PRETENDED_STEPS = {  # by provider and shape: seconds measured, and by the cost model
+    ("planned", "cpu-mha"): (0.30, 0.25),
+    ("planned", "cpu-gqa"): (0.20, 0.20),
+    ("full_transfer", "cpu-mha"): (0.66, 0.64),
+}
 
 
 def made(name: str = "opt-6.7b", batch: int = 64, prompt_tokens: int = 1024, **options: Any) -> Study:
@@ -51,9 +58,26 @@ def pretended_run(found: Study) -> MeasuredRun:
     )
 
 
+def write_rows(path: Path) -> Path:
+    """A results file of the benchmark, with rows of `PRETENDED_STEPS` among others, and one that was skipped."""
+    found = []
+    for (provider, shape), (measured_s, predicted_s) in PRETENDED_STEPS.items():
+        where: Any = {"config": {"preset": shape}, "link": "emulated 0.1 GB/s", "device": "a pretended CPU (1 thread)"}
+        found += [
+            rows.row("decode", provider, "decode_step", "s", shape, [measured_s] * 3, **where),
+            rows.row("decode", provider, "bound_step", "s", shape, [predicted_s], **where),
+            rows.row("decode", provider, "link_utilization", "fraction", shape, [0.9], **where),
+        ]
+    found.append(rows.skipped("decode", "accelerate", "cpu-mha", {"preset": "cpu-mha"}, "emulated 0.1 GB/s", "no GPU"))
+    rows.save(path, found)
+    return path
+
+
 def with_everything(name: str = "opt-6.7b") -> Study:
     """With rows and a run."""
-    return made(name, compared=compared_rows(ROWS), measured=pretended_run(made(name)))
+    with tempfile.TemporaryDirectory() as folder:
+        compared = compared_rows(write_rows(Path(folder) / "decode.csv"))
+    return made(name, compared=compared, measured=pretended_run(made(name)))
 
 
 def best_step_s(found: Study) -> float:

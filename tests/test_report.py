@@ -14,7 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from reports import CONFIGS, HARDWARE, ROWS, best_step_s, made, pretended_run, with_everything
+from reports import (
+    CONFIGS,
+    HARDWARE,
+    PRETENDED_STEPS,
+    SHIPPED_ROWS,
+    best_step_s,
+    made,
+    pretended_run,
+    with_everything,
+    write_rows,
+)
 from test_cli import run, run_badly
 
 from kvoffload import bench, measured_run, report
@@ -23,7 +33,7 @@ from kvoffload.model_shape import dimensions_from_config
 from kvoffload.profiler import page as pages
 from kvoffload.profiler import sections
 from kvoffload.profiler.chart import Chart
-from kvoffload.profiler.study import Compared, Study, compared_rows, typical_steps
+from kvoffload.profiler.study import ROW_METRICS, Compared, Study, compared_rows, typical_steps
 from kvoffload.profiler.trace import STEPS_THREAD, trace
 from kvoffload.timeline import Span, Timeline
 from kvoffload.types import Workload
@@ -100,14 +110,27 @@ def test_a_model_that_fits_nowhere_still_gets_its_report() -> None:
     assert [chart.name for chart in charts_of(found)] == ["roofline-chart", "memory-chart"]
 
 
-def test_rows_of_the_benchmark_become_pairs_of_measured_and_predicted() -> None:
-    found = compared_rows(ROWS)
-    assert len(found) >= 40
-    planned = next(one for one in found if one.name == "planned, cpu-mha")
-    assert planned.measured_s == pytest.approx(0.296658)
-    assert planned.predicted_s == pytest.approx(0.296942)
-    assert "emulated" in planned.where
-    assert planned.error_fraction == pytest.approx(0.296658 / 0.296942 - 1)
+def test_rows_of_the_benchmark_become_pairs_of_measured_and_predicted(tmp_path: Path) -> None:
+    found = compared_rows(write_rows(tmp_path / "decode.csv"))
+    assert [one.name for one in found] == ["planned, cpu-mha", "planned, cpu-gqa", "full_transfer, cpu-mha"]
+    assert [(one.measured_s, one.predicted_s) for one in found] == list(PRETENDED_STEPS.values())
+    assert found[0].where == "a pretended CPU (1 thread), link: emulated 0.1 GB/s"
+    assert found[0].error_fraction == pytest.approx(0.2)
+
+
+def test_rows_without_samples_or_without_a_partner_are_left_out(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "decode.csv")
+    more: Any = {"config": {"preset": "cpu-mha"}, "link": "emulated 0.1 GB/s", "device": "a pretended CPU (1 thread)"}
+    empty = [bench.rows.row("decode", "none", metric, "s", "cpu-mha", [], **more) for metric in ROW_METRICS]
+    alone = bench.rows.row("decode", "alone", "decode_step", "s", "cpu-mha", [0.5], **more)
+    bench.rows.save(path, [*empty, alone])
+    assert len(compared_rows(path)) == len(PRETENDED_STEPS)
+
+
+def test_the_rows_that_ship_can_be_compared() -> None:
+    found = compared_rows(SHIPPED_ROWS)
+    assert found
+    assert all(one.measured_s > 0 and one.predicted_s > 0 for one in found)
 
 
 def test_the_step_shown_is_one_like_the_median() -> None:
@@ -334,14 +357,14 @@ def options(tmp_path: Path, **changes: Any) -> list[object]:
 @pytest.mark.parametrize("name", ["opt-6.7b", "llama-2-7b", "llama-3.1-8b", "mixtral-8x7b", "qwen3-8b"])
 def test_the_command_writes_a_report_of_every_recorded_configuration(name: str, tmp_path: Path) -> None:
     trace_path = tmp_path / "trace.json"
-    changes = {"config": CONFIGS / f"{name}.json", "trace": trace_path, "rows": ROWS}
+    changes = {"config": CONFIGS / f"{name}.json", "trace": trace_path, "rows": write_rows(tmp_path / "decode.csv")}
     result = run(*options(tmp_path, **changes), "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["output_bytes"] == (tmp_path / "report.html").stat().st_size
     assert found["fits"] == (name != "mixtral-8x7b")
     assert found["measured"] is None
-    assert len(found["compared"]) >= 40
+    assert len(found["compared"]) == len(PRETENDED_STEPS)
     assert json.loads(trace_path.read_text(encoding="utf-8"))["displayTimeUnit"] == "ms"
     assert f"<h1>{name} on NVIDIA A100 40GB PCIe</h1>" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert result.stderr.splitlines() == [f"wrote {tmp_path / 'report.html'}", f"wrote {trace_path}"]
