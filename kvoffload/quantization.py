@@ -11,12 +11,17 @@ model's dtype.
     compressed-tensors  `num_bits` of its first group, and a scale of 16 bits per group or row
     mxfp4               4 bits and a byte per 32 weights, of experts alone
 
+What is left as it was is named under any of `_SKIPPING`. `re:` begins a pattern for full names, from their start; any
+other name covers the module of that name and everything below it, wherever in the model it stands.
+
 Source: the layouts of the tensors these methods write, as their loaders in transformers read them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from kvoffload.errors import ConfigError
@@ -27,12 +32,27 @@ Bits = Callable[[int, int], float]  # per weight of a matrix, from its inputs an
 
 SCALE_BITS, FLOAT_BITS = 16, 32
 _SKIPPING = ("modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers", "ignore")
-_PARTS = {  # what a skipped module may be called, by the part or name of our matrices
+# Full names of the matrices are made of these, as model families write them.
+_LAYERS = (
+    *("model.layers", "model.decoder.layers", "model.language_model.layers", "language_model.model.layers"),
+    *("transformer.h", "transformer.blocks", "gpt_neox.layers", "backbone.layers"),
+)
+_MLPS = ("mlp", "feed_forward", "block_sparse_moe")
+_INSIDE = {  # a layer, by the part of a matrix or the beginning of its name
     "attention": ("self_attn", "attention", "attn", "self_attention"),
-    "mlp": ("mlp", "feed_forward"),
-    "experts": ("mlp", "experts", "block_sparse_moe"),
-    "router": ("router", "gate", "mlp", "block_sparse_moe"),
+    "mlp": ("", *_MLPS),
+    "expert_": tuple(f"{mlp}.experts{number}" for mlp in _MLPS for number in ("", ".0")),  # one stands for all
+    "shared_": tuple(f"{mlp}.{name}" for mlp in _MLPS for name in ("shared_expert", "shared_experts", "shared_mlp")),
 }
+_CALLED = {  # by our name of a matrix
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("qkv_proj", "query_key_value", "c_attn", "Wqkv")),
+    "o_proj": ("out_proj", "dense", "c_proj"),
+    "gate_proj": ("gate_up_proj", "w1"),
+    "up_proj": ("gate_up_proj", "w3", "fc1", "c_fc", "dense_h_to_4h"),
+    "down_proj": ("w2", "fc2", "c_proj", "dense_4h_to_h"),
+    "router": ("gate",),
+}
+_MAX_LAYERS = 1024
 
 
 class Quantization(NamedTuple):
@@ -48,20 +68,60 @@ class Quantization(NamedTuple):
         is_quantized = part != "head" and (self.scope == "linear layers" or part == self.scope)
         if not is_quantized or not layers:
             return plain_bits
-        left = min(layers, self._skipped_layers(name, part, layers))
+        left = min(layers, _skipped_layers(self.skipped, name, part, layers))
         return (left * plain_bits + (layers - left) * self.bits(inputs, outputs)) / layers
 
-    def _skipped_layers(self, name: str, part: str, layers: int) -> int:
-        names = {name, *_PARTS.get("router" if name == "router" else part, ())}
-        numbers = set()
-        for module in self.skipped:
-            parts = module.removesuffix("$").replace("\\.", ".").split(".")
-            if parts[-1] in names:
-                number = next((part for part in parts if part.isdigit()), None)
-                if number is None:
-                    return layers
-                numbers.add(number)
-        return len(numbers)
+
+@functools.lru_cache(maxsize=256)
+def _skipped_layers(skipped: tuple[str, ...], name: str, part: str, layers: int) -> int:
+    """In how many layers a matrix stays as it was."""
+    if not skipped:
+        return 0
+    plain = {_unescaped(one) for one in skipped}
+    patterns = [_pattern(one) for one in skipped if not _is_plain(_unescaped(one))]
+    # A matrix of some layers only may be in the last ones.
+    numbers = (int(number) for one in plain if _is_plain(one) for number in re.findall(r"\d+", one))
+    last = max((number for number in numbers if number < _MAX_LAYERS), default=0)
+
+    def is_skipped(module: str) -> bool:
+        return not plain.isdisjoint(_within(module)) or any(pattern.match(module) for pattern in patterns)
+
+    return sum(any(map(is_skipped, _full_names(name, part, idx))) for idx in range(max(layers, last + 1)))
+
+
+def _full_names(name: str, part: str, layer_idx: int) -> Iterator[str]:
+    """What a matrix of one layer may be called in a model."""
+    prefix = next((one for one in ("expert_", "shared_") if name.startswith(one) and name != "shared_expert_gate"), "")
+    leaf = name.removeprefix(prefix)
+    for layers in _LAYERS:
+        for inside in _INSIDE.get(prefix or part, ("",)):
+            for called in (leaf, *_CALLED.get(leaf, ())):
+                yield ".".join(filter(None, (layers, str(layer_idx), inside, called)))
+
+
+def _within(module: str) -> Iterator[str]:
+    """The names of a module and of what it is in, and the ends of these: "a.b" gives "a", "a.b" and "b"."""
+    parts = module.split(".")
+    for first in range(len(parts)):
+        for end in range(first + 1, len(parts) + 1):
+            yield ".".join(parts[first:end])
+
+
+def _unescaped(name: str) -> str:
+    return name if name.startswith("re:") else name.removesuffix("$").replace("\\.", ".")
+
+
+def _is_plain(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]*", name) is not None
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """Of full names: what follows "re:", else the name with whatever is above and below it."""
+    given = name.removeprefix("re:")
+    try:
+        return re.compile(given if given != name else rf"(?:.*\.)?(?:{name})(?:\.|$)")
+    except re.error as error:
+        raise ConfigError(f"{name!r} in the quantization_config is no pattern ({error}): correct it") from error
 
 
 def quantization_of(get: Get) -> Quantization | None:

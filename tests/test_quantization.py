@@ -45,6 +45,7 @@ def test_plain_weights_are_counted_as_before() -> None:
         ({"quant_method": "awq", "bits": 4, "group_size": 128}, 4 + (16 + 4) / 128),
         ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64}, 4 + (16 + 4) / 64),
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8 + 32 / 128 / 128),
+        ({"quant_method": "awq"}, 4 + (16 + 4) / 128),
         (
             {
                 "quant_method": "compressed-tensors",
@@ -81,6 +82,65 @@ def test_modules_that_are_left_out_stay_as_they_were() -> None:
     some = [f"model.layers.{idx}.self_attn" for idx in (0, 31)]
     two_layers = weight_bytes({"quant_method": "awq", "bits": 4, "modules_to_not_convert": some})
     assert two_layers - everything == pytest.approx(2 * 4 * H * H * saved_bits / 8, abs=1)
+
+
+SAVED_BITS = 16 - (4 + 20 / 128)  # by awq, of every weight
+ATTENTION, MLP = 4 * H * H, 3 * H * WIDTH
+
+
+@pytest.mark.parametrize("key", ["ignored_layers", "llm_int8_skip_modules", "modules_to_not_convert", "ignore"])
+@pytest.mark.parametrize(
+    ("names", "num_kept"),
+    [
+        (["model.layers.1"], ATTENTION + MLP),  # and not 10 to 19
+        (["model.layers.0", "model.layers.0.mlp", "model\\.layers\\.31\\.self_attn"], 2 * ATTENTION + MLP),
+        (["model.language_model.layers.3"], ATTENTION + MLP),
+        (["self_attn"], LAYERS * ATTENTION),
+        (["model.layers.4.mlp.down_proj"], H * WIDTH),
+        (["model.layers.*.self_attn"], LAYERS * ATTENTION),
+        (["re:.*self_attn.*"], LAYERS * ATTENTION),
+        (["re:.*down_proj$"], LAYERS * H * WIDTH),
+        (["re:model.layers.[0-4][.]mlp"], 5 * MLP),
+        (["re:layers.0"], 0),  # from the start of the name
+        (["lm_head", "re:.*lm_head", "re:.*embed_tokens", "proj", "norm"], 0),
+        (["vision_tower.layers.0.self_attn.q_proj", "re:visual.*", "model.visual"], 0),
+        (["model"], LINEAR),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_every_key_names_modules_by_what_they_are_in_or_by_a_pattern(key: str, names: list[str], num_kept: int) -> None:
+    kept_bytes = weight_bytes({"quant_method": "awq", key: names}) - weight_bytes({"quant_method": "awq"})
+    assert kept_bytes == pytest.approx(num_kept * SAVED_BITS / 8, abs=1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gate", "model.layers.5.block_sparse_moe.gate", "re:.*block_sparse_moe.gate$", "re:.*mlp.gate$", "re:.*router"],
+)
+def test_a_router_that_is_ignored_stays_and_its_experts_do_not(name: str) -> None:
+    router = 4096 * 8 * (1 if ".5." in name else 32)
+    kept_bytes = weight_bytes({"quant_method": "awq", "ignore": [name]}, MIXTRAL)
+    kept_bytes -= weight_bytes({"quant_method": "awq"}, MIXTRAL)
+    assert kept_bytes == pytest.approx(router * SAVED_BITS / 8, abs=1)
+
+
+def test_experts_that_are_ignored_stay() -> None:
+    kept_bytes = weight_bytes({"quant_method": "awq", "ignore": [r"re:.*\.experts\..*"]}, MIXTRAL)
+    kept_bytes -= weight_bytes({"quant_method": "awq"}, MIXTRAL)
+    assert kept_bytes == pytest.approx(32 * 8 * 3 * 4096 * 14336 * SAVED_BITS / 8, abs=1)
+
+
+def test_a_pattern_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'re:\(' in the quantization_config is no pattern"):
+        weight_bytes({"quant_method": "awq", "ignore": ["re:("]})
+
+
+def test_compressed_tensors_without_numbers_are_eight_bits_with_a_scale_per_row() -> None:
+    square, tall, flat = LAYERS * 4 * H * H, LAYERS * 2 * H * WIDTH, LAYERS * WIDTH * H
+    scales_bytes = 2 * (square / H + tall / H + flat / WIDTH)
+    for weights in ({}, {"num_bits": None, "group_size": None}, {"num_bits": 8, "group_size": -1}):
+        one = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+        assert weight_bytes(one) == pytest.approx(LINEAR + scales_bytes + 2 * OTHERS, abs=1)
 
 
 def test_mxfp4_shrinks_the_experts_alone() -> None:
