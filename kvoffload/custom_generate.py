@@ -92,7 +92,7 @@ def write(folder: Path | str, config: OffloadConfig | None = None) -> Path:
     path = Path(folder) / "custom_generate" / "generate.py"
     options = pprint.pformat((config or OffloadConfig()).to_json(), sort_dicts=False)
     try:
-        if path.exists() and not path.read_text(encoding="utf-8").startswith(MARK):
+        if path.exists() and not path.read_bytes().startswith(MARK.encode()):
             raise ConfigError(f"{path} is not from kvoffload: choose another folder, or remove it")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(SOURCE.replace("{options}", options), encoding="utf-8")

@@ -219,13 +219,14 @@ def test_options_written_anew_hold_from_the_next_call_on(folder: Path, sessions:
         assert sessions[-1].config == config
 
 
-def test_a_file_of_somebody_else_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"def generate(model, **kwargs): ...\n", b"# caf\xe9\n", b"\xff\xfe", b""])
+def test_a_file_of_somebody_else_stays(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "custom_generate" / "generate.py"
     path.parent.mkdir()
-    path.write_text("def generate(model, **kwargs): ...\n")
+    path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"generate\.py is not from kvoffload: choose another folder, or remove it"):
         custom_generate.write(tmp_path)
-    assert path.read_text() == "def generate(model, **kwargs): ...\n"
+    assert path.read_bytes() == content
 
 
 def test_where_nothing_can_be_written_the_error_says_so(tmp_path: Path) -> None:
