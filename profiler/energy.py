@@ -151,8 +151,9 @@ def measure_energy(backend: Backend, dtype: torch.dtype, meter: EnergyMeter, str
     """Power while products run, and while copies to the device run."""
     if meter.missing is not None:
         return {}
-    host, slot = backend.allocate_host(COPY_BYTES), backend.allocate_device(COPY_BYTES)
+    host = backend.allocate_host(COPY_BYTES)
     try:
+        slot = backend.allocate_device(COPY_BYTES)
         with torch.inference_mode(False), torch.no_grad():
             bench = Workbench(backend.device, dtype, POOL_BYTES)
             product = product_work(bench, dtype, PRODUCT, PRODUCT, PRODUCT)

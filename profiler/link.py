@@ -84,11 +84,11 @@ def measure_link(
     largest = max(sizes_bytes)
     rotation = max(2 * largest, rotation_bytes or min(ROTATION_BYTES, 4 * largest))  # 2: one for each direction
     host = HostBuffer(_pageable(rotation), 0) if pageable else backend.allocate_host(rotation)
-    device_memory = backend.allocate_device(2 * largest)
     noisy: list[str] = []
     curves: dict[Way, Curve] = {}
     ways: tuple[Way, ...] = get_args(Way)
     try:
+        device_memory = backend.allocate_device(2 * largest)
         host.tensor.zero_()
         device_memory.zero_()
         backend.synchronize()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from replay import ReplayedLink
 
 from kvoffload.backend import EmulatedBackend
 from kvoffload.config import EmulatedLink
@@ -152,3 +153,11 @@ def test_products_and_copies_are_metered_while_they_run(monkeypatch: pytest.Monk
     assert set(found) == {"gemm_power_w", "gemm_energy_j", "h2d_power_w", "h2d_energy_j"}
     for name in ("gemm_power_w", "h2d_power_w"):
         assert found[name].value == pytest.approx(40.0, rel=0.05)
+
+
+def test_host_memory_is_given_back_where_the_device_has_none() -> None:
+    backend = ReplayedLink({"h2d": 25e9, "d2h": 25e9}, is_full=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        energy.measure_energy(backend, torch.float32, WallClockMeter(), 0.05)
+    assert backend.host_bytes
+    assert backend.num_held == 0

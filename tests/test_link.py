@@ -89,6 +89,14 @@ def test_pageable_memory_is_not_the_backends_and_named_so(monkeypatch: pytest.Mo
     assert set(found.named("_pageable")) == {"h2d_pageable", "d2h_pageable", "both_pageable"}
 
 
+def test_host_memory_is_given_back_where_the_device_has_none() -> None:
+    backend = ReplayedLink(PCIE, is_full=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        measure(backend)
+    assert backend.host_bytes
+    assert backend.num_held == 0
+
+
 # ---- which copies are made ---------------------------------------------------------------------------------------
 
 
