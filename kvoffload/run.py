@@ -65,8 +65,6 @@ class Run:
         self.setup_s = 0.0
         self._setup_in_forward_s = 0.0  # the part of it that fell into the prefill
         self._backend, self._engine = backend, engine
-        if backend.is_recording:
-            backend.start_recording()  # anew
         self._written_before = engine.written_back_bytes
         self._began = time.perf_counter()
         self._start = _Readings.of(backend)

@@ -70,6 +70,8 @@ class Session:
         self._lock = threading.Lock()
         self._run: Run | None = None
         self._foreign_depth = 0
+        self._records_timeline = False  # from the next generate() on
+        self._has_timeline = False
         self._decisions: weakref.WeakKeyDictionary[hf.OffloadedHFCache, Decision] = weakref.WeakKeyDictionary()
         self._configured_for: Callable[[], Any] = lambda: None  # a weak reference
         self._caches: weakref.WeakSet[hf.OffloadedHFCache] = weakref.WeakSet()
@@ -152,13 +154,19 @@ class Session:
         self._caches.add(cache)
         return cache
 
-    def record_timeline(self) -> None:
+    def record_timeline(self, is_wanted: bool = True) -> None:
         """From the next `generate()` on, keep what ran when, for `timeline`. Off by default; costs nothing then.
 
         While it is on a decode step takes a little longer: a reading of the clock, or two CUDA events, at every
-        attention to a chunk.
+        attention to a chunk. Only `generate()` is recorded, not a loop of your own over `new_cache()`.
+
+        Args:
+            is_wanted: False ends it, and frees what is kept.
         """
-        self.backend.start_recording()
+        self._records_timeline = is_wanted
+        if not is_wanted:
+            self._has_timeline = False
+            self.backend.stop_recording(keep=False)
 
     def timeline(self) -> Timeline:
         """What ran when in the last `generate()`, if `record_timeline` was called before; waits for the device.
@@ -170,7 +178,7 @@ class Session:
         Raises:
             KVOffloadError: nothing is recorded.
         """
-        if not self.backend.is_recording:
+        if not self._has_timeline:
             raise KVOffloadError("nothing is recorded: call session.record_timeline() before generate()")
         return assemble(self.backend.recorded())
 
@@ -219,6 +227,9 @@ class Session:
             )
         try:
             self.engine.take_peak()
+            if self._records_timeline:
+                self.backend.start_recording()  # anew
+                self._has_timeline = True
             self._run = Run(self.backend, self.engine, prompt_tokens=_prompt_tokens(args, kwargs))
             output = original(*args, **kwargs)
             if self._run.cache is not None:
@@ -236,6 +247,8 @@ class Session:
             self._progress.stop()
             try:
                 if not self.is_closed:
+                    if self.backend.is_recording:
+                        self.backend.stop_recording()
                     self.engine.drop()
                     self.engine.release_stages()
                     if run is not None and run.cache is not None and run.owns_cache:

@@ -57,7 +57,16 @@ class Timeline(NamedTuple):
         return sum(span.seconds for span in self.lane(lane))
 
     def steps(self, first: int, count: int = 1) -> Timeline:
-        """Some decode steps only, starting at 0 seconds; stretches that cross their limits are cut."""
+        """Some decode steps only, starting at 0 seconds; stretches that cross their limits are cut.
+
+        Raises:
+            IndexError: it does not have these steps.
+        """
+        if first < 0 or count < 1 or first + count > self.num_steps:
+            raise IndexError(
+                f"{count} steps from step {first} on were asked for, this timeline has {self.num_steps} (from 0 on): "
+                "ask for fewer, or record a longer generate()"
+            )
         marks = self.steps_s[first : first + count + 1]
         return self.between(marks[0], marks[-1])._replace(steps_s=tuple(mark - marks[0] for mark in marks))
 
@@ -81,17 +90,30 @@ def assemble(recorded: Iterable[Span]) -> Timeline:
     """What a recorder noted, in order; the rest of each decode step becomes "dense" where nobody noted that.
 
     Args:
-        recorded: in any order; "step" and "end" moments say where steps begin and the last one ends.
+        recorded: in any order; "step" moments say where steps begin, the next moment of any kind where the last one
+            ends. If a prefill comes between steps, those after it count.
     """
     ordered = sorted(recorded, key=lambda span: (span.start_s, span.end_s))
     spans = [span for span in ordered if span.lane not in _MARKS]
     marks = [span for span in ordered if span.lane in _MARKS]
-    first = next((idx for idx, mark in enumerate(marks) if mark.lane == "step"), len(marks))
-    steps = [mark.start_s for mark in marks[first:]]
+    steps = _last_steps(marks)
     if steps and not any(span.lane == "dense" for span in spans):
         spans += _rest([span for span in spans if span.lane in COMPUTE], steps[0], steps[-1])
         spans.sort(key=lambda span: (span.start_s, span.end_s))
     return Timeline(tuple(spans), tuple(steps))
+
+
+def _last_steps(marks: list[Span]) -> list[float]:
+    """When the steps that last followed each other without a break begin, and when the last of them ends."""
+    steps: list[float] = []
+    is_broken = True
+    for mark in marks:
+        if mark.lane == "step" and is_broken:
+            steps = []
+        if mark.lane == "step" or not is_broken:
+            steps.append(mark.start_s)
+        is_broken = mark.lane != "step"
+    return steps
 
 
 def _rest(busy: list[Span], start_s: float, end_s: float) -> list[Span]:

@@ -304,8 +304,14 @@ def best_row(point: SizePoint) -> Row | None:
 
 
 def typical_steps(found: Timeline, step_s: float, count: int, after: int) -> Timeline:
-    """So many consecutive decode steps, not before the step `after`, whose duration is nearest to `step_s` each."""
-    marks = found.steps_s
+    """So many consecutive decode steps, not before the step `after`, whose duration is nearest to `step_s` each.
+
+    Fewer where there are fewer.
+
+    Raises:
+        IndexError: there are none.
+    """
+    marks, count = found.steps_s, min(count, found.num_steps)
     starts = range(min(after, max(0, found.num_steps - count)), max(1, found.num_steps - count + 1))
     lengths = {first: marks[min(first + count, len(marks) - 1)] - marks[first] for first in starts}
     first = min(lengths, key=lambda first: abs(lengths[first] - count * step_s))

@@ -19,6 +19,7 @@ class ReplayedLink(Backend):
         bytes_per_s: by direction.
         latency_s: of each copy.
         is_shared: both directions use one queue.
+        is_full: the device has no memory left.
         can_pin: whether host memory is pinned; copies to and from pageable memory hold the host.
     """
 
@@ -33,9 +34,10 @@ class ReplayedLink(Backend):
         *,
         is_shared: bool = False,
         can_pin: bool = True,
+        is_full: bool = False,
     ) -> None:
         self.bytes_per_s, self.latency_s = bytes_per_s, latency_s
-        self.is_shared, self.can_pin = is_shared, can_pin
+        self.is_shared, self.can_pin, self.is_full = is_shared, can_pin, is_full
         self.now_s = 0.0
         self.free_at_s = {"h2d": 0.0, "d2h": 0.0}
         self.slowed: list[float] = []  # factors on the copies to come, taken in turn
@@ -62,13 +64,15 @@ class ReplayedLink(Backend):
     def allocate_host(self, num_bytes: int) -> HostBuffer:
         self.host_bytes.append(num_bytes)
         self.num_held += 1
-        return HostBuffer(self.allocate_device(num_bytes), num_bytes if self.can_pin else 0)
+        return HostBuffer(_no_memory(num_bytes), num_bytes if self.can_pin else 0)
 
     def release_host(self, buffer: HostBuffer) -> None:
         self.num_held -= 1
 
     def allocate_device(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device="meta")
+        if self.is_full:
+            raise torch.OutOfMemoryError(f"{num_bytes} bytes are too many")
+        return _no_memory(num_bytes)
 
     def copy_to_device(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Any]) -> None:
         self._copy("h2d", src)
@@ -95,9 +99,15 @@ class ReplayedLink(Backend):
 
     def start_recording(self) -> None: ...
 
+    def stop_recording(self, *, keep: bool = True) -> None: ...
+
     def recorded(self) -> list[Span]:
         return []
 
     def mark(self, lane: Lane) -> None: ...
 
     def close(self) -> None: ...
+
+
+def _no_memory(num_bytes: int) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, device="meta")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,28 @@ def test_a_step_is_cut_out_with_the_share_of_the_bytes_that_travelled_in_it() ->
 
 def test_a_timeline_without_decode_steps_has_none() -> None:
     assert assemble([Span("prefill", 0.0, 0.0), Span("h2d", 0.0, 1.0, 3), Span("end", 2.0, 2.0)]).num_steps == 0
+
+
+def test_neither_a_pause_after_the_end_nor_a_second_prefill_is_a_step() -> None:
+    first = [Span("prefill", 0.0, 0.0), Span("prefill", 1.0, 1.0), Span("step", 2.0, 2.0), Span("step", 3.0, 3.0)]
+    end = Span("end", 4.0, 4.0)
+    assert assemble([*first, end, Span("prefill", 50.0, 50.0), Span("end", 51.0, 51.0)]).steps_s == (2.0, 3.0, 4.0)
+    assert assemble([*first, Span("prefill", 4.0, 4.0), Span("end", 5.0, 5.0)]).steps_s == (2.0, 3.0, 4.0)
+    again = [Span("prefill", 50.0, 50.0), Span("step", 52.0, 52.0), Span("step", 54.0, 54.0), Span("end", 56.0, 56.0)]
+    for found in (assemble([*first, end, *again]), assemble([*first, *again])):
+        assert found.steps_s == (52.0, 54.0, 56.0)
+        assert found.busy_s("dense") == pytest.approx(4.0)
+    without_prefill = [*first, end, *again[1:]]
+    assert assemble(without_prefill).steps_s == (52.0, 54.0, 56.0)
+
+
+@pytest.mark.parametrize(("first", "count"), [(2, 1), (1, 2), (-1, 1), (0, 0), (0, 3), (7, 1)])
+def test_steps_that_are_not_there_are_refused(first: int, count: int) -> None:
+    found = Timeline((Span("h2d", 1.0, 5.0, 40),), (2.0, 6.0, 9.0))
+    with pytest.raises(IndexError, match=rf"{count} steps from step {first} on were asked for, this timeline has 2"):
+        found.steps(first, count)
+    with pytest.raises(IndexError, match="this timeline has 0"):
+        Timeline((), ()).steps(0)
 
 
 # ---- planned ---------------------------------------------------------------------------------------------------------
@@ -169,6 +192,63 @@ def test_each_generate_is_recorded_anew() -> None:
     assert stats is not None
     assert found.num_steps == 3
     assert sum(span.num_bytes for span in found.lane("h2d")) == stats.h2d_bytes
+
+
+def custom_loop(session: Session, steps: int = 3) -> None:
+    ids, cache = prompt(4, 64), session.new_cache()
+    with torch.inference_mode():
+        for _ in range(steps):
+            ids = session.model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    session.backend.synchronize()
+
+
+def test_a_loop_of_the_caller_is_not_in_the_timeline() -> None:
+    with opened(checked=True) as session:
+        session.record_timeline()
+        custom_loop(session)
+        with pytest.raises(KVOffloadError, match="nothing is recorded"):
+            session.timeline()
+        generate(session)
+        before = session.timeline()
+        custom_loop(session)
+        assert session.timeline() == before
+        assert not session.backend.is_recording
+
+
+def test_a_generate_that_fails_ends_the_recording_too() -> None:
+    with opened() as session:
+        session.record_timeline()
+        with pytest.raises(TypeError):
+            session.model.generate(prompt(1), max_new_tokens="many", do_sample=False)
+        assert not session.backend.is_recording
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_recording_that_is_switched_off_is_forgotten(checked: bool) -> None:
+    with opened(checked) as session:
+        session.record_timeline()
+        generate(session)
+        assert session.backend.recorded()
+        session.record_timeline(False)
+        assert session.backend.recorded() == []
+        generate(session)
+        assert session.backend.recorded() == []
+        with pytest.raises(KVOffloadError, match="nothing is recorded"):
+            session.timeline()
+        session.record_timeline()
+        generate(session)
+        assert session.timeline().num_steps == NEW_TOKENS - 1
+
+
+def test_recorded_times_count_from_the_beginning_of_generate() -> None:
+    with opened() as session:
+        session.record_timeline()
+        began = time.perf_counter()
+        generate(session)
+        took_s = time.perf_counter() - began
+        found = session.timeline()
+    assert 0 <= found.spans[0].start_s <= found.steps_s[0]
+    assert found.steps_s[-1] <= took_s
 
 
 def test_tokens_are_the_same_with_and_without_a_recording() -> None:

@@ -111,6 +111,10 @@ class Backend(ABC):
         """The latest `MAX_RECORDED` of them, in seconds since `start_recording`; blocks until all queues are empty."""
 
     @abstractmethod
+    def stop_recording(self, *, keep: bool = True) -> None:
+        """Record nothing that is issued from now on; what was recorded stays for `recorded`, or is forgotten."""
+
+    @abstractmethod
     def mark(self, lane: Lane) -> None:
         """Note a moment of compute while recording; nothing else."""
 

@@ -167,6 +167,10 @@ class CheckingBackend(Backend):
         self.inner.start_recording()
         self.is_recording = True
 
+    def stop_recording(self, *, keep: bool = True) -> None:
+        self.inner.stop_recording(keep=keep)
+        self.is_recording = False
+
     def recorded(self) -> list[Span]:
         return self.inner.recorded()
 

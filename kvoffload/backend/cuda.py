@@ -147,6 +147,11 @@ class CudaBackend(Backend):
         self._recording_since = self._timed_event()
         self.is_recording = True
 
+    def stop_recording(self, *, keep: bool = True) -> None:
+        self.is_recording = False  # copies are noted as they are issued: those under way are in already
+        if not keep:
+            self._recording.clear()
+
     def recorded(self) -> list[Span]:
         self.synchronize()
         since, found = self._recording_since, []

@@ -203,6 +203,14 @@ class EmulatedBackend(Backend):
             direction.recording = self._recording  # appending is atomic
         self._recording_since, self.is_recording = time.perf_counter(), True
 
+    def stop_recording(self, *, keep: bool = True) -> None:
+        self.synchronize()  # copies are noted when they have arrived
+        self.is_recording = False
+        for direction in self._directions.values():
+            direction.recording = None
+        if not keep:
+            self._recording.clear()
+
     def recorded(self) -> list[Span]:
         self.synchronize()
         since = self._recording_since
