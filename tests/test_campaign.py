@@ -9,13 +9,16 @@ import math
 import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from kvoffload.bench import campaign, rows
+from kvoffload.bench import providers as kvproviders
 from kvoffload.bench.cells import CELLS, Cell, choose
 from kvoffload.bench.external import FlexLLMGen, LlamaCpp, external_providers
 from kvoffload.bench.lab import Lab
@@ -366,6 +369,40 @@ def test_flops_are_of_the_tokens_that_came_per_second(measured: Path) -> None:
     bed = Bed(cell, lab, HardwareProfile.load(Path(__file__).parent / "data" / "profile_emulated_2_threads.json"))
     expected = bed.task.step_flops(1) * found["decode_tokens_per_s"] / peak_flops_per_s(bed.task.profile)
     assert found["mfu"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_bound_is_the_lower_of_both_and_stands_beside_even_steps() -> None:
+    stats = SimpleNamespace(
+        decode_step_s=[100.0, 100.0, 2.0, 4.0, 3.0],
+        plan=SimpleNamespace(num_blocks=4, split_fraction=0.25),
+        setup_s=7.0,
+        prediction_error_fraction=-0.1,
+    )
+    lab = SimpleNamespace(bound_s=lambda mode, rates, like: rates)
+    bed, runs, rates = SimpleNamespace(cell=_cell(), lab=lab), [SimpleNamespace(stats=stats)], (2.0, 1.5)
+    for measured_around in (rates, rates[::-1]):
+        found: dict[str, Any] = {}
+        campaign._add_bound(found, Ours("planned"), bed, runs, measured_around)  # type: ignore[arg-type]
+        assert found["decode_step"] == ("s", [2.0, 4.0, 3.0])
+        assert found["bound_step"] == ("s", [1.5])
+        assert found["fraction_of_bound"] == ("fraction", [0.5])
+        assert found["setup"] == ("s", [7.0])
+        assert found["prediction_error"] == ("fraction", [0.1])
+
+
+def test_pinning_is_taken_out_of_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = dict.fromkeys(("host_bytes", "h2d_bytes", "d2h_bytes", "device_kv_peak_decode_bytes"), 1)
+    stats = SimpleNamespace(setup_s=2.0, device_kv_peak_prefill_bytes=3, **used)
+    monkeypatch.setattr(kvproviders, "offload", lambda *args: nullcontext(SimpleNamespace(stats=stats)))
+    given = (torch.tensor([[1, 2]]), None, Group(1, 0.0, [5.0, 6.5]))
+    monkeypatch.setattr(kvproviders, "generate", lambda *args, **kwargs: given)
+    clock = iter([10.0, 17.0])
+    monkeypatch.setattr(kvproviders.time, "perf_counter", lambda: next(clock))
+    lab = SimpleNamespace(config=lambda *args, **kwargs: None, model=None, device=torch.device("cpu"))
+    bed: Any = SimpleNamespace(lab=lab, room_bytes=None, profile=None, ids=None, mask=None, options=dict)
+    found = Ours("planned").run(bed, 2, keeps_logits=False)
+    assert found.groups[0].token_s == [3.0, 4.5]
+    assert found.total_s == 5.0
 
 
 # ---- rows
