@@ -24,7 +24,8 @@ while (($# > 0)); do
     esac
     shift
 done
-commit=$(git describe --always --dirty 2>/dev/null || echo unknown)
+commit=unknown # as rows name it
+((dry_run)) || commit=$("$python" -c 'from kvoffload.bench.rows import commit; print(commit())' || echo unknown)
 ended="$results/.gpu_suite-$commit" # one line for each step that ended well
 
 summary=()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kvoffload.bench import PRESETS, Lab, ablation
-from kvoffload.bench.ablation import FACTORS, FULL, Found, Setting, factors, settings, variants
+from kvoffload.bench.ablation import FACTORS, FULL, Found, Setting, Variant, factors, settings, variants
 from kvoffload.types import HardwareProfile
 
 
@@ -57,10 +62,8 @@ def test_one_token_blocks_are_written_at_every_step_and_whole_layers_in_both_dir
     assert written["write-back per step"] != written[FULL]
 
 
-def test_half_the_cache_on_the_device_halves_the_step_of_a_link_bound_plan(measured: Any) -> None:
+def test_half_the_cache_on_the_device_shortens_the_step_of_a_link_bound_plan(measured: Any) -> None:
     rows, _ = measured
-    plain, half = (_values(rows, "link_utilization", x) for x in ("slow link, min memory, idle cores",) * 2)
-    assert plain == half
     moved = {x: _values(rows, "decode_step", x) for x in {row["x"] for row in rows}}
     assert moved["slow link, half memory, idle cores"][FULL] < moved["slow link, min memory, idle cores"][FULL]
 
@@ -72,7 +75,7 @@ def test_the_factors_multiply_to_the_whole_gain() -> None:
     steps = {"whole_layer_both_ways": 8.0, "whole_layer_fetched": 6.0, "full_transfer": 4.0, FULL: 2.0}
     shown = factors({name: found(seconds) for name, seconds in steps.items()})
     assert list(shown) == list(FACTORS)
-    assert shown["write-back"] * shown["overlap"] * shown["split"] == pytest.approx(4.0)
+    assert shown == {"write-back": 8.0 / 6.0, "overlap": 6.0 / 4.0, "split": 4.0 / 2.0}
     assert factors({FULL: found(1.0)}) == {}
 
 
@@ -80,3 +83,64 @@ def test_without_quick_every_combination_of_link_memory_and_load_is_measured() -
     lab = Lab(PRESETS["cpu-small"])
     assert len(set(settings(lab, quick=False))) == 8
     assert settings(lab, quick=False)[0] == settings(lab, quick=True)[0] == Setting("slow link", "min", "idle")
+
+
+def test_parts_are_off_as_their_names_say() -> None:
+    changes = {one.name: (one.mode, one.changes) for one in variants(Lab(PRESETS["cpu-small"]))}
+    assert changes[FULL] == ("planned", {})
+    assert changes["profiler off"] == ("planned", {"split": 0.5})
+    assert changes["scheduler off"] == ("sequential", {})
+    assert changes["runtime off"] == ("sequential", {"slots": 1})
+    assert changes["full_transfer"] == ("full_transfer", {})
+
+
+def test_two_steps_are_not_counted_and_idle_is_what_is_not_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = SimpleNamespace(
+        decode_step_s=[9.0, 9.0, 1.0, 2.0, 3.0], device_busy_fraction=0.25, link_utilization=0.9, d2h_bytes=5
+    )
+    monkeypatch.setattr(ablation, "steps", lambda *args: stats)
+    lab: Any = SimpleNamespace(config=lambda *args, **kwargs: None)
+    found = ablation._measure(lab, None, [Variant(FULL, "planned", {})], 5, 1, with_factors=False)  # type: ignore[arg-type]
+    assert found == {FULL: Found([1.0, 2.0, 3.0], 0.75, 0.9, 5.0)}
+
+
+def test_settings_have_their_link_their_memory_and_their_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    least_bytes, is_busy, seen = 1000, [False], []
+
+    @contextlib.contextmanager
+    def busy() -> Iterator[None]:
+        is_busy[0] = True
+        yield
+        is_busy[0] = False
+
+    def measure(lab: Lab, profile: Any, chosen: list[Variant], *args: Any, **kwargs: Any) -> dict[str, Found]:
+        seen.append((lab.bytes_per_s, chosen[0].changes.get("device_gib"), is_busy[0]))
+        half.append((least_bytes + ablation._cache_bytes(lab) / 2) / 2**30)
+        return {}
+
+    half: list[float] = []
+    warm = SimpleNamespace(device_kv_peak_decode_bytes=least_bytes, device_kv_peak_prefill_bytes=10)
+    monkeypatch.setattr(ablation, "load_or_measure", lambda: "recorded")
+    monkeypatch.setattr(Lab, "config", lambda *args, **kwargs: None)
+    monkeypatch.setattr(ablation, "steps", lambda *args: warm)
+    monkeypatch.setattr(ablation, "_busy_cores", busy)
+    monkeypatch.setattr(ablation, "_measure", measure)
+    ablation.run("cpu-small", new_tokens=5, rounds=1, quick=True, tell=lambda _: None)
+    slow, fast = seen[0][0], seen[1][0]
+    assert fast == pytest.approx(3.3 * slow, abs=1e6)  # whole MB/s
+    assert seen == [(slow, None, False), (fast, None, False), (slow, half[0], False), (slow, None, True)]
+
+
+def test_loaded_means_a_busy_process_for_every_core_and_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+
+    def start(command: list[str]) -> subprocess.Popen[bytes]:
+        started.append(real(command))
+        return started[-1]
+
+    monkeypatch.setattr(ablation.subprocess, "Popen", start)
+    with ablation._busy_cores():
+        assert len(started) == os.cpu_count()
+        assert all(process.poll() is None for process in started)
+    assert all(process.poll() is not None for process in started)

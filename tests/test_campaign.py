@@ -5,21 +5,37 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
+import re
+import subprocess
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from kvoffload.bench import campaign, rows
+from kvoffload.bench import providers as kvproviders
 from kvoffload.bench.cells import CELLS, Cell, choose
 from kvoffload.bench.external import FlexLLMGen, LlamaCpp, external_providers
+from kvoffload.bench.lab import Lab
 from kvoffload.bench.presets import PRESETS, Preset
-from kvoffload.bench.providers import Ours, Provider, WholeLayerBothWays, providers
+from kvoffload.bench.providers import (
+    Bed,
+    DynamicCache,
+    HFQuantized,
+    Ours,
+    Provider,
+    WholeLayerBothWays,
+    providers,
+)
 from kvoffload.bench.serving import Group, Objective, Outcome, Sameness, samples
 from kvoffload.bench.tables import campaign_tables
 from kvoffload.errors import ConfigError, KVOffloadError
+from kvoffload.forecast import memory_bytes_per_s, peak_flops_per_s
 from kvoffload.types import HardwareProfile
 
 TINY = Preset(
@@ -217,6 +233,226 @@ def test_a_rerun_replaces_all_rows_of_its_subject_and_no_others(tmp_path: Path) 
         assert json.loads(next(csv.DictReader(file))["config_json"]) == {"n": 1}
 
 
+def _row(provider: str, metric: str, value: float, config: dict[str, Any] | None = None, date: str = "") -> rows.Row:
+    made = rows.row("campaign", provider, metric, "", "tiny", [value], config or {}, "emulated 1 GB/s")
+    return made | ({"date": date} if date else {})
+
+
+def test_parts_rank_by_the_tokens_of_all_sequences_and_speed_is_over_full_transfer() -> None:
+    found = [_row("on_device_sub_batches", "tpot", 0.01), _row("on_device_sub_batches", "decode_tokens_per_s", 5.0)]
+    found += [_row("full_transfer", "tpot", 0.04), _row("full_transfer", "decode_tokens_per_s", 10.0)]
+    found += [_row("planned", "tpot", 0.02), _row("planned", "decode_tokens_per_s", 25.0)]
+    (table,) = campaign_tables(found)
+    assert list(table.columns[0].cells) == ["planned", "full_transfer", "on_device_sub_batches"]
+    assert table.columns[-1].header == "speed"
+    assert list(table.columns[-1].cells) == ["2.50x", "1.00x", "0.50x"]
+
+
+def test_a_summary_holds_the_latest_configuration_of_a_cell_alone() -> None:
+    old = [_row("planned", "tpot", 1.0, {"repeats": 1}, "2026-01-01"), _row("kvpr", "tpot", 2.0, {"repeats": 1})]
+    new = _row("planned", "tpot", 3.0, {"repeats": 5}, "2026-01-02")
+    old[1]["date"] = "2026-01-01"
+    assert campaign.summary([*old, new]) == {"tiny": {"planned": {"tpot": 3.0}}}
+    assert campaign.summary([new, *old]) == {"tiny": {"planned": {"tpot": 3.0}}}
+
+
+def test_a_failing_reference_is_a_row_for_every_provider_and_later_cells_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = DynamicCache.run
+
+    def fails(self: DynamicCache, bed: Any, *args: Any, **kwargs: Any) -> Outcome:
+        if bed.cell.name == "tiny":
+            raise torch.OutOfMemoryError("of 7 GB")
+        return real(self, bed, *args, **kwargs)
+
+    monkeypatch.setattr(DynamicCache, "run", fails)
+    path = tmp_path / "rows.csv"
+    _run([_cell(), _cell("later")], ["full_transfer", "planned"], path)
+    table = campaign.summary(rows.load(path))
+    for name in ("full_transfer", "planned"):
+        assert table["tiny"][name]["note"].endswith("did not run: OutOfMemoryError: of 7 GB")
+    assert "tpot" in table["later"]["planned"]
+
+
+def test_a_lab_that_cannot_be_built_is_a_row_for_every_provider(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(preset: Preset) -> None:
+        raise torch.OutOfMemoryError("weights")
+
+    monkeypatch.setattr(campaign, "Lab", fails)
+    path = tmp_path / "rows.csv"
+    _run([_cell()], ["full_transfer", "planned"], path)
+    assert set(_figures(path)) == {"full_transfer", "planned"}
+    assert {row["link"] for row in rows.load(path)} == {"emulated, not measured"}
+
+
+def test_an_error_of_one_provider_is_its_row_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Ours.run
+
+    def fails(self: Ours, *args: Any, **kwargs: Any) -> Outcome:
+        if self.name == "full_transfer":
+            raise IndexError("7 of 3")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Ours, "run", fails)
+    path = tmp_path / "rows.csv"
+    _run([_cell()], ["full_transfer", "planned"], path)
+    assert _figures(path)["full_transfer"] == {"note": "IndexError: 7 of 3"}
+    assert "tpot" in _figures(path)["planned"]
+
+
+@pytest.mark.parametrize(("installed", "backend"), [("hqq", "hqq"), ("optimum", "quanto")])
+def test_the_quantised_cache_is_asked_for_with_the_backend_that_is_there(
+    installed: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = {installed, f"{installed}.quanto"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in there else None)
+    provider = HFQuantized()
+    assert provider.problem(_gpu_bed()) is None
+    assert provider.own_options() == {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
+
+
+@pytest.mark.parametrize(
+    "same", [Sameness(float("nan"), float("nan"), None), Sameness(0.0, 0.0, 2), Sameness(6e-6, 0.0, None)]
+)
+def test_what_cannot_be_compared_is_not_equal(same: Sameness) -> None:
+    campaign._must_be_equal(Ours("planned"), _cell(), Sameness(5e-6, 0.0, None))
+    with pytest.raises(AssertionError, match="its times mean nothing"):
+        campaign._must_be_equal(Ours("planned"), _cell(), same)
+
+
+def test_repeats_and_objective_are_part_of_what_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    _run([_cell()], ["full_transfer"], path)
+    config = json.loads(rows.load(path)[0]["config_json"])
+    assert config["repeats"] == 1
+    assert config["objective"] == {"ttft_s": 10.0, "tpot_s": 0.5}
+    assert _run([_cell()], ["full_transfer"], path) == ["tiny: measured before"]
+    for changes in ({"repeats": 2}, {"objective": Objective(1.0, 0.5)}):
+        assert _run([_cell()], ["full_transfer"], path, **changes) != ["tiny: measured before"]
+
+
+def test_the_budget_counts_the_slowest_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, took = [0.0], iter([10.0, 1.0])
+
+    def cell_takes(*args: Any) -> None:
+        now[0] += next(took)
+
+    monkeypatch.setattr(campaign, "_run_cell", cell_takes)
+    monkeypatch.setattr(campaign.time, "perf_counter", lambda: now[0])
+    told = _run([_cell("a"), _cell("b"), _cell("c")], ["planned"], tmp_path / "rows.csv", budget_s=20.5)
+    assert told == ["c: no time left in the budget of 0.341667 minutes"]
+
+
+def test_utilization_is_of_all_tokens_and_of_the_steps_that_ran(tmp_path: Path) -> None:
+    class Task:
+        profile = HardwareProfile.load(Path(__file__).parent / "data" / "profile_emulated_2_threads.json")
+
+        def step_bytes(self, batch: int) -> float:
+            return 1000.0 + 100.0 * batch
+
+    task: Any = Task()
+    peak = memory_bytes_per_s(task.profile)
+    # two sequences in 2 steps, one sequence in 1 step that gave two tokens
+    groups = [Group(2, 0.0, [1.0, 1.5, 2.0]), Group(1, 2.0, [3.0, 4.0, 4.0])]
+    assert campaign._mbu(task, groups) == pytest.approx((2 * 1200 + 1 * 1100) / (peak * 2.0))
+
+
+def test_flops_are_of_the_tokens_that_came_per_second(measured: Path) -> None:
+    found = _figures(measured)["on_device_sub_batches"]
+    cell = _cell()
+    lab = Lab(cell.preset)
+    bed = Bed(cell, lab, HardwareProfile.load(Path(__file__).parent / "data" / "profile_emulated_2_threads.json"))
+    expected = bed.task.step_flops(1) * found["decode_tokens_per_s"] / peak_flops_per_s(bed.task.profile)
+    assert found["mfu"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_bound_is_the_lower_of_both_and_stands_beside_even_steps() -> None:
+    stats = SimpleNamespace(
+        decode_step_s=[100.0, 100.0, 2.0, 4.0, 3.0],
+        plan=SimpleNamespace(num_blocks=4, split_fraction=0.25),
+        setup_s=7.0,
+        prediction_error_fraction=-0.1,
+    )
+    lab = SimpleNamespace(bound_s=lambda mode, rates, like: rates)
+    bed, runs, rates = SimpleNamespace(cell=_cell(), lab=lab), [SimpleNamespace(stats=stats)], (2.0, 1.5)
+    for measured_around in (rates, rates[::-1]):
+        found: dict[str, Any] = {}
+        campaign._add_bound(found, Ours("planned"), bed, runs, measured_around)  # type: ignore[arg-type]
+        assert found["decode_step"] == ("s", [2.0, 4.0, 3.0])
+        assert found["bound_step"] == ("s", [1.5])
+        assert found["fraction_of_bound"] == ("fraction", [0.5])
+        assert found["setup"] == ("s", [7.0])
+        assert found["prediction_error"] == ("fraction", [0.1])
+
+
+def test_pinning_is_taken_out_of_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = dict.fromkeys(("host_bytes", "h2d_bytes", "d2h_bytes", "device_kv_peak_decode_bytes"), 1)
+    stats = SimpleNamespace(setup_s=2.0, device_kv_peak_prefill_bytes=3, **used)
+    monkeypatch.setattr(kvproviders, "offload", lambda *args: nullcontext(SimpleNamespace(stats=stats)))
+    given = (torch.tensor([[1, 2]]), None, Group(1, 0.0, [5.0, 6.5]))
+    monkeypatch.setattr(kvproviders, "generate", lambda *args, **kwargs: given)
+    clock = iter([10.0, 17.0])
+    monkeypatch.setattr(kvproviders.time, "perf_counter", lambda: next(clock))
+    lab = SimpleNamespace(config=lambda *args, **kwargs: None, model=None, device=torch.device("cpu"))
+    bed: Any = SimpleNamespace(lab=lab, room_bytes=None, profile=None, ids=None, mask=None, options=dict)
+    found = Ours("planned").run(bed, 2, keeps_logits=False)
+    assert found.groups[0].token_s == [3.0, 4.5]
+    assert found.total_s == 5.0
+
+
+# ---- rows
+
+
+def test_rows_hold_exact_percentiles() -> None:
+    found = rows.row("b", "one", "m", "s", "x", [float(n) for n in range(101)], {}, "emulated")
+    assert (found["p20"], found["p50"], found["p80"], found["repeats"]) == ("20", "50", "80", "101")
+
+
+def test_done_needs_the_commit_and_a_figure() -> None:
+    one = _row("planned", "tpot", 1.0)
+    assert rows.done([one]) == {("campaign", "planned", "tiny", "{}")}
+    assert rows.done([one | {"commit": "another"}]) == set()
+    assert rows.done([rows.skipped("campaign", "planned", "tiny", {}, "emulated", "why")]) == set()
+
+
+def test_rows_of_another_configuration_stay(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    rows.save(path, [_row("planned", "tpot", 1.0, {"n": 1})])
+    rows.save(path, [_row("planned", "tpot", 2.0, {"n": 2})])
+    assert [row["p50"] for row in rows.load(path)] == ["1", "2"]
+
+
+def test_what_benchmarks_write_does_not_make_the_commit_dirty_and_other_changes_have_a_hash(tmp_path: Path) -> None:
+    def git(*args: str) -> None:
+        who = ("-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "core.hooksPath=/dev/null")
+        subprocess.run(["git", *who, *args], cwd=tmp_path, check=True, capture_output=True)
+
+    written = ("scripts/results/a.csv", "README.md", "docs/figures/f.svg")
+    for name in (*written, "code/a.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    clean = rows._commit_of(tmp_path / "code")
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    for name in written:
+        (tmp_path / name).write_text("after\n")
+    assert rows._commit_of(tmp_path / "code") == clean
+    dirty = []
+    for text in ("one\n", "two\n"):
+        (tmp_path / "code" / "a.py").write_text(text)
+        dirty.append(rows._commit_of(tmp_path / "code"))
+        assert re.fullmatch(f"{clean}-dirty-[0-9a-f]{{6}}", dirty[-1])
+    assert dirty[0] != dirty[1]
+    assert rows._commit_of(tmp_path.parent) == "unknown"
+
+
 # ---- figures of one run
 
 
@@ -248,6 +484,31 @@ def test_sameness_names_the_first_differing_token_and_ignores_logits_behind_it()
     assert same.max_abs_logit_difference == pytest.approx(1e-3)
     assert 0 < same.kl_divergence < 1e-6
     assert Sameness.of(expected, expected) == Sameness(0.0, 0.0, None)
+
+
+def test_fewer_tokens_and_other_shapes_are_no_sameness() -> None:
+    logits = torch.zeros(3, 1, 4)
+    expected = Outcome(tokens=torch.tensor([[1, 2, 3]]), logits=logits, groups=[], total_s=1.0)
+    short = dataclasses.replace(expected, tokens=torch.tensor([[1, 2]]))
+    assert Sameness.of(short, expected).first_differing_token == 2
+    rows_short = dataclasses.replace(expected, tokens=torch.tensor([[1, 2, 3], [1, 2, 3]]))
+    assert Sameness.of(rows_short, expected).first_differing_token == 0
+    for other in (logits[:2], torch.zeros(3, 1, 5), torch.zeros(3, 2, 4)):
+        assert math.isnan(Sameness.of(dataclasses.replace(expected, logits=other), expected).max_abs_logit_difference)
+
+
+def test_goodput_drops_sequences_that_are_slow_after_a_prompt_start() -> None:
+    groups = [Group(2, 0.0, [1.0, 1.5, 2.0]), Group(1, 0.0, [1.0, 3.0, 5.0])]
+    found = samples([_outcome(groups, 5.0)], 30, Objective(ttft_s=2.0, tpot_s=1.0))
+    assert found["goodput_tokens_per_s"][1] == [pytest.approx(2 * 3 / 5.0)]
+
+
+def test_percentiles_of_latencies_are_exact() -> None:
+    times = [0.0]
+    for latency in range(101):
+        times.append(times[-1] + latency)
+    found = samples([_outcome([Group(1, -1.0, times)], times[-1])], 30, Objective(1.0, 1.0))
+    assert [found[f"inter_token_latency_p{q}"][1] for q in (90, 95, 99)] == [[90.0], [95.0], [99.0]]
 
 
 # ---- cells and the tools of others
@@ -331,8 +592,8 @@ def test_a_tool_that_fails_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPat
 
 def test_tables_show_the_fastest_first_and_every_reason(measured: Path) -> None:
     table, reasons = campaign_tables(rows.load(measured))
-    steps = [float(text) for text in table.columns[2].cells]
-    assert steps == sorted(steps)
+    speeds = [float(str(text)) for text in table.columns[3].cells]
+    assert speeds == sorted(speeds, reverse=True)
     assert "flexllmgen" in list(reasons.columns[0].cells)
     assert isinstance(next(iter(providers().values())), Provider)
     assert {"cpu-mha", "opt-66b", "qwen3-8b"} <= set(PRESETS)

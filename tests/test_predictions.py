@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from kvoffload.bench import core_for_the_link, predictions
+from kvoffload.bench import PRESETS, Lab, core_for_the_link, predictions
 from kvoffload.bench.predictions import Checked, Combination
-from kvoffload.types import HardwareProfile
+from kvoffload.types import HardwareProfile, Rates
 
 ONE = Combination(2, 256, 4, 0.3)
 
@@ -29,6 +30,49 @@ def test_a_link_bound_step_is_held_to_five_percent_any_other_to_ten(
     link_over_device: float, measured_s: float, is_within: bool
 ) -> None:
     assert Checked(ONE, 1.0, measured_s, link_over_device, "emulated 1 GB/s").is_within is is_within
+
+
+def _lab(one: Combination) -> Lab:
+    changes = {"batch": one.batch, "cached_tokens": one.context, "recompute_to_link": one.recompute_to_link}
+    return Lab(dataclasses.replace(PRESETS["cpu-balanced"], **changes))
+
+
+def test_recomputation_is_what_a_step_takes_longer_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = _lab(ONE)
+    speed, seen = lab.bytes_per_s, []
+
+    def step_s(lab: Lab, profile: HardwareProfile, new_tokens: int, split: float) -> float:
+        seen.append((lab.bytes_per_s, split))
+        return 0.2 + 0.3 * split
+
+    monkeypatch.setattr(predictions, "_step_s", step_s)
+    rates = predictions.engine_rates(lab, None, 8)  # type: ignore[arg-type]
+    assert seen == [(predictions.FAST_BYTES_PER_S, 0.0), (predictions.FAST_BYTES_PER_S, 1.0)]
+    assert rates.recompute_s_per_token == pytest.approx(0.3 / (lab.preset.layers * 256))
+    assert rates.head_s == 0.2
+    assert rates.h2d_kv_bytes_per_s == rates.h2d_activation_bytes_per_s == lab.bytes_per_s == speed
+
+
+def test_the_link_over_the_device_is_that_of_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = Rates(
+        h2d_activation_bytes_per_s=1e6,
+        h2d_kv_bytes_per_s=1e6,
+        recompute_s_per_token=1e-3,
+        attention_s_per_token=0.0,
+        dense_s=0.0,
+        head_s=0.5,
+    )
+    monkeypatch.setattr(predictions, "engine_rates", lambda *args: rates)
+    monkeypatch.setattr(predictions, "_step_s", lambda *args: 1.0)
+    lab = _lab(ONE)
+    monkeypatch.setattr(predictions, "Lab", lambda preset: lab)
+    checked = predictions.check(ONE, None, 8)  # type: ignore[arg-type]
+    activations, kv = 64, 192  # of 256 tokens, at a split of 4/16
+    row_bytes = activations * lab.shape.activation_row_bytes + kv * lab.shape.kv_row_bytes
+    link_s = lab.preset.layers * ONE.batch * row_bytes / 1e6
+    device_s = 0.5 + lab.preset.layers * activations * 1e-3
+    assert checked.link_over_device == pytest.approx(link_s / device_s)
+    assert checked.measured_s == 1.0
 
 
 @pytest.mark.timing

@@ -97,16 +97,43 @@ def test_without_a_gpu_row_the_section_says_so_first() -> None:
 
 
 def test_the_comparison_marks_the_fastest_and_says_where_not_to_offload() -> None:
-    def row(provider: str, cell: str, value: float, metric: str = "tpot") -> rows.Row:
-        return rows.row("campaign", provider, metric, "s", cell, [value], {}, "emulated 1 GB/s")
+    def row(provider: str, cell: str, value: float, metric: str = "decode_tokens_per_s") -> rows.Row:
+        return rows.row("campaign", provider, metric, "1/s", cell, [value], {}, "emulated 1 GB/s")
 
-    found = [row("planned", "long", 0.1), row("planned", "long", 0.97, "fraction_of_bound"), row("kvpr", "long", 0.2)]
+    found = [row("planned", "long", 10), row("planned", "long", 0.97, "fraction_of_bound"), row("kvpr", "long", 5)]
     text = published.comparison(found)
-    assert "| long | 200.0 | **100.0** | 0.970 |" in text
+    assert "| long | 5.00 | **10.00** | 0.970 |" in text
     assert "decoding in parts is faster" in text
-    parts = published.comparison([*found, row("on_device_sub_batches", "half", 0.01), row("planned", "half", 0.1)])
+    assert "A dash" not in text
+    parts = published.comparison([*found, row("on_device_sub_batches", "half", 100), row("planned", "half", 10)])
     assert "In half a part of the batch fits" in parts
-    assert "**10.0**" in parts
+    assert "| half | **100.00** | – | 10.00 |" in parts
+    assert "A dash is a cell" in parts
+    # a part of the batch has short steps, and the batch has many parts
+    slow = [row("on_device_sub_batches", "half", 8), row("on_device_sub_batches", "half", 0.01, "tpot")]
+    slow += [row("planned", "half", 10), row("planned", "half", 0.1, "tpot")]
+    assert "In half" not in published.comparison(slow)
+
+
+def test_a_dirty_commit_is_called_dirty() -> None:
+    found = [row | {"commit": "abc1234-dirty-1a2b3c"} for row in _decode("emulated 0.1 GB/s", "CPU (2 threads)")]
+    assert "commit abc1234-dirty-1a2b3c:" in published.performance(found)
+
+
+def test_parts_are_those_of_the_newest_commit_alone() -> None:
+    def row(name: str, value: float, commit: str, date: str) -> rows.Row:
+        made = rows.row(
+            "ablation", name, "step_over_everything_on", "", "slow", [value], {"preset": "p"}, "emulated 1 GB/s"
+        )
+        return made | {"commit": commit, "date": date}
+
+    old = [row("everything on", 1.0, "old", "2026-01-01"), row("gone", 3.0, "old", "2026-01-01")]
+    new = [row("everything on", 1.0, "new", "2026-01-02"), row("there", 2.0, "new", "2026-01-02")]
+    for found in ([*old, *new], [*new, *old]):
+        text = published.parts(found)
+        assert "| there | 2.00 |" in text
+        assert "gone" not in text
+        assert "commit new:" in text
 
 
 def test_the_gpu_suite_lists_its_steps_in_order_without_a_gpu() -> None:

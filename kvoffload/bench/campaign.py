@@ -32,16 +32,18 @@ from kvoffload.bench.cells import GB, Cell
 from kvoffload.bench.external import External
 from kvoffload.bench.lab import Lab, core_for_the_link
 from kvoffload.bench.providers import Bed, DynamicCache, Ours, Provider
-from kvoffload.bench.serving import Objective, Outcome, Sameness, Samples, samples
+from kvoffload.bench.serving import Group, Objective, Outcome, Sameness, Samples, samples
 from kvoffload.errors import InfeasiblePlanError, KVOffloadError
 from kvoffload.forecast import decode_mbu, decode_mfu
 from kvoffload.profiler.energy import open_meter
 from kvoffload.profiler.stored import load_or_measure
 from kvoffload.types import HardwareProfile, Rates
+from kvoffload.ways import Task
 
 logger = logging.getLogger(__name__)
 
 BENCH = "campaign"
+SPEED = "decode_tokens_per_s"  # of all sequences: what providers are ranked by, in parts or not
 CHECKED_TOKENS = 4
 FLOAT32_TOLERANCE = 5e-6  # of logits, tests/test_matrix.py
 GENEROUS = Objective(ttft_s=10.0, tpot_s=0.5)
@@ -64,6 +66,10 @@ class Settings:
     objective: Objective = GENEROUS
     resumes: bool = True
 
+    def config(self, cell: Cell) -> dict[str, Any]:
+        """What rows of the cell say of how they were measured."""
+        return cell.to_json() | {"repeats": self.repeats, "objective": self.objective._asdict()}
+
 
 def run(cells: Sequence[Cell], providers: Sequence[Provider], path: Path, settings: Settings, tell: Tell) -> None:
     """Measure and save, cell by cell and provider by provider, so that an interruption loses one provider's runs.
@@ -84,7 +90,9 @@ def run(cells: Sequence[Cell], providers: Sequence[Provider], path: Path, settin
     profile: HardwareProfile | None = None
     with core_for_the_link():
         for cell in cells:
-            left = [one for one in providers if not (settings.resumes and _is_done(path, cell, one))]
+            left = [
+                one for one in providers if not (settings.resumes and _is_done(path, settings.config(cell), cell, one))
+            ]
             if not left:
                 tell(f"{cell.name}: measured before")
                 continue
@@ -98,55 +106,81 @@ def run(cells: Sequence[Cell], providers: Sequence[Provider], path: Path, settin
             slowest_s = max(slowest_s, time.perf_counter() - start)
 
 
-def _is_done(path: Path, cell: Cell, provider: Provider) -> bool:
-    return (BENCH, provider.name, cell.name, rows.config_text(cell.to_json())) in rows.done(rows.load(path))
+def _is_done(path: Path, config: dict[str, Any], cell: Cell, provider: Provider) -> bool:
+    return (BENCH, provider.name, cell.name, rows.config_text(config)) in rows.done(rows.load(path))
 
 
 def _run_cell(
     cell: Cell, providers: Sequence[Provider], profile: HardwareProfile, path: Path, settings: Settings, tell: Tell
 ) -> None:
-    torch.manual_seed(0)
-    lab = Lab(dataclasses.replace(cell.preset, batch=cell.batch * cell.num_beams))
     try:
+        _run_providers(cell, providers, profile, path, settings, tell)
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _run_providers(
+    cell: Cell, providers: Sequence[Provider], profile: HardwareProfile, path: Path, settings: Settings, tell: Tell
+) -> None:
+    torch.manual_seed(0)
+    lab: Lab | None = None
+    try:
+        lab = Lab(dataclasses.replace(cell.preset, batch=cell.batch * cell.num_beams))
         if cell.device_memory_gb is not None:
             cap_bytes = min(int(cell.device_memory_gb * GB), profile.device_memory_bytes)
             profile = dataclasses.replace(profile, device_memory_bytes=cap_bytes)
         bed = Bed(cell, lab, profile)
-        reference = DynamicCache().run(bed, CHECKED_TOKENS, keeps_logits=True)
-        with _memory_cap(cell, lab.device):
-            for provider in providers:
-                found = _measured(provider, bed, reference, settings)
-                rows.save(path, found)
-                if found[0]["metric"] != rows.SKIPPED:
-                    tell(f"{cell.name}: {_line(provider, found)}")
-    finally:
-        del lab
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        reference = DynamicCache().run(bed, min(CHECKED_TOKENS, cell.new_tokens), keeps_logits=True)
+    except AssertionError:
+        raise
+    except Exception as error:
+        link = _link_without_a_lab(cell) if lab is None else lab.link_name
+        why = f"the reference, dynamic_cache without a cap, did not run: {_reason(error)}"
+        tell(f"{cell.name}: {why}")
+        config = settings.config(cell)
+        rows.save(path, [rows.skipped(BENCH, one.name, cell.name, config, link, why) for one in providers])
+        return
+    with _memory_cap(cell, lab.device):
+        for provider in providers:
+            found = _measured(provider, bed, reference, settings)
+            rows.save(path, found)
+            if found[0]["metric"] != rows.SKIPPED:
+                tell(f"{cell.name}: {_line(provider, found)}")
 
 
 def _measured(provider: Provider, bed: Bed, reference: Outcome, settings: Settings) -> list[rows.Row]:
     """All rows of one provider in one cell; one row that says why where there are none."""
     cell, link = bed.cell, bed.lab.link_name
-    config = cell.to_json()
-    why = provider.problem(bed)
-    if why is None:
-        try:
-            if isinstance(provider, External):
-                figures = provider.figures(bed)
-            else:
-                figures = _figures(provider, bed, reference, settings)
-        except torch.OutOfMemoryError:
-            why = f"ran out of device memory under a cap of {cell.device_memory_gb or 'all'} GB"
-            torch.cuda.empty_cache()
-        except KVOffloadError as error:  # the plan's reason
-            why = str(error)
+    config = settings.config(cell)
+    try:
+        why = provider.problem(bed)
+        if why is None and isinstance(provider, External):
+            figures = provider.figures(bed)
+        elif why is None:
+            figures = _figures(provider, bed, reference, settings)
+    except AssertionError:  # wrong tokens, or our own invariants: nothing measured here can be trusted
+        raise
+    except torch.OutOfMemoryError:
+        why = f"ran out of device memory under a cap of {cell.device_memory_gb or 'all'} GB"
+        torch.cuda.empty_cache()
+    except Exception as error:  # of a library as well: the other providers still have their turn
+        why = _reason(error)
     if why is not None:
         return [rows.skipped(BENCH, provider.name, cell.name, config, link, why)]
     return [
         rows.row(BENCH, provider.name, metric, unit, cell.name, values, config, link)
         for metric, (unit, values) in figures.items()
     ]
+
+
+def _reason(error: Exception) -> str:
+    """The plan's reason as it is, anything else with its type."""
+    return str(error) if isinstance(error, KVOffloadError) else f"{type(error).__name__}: {error}"
+
+
+def _link_without_a_lab(cell: Cell) -> str:
+    return "emulated, not measured" if cell.preset.is_emulated else "not measured"
 
 
 def _figures(provider: Provider, bed: Bed, reference: Outcome, settings: Settings) -> Samples:
@@ -170,19 +204,27 @@ def _figures(provider: Provider, bed: Bed, reference: Outcome, settings: Setting
         found["kl_divergence"] = ("nats", [sameness.kl_divergence])
     if sameness.first_differing_token is not None:
         found["first_differing_token"] = ("index", [float(sameness.first_differing_token)])
-    tpot_s = statistics.median(found["tpot"][1])
-    if tpot_s:
-        found["mfu"] = ("fraction", [decode_mfu(bed.task, cell.batch, tpot_s)])
-        found["mbu"] = ("fraction", [decode_mbu(bed.task, cell.batch, tpot_s)])
+    if SPEED in found:
+        found["mfu"] = ("fraction", [decode_mfu(bed.task, 1, 1 / per_s) for per_s in found[SPEED][1]])
+        found["mbu"] = ("fraction", [_mbu(bed.task, run.groups) for run in runs])
     if isinstance(provider, Ours) and before is not None and after is not None:
         _add_bound(found, provider, bed, runs, (before, after))
     return found
 
 
+def _mbu(task: Task, groups: Sequence[Group]) -> float:
+    """Over the decoding of all groups: each moves its own bytes at every step, and a step may give several tokens."""
+    moved = 0.0
+    for group in groups:
+        if steps := len(set(group.token_s)) - 1:
+            moved += group.decode_s * decode_mbu(task, group.sequences, group.decode_s / steps)
+    return moved / sum(group.decode_s for group in groups)
+
+
 def _must_be_equal(provider: Provider, cell: Cell, sameness: Sameness) -> None:
     """A figure of wrong tokens is no figure."""
     distance = sameness.max_abs_logit_difference
-    if sameness.first_differing_token is not None or distance > FLOAT32_TOLERANCE:
+    if sameness.first_differing_token is not None or not distance <= FLOAT32_TOLERANCE:  # NaN is no equality
         raise AssertionError(
             f"{provider.name} in {cell.name}: in float32 its logits differ by {distance:.2g} from dynamic_cache's "
             f"(first differing token: {sameness.first_differing_token}); its times mean nothing"
@@ -238,9 +280,18 @@ def _line(provider: Provider, found: list[rows.Row]) -> str:
 
 
 def summary(found: Sequence[rows.Row]) -> dict[str, dict[str, dict[str, Any]]]:
-    """cell -> provider -> metric -> median, and "note" for what was not measured."""
+    """cell -> provider -> metric -> median, and "note" for what was not measured.
+
+    Of a cell that was measured in several configurations only the latest: those are other workloads.
+    """
     table: dict[str, dict[str, dict[str, Any]]] = {}
+    latest: dict[str, rows.Row] = {}
     for one in found:
+        if one["x"] not in latest or one["date"] >= latest[one["x"]]["date"]:
+            latest[one["x"]] = one
+    for one in found:
+        if one["config_json"] != latest[one["x"]]["config_json"]:
+            continue
         figures = table.setdefault(one["x"], {}).setdefault(one["provider"], {})
         if one["metric"] == rows.SKIPPED:
             figures["note"] = one["note"]

@@ -101,7 +101,10 @@ class DynamicCache(Provider):
     """transformers as it is."""
 
     name = "dynamic_cache"
-    options: dict[str, Any] = {}  # noqa: RUF012  (of generate(), replaced whole by subclasses)
+
+    def own_options(self) -> dict[str, Any]:
+        """Options of `generate()` that make this provider."""
+        return {}
 
     def problem(self, bed: Bed) -> str | None:
         needed, room = bed.task.resident_bytes(bed.cell.batch), bed.task.free_bytes(bed.task.workload.rows)
@@ -111,7 +114,7 @@ class DynamicCache(Provider):
         return self._in_parts(bed, bed.cell.batch, new_tokens, keeps_logits)
 
     def _in_parts(self, bed: Bed, batch: int, new_tokens: int, keeps_logits: bool) -> Outcome:
-        options = bed.options() | self.options
+        options = bed.options() | self.own_options()
         _watch_peak(bed.lab.device)
         started_s = time.perf_counter()
         tokens, logits, groups = [], [], []
@@ -166,7 +169,9 @@ class HFOffloaded(DynamicCache):
     """transformers' own offloading."""
 
     name = "hf_offloaded"
-    options = {"cache_implementation": "offloaded"}  # noqa: RUF012
+
+    def own_options(self) -> dict[str, Any]:
+        return {"cache_implementation": "offloaded"}
 
     def problem(self, bed: Bed) -> str | None:
         if bed.lab.device.type != "cuda":
@@ -189,12 +194,12 @@ class HFQuantized(HFOffloaded):
 
     name = "hf_quantized"
     is_exact = False
-    options = {"cache_implementation": "quantized"}  # noqa: RUF012
+
+    def own_options(self) -> dict[str, Any]:
+        return {"cache_implementation": "quantized", "cache_config": {"backend": _quantizer()}}
 
     def problem(self, bed: Bed) -> str | None:
-        if not any(importlib.util.find_spec(package) for package in ("optimum.quanto", "hqq") if _has_parent(package)):
-            return "needs the package optimum-quanto or hqq"
-        return None
+        return "needs the package optimum-quanto or hqq" if _quantizer() is None else None
 
 
 class WholeLayerBothWays(Provider):
@@ -294,6 +299,13 @@ def providers() -> dict[str, Provider]:
     ours = [Ours(mode) for mode in ("full_transfer", "sequential", "kvpr", "planned")]
     found: list[Provider] = [DynamicCache(), OnDeviceSubBatches(), HFOffloaded(), HFQuantized(), WholeLayerBothWays()]
     return {provider.name: provider for provider in [*found, *ours]}
+
+
+def _quantizer() -> str | None:
+    """The installed one, as transformers' `cache_config` names it: left out, it takes quanto whatever is there."""
+    packages = {"quanto": "optimum.quanto", "hqq": "hqq"}
+    found = (name for name, package in packages.items() if _has_parent(package) and importlib.util.find_spec(package))
+    return next(found, None)
 
 
 def _has_parent(package: str) -> bool:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from kvoffload.bench import ablation
-from kvoffload.bench.campaign import summary
+from kvoffload.bench.campaign import SPEED, summary
 from kvoffload.bench.lab import MODES
 from kvoffload.bench.rows import Row, is_gpu
 
 NO_GPU = "No GPU figure has been measured yet."
+DASH = "–"
 _PROVIDERS = (
     *("dynamic_cache", "on_device_sub_batches", "hf_offloaded", "whole_layer_both_ways"),
     *("full_transfer", "sequential", "kvpr", "planned"),
@@ -61,24 +62,28 @@ def _headline(preset: str, modes: dict[str, dict[str, float]]) -> str:
 
 
 def comparison(campaign: Sequence[Row]) -> str:
-    """Milliseconds per token of every provider in every cell, and why the others are missing."""
+    """New tokens per second of every provider in every cell, and why the others are missing."""
     if not campaign:
         return "Not measured yet."
     lines: list[str] = []
     for device, found in _groups(campaign, lambda row: row["device"]).items():
         table = summary(found)
-        names = [name for name in _PROVIDERS if any("tpot" in cell.get(name, {}) for cell in table.values())]
-        lines += [f"Milliseconds per token on {device}, {_link_kind(found)}, {_source(found)}:", ""]
+        names = [name for name in _PROVIDERS if any(SPEED in cell.get(name, {}) for cell in table.values())]
+        lines += [f"New tokens per second on {device}, {_link_kind(found)}, {_source(found)}:", ""]
         lines += [f"| cell | {' | '.join(names)} | planned, share of the bound |", _rule(len(names) + 2)]
+        has_dash = False
         for cell, providers in table.items():
-            steps = {name: providers[name]["tpot"] for name in names if "tpot" in providers.get(name, {})}
-            best = min(steps, key=lambda name: steps[name])
-            shown = [_mark(name == best, f"{steps[name] * 1e3:.1f}") if name in steps else "–" for name in names]
+            speeds = {name: providers[name][SPEED] for name in names if SPEED in providers.get(name, {})}
+            best = max(speeds, key=lambda name: speeds[name], default=None)
+            shown = [_mark(name == best, f"{speeds[name]:.2f}") if name in speeds else DASH for name in names]
+            has_dash = has_dash or DASH in shown
             bound = providers.get("planned", {}).get("fraction_of_bound")
             lines.append(f"| {cell} | {' | '.join(shown)} | {'' if bound is None else f'{bound:.3f}'} |")
-        lines += ["", "A dash is a cell that this provider cannot run; the rows in `campaign.csv` say why."]
+        lines.append("")
+        if has_dash:
+            lines.append("A dash is a cell that this provider cannot run; the rows in `campaign.csv` say why.")
         lines += [_in_parts(table), ""]
-    return "\n".join(line for line in lines if line is not None).strip()
+    return "\n".join(lines).strip()
 
 
 def _in_parts(table: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -86,8 +91,7 @@ def _in_parts(table: dict[str, dict[str, dict[str, Any]]]) -> str:
     worse = [
         cell
         for cell, providers in table.items()
-        if providers.get("on_device_sub_batches", {}).get("tpot", float("inf"))
-        < providers.get("planned", {}).get("tpot", float("inf"))
+        if providers.get("on_device_sub_batches", {}).get(SPEED, 0.0) > providers.get("planned", {}).get(SPEED, 0.0)
     ]
     if not worse:
         return "Where a part of the batch fits on the device, decoding in parts is faster than any offloading."
@@ -99,12 +103,12 @@ def parts(found: Sequence[Row]) -> str:
     if not found:
         return "Not measured yet."
     lines: list[str] = []
-    for device, here in _groups(found, lambda row: row["device"]).items():
+    for (device, preset), rows in _groups(found, lambda row: (row["device"], _preset(row))).items():
+        here = _of_newest_commit(rows)
         settings = list(dict.fromkeys(row["x"] for row in here))
         figures = {setting: _figures(row for row in here if row["x"] == setting) for setting in settings}
         first = figures[settings[0]]
         names = [name for name in first if not name.startswith("factor: ")]
-        preset = json.loads(here[0]["config_json"])["preset"]
         lines += [f"Decode step over that with everything on, {preset} on {device}, {_source(here)}:", ""]
         lines += [f"| variant | {' | '.join(settings)} |", _rule(len(settings) + 1)]
         for name in names:
@@ -151,9 +155,20 @@ def _caption(preset: str, device: str, found: Sequence[Row]) -> str:
     return f"{preset} on {device}, link {found[0]['link']}, {_source(found)}:"
 
 
+def _preset(row: Row) -> str:
+    return str(json.loads(row["config_json"])["preset"])
+
+
+def _of_newest_commit(found: Sequence[Row]) -> list[Row]:
+    """Those of the commit that was measured last: variants of two commits do not compare."""
+    newest = max(enumerate(found), key=lambda item: (item[1]["date"], item[0]))[1]["commit"]
+    return [row for row in found if row["commit"] == newest]
+
+
 def _source(found: Sequence[Row]) -> str:
-    commits = sorted({row["commit"].removesuffix("-dirty") for row in found})
-    return f"{found[0]['versions']}, commit {', '.join(commits)}"
+    """Versions and commits as the rows have them, "-dirty" included."""
+    versions, commits = (sorted({row[name] for row in found}) for name in ("versions", "commit"))
+    return f"{'; '.join(versions)}, commit {', '.join(commits)}"
 
 
 def _link_kind(found: Sequence[Row]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import datetime
 import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -33,6 +34,7 @@ COLUMNS = (
 )
 SUBJECT = ("bench", "provider", "x", "config_json", "device")  # and whether the link is emulated
 SKIPPED = "skipped"
+WRITTEN = ("scripts/results", "README.md", "docs/figures")  # by benchmarks and `scripts/report.py`
 Row = dict[str, str]
 
 
@@ -105,9 +107,13 @@ def save(path: Path, new: Sequence[Row]) -> None:
 
 
 def done(rows: Iterable[Row]) -> set[tuple[str, ...]]:
-    """(bench, provider, x, config) of what these versions at this commit have measured on this device."""
+    """(bench, provider, x, config) of what these versions at this commit have measured on this device.
+
+    What was skipped is not: its reason may be gone.
+    """
     here = (device_name(), _versions(), commit())
-    found = (one for one in rows if (one["device"], one["versions"], one["commit"]) == here)
+    measured = (one for one in rows if one["metric"] != SKIPPED)
+    found = (one for one in measured if (one["device"], one["versions"], one["commit"]) == here)
     return {(one["bench"], one["provider"], one["x"], one["config_json"]) for one in found}
 
 
@@ -126,10 +132,24 @@ def _versions() -> str:
 
 @functools.cache
 def commit() -> str:
-    """The commit of this source tree, "-dirty" with changes; "unknown" where it is none."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    except OSError:  # no git
+    """The commit of this source tree; "unknown" where it is none.
+
+    With changes to tracked files "-dirty-" and a hash of them, so that rows of other changes are other rows. What a
+    benchmark writes itself is no change: `WRITTEN`.
+    """
+    return _commit_of(Path(__file__).parent)
+
+
+def _commit_of(folder: Path) -> str:
+    name = _git(folder, "describe", "--always").decode().strip()
+    if not name:
         return "unknown"
-    return result.stdout.strip() or "unknown"
+    changes = _git(folder, "diff", "HEAD", "--", ":(top)", *(f":(top,exclude){path}" for path in WRITTEN))
+    return f"{name}-dirty-{hashlib.sha256(changes).hexdigest()[:6]}" if changes else name
+
+
+def _git(folder: Path, *args: str) -> bytes:
+    try:
+        return subprocess.run(["git", *args], capture_output=True, cwd=folder, check=False).stdout
+    except OSError:  # no git
+        return b""

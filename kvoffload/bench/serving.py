@@ -202,16 +202,22 @@ class Sameness(NamedTuple):
 
     @classmethod
     def of(cls, found: Outcome, expected: Outcome) -> Sameness:
-        """Compare as far as both have tokens and logits; after the first differing token logits mean nothing."""
+        """Compare up to the first differing token, behind which logits mean nothing.
+
+        A token that only one of the two has differs. Logits that one does not have, or of other shapes, give NaN.
+        """
+        unknown = float("nan")
+        if len(found.tokens) != len(expected.tokens):
+            return cls(unknown, unknown, 0)
         length = min(found.tokens.shape[1], expected.tokens.shape[1])
         differs = (found.tokens[:, :length] != expected.tokens[:, :length]).any(0)
         first = int(differs.nonzero()[0]) if differs.any() else None
-        if found.logits is None or expected.logits is None:
-            return cls(float("nan"), float("nan"), first)
-        steps = min(len(found.logits), len(expected.logits), (length if first is None else first) + 1)
+        if first is None and found.tokens.shape != expected.tokens.shape:
+            first = length
+        if found.logits is None or expected.logits is None or found.logits.shape != expected.logits.shape:
+            return cls(unknown, unknown, first)
+        steps = len(expected.logits) if first is None else first + 1
         ours, theirs = found.logits[:steps].double(), expected.logits[:steps].double()
-        if ours.shape != theirs.shape:
-            return cls(float("nan"), float("nan"), first)
         distance = float((ours - theirs).abs().max())
         log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
         return cls(distance, float((log_p.exp() * (log_p - log_q)).sum(-1).max()), first)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from kvoffload.bench.campaign import summary
+from kvoffload.bench.campaign import SPEED, summary
 from kvoffload.bench.rows import Row
 
 _COLUMNS = (
@@ -25,20 +25,20 @@ def campaign_tables(found: Sequence[Row]) -> list[Table]:
     tables = []
     reasons: dict[tuple[str, str], list[str]] = {}
     for cell, providers in summary(found).items():
-        full = providers.get("full_transfer", {}).get("tpot")
+        full = providers.get("full_transfer", {}).get(SPEED)
         device, link = next((row["device"], row["link"]) for row in found if row["x"] == cell)
         table = Table(title=f"{cell}: {device}, link {link}", title_justify="left")
         table.add_column("provider", no_wrap=True)
         for name, *_ in _COLUMNS:
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("speed", justify="right", no_wrap=True)
-        measured = {name: figures for name, figures in providers.items() if "tpot" in figures}
-        for name, figures in sorted(measured.items(), key=lambda item: item[1]["tpot"]):
+        measured = {name: figures for name, figures in providers.items() if SPEED in figures}
+        for name, figures in sorted(measured.items(), key=lambda item: -item[1][SPEED]):
             shown = [
                 text.format(figures[metric] * factor) if metric in figures else ""
                 for _, metric, text, factor in _COLUMNS
             ]
-            table.add_row(name, *shown, f"{full / figures['tpot']:.2f}x" if full else "")
+            table.add_row(name, *shown, f"{figures[SPEED] / full:.2f}x" if full else "")
         for name, figures in providers.items():
             if "note" in figures:
                 reasons.setdefault((name, figures["note"]), []).append(cell)
