@@ -139,13 +139,18 @@ def half_resident_gib(
             config.profile, shape_from_config(model.config.get_text_config(decoder=True)), recomputes=config.split != 0
         ),
     )
-    fixed = choose_sizes(
-        geometry, config, keeps_activations=can_recompute and config.split != "transfer", device_bytes=None, rates=None
-    ).fixed_device_bytes
+    keeps = can_recompute and config.split != "transfer"
+    fixed, plain = (
+        choose_sizes(geometry, config, keeps_activations=k, device_bytes=None, rates=None).fixed_device_bytes
+        for k in (keeps, False)
+    )
     # "auto" may keep activations there, where more tokens fit.
     row = min(bytes_of) if config.split == "auto" and can_recompute else bytes_of.kv
-    cached = geometry.num_offloaded_layers * mode.rows * row * mode.max_tokens
-    return (fixed + cached / 2) / GIB
+    tokens = geometry.num_offloaded_layers * mode.rows * mode.max_tokens
+    budget = fixed + tokens * row / 2
+    if config.split == "auto" and config.schedule == "pipelined":  # may be sized as transfer, which needs less
+        budget = min(budget, plain + tokens * bytes_of.kv * 3 / 4)
+    return budget / GIB
 
 
 def config_for(cell: Cell) -> OffloadConfig:
@@ -399,6 +404,8 @@ def check_cell(cell: Cell, backend: Backend | None = None) -> Run:
     assert seen.recomputed_tokens <= run.recomputed_tokens <= 1.1 * seen.recomputed_tokens + 1
     can_recompute = cell.architecture in RECOMPUTABLE
     gains = bytes_of.activation < bytes_of.kv
+    if cell.device == "half":  # memory for recomputing may cost more resident blocks than it gains
+        gains &= any(plan.activation_blocks + plan.resident_activation_blocks for plan in run.plans)
     wants = cell.split in ("recompute", 0.5) or (cell.split == "auto" and gains)
     assert (run.recomputed_tokens > 0) == (can_recompute and wants)
 
