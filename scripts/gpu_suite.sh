@@ -19,7 +19,7 @@ while (($# > 0)); do
         --dry-run) dry_run=1 ;;
         --quick) quick=1 ;;
         --fresh) fresh=1 ;;
-        --results) results=$2 && shift ;;
+        --results) results=${2:?--results needs a folder} && shift ;;
         *) echo "usage: scripts/gpu_suite.sh [--dry-run] [--quick] [--fresh] [--results DIR]" >&2 && exit 2 ;;
     esac
     shift
@@ -48,9 +48,15 @@ step() { # step SECONDS WRITES COMMAND...
     summary+=("$(printf 'exit %3d  %4d s  %s' $code $((SECONDS - began)) "$*")")
 }
 
-if ((!dry_run)) && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "no CUDA device: nothing to run (--dry-run lists the steps)" >&2
-    exit 1
+if ((!dry_run)); then
+    "$python" -c 'import torch' 2>/dev/null || {
+        echo "$python has no torch: build the environment first (make setup), or name another with PYTHON=" >&2
+        exit 1
+    }
+    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+        echo "no CUDA device: nothing to run (--dry-run lists the steps)" >&2
+        exit 1
+    }
 fi
 ((dry_run)) || mkdir -p "$results"
 brief=()
