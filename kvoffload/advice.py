@@ -68,7 +68,7 @@ def plan(model_or_config: Any, workload: Workload, profile: HardwareProfile, con
 
 def advise(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Advice:
     """As `plan`, with the numbers of every way."""
-    task = task_of(model_or_config, workload, profile, config)
+    task = task_of(model_or_config, workload, profile, config).settled()
     _warn_of_unknown_weights(model_or_config)
     on_device = task.on_device()
     try:
