@@ -19,21 +19,19 @@ import re
 import shutil
 import subprocess
 import sys
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from kvoffload.bench.providers import Bed, Provider
-from kvoffload.bench.serving import Outcome, Samples
+from kvoffload.bench.serving import Samples
 from kvoffload.errors import KVOffloadError
 
 LIMIT_S = 1800
 _HUB_NAMES = {"opt-6.7b": "facebook/opt-6.7b", "opt-13b": "facebook/opt-13b"}
 
 
-class External(Provider):
-    """A program that measures itself."""
-
-    is_exact = False
+class External(Provider, ABC):
+    """A program that measures itself: it prints figures, not tokens."""
 
     def problem(self, bed: Bed) -> str | None:
         why = self.missing()
@@ -79,21 +77,29 @@ class External(Provider):
             raise KVOffloadError(f"{self.name} ended with code {done.returncode}: {last}")
         return self.parse(done.stdout, bed)
 
-    def run(self, bed: Bed, new_tokens: int, *, keeps_logits: bool) -> Outcome:
-        raise NotImplementedError(f"{self.name} prints figures, not tokens: use figures()")
 
+class _ForOPT(External):
+    """One that knows OPT by its name on the hub and prints latencies of prefill and decode."""
 
-class FlexLLMGen(External):
-    """https://github.com/FMInference/FlexLLMGen"""
-
-    name = "flexllmgen"
-    package, version = "flexllmgen", "0.1.8"
+    package: str
+    version: str
 
     def missing(self) -> str | None:
         return _wrong_version(self.package, self.version)
 
     def unsupported(self, bed: Bed) -> str | None:
-        return _not_opt(bed, self.name)
+        known = ", ".join(_HUB_NAMES)
+        return None if _model_of(bed) in _HUB_NAMES else f"{self.name} is set up for {known} only"
+
+    def parse(self, output: str, bed: Bed) -> Samples:
+        return _latencies(self.name, output, bed)
+
+
+class FlexLLMGen(_ForOPT):
+    """https://github.com/FMInference/FlexLLMGen"""
+
+    name = "flexllmgen"
+    package, version = "flexllmgen", "0.1.8"
 
     def command(self, bed: Bed) -> list[str]:
         cell = bed.cell
@@ -105,11 +111,8 @@ class FlexLLMGen(External):
             *("--percent", "100", "0", "0", "100", "100", "0", "--overlap", "True", "--pin-weight", "0"),
         ]
 
-    def parse(self, output: str, bed: Bed) -> Samples:
-        return _latencies(self.name, output, bed)
 
-
-class ZeroInference(External):
+class ZeroInference(_ForOPT):
     """https://github.com/deepspeedai/DeepSpeedExamples, inference/huggingface/zero_inference"""
 
     name = "zero_inference"
@@ -117,7 +120,7 @@ class ZeroInference(External):
     folder_variable = "DEEPSPEED_EXAMPLES"
 
     def missing(self) -> str | None:
-        if why := _wrong_version(self.package, self.version):
+        if why := super().missing():
             return why
         if not self._script().is_file():
             return f"set {self.folder_variable} to a clone of DeepSpeedExamples"
@@ -126,9 +129,6 @@ class ZeroInference(External):
     def _script(self) -> Path:
         return Path(os.environ.get(self.folder_variable, "")) / "inference/huggingface/zero_inference/run_model.py"
 
-    def unsupported(self, bed: Bed) -> str | None:
-        return _not_opt(bed, self.name)
-
     def command(self, bed: Bed) -> list[str]:
         cell = bed.cell
         return [
@@ -136,9 +136,6 @@ class ZeroInference(External):
             *("--batch-size", str(cell.batch), "--prompt-len", str(cell.prompt_tokens)),
             *("--gen-len", str(cell.new_tokens), "--pin-memory", "1", "--kv-offload"),
         ]
-
-    def parse(self, output: str, bed: Bed) -> Samples:
-        return _latencies(self.name, output, bed)
 
 
 class LlamaCpp(External):
@@ -192,11 +189,6 @@ def _wrong_version(package: str, version: str) -> str | None:
 
 def _model_of(bed: Bed) -> str:
     return bed.cell.name.split(" ")[0]
-
-
-def _not_opt(bed: Bed, name: str) -> str | None:
-    known = ", ".join(_HUB_NAMES)
-    return None if _model_of(bed) in _HUB_NAMES else f"{name} is set up for {known} only"
 
 
 def _latencies(name: str, output: str, bed: Bed) -> Samples:

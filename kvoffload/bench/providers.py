@@ -77,27 +77,27 @@ class Bed:
         return options
 
 
-class Provider(ABC):
-    """One way to decode.
-
-    `is_exact` says whether its tokens must be those of `dynamic_cache` in float32; `is_ours` whether the cost model
-    has a bound for it.
-    """
+class Provider:
+    """One way to decode."""
 
     name: str
-    is_exact = True
-    is_ours = False
 
     def problem(self, bed: Bed) -> str | None:
         """Why it cannot run here, in words for a row; None if it can."""
         return None
+
+
+class Decoder(Provider, ABC):
+    """One that decodes here, under our clock; `is_exact` where its float32 tokens must be those of `dynamic_cache`."""
+
+    is_exact = True
 
     @abstractmethod
     def run(self, bed: Bed, new_tokens: int, *, keeps_logits: bool) -> Outcome:
         """Decode `new_tokens` of every sequence."""
 
 
-class DynamicCache(Provider):
+class DynamicCache(Decoder):
     """transformers as it is."""
 
     name = "dynamic_cache"
@@ -202,7 +202,7 @@ class HFQuantized(HFOffloaded):
         return "needs the package optimum-quanto or hqq" if _quantizer() is None else None
 
 
-class WholeLayerBothWays(Provider):
+class WholeLayerBothWays(Decoder):
     """What HFOffloaded moves, over our backend; without `writes_back` only the fetches."""
 
     def __init__(self, *, writes_back: bool = True) -> None:
@@ -249,10 +249,8 @@ class WholeLayerBothWays(Provider):
             backend.close()
 
 
-class Ours(Provider):
+class Ours(Decoder):
     """kvoffload in one of the modes of `Lab.config`, with changes to its options."""
-
-    is_ours = True
 
     def __init__(self, mode: str, name: str | None = None, **changes: Any) -> None:
         self.mode = mode
@@ -294,10 +292,10 @@ class Ours(Provider):
         )
 
 
-def providers() -> dict[str, Provider]:
+def providers() -> dict[str, Decoder]:
     """All of them but the tools of others, by name."""
     ours = [Ours(mode) for mode in ("full_transfer", "sequential", "kvpr", "planned")]
-    found: list[Provider] = [DynamicCache(), OnDeviceSubBatches(), HFOffloaded(), HFQuantized(), WholeLayerBothWays()]
+    found: list[Decoder] = [DynamicCache(), OnDeviceSubBatches(), HFOffloaded(), HFQuantized(), WholeLayerBothWays()]
     return {provider.name: provider for provider in [*found, *ours]}
 
 

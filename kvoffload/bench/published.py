@@ -87,14 +87,14 @@ def comparison(campaign: Sequence[Row]) -> str:
 
 
 def _in_parts(table: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The cells where offloading is the wrong answer."""
+    """The cells where offloading is the wrong answer; empty where no row shows one."""
     worse = [
         cell
         for cell, providers in table.items()
         if providers.get("on_device_sub_batches", {}).get(SPEED, 0.0) > providers.get("planned", {}).get(SPEED, 0.0)
     ]
     if not worse:
-        return "Where a part of the batch fits on the device, decoding in parts is faster than any offloading."
+        return ""
     return f"In {', '.join(worse)} a part of the batch fits on the device: decode it in parts, do not offload."
 
 
@@ -128,7 +128,7 @@ def parts(found: Sequence[Row]) -> str:
 def bars(decode: Sequence[Row]) -> list[Bar]:
     """The share of the bound of every mode, GPU rows first."""
     found = [
-        Bar(f"{row['x']}\n{'' if is_gpu(row) else 'emulated link'}".strip(), row["provider"], float(row["p50"]))
+        Bar(f"{row['x']}, {_link_kind([row])}\n{row['device']}", row["provider"], float(row["p50"]))
         for row in sorted(decode, key=lambda row: not is_gpu(row))
         if row["metric"] == "fraction_of_bound" and row["provider"] in MODES
     ]
