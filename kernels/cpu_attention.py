@@ -89,21 +89,27 @@ def segment_attention(
     batch, _, q_heads, head_dim = q.shape
     kv_heads = kv.shape[3]
     groups = q_heads // kv_heads
-    if blocked is not None and groups > 1 and blocked.shape[1] > 1:
-        blocked = blocked.repeat_interleave(groups, 1)
-    rows = q.view(batch, q_tokens, kv_heads, groups, head_dim).transpose(1, 2)
-    rows = rows.reshape(batch, kv_heads, q_tokens * groups, head_dim)
-    by_head = (batch, kv_heads, q_tokens, groups)
-    out = out.view(batch, q_tokens, kv_heads, groups, head_dim).transpose(1, 2)
-    lse = lse.view(batch, q_tokens, kv_heads, groups).transpose(1, 2)
+    if groups == 1:
+        rows = q.transpose(1, 2)
+    else:
+        if blocked is not None and blocked.shape[1] > 1:
+            blocked = blocked.repeat_interleave(groups, 1)
+        rows = q.view(batch, q_tokens, kv_heads, groups, head_dim).transpose(1, 2)
+        rows = rows.reshape(batch, kv_heads, q_tokens * groups, head_dim)
     for part_out, part_lse in _parts(rows, kv, blocked, scale):
-        part_out, part_lse = part_out.to(out.dtype).view(out.shape), part_lse.view(by_head)
+        if groups == 1:
+            part_out, part_lse = part_out.transpose(1, 2), part_lse.transpose(1, 2)
+        else:
+            part_out = part_out.view(batch, kv_heads, q_tokens, groups, head_dim).transpose(1, 2).reshape(out.shape)
+            part_lse = part_lse.view(batch, kv_heads, q_tokens, groups).transpose(1, 2).reshape(lse.shape)
+        if part_out.dtype != out.dtype:
+            part_out = part_out.to(out.dtype)
         if is_first:
             out.copy_(part_out)
             lse.copy_(part_lse)
             is_first = False
         else:
-            reference.combine_(out, lse, part_out, part_lse)
+            reference.combine_(out, lse, part_out, part_lse, may_be_empty=blocked is not None)
 
 
 def _parts(rows: Tensor, kv: Tensor, blocked: Tensor | None, scale: float) -> Iterator[tuple[Tensor, Tensor]]:

@@ -106,10 +106,14 @@ def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None
     combine_(out, lse, part_out, part_lse)
 
 
-def combine_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-    """`merge_` without its checks: any strides and leading dimensions, those of `lse` and head_dim for `out`."""
+def combine_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor, *, may_be_empty: bool = True) -> None:
+    """`merge_` without its checks: any strides and leading dimensions, those of `lse` and head_dim for `out`.
+
+    With `may_be_empty=False` every query attended to something in the part, which saves asking.
+    """
     share = torch.sigmoid(part_lse - lse)  # of the part in the sum of the weights
-    share.masked_fill_(part_lse.isneginf(), 0.0)  # also where neither has any
+    if may_be_empty:
+        share.masked_fill_(part_lse.isneginf(), 0.0)  # also where neither has any
     out.lerp_(part_out, share.unsqueeze(-1))
     torch.logaddexp(lse, part_lse, out=lse)
 

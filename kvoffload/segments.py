@@ -108,7 +108,7 @@ class _Answer:
         with self._layer.cache.engine.backend.recording("attention"):
             ops.segment_attention(
                 question.query,
-                kv.unflatten(-1, (2, shape.key_heads, shape.key_dim)),
+                kv.view(*kv.shape[:2], 2, shape.key_heads, shape.key_dim),
                 self._out,
                 self._lse,
                 scale=question.scale,
