@@ -10,6 +10,7 @@ for the terms, which differ from the paper's formula by having no barrier betwee
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from kvoffload.timeline import Lane, Span
 from kvoffload.types import Constraint, HardwareProfile, ModelShape, Plan, PlanInputs, Rates, Schedule
 
 CHUNK_SPEED_FRACTION = 0.95
+HOST_TIME_FRACTION = 0.25  # of a chunk's copy, that the host may take to issue the chunk
 LARGEST_CHUNK_BYTES = 32 * 2**20
 
 
@@ -183,7 +185,8 @@ def rates_from_profile(
     """The rates of one model at one batch on the profiled machine.
 
     Every curve is read at the size the runtime will use: copies and recomputation at a full chunk, the dense part at
-    the batch. The dense part and the head take the longer of computing and of reading their weights.
+    the batch. The dense part and the head take the longer of computing and of reading their weights. Where the device
+    is the CPU the host's time is its own, and part of both.
 
     Args:
         profile: the machine; GEMM and attention curves are taken as measured, whatever their dtype.
@@ -191,7 +194,8 @@ def rates_from_profile(
         batch: sequences decoded at once (`Workload.rows`).
         block_tokens: tokens per block.
         chunk_blocks: blocks per chunk.
-        cached_tokens: tokens attended per sequence; None takes the attention rate of the largest measured size.
+        cached_tokens: tokens attended per sequence; None takes the attention rate of the largest measured size, and
+            one chunk per layer.
 
     Raises:
         ProfileError: the profile holds no link bandwidth (an unpaced emulated link).
@@ -219,13 +223,18 @@ def rates_from_profile(
         read_s = num_weights * weight_itemsize_bytes / profile.device_copy_bytes_per_s
         return max(2 * batch * num_weights / flops_per_s, read_s)
 
+    dense_s, head_s = gemm_s(layer_weights, shape.intermediate_size), gemm_s(head_weights, shape.vocab_size)
+    if profile.emulated_link:  # nothing is issued ahead of a CPU
+        num_chunks = max(1, math.ceil((cached_tokens or 0) / (chunk_blocks * block_tokens)))
+        dense_s += profile.host_s_per_layer + num_chunks * profile.host_s_per_chunk
+        head_s += profile.gap_s
     return Rates(
         h2d_activation_bytes_per_s=profile.h2d.rate(chunk_rows * shape.activation_row_bytes),
         h2d_kv_bytes_per_s=profile.h2d.rate(chunk_rows * shape.kv_row_bytes),
         recompute_s_per_token=batch * shape.recompute_flops / recompute_flops_per_s,
         attention_s_per_token=kv_token_bytes / profile.attention.rate(attended_bytes),
-        dense_s=gemm_s(layer_weights, shape.intermediate_size),
-        head_s=gemm_s(head_weights, shape.vocab_size),
+        dense_s=dense_s,
+        head_s=head_s,
         gap_s=profile.gap_s,
         host_s_per_layer=profile.host_s_per_layer,
         host_s_per_chunk=profile.host_s_per_chunk,
@@ -236,7 +245,8 @@ def least_chunk_bytes(profile: HardwareProfile, shape: ModelShape, *, recomputes
     """K/V bytes of the smallest chunk that keeps link, recomputation and host out of each other's way.
 
     That is a power of two at which the link and the GEMM of recomputation reach `CHUNK_SPEED_FRACTION` of their speed
-    at `LARGEST_CHUNK_BYTES`, and the host's time per chunk is at most the rest of the copy's.
+    at `LARGEST_CHUNK_BYTES`, and the host's time per chunk is at most `HOST_TIME_FRACTION` of the copy's; where the
+    device is the CPU, and has to do both, at most what the fraction leaves.
 
     Args:
         profile: the machine.
@@ -244,9 +254,10 @@ def least_chunk_bytes(profile: HardwareProfile, shape: ModelShape, *, recomputes
         recomputes: whether activations may be stored at all.
     """
 
+    host_fraction = 1 - CHUNK_SPEED_FRACTION if profile.emulated_link else HOST_TIME_FRACTION
+
     def is_fast(num_bytes: int) -> bool:
-        slowest_copy_s = 0.0 if profile.h2d is None else profile.h2d.seconds(num_bytes)
-        if profile.h2d is not None and profile.host_s_per_chunk > (1 - CHUNK_SPEED_FRACTION) * slowest_copy_s:
+        if profile.h2d is not None and profile.host_s_per_chunk > host_fraction * profile.h2d.seconds(num_bytes):
             return False
         rates = [] if profile.h2d is None else [profile.h2d.rate]
         if recomputes:

@@ -7,7 +7,7 @@ activations are stored only if that wins. Later the decode steps themselves corr
 
 from __future__ import annotations
 
-import functools
+import itertools
 import logging
 import statistics
 import time
@@ -28,7 +28,7 @@ from kvoffload.types import HardwareProfile, ModelShape, Plan, PlanInputs, Rates
 from kvoffload.units import gib
 
 logger = logging.getLogger(__name__)
-CHECK_BUDGET_S = 0.2  # for timing both ways before the first prefill
+CHECK_BUDGET_S = 0.6  # for timing both ways before the first prefill
 MIN_GAIN_FRACTION = 0.01
 HOST_SHARE = 0.8  # of the free host memory that "auto" takes at most
 DEVICE_SHARE = 0.9  # of the free device memory that "auto" takes at most
@@ -379,16 +379,28 @@ class Decider:
         return corrected if _fits_on_host(corrected) else replace(decision, inputs=inputs)
 
     def _prepare_attention(self, tokens: int, decision: Decision) -> Callable[[], None]:
-        """Attention of one query per row over that many tokens, laid out as a step finds them."""
+        """Attention of one query per row over that many tokens, laid out as a step finds them.
+
+        Where that is free of cost, on the CPU, over as many chunks in turn as the ring has: in no cache near the core.
+        """
         shape, rows = self.shape, decision.geometry.rows
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[shape.kv_itemsize_bytes]
         device = self.backend.device
-        kv = torch.zeros(tokens, rows, 2, shape.num_kv_heads, shape.head_dim, dtype=dtype, device=device)
+        num_chunks = max(1, decision.sizes.num_slots) if self.backend.emulated else 1
+        ring = torch.zeros(num_chunks, tokens, rows, 2, shape.num_kv_heads, shape.head_dim, dtype=dtype, device=device)
         query = torch.zeros(rows, 1, shape.num_heads, shape.head_dim, dtype=dtype, device=device)
         if decision.geometry.is_segmented:
-            out, lse = torch.empty_like(query, dtype=torch.float32), query.new_empty(query.shape[:3], dtype=torch.float)
-            attend_segment = functools.partial(ops.segment_attention, query, kv, out, lse, scale=1.0)
-            return functools.partial(attend_segment, is_first=True, first_position=0, query_position=tokens)
+            out, lse = torch.zeros_like(query, dtype=torch.float32), query.new_zeros(query.shape[:3], dtype=torch.float)
+            chunks = itertools.cycle(ring.unbind(0))
+
+            def attend_next() -> None:
+                kv = next(chunks)
+                ops.segment_attention(
+                    query, kv, out, lse, scale=1.0, is_first=False, first_position=0, query_position=tokens
+                )
+
+            return attend_next
+        kv = ring[0]
         keys, values = (kv[:, :, half].permute(1, 2, 0, 3) for half in range(2))
         attend = torch.nn.functional.scaled_dot_product_attention
         grouped = shape.num_heads != shape.num_kv_heads

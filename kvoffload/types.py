@@ -253,7 +253,7 @@ class HardwareProfile:
     device_memory_bytes: int
     dtype: str = "float32"  # of the GEMM and attention curves
     host_s_per_layer: float = 2e-4
-    host_s_per_chunk: float = 2e-5
+    host_s_per_chunk: float = 1e-4
     gap_s: float = 2e-3  # between the last attention of a step and the first of the next, as seen with transformers
     created: str = ""
     curves: dict[str, Curve] = field(default_factory=dict)

@@ -3,47 +3,119 @@
 Owns these two timings. The time between two steps (sampling, stopping criteria) needs a model: it is assumed in a
 profile and corrected from the first real steps.
 
-Timeline of the chunk measurement:
-
-    clock | queue n smallest copies | clock | wait until all have arrived | clock | n waits and releases | clock
-            timed                             not timed                           timed
-
-so that only the calls are counted, not the link. The layer measurement issues a stand-in decoder layer of a few
-numbers' width on one token: on a GPU the launches are timed without waiting for them, on a CPU the arithmetic is
-negligible against the calls. Valid under the rule of `trials`.
+The chunk measurement sends layers of small chunks through the runtime's own `TransferEngine`; each is attended to,
+every second one is an activation and recomputed first. The processor time of the calling thread counts, so neither the
+link nor a wait for it does, and on a GPU nothing that runs there. The layer measurement issues a stand-in decoder layer
+of a few numbers' width on one token: on a GPU the launches are timed without waiting for them, on a CPU the arithmetic
+is negligible against the calls. Valid under the rule of `trials`.
 """
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Sequence
 
 import torch
 
+from kvoffload import ops
 from kvoffload.backend import Backend
 from kvoffload.profiler.trials import Trials, time_trials
+from kvoffload.store import Block
+from kvoffload.transfer import Chunk, TransferEngine
+from kvoffload.types import Form
+
+CHUNKS_PER_LAYER = 8
+WIDTH = 16  # of a head, and of the activation
 
 
 def measure_host_s_per_chunk(backend: Backend, *, budget_s: float = 0.3) -> Trials:
-    """Host seconds to queue one chunk, wait for it and release its slot, on `backend`."""
-    host = backend.allocate_host(64)
-    slot = backend.allocate_device(64)
+    """Host seconds of one chunk on `backend`: queue its copy, wait, recompute every second one, attend, release."""
+    layer = _StandInChunks(backend)
+    cache = _OneLayer(layer)
+    engine = TransferEngine(backend)
+    engine.configure(slot_bytes=layer.chunk_bytes, num_slots=4, buffer_bytes=0, d2h_slot_bytes=layer.chunk_bytes)
 
     def burst(n: int) -> float:
-        began = time.perf_counter()
-        events = [backend.copy_to_device(slot, host.tensor, ()) for _ in range(n)]
-        queued_s = time.perf_counter() - began
+        began = time.thread_time()
+        for _ in range(n):
+            job = engine.begin(cache, layer, in_layer_buffer=False)
+            for chunk, data in engine.arriving(job):
+                layer.use(chunk, data)
+            engine.finish_current()
+        took_s = time.thread_time() - began
         backend.synchronize()
-        began = time.perf_counter()
-        for event in events:
-            backend.compute_waits(event)
-            backend.release(slot)
-        return queued_s + time.perf_counter() - began
+        return took_s / CHUNKS_PER_LAYER
 
     try:
-        return time_trials(burst, budget_s=budget_s, max_burst=128)
+        return time_trials(burst, budget_s=budget_s / CHUNKS_PER_LAYER, max_burst=16)
     finally:
+        engine.close()
         backend.synchronize()
-        backend.release_host(host)
+        layer.close()
+
+
+class _StandInChunks:
+    """A layer of `CHUNKS_PER_LAYER` chunks of one block of one token, activations and K/V in turn."""
+
+    position, version, is_segmented = 0, 0, True
+    chunk_bytes = 2 * WIDTH * 4
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._host = backend.allocate_host(CHUNKS_PER_LAYER * self.chunk_bytes)
+        forms: list[Form] = ["activation", "kv"]
+        parts = self._host.tensor.view(CHUNKS_PER_LAYER, self.chunk_bytes)
+        written = backend.release()
+        blocks = [
+            Block(forms[idx % 2], 1, self.chunk_bytes, host=part, written=written) for idx, part in enumerate(parts)
+        ]
+        self._host.tensor.zero_()
+        self._chunks = [Chunk(block.form, idx, (block,), parts[idx], 0) for idx, block in enumerate(blocks)]
+        with torch.inference_mode(False):
+            zeros = functools.partial(torch.zeros, device=backend.device, dtype=torch.float32)
+            self._weight, self._angles = zeros(WIDTH, WIDTH), zeros(1, 1, WIDTH)
+            self._query, self._scratch = zeros(1, 1, 1, WIDTH), zeros(1, 1, 2 * WIDTH)
+            self._out, self._lse = zeros(1, 1, 1, WIDTH), zeros(1, 1, 1)
+
+    def chunks(self) -> Sequence[Chunk]:
+        return self._chunks
+
+    def expects_another_step(self) -> bool:
+        return True
+
+    def use(self, chunk: Chunk, data: torch.Tensor) -> None:
+        """What a decode step does with a chunk, on hardly any numbers."""
+        self._backend.compute(reads=(data,))
+        with torch.no_grad():
+            kv = data.view(torch.float32).view(1, 1, 2 * WIDTH)
+            if chunk.form == "activation":
+                activation, kv = kv[0, :, :WIDTH], self._scratch
+                for half in range(2):
+                    out = kv.view(1, 2 * WIDTH)[:, half * WIDTH : (half + 1) * WIDTH]
+                    ops.linear_into(activation, self._weight, None, out)
+                ops.rope_(kv[..., :WIDTH].unflatten(-1, (1, WIDTH)), self._angles, self._angles)
+            ops.segment_attention(
+                self._query,
+                kv.view(1, 1, 2, 1, WIDTH),
+                self._out,
+                self._lse,
+                scale=1.0,
+                is_first=chunk.first_block == 0,
+                first_position=chunk.first_block,
+                query_position=CHUNKS_PER_LAYER,
+            )
+
+    def close(self) -> None:
+        """Give the host memory back."""
+        self._backend.release_host(self._host)
+
+
+class _OneLayer:
+    """A cache of nothing but that layer."""
+
+    def __init__(self, layer: _StandInChunks) -> None:
+        self.sources = [layer]
 
 
 def measure_host_s_per_layer(device: torch.device, *, budget_s: float = 0.3) -> Trials:

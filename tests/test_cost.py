@@ -164,7 +164,7 @@ SHAPE = ModelShape(
 PROFILE = HardwareProfile(
     device_name="test",
     link_name="test link",
-    emulated_link=True,
+    emulated_link=False,
     key="test",
     h2d=Curve(unit="bytes", points=(Point((1024.0,), 1e-3, 0.0), Point((16384.0,), 4e-3, 0.0))),
     d2h=None,
@@ -195,6 +195,29 @@ def test_reading_the_weights_bounds_the_dense_part_and_the_head() -> None:
     rates = cost.rates_from_profile(slow, SHAPE, batch=4, block_tokens=8, chunk_blocks=2)
     assert rates.dense_s == pytest.approx(2 * 45_056 / 1e6)
     assert rates.head_s == pytest.approx(2 * 64_000 / 1e6)
+
+
+def test_a_device_that_is_the_cpu_pays_for_the_hosts_time_itself() -> None:
+    sizes = {"batch": 4, "block_tokens": 8, "chunk_blocks": 2, "cached_tokens": 100}
+    on_gpu = cost.rates_from_profile(PROFILE, SHAPE, **sizes)
+    on_cpu = cost.rates_from_profile(dataclasses.replace(PROFILE, emulated_link=True), SHAPE, **sizes)
+    issued_s = PROFILE.host_s_per_layer + 7 * PROFILE.host_s_per_chunk  # chunks of 16 tokens
+    assert on_cpu.dense_s == pytest.approx(on_gpu.dense_s + issued_s)
+    assert on_cpu.head_s == pytest.approx(on_gpu.head_s + PROFILE.gap_s)
+
+
+@pytest.mark.parametrize(("emulated", "wanted"), [(False, 2**20), (True, 2**22)])
+def test_a_chunk_is_long_enough_for_the_host_to_issue_the_next(emulated: bool, wanted: int) -> None:
+    """10 us and 10 GB/s: a copy of 1 MiB takes 115 us, one of 4 MiB 430 us."""
+    link = Curve(unit="bytes", points=tuple(Point((size,), 1e-5 + size / 1e10, 0.0) for size in (1e3, 1e6, 1e9)))
+    profile = dataclasses.replace(PROFILE, h2d=link, emulated_link=emulated, host_s_per_chunk=2e-5)
+    # the link is at 95 % of its speed from 2 MiB on, which is more than the host of a GPU asks for
+    found = cost.least_chunk_bytes(profile, SHAPE, recomputes=False)
+    assert found == max(wanted, 2**21)
+    slower = dataclasses.replace(profile, host_s_per_chunk=1e-4)
+    longer = cost.least_chunk_bytes(slower, SHAPE, recomputes=False)
+    share = 0.05 if emulated else 0.25
+    assert link.seconds(longer) >= 1e-4 / share > link.seconds(longer // 2)
 
 
 def test_an_unpaced_link_has_no_rates_and_the_message_says_what_to_do() -> None:

@@ -23,7 +23,7 @@ from kvoffload.config import OffloadConfig
 from kvoffload.session import Session
 from kvoffload.stats import GenerationStats
 from kvoffload.timeline import Timeline
-from kvoffload.types import HardwareProfile
+from kvoffload.types import HardwareProfile, Rates
 
 MAX_RATE_DRIFT_FRACTION = 0.1
 MAX_TRIES = 4
@@ -51,19 +51,34 @@ def _generate(lab: Lab, session: Session, new_tokens: int) -> GenerationStats:
 
 
 def measure(
-    lab: Lab, mode: str, profile: HardwareProfile | str, new_tokens: int, split: float | None = None
-) -> dict[str, Any]:
-    """One row; measured again while the machine's rates move."""
+    lab: Lab,
+    mode: str,
+    profile: HardwareProfile | str,
+    new_tokens: int,
+    split: float | None = None,
+    before: Rates | None = None,
+) -> tuple[dict[str, Any], Rates]:
+    """One row, measured again while the machine's rates move; and the rates after it.
+
+    Args:
+        lab: the model and the link.
+        mode: one of `MODES` and `WHOLE_LAYER_MODES`.
+        profile: as in `OffloadConfig`.
+        new_tokens: as in `run`.
+        split: instead of the mode's own.
+        before: rates as this mode meets them, measured just now; None measures them.
+    """
     for tries in range(1, MAX_TRIES + 1):
-        before = lab.rates(mode)
+        before = before or lab.rates(mode)
         stats = steps(lab, lab.config(mode, profile, split), new_tokens)
         after = lab.rates(mode)
         bounds = [lab.bound_s(mode, rates, split) for rates in (before, after)]
         drift = abs(bounds[0] - bounds[1]) / min(bounds)
         if drift <= MAX_RATE_DRIFT_FRACTION or tries == MAX_TRIES:
             break
+        before = after
     offloaded = max(1, stats.plan.activation_blocks + stats.plan.kv_blocks)
-    return {
+    row = {
         "mode": mode,
         "decode_step_s": stats.decode_step_s[NUM_UNEVEN_STEPS:],
         "bounds_s": bounds,
@@ -76,6 +91,7 @@ def measure(
         "device_kv_peak_decode_bytes": stats.device_kv_peak_decode_bytes,
         "plan": stats.plan.to_json(),
     }
+    return row, after
 
 
 def _pooled(measured: list[dict[str, Any]]) -> dict[str, Any]:
@@ -111,7 +127,8 @@ def run(
         new_tokens: decoded per measurement; two steps of each are not counted.
         profile: as in `OffloadConfig`.
         sweep: also every split in whole blocks.
-        rounds: passes over all rows, whose steps are pooled: a busy minute of the machine then meets all rows alike.
+        rounds: passes over all rows, forwards and backwards in turn, whose steps are pooled: a busy minute of the
+            machine then meets all rows alike.
         on_row: called with each row when it is complete.
     """
     with core_for_the_link():
@@ -122,8 +139,12 @@ def run(
             settings += [(f"sweep_{x}_of_{blocks}", "planned", x / blocks) for x in range(blocks + 1)]
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name, _, _ in settings}
         for turn in range(rounds):
-            for name, mode, split in settings:
-                measured[name].append(measure(lab, mode, profile, new_tokens, split) | {"mode": name})
+            met_before, rates = "", None  # the rates after a row are those before the next if it meets the same
+            for name, mode, split in settings if turn % 2 == 0 else reversed(settings):
+                met = lab.meets(mode)
+                row, rates = measure(lab, mode, profile, new_tokens, split, rates if met == met_before else None)
+                met_before = met
+                measured[name].append(row | {"mode": name})
                 if on_row is not None and turn == rounds - 1:
                     on_row(_pooled(measured[name]))
         found = [_pooled(rows) for rows in measured.values()]

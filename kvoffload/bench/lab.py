@@ -93,6 +93,10 @@ class Lab:
             self.model, self.preset, self.chunk_tokens, idle_s=idle_s, is_segmented=is_segmented
         )
 
+    def meets(self, mode: str) -> str:
+        """A name for what the mode makes of the machine's rates: modes of one name have the same."""
+        return "sequential" if mode == "sequential" else "segments" if _is_segmented(mode) else "whole layers"
+
     def rates(self, mode: str) -> Rates:
         """What the cost model needs, measured now, as the mode meets it."""
         is_segmented = _is_segmented(mode)
