@@ -316,3 +316,16 @@ def test_dropping_device_memory_that_is_still_written(checked: CheckingBackend) 
     checked.copy_to_device(target, filled(64, 1), [checked.release()])
     with pytest.raises(RaceError):
         checked.free_device(target)
+
+
+def test_a_copy_that_cannot_be_made_is_told_and_the_backend_closes() -> None:
+    before = set(threading.enumerate())
+    backend = EmulatedBackend(EmulatedLink())
+    host, device = backend.allocate_host(64), backend.allocate_device(64)
+    event = backend.copy_to_device(device, host.tensor, [None])
+    with pytest.raises(RuntimeError, match="h2d thread of the emulated link failed"):
+        backend.compute_waits(event)
+    with pytest.raises(RuntimeError, match="h2d"):
+        backend.synchronize()
+    backend.close()
+    assert set(threading.enumerate()) <= before

@@ -83,6 +83,8 @@ class _Direction:
         self.bytes_per_s = bytes_per_s
         self.latency_s = latency_s
         self.use = LinkUse(0, 0.0, 0)
+        self.due = 0.0  # when the last copy was or will be done
+        self.error: Exception | None = None
         self.queue: SimpleQueue[_Copy | None] = SimpleQueue()
         self.last: EmulatedEvent = EmulatedEvent.now()
         self.thread = threading.Thread(target=self._run, name=f"kvoffload-{name}", daemon=True)
@@ -97,28 +99,50 @@ class _Direction:
         return self.last
 
     def _run(self) -> None:
-        due = 0.0
-        while (copy := self.queue.get()) is not None:
-            dst, src, after, done, start = copy
+        while self._copy_next():
+            pass
+
+    def _copy_next(self) -> bool:
+        """Make one copy; False when there will be no more."""
+        copy = self.queue.get()
+        if copy is None:
+            return False
+        dst, src, after, done, start = copy
+        del copy
+        try:
             for event in after:
                 event.wait()
                 start = max(start, event.completed_at)
             num_bytes = src.numel() * src.element_size()
             began = time.perf_counter()
             ctypes.memmove(dst.data_ptr(), src.data_ptr(), num_bytes)
-            del copy, dst, src
-            now = time.perf_counter()
-            if self.bytes_per_s is None:
-                seconds, due = now - began, now
-            else:
-                seconds = self.latency_s + num_bytes / self.bytes_per_s
-                due = max(due, start) + seconds
-                while (left := due - time.perf_counter()) > 0:
-                    time.sleep(left)
-            self.use = LinkUse(self.use.copied_bytes + num_bytes, self.use.busy_s + seconds, self.use.copies + 1)
-            if self.recording is not None:
-                self.recording.append(Span(self.name, due - seconds, due, num_bytes))
-            done.complete(due)
+            del dst, src  # whoever sees the copy done may count on nobody holding its memory
+        except Exception as error:  # whoever waits for the copy has to hear of it
+            self.error = error
+            done.complete(time.perf_counter())
+            return True
+        now = time.perf_counter()
+        if self.bytes_per_s is None:
+            seconds, self.due = now - began, now
+        else:
+            seconds = self.latency_s + num_bytes / self.bytes_per_s
+            self.due = max(self.due, start) + seconds
+            while (left := self.due - time.perf_counter()) > 0:
+                time.sleep(left)
+        self.use = LinkUse(self.use.copied_bytes + num_bytes, self.use.busy_s + seconds, self.use.copies + 1)
+        if self.recording is not None:
+            self.recording.append(Span(self.name, self.due - seconds, self.due, num_bytes))
+        done.complete(self.due)
+        return True
+
+    def check(self) -> None:
+        """Whether all copies so far could be made.
+
+        Raises:
+            RuntimeError: one could not.
+        """
+        if self.error is not None:
+            raise RuntimeError(f"the {self.name} thread of the emulated link failed: {self.error}") from self.error
 
     def stop(self) -> None:
         self.queue.put(None)
@@ -170,6 +194,8 @@ class EmulatedBackend(Backend):
             span = self.start_span("exposed_wait")
             event.wait()
             self.end_span(span)
+        for direction in self._directions.values():
+            direction.check()
 
     def release(self, *buffers: torch.Tensor) -> EmulatedEvent:
         return EmulatedEvent.now()  # CPU compute is synchronous
@@ -179,6 +205,7 @@ class EmulatedBackend(Backend):
             return
         for direction in self._directions.values():
             direction.last.wait()
+            direction.check()
 
     def link_use(self, direction: Literal["h2d", "d2h"]) -> LinkUse:
         return self._directions[direction].use
@@ -223,9 +250,9 @@ class EmulatedBackend(Backend):
 
     def close(self) -> None:
         if not self._closed:
-            self.synchronize()
             self._closed = True
             for direction in self._directions.values():
+                direction.last.wait()
                 direction.stop()
 
 
