@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvoffload.config import EmulatedLink
 from kvoffload.datasheet import link_named
 from kvoffload.errors import ConfigError
 
@@ -145,3 +146,18 @@ def bits(of: str) -> Any:
 def share(of: str) -> Any:
     """An option for a share."""
     return typer.Option(callback=within(0, 1, "a share"), help=of)
+
+
+def emulated_link(gb_per_s: float | None, latency_us: float = 0.0) -> EmulatedLink | None:
+    """The emulated link that `--link-gb-per-s` and `--latency-us` ask for.
+
+    Raises:
+        ConfigError: a latency without a speed.
+    """
+    if gb_per_s is None:
+        if latency_us:
+            raise ConfigError(
+                f"--latency-us {latency_us:g} needs --link-gb-per-s: an unpaced link has no time to add it to"
+            )
+        return None
+    return EmulatedLink(h2d_gb_per_s=gb_per_s, latency_s=latency_us * 1e-6)

@@ -94,7 +94,7 @@ def test_the_command_line_loads_without_torch() -> None:
     code = (
         "import sys, types\n"
         "package = types.ModuleType('kvoffload')\n"
-        f"package.__path__ = [{str(Path(cli.__file__).parent)!r}]\n"
+        f"package.__path__ = [{str(Path(kvoffload.__file__).parent)!r}]\n"
         "sys.modules['kvoffload'] = package\n"
         "import kvoffload.cli\n"
         "assert not {'torch', 'transformers', 'pulp'} & set(sys.modules), 'imported'\n"

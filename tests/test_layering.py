@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "types": {"errors", "datasheet", "quantities"},
     "timeline": set(),
     "config": _LAYER_0,
-    "options": _LAYER_0,
+    "options": _LAYER_0 | {"config"},
     "model_source": _LAYER_0,
     "cost": _LAYER_0,
     "architectures": _LAYER_0,

@@ -1,0 +1,68 @@
+"""The `kvoffload` command and its subcommands, each with `--json`.
+
+Owns the list of commands, and with `terminal` messages and exit codes (2 and one line on stderr for every error of
+ours). Does not own what the commands compute, nor the range of options that several share (`options`). PyTorch is
+imported inside the commands, and after whatever can be checked without it, so that `--help` and a typo are answered at
+once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from kvoffload.cli.machine import env, profile
+from kvoffload.cli.planning import plan, report, roofline
+from kvoffload.cli.running import custom_generate, demo, generate
+from kvoffload.cli.terminal import errors_in_one_line
+
+
+class _Commands(TyperGroup):
+    """Turns our errors into one line and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with errors_in_one_line("kvoffload"):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Decode with the KV cache in host memory: what this machine can do, and whether it pays.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from kvoffload import __version__
+
+        typer.echo(f"kvoffload {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What comes before the name of a command."""
+
+
+for command in (env, profile, plan, roofline, report, generate, custom_generate, demo):
+    app.command(command.__name__.replace("_", "-"))(command)
+
+
+def main() -> None:
+    """The entry point of the `kvoffload` command."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the progress bars of what we load
+    app()

@@ -1,0 +1,92 @@
+"""`kvoffload env` and `kvoffload profile`, and the machine that other commands plan for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvoffload.cli.terminal import print_json, print_rows, progress
+from kvoffload.config import EmulatedLink
+from kvoffload.errors import ConfigError, ProfileError
+from kvoffload.options import AsJson, LatencyUs, LinkSpeed, emulated_link
+from kvoffload.types import HardwareProfile
+
+
+def env(as_json: AsJson = False) -> None:
+    """Show the facts that decide how fast offloading can be: PCIe, NUMA, memory and pinning limits."""
+    from kvoffload.profiler.environment import environment
+    from kvoffload.profiler.rows import fact_rows
+
+    facts = environment()
+    if as_json:
+        print_json(facts)
+    else:
+        print_rows("This machine", fact_rows(facts))
+
+
+def profile(
+    device: Annotated[str, typer.Option(help="'auto', 'cuda', 'cuda:1' or 'cpu'.")] = "auto",
+    link_gb_per_s: LinkSpeed = None,
+    latency_us: LatencyUs = 0.0,
+    quick: Annotated[bool, typer.Option("--quick", help="In under 15 s: no pageable memory, large copies, energy.")] = (
+        False
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Keep the result even if it is too doubtful.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the profile here, not to the cache.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure this machine (in under 60 s) and keep the result for planning."""
+    link = emulated_link(link_gb_per_s, latency_us)
+
+    from kvoffload.profiler import stored
+    from kvoffload.profiler.profile import measure_hardware
+
+    with progress("measuring") as tell:
+        measured = measure_hardware(device, link or "auto", thoroughness="quick" if quick else "full", progress=tell)
+    doubt = stored.reason_not_to_keep(measured)
+    is_kept = output is not None or force or not doubt
+    try:
+        if output is not None:
+            measured.save(output)
+        elif is_kept:
+            output = stored.store(measured)
+    except OSError as error:
+        raise ConfigError(f"cannot write the profile: {error}; choose another file with --output") from error
+    if as_json:
+        print_json(measured.to_json())
+    else:
+        from kvoffload.profiler.rows import profile_rows
+
+        print_rows(f"Profile of {measured.device_name}", profile_rows(measured))
+    if not is_kept:
+        raise ProfileError(
+            f"not stored, since {doubt}: measure again while nothing else runs, or keep such a profile with --force "
+            "or --output FILE"
+        )
+    if doubt:
+        typer.echo(f"this profile is doubtful: {doubt}", err=True)
+    typer.echo(f"stored in {output}", err=True)
+
+
+def machine_named(hardware: str, link: EmulatedLink | None) -> HardwareProfile:
+    """What `--hardware` and `--link-gb-per-s` stand for; this machine ("auto") is measured where it has not been.
+
+    Raises:
+        ProfileError: no such preset or file, or a damaged one.
+        ConfigError: an emulated link before a machine with a link of its own.
+    """
+    if hardware == "auto":
+        from kvoffload.profiler import stored
+
+        with progress("measuring") as tell:
+            return stored.load_or_measure(link=link or "auto", progress=tell)
+    from kvoffload.profiler.hardware import find_profile
+
+    machine = find_profile(hardware)
+    if link is None:
+        return machine
+    from kvoffload.profiler.profile import with_link
+
+    return with_link(machine, link)

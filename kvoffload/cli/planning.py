@@ -1,0 +1,187 @@
+"""`kvoffload plan`, `kvoffload roofline` and `kvoffload report`: what to expect of a model on a machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvoffload.cli.machine import machine_named
+from kvoffload.cli.terminal import print_json, progress
+from kvoffload.config import OffloadConfig
+from kvoffload.options import (
+    AsJson,
+    Batch,
+    DeviceGib,
+    Hardware,
+    HostGib,
+    LinkSpeed,
+    ModelConfig,
+    NewTokens,
+    PromptTokens,
+    Split,
+    a_link,
+    bits,
+    emulated_link,
+    one_of,
+    share,
+    whole,
+    within,
+)
+from kvoffload.types import Workload
+
+
+def plan(
+    model: ModelConfig,
+    batch: Batch = 1,
+    prompt_tokens: PromptTokens = 1024,
+    new_tokens: NewTokens = 128,
+    num_beams: Annotated[int, typer.Option(callback=whole(), help="Beams of each sequence.")] = 1,
+    hardware: Hardware = "auto",
+    link_gb_per_s: LinkSpeed = None,
+    device_gib: DeviceGib = "auto",
+    host_gib: HostGib = "auto",
+    split: Split = "auto",
+    link: Annotated[
+        str | None,
+        typer.Option(callback=a_link, help="What if: pcie3 to pcie6, pcie5x8, nvlink-c2c, cxl, or 3GB/s+100us."),
+    ] = None,
+    device_memory: Annotated[
+        float | None,
+        typer.Option(callback=within(0.1, 1e5, "a number of GB"), help="What if the device had so many GB."),
+    ] = None,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(callback=within(0, 1e6, "a price"), help="Of the device; default: that of its file."),
+    ] = None,
+    grid_g_per_kwh: Annotated[
+        float | None,
+        typer.Option(callback=within(0, 5000, "grams"), help="Grams of CO2 per kWh of your electricity."),
+    ] = None,
+    sweep: Annotated[str | None, typer.Option(help="Batches and prompts, such as 1,8,64:1024,8192.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether offloading pays for a workload, how fast it will be, what it costs and what limits it."""
+    from kvoffload.advice import advise, describe, task_of
+    from kvoffload.forecast import Economics, foresee, grid
+    from kvoffload.profiler.hardware import what_if
+
+    config = OffloadConfig(split=split, device_gib=device_gib, host_gib=host_gib)
+    workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, num_beams=num_beams)
+    emulated = emulated_link(link_gb_per_s)
+    cells = grid(sweep)
+    describe(model)  # what is wrong with it is told before this machine is measured
+    machine = machine_named(hardware, emulated)
+    machine = what_if(machine, link=link, device_memory_bytes=None if device_memory is None else device_memory * 1e9)
+    money = Economics.of(machine, price_per_hour, grid_g_per_kwh)
+    advice = advise(model, workload, machine, config)
+    seen = foresee(task_of(model, workload, machine, config), money, cells)
+    if as_json:
+        print_json(advice.to_json() | seen.to_json())
+        return
+    from kvoffload.profiler.report import print_forecast
+
+    typer.echo(advice.plan.recommendation)
+    typer.echo(f"On {machine.device_name}, {machine.link_name}:")
+    print_forecast(seen)
+
+
+def roofline(
+    config: ModelConfig,
+    hardware: Hardware,
+    batch: Batch = 1,
+    prompt_tokens: PromptTokens = 1024,
+    new_tokens: NewTokens = 128,
+    w_bits: Annotated[float | None, bits("Bits per weight; default: the model's own.")] = None,
+    a_bits: Annotated[float | None, bits("Bits per activation.")] = None,
+    kv_bits: Annotated[float | None, bits("Bits per value of K and V.")] = None,
+    attention: Annotated[
+        str, typer.Option(callback=one_of("fused", "unfused"), help="'fused', or 'unfused': as LLM-Viewer counts it.")
+    ] = "fused",
+    kv_on_host: Annotated[float, share("Share 0..1 of the K/V that lives on the host.")] = 0.0,
+    weights_on_host: Annotated[float, share("Share 0..1 of the weights that is streamed.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what every operation computes and moves, what bounds it and what would move that bound."""
+    from kvoffload.model_shape import dimensions_from_config
+    from kvoffload.profiler.hardware import find_machine, machine_of
+    from kvoffload.profiler.roofline import evaluate, setting_of
+
+    dims = dimensions_from_config(config)
+    setting = setting_of(
+        dims,
+        batch=batch,
+        seq=prompt_tokens,
+        new_tokens=new_tokens,
+        bits=(w_bits, a_bits, kv_bits),
+        convention=attention,
+        kv_on_host=kv_on_host,
+        weights_on_host=weights_on_host,
+    )
+    if hardware == "auto":
+        from kvoffload.profiler.stored import load
+
+        found = evaluate(dims, machine_of(load()), setting)
+    else:
+        found = evaluate(dims, find_machine(hardware), setting)
+    if as_json:
+        print_json(found.to_json())
+        return
+    from kvoffload.profiler.report import print_roofline
+
+    print_roofline(found)
+
+
+def report(
+    config: ModelConfig,
+    batch: Batch = 1,
+    prompt_tokens: PromptTokens = 1024,
+    new_tokens: NewTokens = 128,
+    hardware: Hardware = "auto",
+    link_gb_per_s: LinkSpeed = None,
+    device_gib: DeviceGib = "auto",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also run decode steps on this machine, random weights.")
+    ] = False,
+    rows: Annotated[Path | None, typer.Option(help="A results file: measured steps beside predicted ones.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Also write the timelines, for ui.perfetto.dev.")] = None,
+    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML file with charts: roofline, step timeline, split, batch and context, memory, measurements."""
+    from kvoffload import __version__
+    from kvoffload import report as reports
+    from kvoffload.model_shape import dimensions_from_config
+    from kvoffload.profiler import chart, study
+
+    chart.require_plotly()
+    options = OffloadConfig(device_gib=device_gib)
+    workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    dimensions, compared = dimensions_from_config(config), study.compared_rows(rows) if rows else ()
+    emulated = emulated_link(link_gb_per_s)
+    machine = machine_named(hardware, emulated)
+    run = None
+    if measure:
+        from kvoffload import measured_run
+
+        with progress("measuring") as tell:
+            run = measured_run.measure(dimensions, workload, tell)
+    with progress("working out") as tell:
+        found = study.study(config, workload, machine, options, compared=compared, measured=run, progress=tell)
+    written = reports.write(found, _model_name(config), output, trace, __version__)
+    if as_json:
+        print_json(written)
+    else:
+        typer.echo(found.recommendation)
+    for path in (output, trace):
+        if path is not None:
+            typer.echo(f"wrote {path}", err=True)
+    if run is not None and run.doubt:
+        typer.echo(run.doubt, err=True)
+
+
+def _model_name(config: str) -> str:
+    """What a configuration file or its folder is called."""
+    path = Path(config).resolve()
+    return path.parent.name if path.name == "config.json" else path.stem if path.suffix == ".json" else path.name

@@ -1,0 +1,57 @@
+"""What commands and scripts write besides their results: errors in one line, progress, JSON and rows of text.
+
+Owns the rule that an error of ours is one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import typer
+
+from kvoffload.errors import KVOffloadError
+
+
+@contextlib.contextmanager
+def errors_in_one_line(program: str) -> Iterator[None]:
+    """Ends `program` with one line and exit code 2 where an error of ours comes out; others are mistakes of ours."""
+    try:
+        yield
+    except KVOffloadError as error:
+        typer.echo(f"{program}: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Callable[[str, float], None] | None]:
+    """A progress bar on stderr, only on a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=1.0)
+        yield lambda what, share: bar.update(task, completed=share, description=f"{title} {what}")
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """On standard output, whose only content it is."""
+    typer.echo(json.dumps(data, indent=1))
+
+
+def print_rows(title: str, rows: list[tuple[str, str]]) -> None:
+    """A table of names and what they are."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), show_header=False, title_justify="left")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    Console().print(table)
