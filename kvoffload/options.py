@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -70,6 +71,20 @@ def a_link(param: typer.CallbackParam, value: str | None) -> str | None:
             link_named(value)
         except ConfigError as error:
             raise ConfigError(f"{param.opts[0]}: {error}") from error
+    return value
+
+
+def a_file_to_write(param: typer.CallbackParam, value: Path | None) -> Path | None:
+    """A file that can be written, or "-": asked before the work of which it will hold the result."""
+    if value is not None and str(value) != "-":
+        is_new = not value.exists()
+        try:
+            value.open("a").close()
+        except OSError as error:
+            why = error.strerror if value.parent.is_dir() else f"there is no folder {value.parent}"
+            raise ConfigError(f"{param.opts[0]}: cannot write {value}: {why}; choose another file") from error
+        if is_new:
+            value.unlink()
     return value
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from kvoffload.config import EmulatedLink
-from kvoffload.errors import ProfileError
+from kvoffload.errors import ConfigError, ProfileError
 from kvoffload.profiler.budget import Progress
 from kvoffload.profiler.device import Link, machine_key, resolve_device
 from kvoffload.profiler.hardware import find_profile
@@ -38,6 +38,23 @@ def cache_folder() -> Path:
 def profile_path(key: str) -> Path:
     """The file of the machine with that key."""
     return cache_folder() / f"{_slug(key.split(' | ')[0])}--{_slug(key)}.json"
+
+
+def require_folder() -> None:
+    """Make the folder of profiles, and a file in it, before a minute is spent on measuring what goes there.
+
+    Raises:
+        ConfigError: one of them cannot be made.
+    """
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot keep a profile in {folder}: {error.strerror}; choose a file with --output, or another place with "
+            "XDG_CACHE_HOME"
+        ) from error
 
 
 def store(profile: HardwareProfile) -> Path:

@@ -169,6 +169,40 @@ def test_profile_goes_where_output_says_and_a_bad_place_is_an_error(cache: Path,
     assert "--output" in run_badly("profile", "--output", tmp_path / "p.json" / "below.json")
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("profile --output nowhere/p.json", "--output: cannot write nowhere/p.json: there is no folder nowhere"),
+        ("profile --output .", "--output: cannot write .: Is a directory; choose another file"),
+        ("profile", "cannot keep a profile in /proc/none/kvoffload: "),
+        ("report --config CONFIG --measure --output nowhere/r.html", "--output: cannot write nowhere/r.html"),
+        ("report --config CONFIG --measure --trace nowhere/t.json", "--trace: cannot write nowhere/t.json"),
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_measured(
+    line: str, message: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*args: object, **kwargs: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    monkeypatch.setattr(profile, "measure_hardware", measure)
+    monkeypatch.setattr(stored, "measure_hardware", measure)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert message in run_badly(*line.replace("CONFIG", str(model)).split())
+    assert not list(Path().iterdir())
+
+
+def test_looking_whether_a_file_can_be_written_changes_nothing(model: Path, cache: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text("before")
+    run_badly("profile", "--output", path, "--latency-us", 100)
+    assert path.read_text() == "before"
+    run_badly("profile", "--output", tmp_path / "new.json", "--latency-us", 100)
+    assert not (tmp_path / "new.json").exists()
+
+
 def test_profile_refuses_a_link_without_speed_and_an_unknown_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "above zero" in run_badly("profile", "--link-gb-per-s", 0)
     assert "'cuda'" in run_badly("profile", "--device", "toaster")

@@ -388,8 +388,11 @@ def test_without_plotly_the_command_says_how_to_get_it_before_any_work(
         ({"batch": 0}, r"--batch must be a whole number of at least 1, got 0"),
         ({"rows": "nowhere.csv"}, r"cannot read the rows in nowhere\.csv"),
         ({"rows": CONFIGS / "opt-6.7b.json"}, r"is no results file|holds no row"),
-        ({"output": "/nowhere/report.html"}, r"cannot write the report /nowhere/report\.html.*--output"),
-        ({"trace": "/nowhere/trace.json"}, r"cannot write the trace /nowhere/trace\.json.*--trace"),
+        (
+            {"output": "/nowhere/report.html"},
+            r"--output: cannot write /nowhere/report\.html: there is no folder /nowhere",
+        ),
+        ({"trace": "/nowhere/trace.json"}, r"--trace: cannot write /nowhere/trace\.json"),
     ],
 )
 def test_bad_input_is_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import typer
 from kvoffload.cli.terminal import print_json, print_rows, progress
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError, ProfileError
-from kvoffload.options import AsJson, LatencyUs, LinkSpeed, emulated_link
+from kvoffload.options import AsJson, LatencyUs, LinkSpeed, a_file_to_write, emulated_link
 from kvoffload.types import HardwareProfile
 
 
@@ -34,7 +34,9 @@ def profile(
         False
     ),
     force: Annotated[bool, typer.Option("--force", help="Keep the result even if it is too doubtful.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Write the profile here, not to the cache.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(callback=a_file_to_write, help="Write the profile here, not to the cache.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure this machine (in under 60 s) and keep the result for planning."""
@@ -43,6 +45,8 @@ def profile(
     from kvoffload.profiler import stored
     from kvoffload.profiler.profile import measure_hardware
 
+    if output is None:
+        stored.require_folder()
     with progress("measuring") as tell:
         measured = measure_hardware(device, link or "auto", thoroughness="quick" if quick else "full", progress=tell)
     doubt = stored.reason_not_to_keep(measured)

@@ -21,6 +21,7 @@ from kvoffload.options import (
     NewTokens,
     PromptTokens,
     Split,
+    a_file_to_write,
     a_link,
     bits,
     emulated_link,
@@ -145,8 +146,10 @@ def report(
         bool, typer.Option("--measure", help="Also run decode steps on this machine, random weights.")
     ] = False,
     rows: Annotated[Path | None, typer.Option(help="A results file: measured steps beside predicted ones.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Also write the timelines, for ui.perfetto.dev.")] = None,
-    output: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+    trace: Annotated[
+        Path | None, typer.Option(callback=a_file_to_write, help="Also write the timelines, for ui.perfetto.dev.")
+    ] = None,
+    output: Annotated[Path, typer.Option(callback=a_file_to_write, help="The file to write.")] = Path("report.html"),
     as_json: AsJson = False,
 ) -> None:
     """Write one HTML file with charts: roofline, step timeline, split, batch and context, memory, measurements."""
