@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from kvoffload.bench import PRESETS, ablation, rows
-from kvoffload.errors import KVOffloadError
+from kvoffload.cli.terminal import script
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,19 +30,15 @@ def main(
     if preset not in PRESETS:
         raise typer.BadParameter(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
     console = Console(stderr=True)
-    try:
-        rows.load(csv_path)
-        found, tables = ablation.run(
-            preset, new_tokens=new_tokens, rounds=1 if quick else rounds, quick=quick, tell=console.print
-        )
-        rows.save(csv_path, found)
-    except KVOffloadError as error:
-        console.print(f"ablation: {error}")
-        raise typer.Exit(2) from error
+    rows.check(csv_path)
+    found, tables = ablation.run(
+        preset, new_tokens=new_tokens, rounds=1 if quick else rounds, quick=quick, tell=console.print
+    )
+    rows.save(csv_path, found)
     wide = Console() if sys.stdout.isatty() else Console(width=120)
     for table in tables:
         wide.print(table)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)()

@@ -21,7 +21,7 @@ from kvoffload.bench.external import external_providers
 from kvoffload.bench.providers import providers
 from kvoffload.bench.serving import Objective
 from kvoffload.bench.tables import campaign_tables
-from kvoffload.errors import KVOffloadError
+from kvoffload.cli.terminal import script
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,13 +38,14 @@ def main(
     dry_run: Annotated[bool, typer.Option(help="list the cells")] = False,
 ) -> None:
     """Compare all providers."""
-    chosen = choose([part.strip() for part in cells.split(",")], is_emulated=not torch.cuda.is_available())
+    patterns, is_emulated = [part.strip() for part in cells.split(",")], not torch.cuda.is_available()
+    chosen = choose(patterns, is_emulated=is_emulated)
     known = providers() | external_providers()
     names = [name.strip() for name in only.split(",") if name.strip()] or list(known)
     if unknown := [name for name in names if name not in known]:
         raise typer.BadParameter(f"unknown providers {', '.join(unknown)}; known: {', '.join(known)}")
-    if not chosen:
-        raise typer.BadParameter(f"no cell of this machine matches {cells!r}; --dry-run lists them")
+    if idle := [pattern for pattern in patterns if not choose([pattern], is_emulated=is_emulated)]:
+        raise typer.BadParameter(f"no cell of this machine matches {', '.join(map(repr, idle))}; --dry-run lists them")
     console = Console(stderr=True)
     if dry_run:
         for cell in chosen:
@@ -56,16 +57,12 @@ def main(
         objective=Objective(ttft_objective_s, tpot_objective_s),
         resumes=not fresh,
     )
-    try:
-        campaign.run(chosen, [known[name] for name in names], csv_path, settings, console.print)
-        found = [row for row in rows.load(csv_path) if row["x"] in {cell.name for cell in chosen}]
-    except KVOffloadError as error:
-        console.print(f"bench_campaign: {error}")
-        raise typer.Exit(2) from error
+    campaign.run(chosen, [known[name] for name in names], csv_path, settings, console.print)
+    found = [row for row in rows.load(csv_path) if row["x"] in {cell.name for cell in chosen}]
     wide = Console() if sys.stdout.isatty() else Console(width=120)
     for table in campaign_tables(found):
         wide.print(table)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)()

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from kvoffload import bench
 from kvoffload.bench import rows
+from kvoffload.cli.terminal import script
 
 
 def main(
@@ -81,4 +82,4 @@ def save_csv(result: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)()

@@ -31,6 +31,9 @@ from torch import Tensor
 
 from kvoffload import ops
 from kvoffload.bench import rows
+from kvoffload.cli.terminal import script
+from kvoffload.errors import ConfigError
+from kvoffload.options import a_file_to_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,24 +190,31 @@ def measure(device: str, quick: bool) -> list[dict[str, Any]]:
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="one shape, few repetitions")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    json_path: Annotated[str, typer.Option("--json", help="write rows as JSON to a file, - for standard output")] = "",
-    csv_path: Annotated[str, typer.Option("--csv", help="add rows to this CSV file")] = "",
+    json_path: Annotated[
+        Path | None,
+        typer.Option("--json", callback=a_file_to_write, help="write rows as JSON to a file, - for standard output"),
+    ] = None,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="add rows to this CSV file")] = None,
 ) -> None:
     """Kernels at decode shapes, each beside what bounds it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"unknown device {device!r}; known: auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("there is no CUDA device: --device cpu times the twins of the kernels, at small shapes")
+    if csv_path is not None:
+        rows.check(csv_path)
     found = measure(device, quick)
-    if json_path == "-":
+    if str(json_path) == "-":
         json.dump(found, sys.stdout, indent=1)
         sys.stdout.write("\n")
     else:
         Console().print(table(found))
-        if json_path:
-            Path(json_path).write_text(json.dumps(found, indent=1) + "\n")
-    if csv_path:
-        rows.save(Path(csv_path), found)
+        if json_path is not None:
+            json_path.write_text(json.dumps(found, indent=1) + "\n")
+    if csv_path is not None:
+        rows.save(csv_path, found)
 
 
 def table(found: list[dict[str, Any]]) -> Table:
@@ -223,4 +233,4 @@ def table(found: list[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)()

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from kvoffload.bench import PRESETS, Lab, core_for_the_link, rows
 from kvoffload.bench.decode import steps
-from kvoffload.errors import KVOffloadError
+from kvoffload.cli.terminal import script
 from kvoffload.profiler.stored import load_or_measure
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,15 +32,10 @@ def main(
     preset = preset or ("opt-6.7b" if torch.cuda.is_available() else "cpu-small")
     if preset not in PRESETS:
         raise typer.BadParameter(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
-    console = Console(stderr=True)
-    try:
-        rows.load(csv_path)
-        with core_for_the_link():
-            found, table = measure(preset, new_tokens)
-        rows.save(csv_path, found)
-    except KVOffloadError as error:
-        console.print(f"bench_transfer: {error}")
-        raise typer.Exit(2) from error
+    rows.check(csv_path)
+    with core_for_the_link():
+        found, table = measure(preset, new_tokens)
+    rows.save(csv_path, found)
     (Console() if sys.stdout.isatty() else Console(width=120)).print(table)
 
 
@@ -72,4 +67,4 @@ def measure(preset: str, new_tokens: int) -> tuple[list[rows.Row], Table]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)()

@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from kvoffload.bench import core_for_the_link, predictions, rows
-from kvoffload.errors import KVOffloadError
+from kvoffload.cli.terminal import script
 from kvoffload.profiler.stored import load_or_measure
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,28 +34,24 @@ def main(
     for name in ("combination", "link over device", "predicted ms", "measured ms", "error", "allowed"):
         table.add_column(name, justify="left" if name == "combination" else "right", no_wrap=True)
     outside = 0
-    try:
-        rows.load(csv_path)
-        with core_for_the_link():
-            profile = load_or_measure("cpu")
-            for one in track(predictions.draw(number, seed), console=console, description="combinations"):
-                checked = predictions.check(one, profile, new_tokens)
-                rows.save(csv_path, predictions.rows_of(checked))
-                outside += not checked.is_within
-                table.add_row(
-                    str(one),
-                    f"{checked.link_over_device:.2f}",
-                    f"{checked.predicted_s * 1e3:.1f}",
-                    f"{checked.measured_s * 1e3:.1f}",
-                    f"{checked.error:+.3f}",
-                    f"{predictions.MAX_ERROR[checked.is_link_bound]:.2f}" + ("" if checked.is_within else " exceeded"),
-                )
-    except KVOffloadError as error:
-        console.print(f"eval_predictions: {error}")
-        raise typer.Exit(2) from error
+    rows.check(csv_path)
+    with core_for_the_link():
+        profile = load_or_measure("cpu")
+        for one in track(predictions.draw(number, seed), console=console, description="combinations"):
+            checked = predictions.check(one, profile, new_tokens)
+            rows.save(csv_path, predictions.rows_of(checked))
+            outside += not checked.is_within
+            table.add_row(
+                str(one),
+                f"{checked.link_over_device:.2f}",
+                f"{checked.predicted_s * 1e3:.1f}",
+                f"{checked.measured_s * 1e3:.1f}",
+                f"{checked.error:+.3f}",
+                f"{predictions.MAX_ERROR[checked.is_link_bound]:.2f}" + ("" if checked.is_within else " exceeded"),
+            )
     (Console() if sys.stdout.isatty() else Console(width=130)).print(table)
     print(f"{number - outside} of {number} within the allowed error")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)()

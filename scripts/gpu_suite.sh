@@ -14,13 +14,14 @@ python=.venv/bin/python
 [[ -x $python ]] || python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 results=scripts/results dry_run=0 quick=0 fresh=0
+usage() { echo "usage: scripts/gpu_suite.sh [--dry-run] [--quick] [--fresh] [--results DIR]" >&2 && exit 2; }
 while (($# > 0)); do
     case $1 in
         --dry-run) dry_run=1 ;;
         --quick) quick=1 ;;
         --fresh) fresh=1 ;;
-        --results) results=${2:?--results needs a folder} && shift ;;
-        *) echo "usage: scripts/gpu_suite.sh [--dry-run] [--quick] [--fresh] [--results DIR]" >&2 && exit 2 ;;
+        --results) (($# > 1)) || usage && results=$2 && shift ;;
+        *) usage ;;
     esac
     shift
 done

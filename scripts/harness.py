@@ -11,7 +11,6 @@ scripts/harness.py --model DIR_OR_HUB_ID --split 0.5
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import logging
@@ -34,6 +33,10 @@ from rich.table import Table
 
 import kvoffload
 from kvoffload import chat, custom_generate
+from kvoffload.cli.terminal import script
+from kvoffload.errors import ConfigError
+from kvoffload.model_source import find_model
+from kvoffload.options import AsJson, LinkSpeed, Split, emulated_link
 
 TASKS = Path(__file__).parent / "harness"
 
@@ -124,18 +127,16 @@ def compare(model: Any, tokenizer: Any, config: kvoffload.OffloadConfig) -> list
 
 def main(
     model: Annotated[str | None, typer.Option(help="Folder or hub id; default: the demo's model.")] = None,
-    split: Annotated[str, typer.Option(help="'auto', 'transfer', 'recompute' or a share of activations.")] = "transfer",
-    link_gb_per_s: Annotated[float | None, typer.Option(help="Speed of an emulated link; default: unpaced.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    split: Split = "transfer",
+    link_gb_per_s: LinkSpeed = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare lm-eval's results without and with kvoffload."""
-    with contextlib.suppress(ValueError):
-        split = float(split)  # type: ignore[assignment]
-    link = kvoffload.EmulatedLink(h2d_gb_per_s=link_gb_per_s) if link_gb_per_s else "auto"
-    config = kvoffload.OffloadConfig.from_json({"split": split, "link": link})
+    config = kvoffload.OffloadConfig(split=split, link=emulated_link(link_gb_per_s) or "auto")
+    source = find_model(model)
     if importlib.util.find_spec("lm_eval") is None:
-        raise typer.BadParameter("lm-eval is not installed; docs/harness.md says how")
-    loaded, tokenizer = chat.load(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        raise ConfigError("lm-eval is not installed; docs/harness.md says how")
+    loaded, tokenizer = chat.load(source, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     runs = compare(loaded, tokenizer, config)
     same = [run.found.answers == runs[0].found.answers for run in runs]
     if as_json:
@@ -155,4 +156,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)()

@@ -15,29 +15,31 @@ from typing import Annotated
 import typer
 
 from kvoffload.bench import published, rows
-from kvoffload.errors import KVOffloadError
+from kvoffload.cli.terminal import script
+from kvoffload.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "scripts" / "results"
 FIGURE = "docs/figures/share_of_bound.svg"
 
 
 def main(
     check: Annotated[bool, typer.Option("--check", help="change nothing, fail where something is out of date")] = False,
-    results: Annotated[Path, typer.Option(help="folder with the rows")] = ROOT / "scripts" / "results",
-    root: Annotated[Path, typer.Option(help="folder of README.md and docs/")] = ROOT,
+    results: Annotated[Path, typer.Option(exists=True, file_okay=False, help="folder with the rows")] = RESULTS,
+    root: Annotated[Path, typer.Option(exists=True, file_okay=False, help="folder of README.md and docs/")] = ROOT,
 ) -> None:
     """Tables and pictures from rows."""
-    try:
-        found = {name: rows.load(results / f"{name}.csv") for name in ("decode", "campaign", "ablation")}
-    except KVOffloadError as error:
-        typer.echo(f"report: {error}", err=True)
-        raise typer.Exit(2) from error
+    found = {name: rows.load(results / f"{name}.csv") for name in ("decode", "campaign", "ablation")}
+    if not any(found.values()):
+        raise ConfigError(f"no rows in {results}: README's tables would be empty; --results names the folder with them")
     sections = {
         "performance": published.performance(found["decode"]),
         "comparison": published.comparison(found["campaign"]),
         "parts": published.parts(found["ablation"]),
     }
     readme, figure = root / "README.md", root / FIGURE
+    if not readme.is_file():
+        raise ConfigError(f"there is no {readme}: --root names the folder of README.md and docs/")
     before = readme.read_text(encoding="utf-8")
     after = before
     for name, text in sections.items():
@@ -93,4 +95,4 @@ def draw(bars: list[published.Bar], path: Path, key: str) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    script(main)()

@@ -23,6 +23,7 @@ from kvoffload.types import HardwareProfile, Workload
 from kvoffload.verdict import Verdict, judge
 
 ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 BEGIN, END = "<!-- will-it-help:begin -->", "<!-- will-it-help:end -->"
 DEVICES = {
     "L4": "l4-24gb-pcie4",
@@ -135,7 +136,7 @@ def sentence(cell: Cell) -> str:
 def main(
     write: Annotated[bool, typer.Option("--write", help="Put the table into the file.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Fail if the file says something else.")] = False,
-    file: Annotated[Path, typer.Option(help="Which has the markers.")] = ROOT / "README.md",
+    file: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Which has the markers.")] = README,
 ) -> None:
     """Print, write or check the table."""
     if not write and not check:

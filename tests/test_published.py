@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import typer
-from typer.testing import CliRunner
+from run_script import run_script
+from typer.testing import Result
 
 from kvoffload.bench import published, rows
 
 ROOT = Path(__file__).parents[1]
 
 
-class _Done(NamedTuple):
-    returncode: int
-    stderr: str
-
-
-def _report(*args: str) -> _Done:
-    """The script, run in this process: importing everything again would take seconds."""
-    spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "report.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "report", script)  # typer looks annotations up there
-        spec.loader.exec_module(script)
-        app = typer.Typer()
-        app.command()(script.main)
-        done = CliRunner().invoke(app, args)
-    return _Done(done.exit_code, done.stderr)
+def _report(*args: str) -> Result:
+    return run_script("report", *args)
 
 
 def test_readme_and_its_figure_agree_with_the_rows() -> None:
     done = _report("--check")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
 
 
 @pytest.fixture
@@ -59,10 +40,10 @@ def test_a_changed_row_fails_the_check_and_writing_mends_it(copy: Path) -> None:
     changed = next(row for row in found if row["metric"] == "fraction_of_bound" and row["provider"] == "planned")
     rows.save(path, [row | ({"p50": "0.123"} if row is changed else {}) for row in found])
     done = _report("--check", *where)
-    assert done.returncode == 1
+    assert done.exit_code == 1
     assert "README.md, docs/figures/share_of_bound.svg disagree" in done.stderr
-    assert _report(*where).returncode == 0
-    assert _report("--check", *where).returncode == 0
+    assert _report(*where).exit_code == 0
+    assert _report("--check", *where).exit_code == 0
     assert "0.123" in (copy / "README.md").read_text()
 
 
@@ -73,7 +54,7 @@ def test_an_edited_number_in_readme_fails_the_check(copy: Path) -> None:
     end = text.index("<!-- /results:performance -->")
     readme.write_text(text[:begin] + text[begin:end].replace("of the bound", "of the bounds", 1) + text[end:])
     done = _report("--check", "--root", str(copy))
-    assert done.returncode == 1
+    assert done.exit_code == 1
     assert "README.md disagree" in done.stderr
 
 

@@ -82,9 +82,9 @@ def run(cells: Sequence[Cell], providers: Sequence[Provider], path: Path, settin
         tell: called with one line for everything that ends.
 
     Raises:
-        ConfigError: the file is of another schema; nothing was measured.
+        ConfigError: rows cannot be added to the file; nothing was measured.
     """
-    rows.load(path)
+    rows.check(path)
     began = time.perf_counter()
     slowest_s = 0.0  # of the cells so far: they come in no order of size
     profile: HardwareProfile | None = None

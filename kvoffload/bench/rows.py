@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,16 @@ def load(path: Path) -> list[Row]:
     """All rows of a file; none if there is no file.
 
     Raises:
-        ConfigError: the file is of another schema; names its version.
+        ConfigError: the file is of another schema, and names its version; or it is no text.
     """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        found = list(reader)
+        try:
+            found = list(reader)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ConfigError(f"{path} holds no rows: {error}") from error
         columns = tuple(reader.fieldnames or ())
     schemas = {one.get("schema") or "1" for one in found} or {SCHEMA if columns == COLUMNS else "1"}
     if columns != COLUMNS or schemas != {SCHEMA}:
@@ -87,6 +91,20 @@ def load(path: Path) -> list[Row]:
             "move the file away, or write to another one"
         )
     return found
+
+
+def check(path: Path) -> None:
+    """Whether rows can be added to a file, before they are measured; its folder is made if there is none.
+
+    Raises:
+        ConfigError: the file is of another schema, or cannot be replaced.
+    """
+    try:
+        load(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ConfigError(f"cannot add rows to {path}: {error.strerror}; choose another file with --csv") from error
 
 
 def save(path: Path, new: Sequence[Row]) -> None:
@@ -99,7 +117,7 @@ def save(path: Path, new: Sequence[Row]) -> None:
     kept = [one for one in load(path) if _subject(one) not in replaced]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")  # an interruption leaves the old file
-    with partial.open("w", newline="") as file:
+    with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, *new])

@@ -1,17 +1,20 @@
 """What commands and scripts write besides their results: errors in one line, progress, JSON and rows of text.
 
-Owns the rule that an error of ours is one line on standard error and exit code 2.
+Owns the rule that an error of ours is one line on standard error and exit code 2, for `kvoffload` and for `scripts/`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from kvoffload.errors import KVOffloadError
 
@@ -24,6 +27,24 @@ def errors_in_one_line(program: str) -> Iterator[None]:
     except KVOffloadError as error:
         typer.echo(f"{program}: {error}", err=True)
         raise typer.Exit(2) from error
+
+
+def script(main: Callable[..., None]) -> typer.Typer:
+    """The command line of a script, whose errors go by the name of its file."""
+    name = Path(inspect.getfile(main)).stem
+
+    class _Script(TyperCommand):
+        def make_context(self, *args: Any, **kwargs: Any) -> Any:  # where options are checked
+            with errors_in_one_line(name):
+                return super().make_context(*args, **kwargs)
+
+        def invoke(self, ctx: Any) -> Any:
+            with errors_in_one_line(name):
+                return super().invoke(ctx)
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(cls=_Script)(main)
+    return app
 
 
 @contextlib.contextmanager
