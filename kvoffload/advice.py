@@ -23,7 +23,7 @@ from kvoffload.model_config import ITEMSIZE_BYTES, reader
 from kvoffload.model_shape import shape_from_config, sliding_window_tokens
 from kvoffload.quantization import quantization_of
 from kvoffload.types import HardwareProfile, ModelShape, Plan, Workload
-from kvoffload.units import duration, gb
+from kvoffload.units import counted, duration, gb
 from kvoffload.ways import Alternative, Task
 
 logger = logging.getLogger(__name__)
@@ -143,29 +143,30 @@ def _recommend(task: Task, chosen: Plan, offload: Alternative, on_device: Altern
         return f"Offload: {room}. Predicted: {ours}; {_describe(on_device)}."
     if on_device.way == "on_device":
         return f"Do not offload: {room}, so it fits. Predicted: {_describe(on_device)}; {ours}."
+    fitting = "one sequence alone fits" if on_device.batch == 1 else f"batches of {on_device.batch} fit"
     return (
-        f"Do not offload, unless the batch must stay together: {room}, but batches of {on_device.batch} fit. "
+        f"Do not offload, unless the batch must stay together: {room}, but {fitting}. "
         f"Predicted: {_describe(on_device)}; {ours}."
     )
 
 
 def _describe_plan(chosen: Plan, offload: Alternative) -> str:
     places = (
-        (chosen.resident_kv_blocks, "stay on the device as K/V"),
-        (chosen.resident_activation_blocks, "stay there as activations"),
-        (chosen.kv_blocks, "are transferred as K/V"),
-        (chosen.activation_blocks, "are transferred as activations and recomputed"),
+        (chosen.resident_kv_blocks, "stays", "stay", "on the device as K/V"),
+        (chosen.resident_activation_blocks, "stays", "stay", "on the device as activations"),
+        (chosen.kv_blocks, "is", "are", "transferred as K/V"),
+        (chosen.activation_blocks, "is", "are", "transferred as activations and recomputed"),
     )
-    placed = ", ".join(f"{count} {what}" for count, what in places if count)
+    placed = ", ".join(f"{counted(blocks, one, many)} {what}" for blocks, one, many, what in places if blocks)
     limit = chosen.binding_constraint.replace("_", " ")
     return (
-        f"offloaded (of {chosen.num_blocks} blocks per layer {placed or 'none leaves the tail'}) a step takes "
-        f"{duration(offload.step_s)} on average, {duration(chosen.predicted_step_s)} at full length, limited by the "
-        f"{limit} there ({duration(chosen.full_transfer_step_s)} with full transfer), and everything "
+        f"offloaded (of {counted(chosen.num_blocks, 'block')} per layer {placed or 'none leaves the tail'}) a step "
+        f"takes {duration(offload.step_s)} on average, {duration(chosen.predicted_step_s)} at full length, limited by "
+        f"the {limit} there ({duration(chosen.full_transfer_step_s)} with full transfer), and everything "
         f"{duration(offload.total_s)}"
     )
 
 
 def _describe(one: Alternative) -> str:
-    how = "on the device" if one.runs == 1 else f"on the device in {one.runs} runs of {one.batch}"
+    how = "on the device" if one.runs == 1 else f"on the device in {one.runs} runs of {counted(one.batch, 'sequence')}"
     return f"{how} a step takes {duration(one.step_s)} on average and everything {duration(one.total_s)}"

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 from kvoffload import cost, planner
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.types import HardwareProfile, Plan, PlanInputs
-from kvoffload.units import gb
+from kvoffload.units import count, gb
 from kvoffload.ways import Alternative, Task
 
 Name = Literal["no offload", "sub-batches", "offload", "full transfer", "paper's schedule"]
@@ -324,5 +324,5 @@ def grid(text: str | None) -> Grid:
     except ValueError as error:
         raise ConfigError(f"a sweep is batches and prompts such as 1,8,64:1024,8192, got {text!r}") from error
     if min(*batches, *prompts) < 1 or max(*batches, *prompts) > MAX_SEARCHED:
-        raise ConfigError(f"batches and prompts of a sweep go from 1 to {MAX_SEARCHED}, got {text!r}")
+        raise ConfigError(f"batches and prompts of a sweep go from 1 to {count(MAX_SEARCHED)}, got {text!r}")
     return Grid(batches, prompts)

@@ -26,6 +26,7 @@ from kvoffload.errors import ConfigError
 from kvoffload.model_shape import Dimensions
 from kvoffload.profiler.study import MeasuredRun, simulated, typical_steps
 from kvoffload.types import Rates, Workload
+from kvoffload.units import counted
 
 NEW_TOKENS = 12
 SHOWN_STEPS = 2
@@ -120,8 +121,8 @@ def _in_words(preset: bench.Preset) -> str:
     kind = "multi-head" if preset.heads == preset.kv_heads else "grouped-query"
     dtype = str(preset.dtype).removeprefix("torch.")
     return (
-        f"{preset.layers} layers of hidden size {preset.hidden} with {kind} attention in {dtype}, "
-        f"{preset.batch} sequences of {preset.cached_tokens} cached tokens"
+        f"{counted(preset.layers, 'layer')} of hidden size {preset.hidden} with {kind} attention in {dtype}, "
+        f"{counted(preset.batch, 'sequence')} of {counted(preset.cached_tokens, 'cached token')}"
     )
 
 

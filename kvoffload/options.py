@@ -16,6 +16,7 @@ import typer
 from kvoffload.config import EmulatedLink
 from kvoffload.datasheet import link_named
 from kvoffload.errors import ConfigError
+from kvoffload.units import count
 
 LARGEST = 10**9  # of anything counted
 Rule = Callable[[Any], bool]
@@ -38,7 +39,7 @@ def _is_number(value: Any) -> bool:
 
 def whole(least: int = 1) -> Callable[[typer.CallbackParam, Any], Any]:
     """A count."""
-    return _checked(lambda value: least <= value <= LARGEST, f"a whole number of at least {least}")
+    return _checked(lambda value: least <= value <= LARGEST, f"a whole number from {least} to {count(LARGEST)}")
 
 
 def within(low: float, high: float, what: str) -> Callable[[typer.CallbackParam, Any], Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvoffload.types import Plan
-from kvoffload.units import duration, gb
+from kvoffload.units import counted, duration, gb
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +62,14 @@ class GenerationStats:
         link = "" if self.h2d_gb_per_s is None else f" at {gb(self.h2d_gb_per_s * 1e9)}/s"
         busy = "" if self.link_utilization is None else f", busy {self.link_utilization:.2f} of the time"
         plan = self.plan
+        resident = plan.resident_kv_blocks + plan.resident_activation_blocks
         return "\n".join(
             [
                 f"first token {duration(self.ttft_s)} (setup {duration(self.setup_s)} apart), {step_text}, "
                 f"{self.tokens_per_s:.1f} tokens/s",
                 f"link ({self.link_name}): {gb(self.h2d_bytes)} to the device{link}{busy}, {gb(self.d2h_bytes)} back",
-                f"plan: {_moved(plan)}; {plan.resident_kv_blocks + plan.resident_activation_blocks} of "
-                f"{plan.num_blocks} blocks stay on the device; host {gb(self.host_bytes)}; K/V "
+                f"plan: {_moved(plan)}; {resident} of {counted(plan.num_blocks, 'block')} "
+                f"{'stays' if resident == 1 else 'stay'} on the device; host {gb(self.host_bytes)}; K/V "
                 + ("exact" if self.exact else "recomputed in half precision"),
                 self._verdict(step),
             ]
@@ -86,10 +87,10 @@ class GenerationStats:
             )
         if not full:
             return "verdict: none, a given split needs no prediction and none was made: name a profile=... for one"
-        ratio = full / step_s
         if self.plan.kv_blocks == self.plan.num_blocks:
-            return f"verdict: this is full transfer, {ratio:.2f} times its predicted speed ({duration(full)} a step)"
-        return f"verdict: {ratio:.2f}x as fast as the predicted full transfer ({duration(full)} a step)"
+            took = f"{step_s / full:.2f} times the predicted {duration(full)}"
+            return f"verdict: this is full transfer itself, a step took {took}"
+        return f"verdict: {full / step_s:.2f}x as fast as the predicted full transfer ({duration(full)} a step)"
 
 
 def _moved(plan: Plan) -> str:

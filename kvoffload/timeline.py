@@ -64,8 +64,8 @@ class Timeline(NamedTuple):
         """
         if first < 0 or count < 1 or first + count > self.num_steps:
             raise IndexError(
-                f"{count} steps from step {first} on were asked for, this timeline has {self.num_steps} (from 0 on): "
-                "ask for fewer, or record a longer generate()"
+                f"first={first}, count={count}: this timeline has {self.num_steps} steps, numbered from 0; ask for "
+                "fewer, or record a longer generate()"
             )
         marks = self.steps_s[first : first + count + 1]
         return self.between(marks[0], marks[-1])._replace(steps_s=tuple(mark - marks[0] for mark in marks))

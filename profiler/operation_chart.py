@@ -8,6 +8,7 @@ from typing import Any
 from kvoffload.profiler.chart import BLUE, GREY, ORANGE, PINK, Chart, figure, layout_of, log_axis, require_plotly
 from kvoffload.profiler.report import seconds, si
 from kvoffload.profiler.roofline import Phase, Roofline, Row
+from kvoffload.units import counted
 
 POINTS_OF_A_ROOF = 60
 
@@ -101,5 +102,7 @@ def _operation_cells(phase: Phase, row: Row) -> tuple[str, ...]:
 
 def _bounds_in_words(phase: Phase) -> str:
     bounds = sorted({row.bound for row in phase.rows})
-    how_many = ", ".join(f"by {bound} {sum(row.bound == bound for row in phase.rows)}" for bound in bounds)
-    return f"{phase.name.capitalize()} takes {seconds(phase.seconds)}; operations bound {how_many}."
+    first, *others = (sum(row.bound == bound for row in phase.rows) for bound in bounds)
+    parts = [f"{counted(first, 'operation is', 'operations are')} bound by {bounds[0]}"]
+    parts += [f"{number} by {bound}" for number, bound in zip(others, bounds[1:], strict=True)]
+    return f"{phase.name.capitalize()} takes {seconds(phase.seconds)}; {', '.join(parts)}."

@@ -22,6 +22,7 @@ from kvoffload.profiler.chart import (
 )
 from kvoffload.profiler.report import seconds, si
 from kvoffload.profiler.study import Compared, SizePoint, SplitPoint, Study, best_row
+from kvoffload.units import count, counted
 
 WAYS = {  # colour, symbol and dash of a way to do the work
     "no offload": (GREEN, "circle", "solid"),
@@ -73,7 +74,7 @@ def split_chart(found: Study) -> Chart:
         "split-chart",
         "Step time at every split",
         figure(go, data, layout),
-        f"The plan keeps {chosen} of {plan.num_blocks} blocks of each layer as activations: "
+        f"The plan keeps {chosen} of {counted(plan.num_blocks, 'block')} of each layer as activations: "
         f"{seconds(plan.predicted_step_s)} a step, limited by the {plan.binding_constraint.replace('_', ' ')}. "
         f"With none it would take {_step_at(points, 0)}, with all {_step_at(points, plan.num_blocks)}.",
         ("blocks as activations", "link", "device", "host", "step", "paper's schedule"),
@@ -124,7 +125,7 @@ def _fastest_in_words(label: str, points: Sequence[SizePoint], size: Callable[[S
         fastest = best_row(point)
         name = fastest.name if fastest else "nothing"
         if name != before:
-            found.append(f"from {size(point)} on {name}")
+            found.append(f"{name} from {count(size(point))} on")
         before = name
     return f"Fastest over {label}: {', '.join(found)}."
 
@@ -170,7 +171,7 @@ def memory_chart(found: Study) -> Chart:
         for point, row in zip(points, offloaded, strict=True)
     )
     fitting = [point.prompt_tokens for point in points if point.row("no offload")]
-    largest = f"up to prompts of {max(fitting)} tokens" if fitting else "at none of these lengths"
+    largest = f"up to prompts of {counted(max(fitting), 'token')}" if fitting else "at none"
     return Chart(
         "memory-chart",
         "Memory over context",
@@ -221,8 +222,8 @@ def compared_chart(compared: Sequence[Compared]) -> Chart:
         "compared-chart",
         "Measured against predicted",
         figure(go, data, layout),
-        f"{len(compared)} measured steps: the median differs from its prediction by {errors[len(errors) // 2]:.3f} of "
-        f"it, the worst by {errors[-1]:.3f}.",
+        f"{counted(len(compared), 'measured step')}: the median differs from its prediction by "
+        f"{errors[len(errors) // 2]:.3f} of it, the worst by {errors[-1]:.3f}.",
         ("step", "where", "predicted", "measured", "error, as a share"),
         tuple(
             (one.name, one.where, seconds(one.predicted_s), seconds(one.measured_s), f"{one.error_fraction:+.3f}")

@@ -15,6 +15,7 @@ from rich.text import Text
 from kvoffload import forecast
 from kvoffload.forecast import Cell, Forecast, Limits
 from kvoffload.profiler.roofline import Phase, Roofline, Row, remedy_text
+from kvoffload.units import count, counted
 
 WIDTH = 160  # where the output is no terminal
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
@@ -43,15 +44,15 @@ def print_forecast(seen: Forecast) -> None:
 def limit_lines(limits: Limits) -> list[str]:
     """What still fits, in words."""
 
-    def number(value: int) -> str:
+    def number(value: int, of: str = "") -> str:
         if not value:
             return "none"
-        return f"{value} or more" if value >= forecast.MAX_SEARCHED else str(value)
+        return count(value) + of + " or more" * (value >= forecast.MAX_SEARCHED)
 
     return [
         f"largest batch with these prompts: {number(limits.largest_batch_on_device)} on the device, "
         f"{number(limits.largest_batch_offloaded)} offloaded",
-        f"longest prompt with this batch: {number(limits.longest_prompt_on_device)} tokens on the device, "
+        f"longest prompt with this batch: {number(limits.longest_prompt_on_device, ' tokens')} on the device, "
         f"{number(limits.longest_prompt_offloaded)} offloaded (host memory is taken as enough unless it is known)",
     ]
 
@@ -106,7 +107,7 @@ def _sweep_table(cells: Sequence[Cell]) -> Table:
     """Batches down, prompts across: the fastest way and its tokens/s."""
     prompts = sorted({cell.prompt_tokens for cell in cells})
     table = Table(title=Text("Fastest way, new tokens/s (offloaded)"), title_justify="left")
-    for name in ("batch", *(f"{prompt} tokens" for prompt in prompts)):
+    for name in ("batch", *(counted(prompt, "token") for prompt in prompts)):
         table.add_column(name, justify="right")
     for batch in sorted({cell.batch for cell in cells}):
         line = {cell.prompt_tokens: cell for cell in cells if cell.batch == batch}
@@ -161,7 +162,7 @@ def si(value: float, unit: str = "") -> str:
 def seconds(value: float) -> str:
     """Seconds with three digits, or whole ones."""
     if value >= 999.5:
-        return f"{value:.0f} s"
+        return f"{count(round(value))} s"
     for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "us")):
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"
@@ -171,9 +172,9 @@ def seconds(value: float) -> str:
 def _phase_table(found: Roofline, phase: Phase) -> Table:
     setting = found.setting
     what = {
-        "prefill": f"{setting.batch} x {setting.seq} tokens",
-        "decode": f"one token of {setting.batch} sequences at a context of {setting.seq}",
-        "task": f"{setting.batch} x {setting.seq} tokens and {setting.new_tokens} new ones",
+        "prefill": f"{setting.batch} x {counted(setting.seq, 'token')}",
+        "decode": f"one token of {counted(setting.batch, 'sequence')} at a context of {count(setting.seq)}",
+        "task": f"{setting.batch} x {counted(setting.seq, 'token')} and {counted(setting.new_tokens, 'new one')} each",
     }[phase.name]
     table = Table(title=Text(f"{phase.name}: {what}"), title_justify="left")
     has_link = phase.total("link_bytes") > 0

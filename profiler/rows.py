@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvoffload.types import Curve, HardwareProfile, Quantity
-from kvoffload.units import gib
+from kvoffload.units import counted, gib
 
 NOT_AVAILABLE = "not available"
 MAX_NOISY_SHOWN = 5
@@ -58,6 +58,7 @@ def fact_rows(facts: dict[str, Any]) -> Rows:
         locked = "no limit"
     else:
         locked = f"{_memory(facts['locked_memory_limit_bytes'])} may be locked (ulimit -l)"
+    threads = counted(facts["torch_threads"], "thread")
     versions = ", ".join(f"{name} {version or NOT_AVAILABLE}" for name, version in facts["versions"].items())
     return [
         ("GPU", facts["gpu_name"] or NOT_AVAILABLE),
@@ -66,7 +67,7 @@ def fact_rows(facts: dict[str, Any]) -> Rows:
         ("PCIe generation", _of_maximum(facts["pcie_generation"], facts["pcie_generation_max"])),
         ("PCIe lanes", _of_maximum(facts["pcie_width"], facts["pcie_width_max"])),
         ("NUMA node of the GPU", _shown(facts["gpu_numa_node"])),
-        ("CPU", f"{facts['cpu_name']}, {facts['num_cpus']} usable, {facts['torch_threads']} threads in PyTorch"),
+        ("CPU", f"{facts['cpu_name']}, {facts['num_cpus']} usable, {threads} in PyTorch"),
         ("memory", f"{_memory(facts['memory_bytes'])}, {_memory(facts['memory_available_bytes'])} free"),
         ("container's memory limit", _memory(facts["cgroup_memory_limit_bytes"])),
         ("pinned memory", locked + (", WSL2 pins less than there is" if facts["is_wsl"] else "")),

@@ -16,6 +16,7 @@ from kvoffload.profiler.report import seconds, si
 from kvoffload.profiler.study import Study
 from kvoffload.profiler.timeline_chart import measured_chart, planned_chart
 from kvoffload.quantities import Quantity
+from kvoffload.units import counted
 
 NOT_MEASURED = (
     "Not measured. `kvoffload report --measure` runs decode steps on this machine and puts them beside what was "
@@ -34,7 +35,7 @@ def page(found: Study, model: str, made: str) -> Page:
     workload, profile = found.task.workload, found.task.profile
     beams = f" with {workload.num_beams} beams" if workload.num_beams > 1 else ""
     link, link_origin = _link(found)
-    lengths = f"prompts of {workload.prompt_tokens} tokens, {workload.new_tokens} new ones"
+    lengths = f"{counted(workload.prompt_tokens, 'prompt token')} and {counted(workload.new_tokens, 'new token')} each"
     facts = (
         ("Model", f"{model}: {found.dims.model_type}, {si(found.dims.num_weights)} parameters, {_attention(found)}"),
         ("Workload", f"batch {workload.batch}{beams}, {lengths}"),
@@ -104,7 +105,7 @@ def _measured_fact(found: Study) -> str:
     if run is None:
         return "nothing: everything here is a prediction"
     link = "an emulated link" if run.is_emulated else "the link"
-    return f"{len(run.step_s)} decode steps of {run.shape}, on {run.device_name} over {link}"
+    return f"{counted(len(run.step_s), 'decode step')} of {run.shape}, on {run.device_name} over {link}"
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
@@ -146,7 +147,8 @@ def _timeline(found: Study) -> Section:
         lines.append(
             f"Planned for {found.task.profile.device_name}: the cost model says "
             f"{seconds(found.advice.plan.predicted_step_s)} a step when all that may overlap does, "
-            f"its simulation chunk by chunk with {found.advice.plan.num_slots} slots {seconds(found.simulated_step_s)}."
+            f"its simulation chunk by chunk with {counted(found.advice.plan.num_slots, 'slot')} "
+            f"{seconds(found.simulated_step_s)}."
         )
         if not found.planned.lane("h2d"):
             lines.append("The whole cache stays on the device: nothing crosses the link.")
@@ -196,7 +198,7 @@ def _sizes(found: Study) -> Section:
         )
     over_batch = sizes_chart(
         "batch-chart",
-        f"Over batch, prompts of {workload.prompt_tokens} tokens",
+        f"Over batch, prompts of {counted(workload.prompt_tokens, 'token')}",
         "batch",
         found.over_batch,
         lambda point: point.batch,
@@ -217,9 +219,9 @@ def _memory(found: Study) -> Section:
     if cap == "min" or (cap == "auto" and found.task.profile.emulated_link):
         holds = "the plan holds as little on the device as works, the rest is on the host"
     lines = (
-        f"Memory at the full length of {workload.new_tokens} new tokens behind each prompt, batch {workload.batch}. "
-        "The limit leaves out the peak of the prefill and a tenth of what the weights leave free. Offloaded, "
-        f"{holds}; where the size of the host's memory is not known it is taken as large enough.",
+        f"Memory at the full length of {counted(workload.new_tokens, 'new token')} behind each prompt, batch "
+        f"{workload.batch}. The limit leaves out the peak of the prefill and a tenth of what the weights leave free. "
+        f"Offloaded, {holds}; where the size of the host's memory is not known it is taken as large enough.",
     )
     return Section("memory", "Memory", lines, (memory_chart(found),))
 
@@ -231,7 +233,7 @@ def _compared(found: Study) -> Section:
         return Section("compared", "Measured and predicted", tuple(lines), note=note)
     emulated = sum("emulated" in one.where for one in found.compared)
     if emulated:
-        lines.append(f"Of these {len(found.compared)} steps, {emulated} ran over an emulated link.")
+        lines.append(f"{emulated} of {counted(len(found.compared), 'step')} ran over an emulated link.")
     return Section("compared", "Measured and predicted", tuple(lines), (compared_chart(found.compared),))
 
 
@@ -262,7 +264,8 @@ def _origins(found: Study) -> Section:
         rows.append(("decode steps of this machine", f"median {seconds(run.median_step_s)}, {run.where}", kind))
     elsewhere = [one for one in found.compared if found.measured is None or one.name != "this machine"]
     if elsewhere:
-        rows.append(("rows of the results file", f"{len(elsewhere)} steps, at the places named there", "measured"))
+        number = counted(len(elsewhere), "step")
+        rows.append(("rows of the results file", f"{number}, at the places named there", "measured"))
     table = Table("Numbers and their origin", ("number", "value", "origin"), tuple(rows))
     source = str(profile.extra.get("source", ""))
     lines = (

@@ -21,6 +21,7 @@ from kvoffload.profiler.report import seconds, si
 from kvoffload.profiler.study import MeasuredRun, Study
 from kvoffload.profiler.trace import LABELS
 from kvoffload.timeline import LANES, Lane, Timeline
+from kvoffload.units import counted
 
 COLOURS: dict[Lane, str] = {
     "h2d": BLUE,
@@ -66,9 +67,9 @@ def measured_chart(run: MeasuredRun) -> Chart:
     both = {"planned": run.planned, "measured": run.measured}
     return _timelines_chart(
         "measured-timeline",
-        f"{run.measured.num_steps} decode steps, planned and measured on {run.device_name}, {link}",
+        f"{counted(run.measured.num_steps, 'decode step')}, planned and measured on {run.device_name}, {link}",
         both,
-        f"The median of {len(run.step_s)} measured steps is {seconds(run.median_step_s)}, the prediction "
+        f"The median of {counted(len(run.step_s), 'measured step')} is {seconds(run.median_step_s)}, the prediction "
         f"{seconds(run.predicted_step_s)} ({seconds(low_s)} to {seconds(high_s)} at the rates before and after them). ",
         both,
     )

@@ -125,7 +125,8 @@ def sentence(cell: Cell) -> str:
     elif verdict.answer == "only way":
         said = "yes, offload: nothing else works, and transferring everything is as fast as the plan"
     elif verdict.answer == "parts":
-        said = f"no, run {verdict.parts} parts one after another: {verdict.gain:.2f}x is what offloading would be"
+        would = f"would be {verdict.gain:.2f}x as fast" if verdict.gain else "does not work"
+        said = f"no, run {verdict.parts} parts one after another: offloading {would}"
     elif verdict.answer == "fits":
         said = "no, generate() as it is: it fits"
     else:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvoffload import cost, planner
-from kvoffload.advice import advise, describe, plan
+from kvoffload.advice import _describe_plan, advise, describe, plan
 from kvoffload.config import GIB, EmulatedLink, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, ProfileError, UnsupportedModelError
 from kvoffload.profiler.profile import with_link
@@ -77,6 +77,17 @@ def test_sub_batches_are_the_fewest_runs_that_fit_in_equal_parts() -> None:
     assert task.resident_bytes(larger) > task.free_bytes(larger)
     assert task.resident_bytes(chosen.batch) <= task.free_bytes(chosen.batch)
     assert chosen.device_bytes <= A100.device_memory_bytes
+
+
+def test_blocks_and_sequences_are_told_in_their_number() -> None:
+    advice = advise(LLAMA_2_7B, LONG, A100, OffloadConfig())
+    places = {"resident_kv_blocks": 0, "resident_activation_blocks": 1, "kv_blocks": 1, "activation_blocks": 1}
+    text = _describe_plan(dataclasses.replace(advice.plan, **places), advice.best)
+    assert "1 stays on the device as activations, 1 is transferred as K/V, 1 is transferred as activations and" in text
+    text = _describe_plan(dataclasses.replace(advice.plan, **dict.fromkeys(places, 2)), advice.best)
+    assert "2 stay on the device as K/V, 2 stay on the device as activations, 2 are transferred as K/V" in text
+    one = Workload(batch=2, prompt_tokens=32768, new_tokens=128)
+    assert "but one sequence alone fits." in advise(LLAMA_2_7B, one, A100, OffloadConfig()).plan.recommendation
 
 
 def test_one_context_too_long_for_the_device_is_offloaded() -> None:

@@ -261,6 +261,17 @@ def test_plan_recommends_and_compares(model: Path) -> None:
     assert "On NVIDIA A100 40GB PCIe, PCIe 4.0 x16:" in text
 
 
+def test_plan_groups_long_numbers_and_names_one_block_one() -> None:
+    config = Path(__file__).parent / "data" / "configs" / "opt-6.7b.json"
+    text = run_well("plan", "--config", config, "--hardware", "a100-40gb-pcie4", "--sweep", "1:131072")
+    assert "16,777,216 or more offloaded" in text
+    assert " 131,072 tokens " in text
+    assert "largest batch with these prompts: 34 on the device" in text
+    rows = run_well("roofline", "--config", config, "--hardware", "a100-40gb-pcie4", "--seq", 131072, "--new-tokens", 1)
+    assert "one token of 1 sequence at a context of 131,072" in rows
+    assert "1 x 131,072 tokens and 1 new one each" in rows
+
+
 def test_plan_as_json_holds_the_plan_and_the_alternatives(model: Path) -> None:
     arguments = ["--model", model / "config.json", "--prompt-tokens", 100000, "--hardware", "a100-40gb-pcie4"]
     data = json.loads(run_well("plan", *arguments, "--json"))
@@ -287,7 +298,7 @@ def test_plan_for_this_machine_takes_the_stored_profile_and_an_emulated_speed(mo
     [
         (["--hardware", "b300"], "a100-40gb-pcie4"),
         (["--hardware", "missing.json"], "missing.json"),
-        (["--batch", -1], "--batch must be a whole number of at least 1, got -1"),
+        (["--batch", -1], "--batch must be a whole number from 1 to 1,000,000,000, got -1"),
         (["--new-tokens", 0], "--new-tokens must be"),
         (["--num-beams", 0], "--num-beams must be"),
         (["--seq", 0], "--prompt-tokens/--seq must be"),
@@ -326,7 +337,7 @@ def test_a_mistake_is_told_before_anything_large_is_loaded(tmp_path: Path, model
         f"plan --config {model} --sweep 1": "sweep",
         f"roofline --config {model} --hardware t4 --batch 0": "--batch",
         "profile --latency-us -5": "--latency-us",
-        "generate hi --max-new-tokens 0": "--max-new-tokens must be a whole number of at least 1, got 0",
+        "generate hi --max-new-tokens 0": "--max-new-tokens must be a whole number from 1 to 1,000,000,000, got 0",
         "generate hi --split 2": "--split",
         "generate hi --model ./smolm": "'./smolm' (near: smollm)",
         "generate hi --model smolm": "no folder 'smolm' here (near: smollm), it is not in the local Hugging Face cache",
@@ -335,7 +346,7 @@ def test_a_mistake_is_told_before_anything_large_is_loaded(tmp_path: Path, model
         "generate hi --model smollm": "the folder smollm holds no model: it has no config.json",
         f"generate hi --model {model}/config.json": "name the folder",
         "demo --model ./smolm": "near: smollm",
-        "demo --max-new-tokens 1": "--max-new-tokens must be a whole number of at least 2, got 1",
+        "demo --max-new-tokens 1": "--max-new-tokens must be a whole number from 2 to 1,000,000,000, got 1",
     }
     code = (
         "import sys\n"

@@ -279,6 +279,23 @@ def test_measured_steps_that_disagree_are_doubted() -> None:
     assert "disagree" not in parsed()[1].words
 
 
+def test_one_of_anything_is_no_plural_and_long_numbers_are_grouped() -> None:
+    run = pretended_run(everything())
+    run = run._replace(measured=run.measured.steps(0), planned=run.planned.steps(0))
+    small: dict[str, Any] = {"batch": 1, "prompt_tokens": 1, "new_tokens": 1}
+    measured = made(**small, measured=run)
+    compared = made(**small, compared=(Compared("one", "an emulated link", 1.0, 1.0),))
+    long = made("llama-3.1-8b", batch=1, prompt_tokens=400_000)
+    pages_of = [Elements(pages.html(sections.page(one, "model", "made"))).words for one in (measured, compared, long)]
+    for words in pages_of:
+        plural = r"(?<![\w.,/-])1 (?:(?:new|prompt|decode|measured|cached) )?[a-z]+s\b"
+        assert not [found for found in re.findall(plural, words) if found != "1 is"]
+    assert "1 prompt token and 1 new token each" in pages_of[0]
+    assert "1 decode step, planned and measured" in pages_of[0]
+    assert "1 of 1 step ran over an emulated link" in pages_of[1]
+    assert "400,000 prompt tokens" in pages_of[2]
+
+
 def test_names_from_files_are_only_text() -> None:
     hostile = "</script><script>alert(1)</script><b>"
     found = everything()
@@ -385,7 +402,7 @@ def test_without_plotly_the_command_says_how_to_get_it_before_any_work(
     [
         ({"hardware": "a100-41gb"}, r"unknown hardware preset 'a100-41gb'; near: a100-40gb"),
         ({"config": "nowhere"}, r"cannot read the model configuration nowhere"),
-        ({"batch": 0}, r"--batch must be a whole number of at least 1, got 0"),
+        ({"batch": 0}, r"--batch must be a whole number from 1 to 1,000,000,000, got 0"),
         ({"rows": "nowhere.csv"}, r"cannot read the rows in nowhere\.csv"),
         ({"rows": CONFIGS / "opt-6.7b.json"}, r"is no results file|holds no row"),
         (

@@ -439,8 +439,8 @@ def test_the_command_takes_bits_and_a_host_share(tmp_path: Path) -> None:
     [
         (["--hardware", "h100"], "near: h100-80gb-pcie5"),
         (["--hardware", "missing.json"], "missing.json"),
-        (["--batch", 0], "--batch must be a whole number of at least 1, got 0"),
-        (["--seq", -5], "--prompt-tokens/--seq must be a whole number of at least 1, got -5"),
+        (["--batch", 0], "--batch must be a whole number from 1 to 1,000,000,000, got 0"),
+        (["--seq", -5], "--prompt-tokens/--seq must be a whole number from 1 to 1,000,000,000, got -5"),
         (["--seq", 10**10], "--prompt-tokens/--seq must be"),
         (["--new-tokens", 0], "--new-tokens must be"),
         (["--w-bits", 0], "--w-bits must be a number of bits from 1 to 64, got 0.0"),

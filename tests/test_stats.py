@@ -72,7 +72,8 @@ def test_the_verdict_says_why_there_is_none_and_what_would_change_that() -> None
     assert "profile=..." in _verdict(replace(stats, plan=unknown))
     assert "no decode step" in _verdict(replace(unpaced, decode_step_s=[]))
     everything = replace(stats.plan, full_transfer_step_s=2.0, kv_blocks=stats.plan.num_blocks, activation_blocks=0)
-    assert "this is full transfer, 2.00 times" in _verdict(replace(stats, plan=everything, decode_step_s=[1.0]))
+    slow = replace(stats, plan=everything, decode_step_s=[3.0])
+    assert _verdict(slow) == "verdict: this is full transfer itself, a step took 1.50 times the predicted 2.00 s"
     faster = replace(stats, plan=replace(stats.plan, full_transfer_step_s=0.05), decode_step_s=[0.025])
     assert _verdict(faster).startswith("verdict: 2.00x as fast as the predicted full transfer (50.00 ms a step)")
 
@@ -88,12 +89,16 @@ def _verdict(stats: kvoffload.GenerationStats) -> str:
         (0, 8, "offloaded tokens cross as activations, all are recomputed"),
         (995, 5, "0.005 of the offloaded tokens cross as activations and are recomputed, the rest as K/V"),
         (0, 0, "nothing crosses the link; 2 of 2 blocks stay on the device"),
+        (8, 0, "offloaded tokens cross as K/V, none is recomputed; 2 of 10 blocks stay on the device"),
     ],
 )
 def test_the_split_is_said_in_words_and_never_rounded_away(kv_blocks: int, activation_blocks: int, text: str) -> None:
     stats = _run()
     plan = replace(stats.plan, kv_blocks=kv_blocks, activation_blocks=activation_blocks, resident_kv_blocks=2)
     assert f"plan: {text}" in str(replace(stats, plan=plan))
+    assert "1 of 1 block stays" in str(
+        replace(stats, plan=replace(plan, kv_blocks=0, activation_blocks=0, resident_kv_blocks=1))
+    )
 
 
 def test_few_bytes_are_shown_as_what_they_are() -> None:

@@ -85,7 +85,7 @@ def test_neither_a_pause_after_the_end_nor_a_second_prefill_is_a_step() -> None:
 @pytest.mark.parametrize(("first", "count"), [(2, 1), (1, 2), (-1, 1), (0, 0), (0, 3), (7, 1)])
 def test_steps_that_are_not_there_are_refused(first: int, count: int) -> None:
     found = Timeline((Span("h2d", 1.0, 5.0, 40),), (2.0, 6.0, 9.0))
-    with pytest.raises(IndexError, match=rf"{count} steps from step {first} on were asked for, this timeline has 2"):
+    with pytest.raises(IndexError, match=rf"first={first}, count={count}: this timeline has 2 steps"):
         found.steps(first, count)
     with pytest.raises(IndexError, match="this timeline has 0"):
         Timeline((), ()).steps(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvoffload.units import duration, gb, gib
+from kvoffload.units import count, counted, duration, gb, gib
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,8 @@ def test_bytes_are_shown_in_the_unit_that_suits_them(num_bytes: float, decimal: 
     ("value_s", "text"),
     [
         (0.0, "0 s"),
+        (29419.72, "29,420 s"),
+        (999.996, "1000 s"),
         (75.0, "75.00 s"),
         (0.99, "990.00 ms"),
         (0.999999, "1.00 s"),
@@ -40,3 +42,9 @@ def test_bytes_are_shown_in_the_unit_that_suits_them(num_bytes: float, decimal: 
 )
 def test_durations_are_shown_in_the_unit_that_suits_them(value_s: float, text: str) -> None:
     assert duration(value_s) == text
+
+
+def test_long_numbers_are_grouped_and_one_thing_is_no_plural() -> None:
+    assert [count(number) for number in (0, 1024, 9999, 10_000, 2**24)] == ["0", "1024", "9999", "10,000", "16,777,216"]
+    assert [counted(number, "step") for number in (0, 1, 2)] == ["0 steps", "1 step", "2 steps"]
+    assert [counted(number, "is", "are") for number in (1, 131_072)] == ["1 is", "131,072 are"]
