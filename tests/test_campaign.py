@@ -248,6 +248,18 @@ def test_parts_rank_by_the_tokens_of_all_sequences_and_speed_is_over_full_transf
     assert list(table.columns[-1].cells) == ["2.50x", "1.00x", "0.50x"]
 
 
+def test_rows_of_two_devices_stand_in_tables_of_their_own() -> None:
+    def on(device: str, provider: str, speed: float) -> rows.Row:
+        return _row(provider, "decode_tokens_per_s", speed) | {"device": device}
+
+    skipped = rows.skipped("campaign", "hf_offloaded", "tiny", {}, "emulated 1 GB/s", "needs CUDA") | {"device": "one"}
+    found = [on("one", "full_transfer", 10.0), on("other", "full_transfer", 20.0), on("one", "planned", 15.0), skipped]
+    one, reasons, other = campaign_tables([*found, on("other", "planned", 60.0)])
+    assert [str(table.title).partition(", ")[0] for table in (one, other)] == ["tiny: one", "tiny: other"]
+    assert [list(table.columns[-1].cells) for table in (one, other)] == [["1.50x", "1.00x"], ["3.00x", "1.00x"]]
+    assert "not measured on one" in str(reasons.title)
+
+
 def test_a_summary_holds_the_latest_configuration_of_a_cell_alone() -> None:
     old = [_row("planned", "tpot", 1.0, {"repeats": 1}, "2026-01-01"), _row("kvpr", "tpot", 2.0, {"repeats": 1})]
     new = _row("planned", "tpot", 3.0, {"repeats": 5}, "2026-01-02")

@@ -21,12 +21,18 @@ _COLUMNS = (
 
 
 def campaign_tables(found: Sequence[Row]) -> list[Table]:
-    """One table for each cell, fastest first, and one of the reasons for what was not measured."""
+    """Of each device one table for each cell, fastest first, and one of the reasons for what was not measured."""
+    devices = dict.fromkeys(row["device"] for row in found)
+    return [table for device in devices for table in _tables_of_device(device, found)]
+
+
+def _tables_of_device(device: str, rows: Sequence[Row]) -> list[Table]:
+    found = [row for row in rows if row["device"] == device]
     tables = []
     reasons: dict[tuple[str, str], list[str]] = {}
     for cell, providers in summary(found).items():
         full = providers.get("full_transfer", {}).get(SPEED)
-        device, link = next((row["device"], row["link"]) for row in found if row["x"] == cell)
+        link = next(row["link"] for row in found if row["x"] == cell)
         table = Table(title=f"{cell}: {device}, link {link}", title_justify="left")
         table.add_column("provider", no_wrap=True)
         for name, *_ in _COLUMNS:
@@ -44,12 +50,12 @@ def campaign_tables(found: Sequence[Row]) -> list[Table]:
                 reasons.setdefault((name, figures["note"]), []).append(cell)
         tables.append(table)
     if reasons:
-        tables.append(_reasons(reasons, len(tables)))
+        tables.append(_reasons(reasons, len(tables), device))
     return tables
 
 
-def _reasons(reasons: dict[tuple[str, str], list[str]], num_cells: int) -> Table:
-    table = Table(title="not measured (speed above: against full_transfer)", title_justify="left")
+def _reasons(reasons: dict[tuple[str, str], list[str]], num_cells: int, device: str) -> Table:
+    table = Table(title=f"not measured on {device} (speed above: against full_transfer)", title_justify="left")
     for name in ("provider", "cell", "why"):
         table.add_column(name)
     for (provider, why), cells in reasons.items():
