@@ -407,11 +407,12 @@ def test_pinning_is_taken_out_of_every_time(monkeypatch: pytest.MonkeyPatch) -> 
     stats = SimpleNamespace(setup_s=2.0, device_kv_peak_prefill_bytes=3, **used)
     monkeypatch.setattr(kvproviders, "offload", lambda *args: nullcontext(SimpleNamespace(stats=stats)))
     given = (torch.tensor([[1, 2]]), None, Group(1, 0.0, [5.0, 6.5]))
-    monkeypatch.setattr(kvproviders, "generate", lambda *args, **kwargs: given)
     clock = iter([10.0, 17.0])
     monkeypatch.setattr(kvproviders.time, "perf_counter", lambda: next(clock))
     lab = SimpleNamespace(config=lambda *args, **kwargs: None, model=None, device=torch.device("cpu"))
-    bed: Any = SimpleNamespace(lab=lab, room_bytes=None, profile=None, ids=None, mask=None, options=dict)
+    bed: Any = SimpleNamespace(
+        lab=lab, room_bytes=None, profile=None, options=dict, generate=lambda *args, **kwargs: given
+    )
     found = Ours("planned").run(bed, 2, keeps_logits=False)
     assert found.groups[0].token_s == [3.0, 4.5]
     assert found.total_s == 5.0

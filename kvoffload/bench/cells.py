@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -132,20 +133,18 @@ def _paper_grid() -> list[Cell]:
 
 
 def _large() -> list[Cell]:
-    cells = []
-    for rank, name in enumerate(("opt-30b", "opt-66b")):
-        cells.append(
-            Cell(
-                name=f"{name} layers 64x1024+32",
-                group="large",
-                rank=5 + rank,
-                question="layers so wide that the best split is inside",
-                preset=_at(PRESETS[name], 64, 1024),
-                new_tokens=32,
-                device_memory_gb=24,
-            )
+    return [
+        Cell(
+            name=f"{name} layers 64x1024+32",
+            group="large",
+            rank=5 + rank,
+            question="layers so wide that the best split is inside",
+            preset=_at(PRESETS[name], 64, 1024),
+            new_tokens=32,
+            device_memory_gb=24,
         )
-    return cells
+        for rank, name in enumerate(("opt-30b", "opt-66b"))
+    ]
 
 
 def _long() -> list[Cell]:
@@ -182,91 +181,74 @@ def _grouped() -> list[Cell]:
 
 def _shapes() -> list[Cell]:
     base = PRESETS["llama-2-7b"]
-    common = {"group": "shapes", "new_tokens": 32, "device_memory_gb": 24.0}
+    cell = partial(Cell, group="shapes", rank=9, new_tokens=32, device_memory_gb=24.0)
     return [
-        Cell(
+        cell(
             name="llama-2-7b ragged 32x2048",
-            rank=9,
             question="prompts of different lengths",
             preset=_at(base, 32, 2048),
             is_ragged=True,
-            **common,  # type: ignore[arg-type]
         ),
-        Cell(
+        cell(
             name="llama-2-7b 3 beams 1x16384",
-            rank=9,
             question="beams over one long prompt",
             preset=_at(base, 1, 16384),
             num_beams=3,
-            **common,  # type: ignore[arg-type]
         ),
-        Cell(
+        cell(
             name="llama-2-7b lookup 1x16384",
-            rank=9,
             question="several tokens per pass over the link",
             preset=_at(base, 1, 16384),
             prompt_lookup_tokens=8,
-            **common,  # type: ignore[arg-type]
         ),
     ]
 
 
 def _cpu() -> list[Cell]:
     multi_head, grouped = PRESETS["cpu-mha"], PRESETS["cpu-gqa"]
-    common = {"group": "cpu", "new_tokens": 10, "room_sequences": 0.75}
+    cell = partial(Cell, group="cpu", new_tokens=10, room_sequences=0.75)
     return [
-        Cell(
+        cell(
             name="cpu-mha 2x2048",
             rank=0,
             question="two long contexts, of which not even one fits",
             preset=_at(multi_head, 2, 2048),
-            **common,  # type: ignore[arg-type]
         ),
-        Cell(
+        cell(
             name="cpu-gqa 2x2048",
             rank=1,
             question="grouped-query attention: nothing to recompute",
             preset=_at(grouped, 2, 2048),
-            **common,  # type: ignore[arg-type]
         ),
-        Cell(
+        cell(
             name="cpu-gqa 8x512 in parts",
             rank=1,
             question="half of the batch fits: no offloading is better",
             preset=grouped,
-            **common | {"room_sequences": 5},  # type: ignore[arg-type]
+            room_sequences=5,
         ),
-        Cell(
+        cell(
             name="cpu-mha 3 beams 1x1024",
             rank=2,
             question="beams over one prompt, which cannot be decoded apart",
             preset=_at(multi_head, 1, 1024),
             num_beams=3,
-            **common,  # type: ignore[arg-type]
         ),
-        Cell(
+        cell(
             name="cpu-mha lookup 1x2048",
             rank=3,
             question="several tokens per pass over the link",
             preset=_at(multi_head, 1, 2048),
             prompt_lookup_tokens=4,
-            **common,  # type: ignore[arg-type]
         ),
-        Cell(
+        cell(
             name="cpu-mha ragged 2x2048",
             rank=4,
             question="prompts of different lengths",
             preset=_at(multi_head, 2, 2048),
             is_ragged=True,
-            **common,  # type: ignore[arg-type]
         ),
-        Cell(
-            name="cpu-mha 1x4096",
-            rank=5,
-            question="one long context",
-            preset=_at(multi_head, 1, 4096),
-            **common,  # type: ignore[arg-type]
-        ),
+        cell(name="cpu-mha 1x4096", rank=5, question="one long context", preset=_at(multi_head, 1, 4096)),
     ]
 
 

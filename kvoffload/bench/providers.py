@@ -69,6 +69,20 @@ class Bed:
         """Of all prompts, without padding."""
         return int(self.mask.sum())
 
+    def generate(
+        self, new_tokens: int, *, started_s: float, keeps_logits: bool, rows: slice = slice(None), **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Group]:
+        """Decode the prompts, or some rows of them, under the clock; arguments and result as of `serving.generate`."""
+        return generate(
+            self.lab.model,
+            self.ids[rows],
+            self.mask[rows],
+            new_tokens=new_tokens,
+            started_s=started_s,
+            keeps_logits=keeps_logits,
+            **options,
+        )
+
     def options(self) -> dict[str, Any]:
         """The options of `generate()` that the cell asks for."""
         options: dict[str, Any] = {"num_beams": self.cell.num_beams} if self.cell.num_beams > 1 else {}
@@ -120,15 +134,7 @@ class DynamicCache(Decoder):
         tokens, logits, groups = [], [], []
         for start in range(0, bed.cell.batch, batch):
             part = slice(start, start + batch)
-            found = generate(
-                bed.lab.model,
-                bed.ids[part],
-                bed.mask[part],
-                new_tokens=new_tokens,
-                started_s=started_s,
-                keeps_logits=keeps_logits,
-                **options,
-            )
+            found = bed.generate(new_tokens, started_s=started_s, keeps_logits=keeps_logits, rows=part, **options)
             tokens.append(found[0])
             logits.append(found[1])
             groups.append(found[2])
@@ -223,14 +229,8 @@ class WholeLayerBothWays(Decoder):
             cache = WholeLayerCache(lab.model, backend, max_tokens, row_bytes, writes_back=self.writes_back)
             _watch_peak(lab.device)
             started_s = time.perf_counter()
-            tokens, logits, group = generate(
-                lab.model,
-                bed.ids,
-                bed.mask,
-                new_tokens=new_tokens,
-                started_s=started_s,
-                keeps_logits=keeps_logits,
-                past_key_values=cache,
+            tokens, logits, group = bed.generate(
+                new_tokens, started_s=started_s, keeps_logits=keeps_logits, past_key_values=cache
             )
             total_s = time.perf_counter() - started_s
             backend.synchronize()
@@ -264,14 +264,8 @@ class Ours(Decoder):
         _watch_peak(lab.device)
         started_s = time.perf_counter()
         with offload(lab.model, config) as session:
-            tokens, logits, group = generate(
-                lab.model,
-                bed.ids,
-                bed.mask,
-                new_tokens=new_tokens,
-                started_s=started_s,
-                keeps_logits=keeps_logits,
-                **bed.options(),
+            tokens, logits, group = bed.generate(
+                new_tokens, started_s=started_s, keeps_logits=keeps_logits, **bed.options()
             )
             total_s = time.perf_counter() - started_s
         stats = session.stats
