@@ -29,8 +29,8 @@ from matrix import (
     profile,
 )
 from modes import KINDS, Mode, Shape, once, outcome, plain_cache
+from test_callbacks import CollectingStreamer
 from test_memory import CountingBackend
-from test_modes import CollectingStreamer
 from transformers import PreTrainedModel
 
 from kvoffload import EmulatedLink, OffloadConfig

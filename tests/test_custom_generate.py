@@ -16,7 +16,7 @@ import torch
 from matrix import FAST_LINK, TOLERANCE, distance, kvoffload_threads, profile
 from models import make_model
 from modes import COMMON, MODES, SHAPES, assistant_of, end_tokens, outcome, padded_prompt, prompt
-from test_modes import StopRows
+from test_callbacks import StopRows
 from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 

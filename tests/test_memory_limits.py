@@ -1,0 +1,137 @@
+"""Too little memory on host or device: said before the first token, with the numbers and the way out, or lived within.
+
+After every fault the model generates plainly, and the same as before; no hook, thread or memory of ours is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from faults import check_nothing_is_left, config, generate, no_forward
+from matrix import TOLERANCE, distance
+from models import make_model
+from modes import MODES, Outcome, outcome, prompt
+from transformers import PreTrainedModel
+
+import kvoffload
+from kvoffload import HostMemoryError, InfeasiblePlanError
+from kvoffload.units import gib
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return make_model("llama", num_key_value_heads=4)
+
+
+@pytest.fixture(scope="module")
+def wanted(model: PreTrainedModel) -> Outcome:
+    return outcome(MODES["left_padding"].run(model, None))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(model: PreTrainedModel, wanted: Outcome) -> Iterator[None]:
+    """Whatever a test did."""
+    yield
+    check_nothing_is_left(model, wanted)
+
+
+@pytest.mark.parametrize("split", ["transfer", "recompute", 0.5, "auto"])
+def test_too_little_host_memory(split: Any, model: PreTrainedModel) -> None:
+    row = {"transfer": 384, "recompute": 192, 0.5: 288, "auto": 192}[split]  # bytes of a token, in one layer
+    needed = 3 * 48 * 3 * row  # rows, tokens, layers
+    for cap_bytes in (needed - 100, needed // 2, 1000):
+        with kvoffload.offload(model, config(split=split, host_gib=cap_bytes / 2**30)) as session:
+            message = f"3 sequences of 48 tokens need {gib(needed)} of host memory, {gib(cap_bytes)}"
+            with no_forward(model), pytest.raises(HostMemoryError, match=message) as caught:
+                generate(model)
+            assert session.pool.slab_bytes == 0
+        assert "raise host_gib, or lower the batch or max_new_tokens" in str(caught.value)
+
+
+def test_host_memory_for_beams_counts_their_prompt_once(model: PreTrainedModel, wanted: Outcome) -> None:
+    """37 tokens of 2 prompts and 11 tokens of 6 beams, in whole blocks of 4."""
+    least = 3 * 384 * (2 * 36 + 6 * 12)
+    with kvoffload.offload(model, config(split="transfer", host_gib=(least + 3 * 384 * 6 * 4) / 2**30)):
+        MODES["beams"].run(model, None)
+    with (
+        kvoffload.offload(model, config(split="transfer", host_gib=0.8 * least / 2**30)),
+        no_forward(model),
+        pytest.raises(HostMemoryError, match="6 sequences of 48 tokens"),
+    ):
+        MODES["beams"].run(model, None)
+
+
+def test_too_little_device_memory(model: PreTrainedModel) -> None:
+    with (
+        kvoffload.offload(model, config(device_gib=1e-5)) as session,
+        no_forward(model),
+        pytest.raises(
+            InfeasiblePlanError, match=r"3 sequences of 48 tokens needs at least \d+\.\d\d KiB .*raise device_gib"
+        ),
+    ):
+        generate(model)
+    assert session.engine.held_bytes == {}
+
+
+def test_host_memory_that_runs_out_while_decoding(model: PreTrainedModel, wanted: Outcome) -> None:
+    """A custom loop does not say how long it gets: the cap is met later, and nothing is lost but that cache."""
+
+    def loop(cache: Any) -> None:
+        for step in range(1000):
+            model(prompt(3, 5, seed=step), past_key_values=cache)
+
+    with kvoffload.offload(model, config(host_gib=800_000 / 2**30)) as session:
+        message = (
+            r"the cache needs \S+ KiB more host memory, \S+ K?i?B of the cap of 781\.25 KiB are left: raise host_gib"
+        )
+        with torch.no_grad(), pytest.raises(HostMemoryError, match=message):
+            loop(session.new_cache())
+        session.new_cache()
+        assert session.pool.used_bytes == 0
+        assert distance(outcome([generate(model)]), wanted) <= TOLERANCE
+
+
+def test_chunks_larger_than_the_cache_take_no_more_memory_than_it(model: PreTrainedModel) -> None:
+    wanted = outcome([generate(model)])
+    with kvoffload.offload(model, config(chunk_blocks=10**6)) as session:
+        assert distance(outcome([generate(model)]), wanted) <= TOLERANCE
+        assert session.stats is not None
+        assert session.stats.device_kv_peak_decode_bytes < 2**20
+
+
+@pytest.mark.parametrize("split", ["auto", "transfer", 0.3, 0.5, "recompute"])
+def test_a_host_cap_is_refused_before_any_token_or_holds_to_the_end(split: Any) -> None:
+    """In steps of a twentieth around what the cache takes, whatever the corrections of the plan would like."""
+    model = make_model("opt")
+    ids = prompt(3, 24)
+    everything = 3 * 48 * 3 * 384  # layers, tokens, rows, bytes of K and V
+    finished = []
+    for twentieths in range(8, 30):
+        options = {"block_tokens": 4, "chunk_blocks": 1, "host_gib": everything * twentieths / 20 / 2**30}
+        with kvoffload.offload(model, config(split=split, **options)) as session:
+            before = session.num_forwards
+            try:
+                model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=25, do_sample=False)
+                finished.append(twentieths)
+            except kvoffload.KVOffloadError:
+                assert session.num_forwards == before, (split, twentieths)
+    assert finished
+    assert finished == list(range(finished[0], 30))
+    assert finished[0] <= {"transfer": 20, "recompute": 10}.get(split, 24)
+
+
+def test_a_further_turn_that_the_host_cap_does_not_hold_is_refused_before_its_first_token() -> None:
+    model = make_model("opt")
+    ids = prompt(3, 24)
+    options = {"block_tokens": 4, "chunk_blocks": 1, "host_gib": 3 * 300 * 3 * 384 / 2**30}
+    with kvoffload.offload(model, config(split="transfer", **options)) as session:
+        cache = session.new_cache()
+        call = {"past_key_values": cache, "do_sample": False}
+        ids = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, **call)
+        before = session.num_forwards
+        with pytest.raises(HostMemoryError, match="raise host_gib"):
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=300, **call)
+        assert session.num_forwards == before
