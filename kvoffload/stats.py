@@ -86,7 +86,10 @@ class GenerationStats:
                 "link=kvoffload.EmulatedLink(h2d_gb_per_s=...), or --link-gb-per-s"
             )
         if not full:
-            return "verdict: none, a given split needs no prediction and none was made: name a profile=... for one"
+            return (
+                "verdict: none, a given split needs no prediction and none was made: split='auto' makes one, or name a "
+                "profile=..."
+            )
         if self.plan.kv_blocks == self.plan.num_blocks:
             took = f"{step_s / full:.2f} times the predicted {duration(full)}"
             return f"verdict: this is full transfer itself, a step took {took}"

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 import kvoffload
 import kvoffload.cli as cli
-from kvoffload.errors import ProfileError
+from kvoffload.errors import ConfigError, ProfileError
 from kvoffload.profiler import profile, rows, stored
 from kvoffload.types import HardwareProfile
 
@@ -399,6 +399,18 @@ def test_roofline_of_this_machine_takes_the_stored_profile_and_measures_nothing(
     found = json.loads(run_well(*arguments))
     assert found["mode"] == "fitted"
     assert found["hardware"] == HardwareProfile.load(RECORDED).device_name
+
+
+def test_generate_says_what_it_loads_before_that_takes_its_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvoffload import chat
+
+    def load(*args: object) -> None:
+        raise ConfigError("not today")
+
+    monkeypatch.setattr(chat, "load", load)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = run("generate", "hi", "--model", model)
+    assert result.stderr.splitlines() == [f"loading {model} on cpu", "kvoffload: not today"]
 
 
 def test_errors_of_commands_added_later_follow_the_same_rule() -> None:

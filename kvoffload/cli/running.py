@@ -32,7 +32,9 @@ def generate(
 
     from kvoffload import chat
 
-    loaded, tokenizer = chat.load(source, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    typer.echo(f"loading {source.gguf_file or source.name} on {device}", err=True)
+    loaded, tokenizer = chat.load(source, device)
     streamer = None if as_json else chat.streamer(tokenizer)
     answer = chat.answer(
         loaded, tokenizer, prompt, config=config, max_new_tokens=max_new_tokens, compare=compare, streamer=streamer
