@@ -46,6 +46,7 @@ from kvoffload.profiler.device import Link, default_dtype, device_memory_bytes, 
 from kvoffload.profiler.host import measure_host_s_per_chunk, measure_host_s_per_layer
 from kvoffload.profiler.host_memory import measure_host_memory
 from kvoffload.types import HardwareProfile, Quantity
+from kvoffload.units import counted
 
 logger = logging.getLogger(__name__)
 
@@ -189,9 +190,9 @@ def _tell(noisy: list[str], other_load: float) -> None:
     if noisy or other_load > MAX_OTHER_LOAD_FRACTION:
         logger.warning(
             "the measurement may be off, repeat it without other work: %.2f of the CPUs were busy with that, and the "
-            "trials of %d points disagree%s",
+            "trials of %s disagree%s",
             max(0.0, other_load),
-            len(noisy),
+            counted(len(noisy), "point"),
             f" ({some_of(noisy)})" if noisy else "",
         )
 

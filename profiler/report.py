@@ -78,7 +78,7 @@ def _forecast_table(rows: Sequence[forecast.Row]) -> Table:
     title = "Predicted for the whole run: TPOT is the mean of its steps; link and device, their share of one (0..1)"
     table = Table(title=Text(title), title_justify="left")
     for name in names:
-        table.add_column(name, justify="left" if name == "way" else "right")
+        table.add_column(name, justify="left" if name == "way" else "right", no_wrap=name == "way")
     for row in rows:
         if row.problem:
             continue  # told below the table

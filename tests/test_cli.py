@@ -261,6 +261,13 @@ def test_plan_recommends_and_compares(model: Path) -> None:
     assert "On NVIDIA A100 40GB PCIe, PCIe 4.0 x16:" in text
 
 
+def test_plan_never_cuts_the_name_of_a_way(model: Path) -> None:
+    arguments = ["--price-per-hour", 2, "--grid-g-per-kwh", 300, "--batch", 100, "--hardware", "a100-40gb-pcie4"]
+    text = run_well("plan", "--model", model, *arguments)
+    for way in ("sub-batches", "offload", "full transfer", "paper's schedule"):
+        assert f"│ {way} " in text
+
+
 def test_plan_groups_long_numbers_and_names_one_block_one() -> None:
     config = Path(__file__).parent / "data" / "configs" / "opt-6.7b.json"
     text = run_well("plan", "--config", config, "--hardware", "a100-40gb-pcie4", "--sweep", "1:131072")
@@ -371,6 +378,19 @@ def test_a_bad_model_or_profile_file_is_named(tmp_path: Path, model: Path) -> No
     assert str(broken) in run_badly("plan", "--model", broken, "--hardware", "a100-40gb-pcie4")
     assert f"cannot read the hardware profile {broken}" in run_badly("plan", "--model", model, "--hardware", broken)
     assert "nowhere" in run_badly("plan", "--model", tmp_path / "nowhere", "--hardware", "a100-40gb-pcie4")
+
+
+@pytest.mark.parametrize("command", ["plan", "report"])
+def test_a_machine_without_a_link_to_plan_with_is_told_before_it_is_measured(
+    command: str, model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    message = run_badly(command, "--config", model)
+    assert "has no speed to plan with: give it one with --link-gb-per-s, or name the machine" in message
+    assert not cache.exists()
+    run_well("plan", "--config", model, "--link", "pcie4")
+    assert len(list(cache.glob("*.json"))) == 1
 
 
 def test_a_damaged_stored_profile_stops_plan_and_names_the_file(model: Path, cache: Path) -> None:

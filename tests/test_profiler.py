@@ -275,6 +275,11 @@ def test_energy_that_cannot_be_had_is_said(measured: Measured) -> None:
     assert "gemm_power_w" not in measured.profile.quantities
 
 
+def test_a_single_point_that_disagrees_is_told_as_one(caplog: pytest.LogCaptureFixture) -> None:
+    profile._tell(["gemm 0 (spread 0.70)"], 0.1)
+    assert "the trials of 1 point disagree (gemm 0 (spread 0.70))" in caplog.text
+
+
 def test_what_the_meter_tells_stands_in_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     curve = Curve(unit="bytes", points=(Point((1.0,), 1.0, 0.0),))
     rate = Quantity(value=1.0, unit="bytes/s", spread_fraction=0.0)

@@ -74,16 +74,27 @@ def profile(
     typer.echo(f"stored in {output}", err=True)
 
 
-def machine_named(hardware: str, link: EmulatedLink | None) -> HardwareProfile:
+def machine_named(hardware: str, link: EmulatedLink | None, *, needs_speed: bool = True) -> HardwareProfile:
     """What `--hardware` and `--link-gb-per-s` stand for; this machine ("auto") is measured where it has not been.
 
+    Args:
+        hardware: "auto", a preset or a file.
+        link: an emulated one in front of it.
+        needs_speed: of the link; False where another link is put in its place.
+
     Raises:
-        ProfileError: no such preset or file, or a damaged one.
-        ConfigError: an emulated link before a machine with a link of its own.
+        ProfileError: no such preset or file, or a damaged one; an emulated link before a machine with one of its own.
+        ConfigError: a link that has no speed, before anything is measured.
     """
     if hardware == "auto":
         from kvoffload.profiler import stored
+        from kvoffload.profiler.device import resolve_device
 
+        if needs_speed and link is None and resolve_device("auto", "auto").type == "cpu":
+            raise ConfigError(
+                "this machine has no GPU, and an emulated link has no speed to plan with: give it one with "
+                "--link-gb-per-s, or name the machine to plan for with --hardware, a preset or a profile"
+            )
         with progress("measuring") as tell:
             return stored.load_or_measure(link=link or "auto", progress=tell)
     from kvoffload.profiler.hardware import find_profile

@@ -73,7 +73,7 @@ def plan(
     emulated = emulated_link(link_gb_per_s)
     cells = grid(sweep)
     describe(model)  # what is wrong with it is told before this machine is measured
-    machine = machine_named(hardware, emulated)
+    machine = machine_named(hardware, emulated, needs_speed=link is None)
     machine = what_if(machine, link=link, device_memory_bytes=None if device_memory is None else device_memory * 1e9)
     money = Economics.of(machine, price_per_hour, grid_g_per_kwh)
     advice = advise(model, workload, machine, config)
