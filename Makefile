@@ -32,7 +32,7 @@ test: $(INSTALLED) ## run the tests
 check: $(INSTALLED) ## format, lint, types, import layers
 	@scripts/check $(ARGS)
 
-bench: $(INSTALLED) ## compare all ways to decode, then take parts away: some 6 minutes on two cores, ARGS=--quick less
+bench: $(INSTALLED) ## compare all ways to decode, then take parts away (some 6 minutes on two cores, ARGS=--quick less)
 	@scripts/bench $(ARGS)
 
 clean: ## remove .venv and everything built
