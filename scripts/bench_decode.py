@@ -17,6 +17,7 @@ from rich.console import Console
 from kvoffload import bench
 from kvoffload.bench import rows
 from kvoffload.cli.terminal import script
+from kvoffload.options import a_file_to_write
 
 
 def main(
@@ -26,7 +27,10 @@ def main(
     sweep: Annotated[bool, typer.Option(help="also every split in blocks")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="passes over all rows, pooled")] = 1,
     profile: Annotated[str, typer.Option(help="hardware profile: auto, a preset or a file")] = "auto",
-    json_path: Annotated[str, typer.Option("--json", help="write rows as JSON to a file, - for standard output")] = "",
+    json_path: Annotated[
+        Path | None,
+        typer.Option("--json", callback=a_file_to_write, help="write rows as JSON to a file, - for standard output"),
+    ] = None,
     csv_path: Annotated[str, typer.Option("--csv", help="add rows to this CSV file")] = "",
 ) -> None:
     """Decode speed of one shape in several modes."""
@@ -36,6 +40,8 @@ def main(
     known = [*bench.MODES, *bench.WHOLE_LAYER_MODES]
     if unknown := [mode for mode in chosen if mode not in known]:
         raise typer.BadParameter(f"unknown modes {unknown}; known: {', '.join(known)}")
+    if csv_path:
+        rows.check(Path(csv_path))
     console = Console(stderr=True)
     result = bench.run(
         preset,
@@ -48,13 +54,13 @@ def main(
             f"{row['mode']}: {row['decode_step_s_p50'] * 1e3:.1f} ms, {row['fraction_of_bound']:.3f} of the bound"
         ),
     )
-    if json_path == "-":
+    if str(json_path) == "-":
         json.dump(result, sys.stdout, indent=1)
         sys.stdout.write("\n")
     else:
         Console().print(bench.table(result))
         if json_path:
-            Path(json_path).write_text(json.dumps(result, indent=1) + "\n")
+            json_path.write_text(json.dumps(result, indent=1) + "\n")
     if csv_path:
         save_csv(result, Path(csv_path))
 

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
         ("harness --model ./nowhere", "no folder or GGUF file './nowhere'"),
         ("bench_decode --preset opt-6.7b", "choose a cpu- preset"),
         ("bench_decode --profile nowhere.json", "no profile file nowhere.json"),
+        ("bench_decode --json nowhere/a.json", "--json: cannot write nowhere/a.json: there is no folder"),
+        ("bench_decode --csv .", "cannot add rows to .: Is a directory; choose another file with --csv"),
         ("bench_transfer --preset opt-6.7b", "choose a cpu- preset"),
         ("bench_kernels --device cuda", "--device cpu"),
         ("bench_kernels --quick --json nowhere/a.json", "--json: cannot write nowhere/a.json: there is no folder"),
