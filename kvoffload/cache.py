@@ -11,7 +11,7 @@ import torch
 
 from kvoffload.layer import CacheLayer
 from kvoffload.placement import Placement
-from kvoffload.positions import PositionStore
+from kvoffload.positions import PositionTable
 from kvoffload.store import HostPool, RowTable
 from kvoffload.tail import NewTokens
 from kvoffload.transfer import TransferEngine
@@ -47,7 +47,7 @@ class OffloadedCache:
         self.is_recording = False
         self.before_blocks: Callable[[], None] | None = None  # may change `placement` before new blocks get a form
         self.recomputed_tokens = 0  # counted per layer and row
-        self.positions = PositionStore(placement.max_tokens or 0)
+        self.positions = PositionTable(placement.max_tokens or 0)
         self.row_table = RowTable(engine.backend.device)
         self.layers = [CacheLayer(self, position) for position in range(num_layers)]
         self._claimed_copies = 1  # of the blocks added last
@@ -147,6 +147,6 @@ class OffloadedCache:
         for layer in self.layers:
             layer.close()
         self.row_table = RowTable(self.engine.backend.device)
-        self.positions = PositionStore(self.placement.max_tokens or 0)
+        self.positions = PositionTable(self.placement.max_tokens or 0)
         self.rows, self.prompt_copies = 0, 1
         self.account()

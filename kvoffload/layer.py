@@ -14,7 +14,7 @@ import torch
 
 from kvoffload.cost import transfer_order
 from kvoffload.placement import Kind, Placement, Run, next_runs, reserved_blocks
-from kvoffload.positions import PositionStore
+from kvoffload.positions import PositionTable
 from kvoffload.store import Block, Extent, HostPool, RowTable
 from kvoffload.tail import KVShape, NewTokens, RowShape, Tail
 from kvoffload.transfer import Chunk, TransferEngine
@@ -32,7 +32,7 @@ class LayerOwner(Protocol):
     engine: TransferEngine
     pool: HostPool
     placement: Placement
-    positions: PositionStore
+    positions: PositionTable
     row_table: RowTable
     rows: int
     prompt_copies: int

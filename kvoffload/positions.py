@@ -1,13 +1,15 @@
 """Position embeddings of cached tokens, kept so that keys can be recomputed with the rotation they were written with.
 
-Owns, per distinct captured tensor (gemma3 passes one pair per layer type), a table of its distinct vectors and an
-index [tokens, rows] into it. Rows of a batch differ by their padding only, so a vector is stored about once however
-many rows there are, and next to K/V the whole store is small enough to stay on the device. Dynamic RoPE variants
-change their frequencies during a generation, so the embeddings cannot be rebuilt from positions later.
+Owns which captured tensors are one and the same (gemma3 passes one pair per layer type), and per distinct one a table
+of its distinct vectors and an index [tokens, rows] into it. Rows of a batch differ by their padding only, so a vector
+is stored about once however many rows there are, and next to K/V the whole table is small enough to stay on the device.
+Dynamic RoPE variants change their frequencies during a generation, so
+the embeddings cannot be rebuilt from positions later.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -92,16 +94,11 @@ def _with_room(old: torch.Tensor | None, used: int, new: torch.Tensor, width: in
     return grown
 
 
-class PositionStore:
-    """The captured tensors of one cache.
+class PositionStore(ABC):
+    """What becomes of the tensors that the layers of one cache are given, each distinct one a stream."""
 
-    Args:
-        capacity_tokens: how many tokens to make room for at once (0 if unknown).
-    """
-
-    def __init__(self, capacity_tokens: int) -> None:
-        self._capacity_tokens = capacity_tokens
-        self._streams: list[_Stream] = []
+    def __init__(self) -> None:
+        self._num_streams = 0
         self._captured: dict[int, torch.Tensor] = {}  # stream -> what it got in this forward
         self._captured_by: dict[int, int] = {}  # the inverse, by identity
         self._assigned: dict[tuple[int, int], int] = {}  # (layer, index in its tuple) -> stream
@@ -123,8 +120,7 @@ class PositionStore:
         """
         if forward != self._forward:
             self._forward = forward
-            self._captured.clear()
-            self._captured_by.clear()
+            self._forget_captured()
             self.truncate(cached_tokens)
         streams = []
         for index, tensor in enumerate(embeddings):
@@ -132,12 +128,12 @@ class PositionStore:
             if stream is None:
                 stream = self._captured_by.get(id(tensor))
                 if stream is None:
-                    stream = len(self._streams)
-                    self._streams.append(_Stream())
+                    stream = self._num_streams
+                    self._num_streams += 1
                 self._assigned[layer, index] = stream
             previous = self._captured.get(stream)
             if previous is None:
-                self._streams[stream].append(tensor)
+                self._append(stream, tensor, cached_tokens)
                 self._captured[stream] = tensor  # also keeps its id valid for the length of the forward
                 self._captured_by[id(tensor)] = stream
             elif previous is not tensor:
@@ -147,6 +143,49 @@ class PositionStore:
                 )
             streams.append(stream)
         return tuple(streams)
+
+    def _forget_captured(self) -> None:
+        self._captured.clear()
+        self._captured_by.clear()
+
+    @abstractmethod
+    def _append(self, stream: int, embedding: torch.Tensor, cached_tokens: int) -> None:
+        """Take the embeddings [rows or 1, tokens, width] of the tokens behind `cached_tokens`; a new stream's, too."""
+
+    @abstractmethod
+    def truncate(self, num_tokens: int) -> None:
+        """Forget the tokens behind the first `num_tokens`."""
+
+    @abstractmethod
+    def restore(self, start: int, stop: int, columns: torch.Tensor) -> None:
+        """Tokens of a block are in logical order again: row i is what was stored in column `columns[i]`."""
+
+    @abstractmethod
+    def select(self, indices: torch.Tensor, first_token: int, rows: int) -> None:
+        """Rows of the tokens from `first_token` on (those in no block yet) follow the `rows` logical rows."""
+
+    @property
+    @abstractmethod
+    def device_bytes(self) -> int:
+        """Device memory held."""
+
+
+class PositionTable(PositionStore):
+    """All of them on the device.
+
+    Args:
+        capacity_tokens: how many tokens to make room for at once (0 if unknown).
+    """
+
+    def __init__(self, capacity_tokens: int) -> None:
+        super().__init__()
+        self._capacity_tokens = capacity_tokens
+        self._streams: list[_Stream] = []
+
+    def _append(self, stream: int, embedding: torch.Tensor, cached_tokens: int) -> None:
+        if stream == len(self._streams):
+            self._streams.append(_Stream())
+        self._streams[stream].append(embedding)
 
     def read(
         self, streams: tuple[int, ...], start: int, stop: int, rows: int, row_step: int
@@ -158,20 +197,17 @@ class PositionStore:
         return tuple(self._streams[idx].read(start, stop, rows, row_step) for idx in streams)
 
     def truncate(self, num_tokens: int) -> None:
-        """Forget the tokens behind the first `num_tokens`."""
         for stream in self._streams:
             if stream.num_stored + stream.num_pending > num_tokens:
                 stream.store(self._capacity_tokens)
                 stream.num_stored = num_tokens
 
     def restore(self, start: int, stop: int, columns: torch.Tensor) -> None:
-        """Tokens of a block are in logical order again: row i is what was stored in column `columns[i]`."""
         for stream in self._streams:
             stream.store(self._capacity_tokens)
             stream.permute(start, stop, columns)
 
     def select(self, indices: torch.Tensor, first_token: int, rows: int) -> None:
-        """Rows of the tokens from `first_token` on (those in no block yet) follow the `rows` logical rows."""
         for stream in self._streams:
             stream.store(self._capacity_tokens)
             index = stream.index
@@ -187,6 +223,5 @@ class PositionStore:
 
     @property
     def device_bytes(self) -> int:
-        """Device memory held."""
         held = (tensor for stream in self._streams for tensor in (stream.table, stream.index))
         return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)

@@ -30,7 +30,7 @@ from modes import MODES, outcome
 from kvoffload import OffloadConfig
 from kvoffload.backend import EmulatedBackend
 from kvoffload.hf import OffloadedHFCache
-from kvoffload.positions import PositionStore
+from kvoffload.positions import PositionTable
 from kvoffload.session import Session
 
 # Keys of their full-attention layers are not rotated: positions are added to the input (opt, gpt2), or used in the
@@ -123,12 +123,12 @@ def change_embeddings(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[int, torch.Tensor], torch.Tensor]
 ) -> Callable[[OffloadedHFCache], None]:
     """Damage that changes the position embeddings which keys are recomputed with."""
-    original = PositionStore.read
+    original = PositionTable.read
 
-    def read(self: PositionStore, *args: Any) -> tuple[torch.Tensor, ...]:
+    def read(self: PositionTable, *args: Any) -> tuple[torch.Tensor, ...]:
         return tuple(change(index, part) for index, part in enumerate(original(self, *args)))
 
-    return lambda cache: monkeypatch.setattr(PositionStore, "read", read)
+    return lambda cache: monkeypatch.setattr(PositionTable, "read", read)
 
 
 def no_rotation(index: int, embedding: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvoffload import UnsupportedModelError
-from kvoffload.positions import PositionStore
+from kvoffload.positions import PositionTable
 
 WIDTH = 6
 
@@ -30,7 +30,7 @@ def test_embeddings_read_back_are_those_that_were_captured(seed: int) -> None:
     draw = random.Random(seed)
     rows = draw.choice([1, 2, 3, 6])
     padding = [draw.choice([0, 0, 3, 11]) for _ in range(rows)] if draw.random() < 0.7 else [4] * rows
-    store = PositionStore(draw.choice([0, 16, 500]))
+    store = PositionTable(draw.choice([0, 16, 500]))
     kept = torch.empty(rows, 0, WIDTH)
     stored_tokens = 0  # in blocks: their rows do not move
     for step in range(40):
@@ -60,14 +60,14 @@ def test_embeddings_read_back_are_those_that_were_captured(seed: int) -> None:
 
 
 def test_every_second_row_can_be_read() -> None:
-    store, new = PositionStore(0), embedding(6, 5, seed=0)
+    store, new = PositionTable(0), embedding(6, 5, seed=0)
     store.capture(0, 0, (new,), 0)
     (found,) = store.read((0,), 1, 4, 3, 2)
     assert torch.equal(found, new[::2, 1:4])
 
 
 def test_equal_rows_are_stored_once() -> None:
-    store, new = PositionStore(100), embedding(1, 40, seed=0)
+    store, new = PositionTable(100), embedding(1, 40, seed=0)
     store.capture(0, 0, (new.expand(8, -1, -1),), 0)
     (found,) = store.read((0,), 0, 40, 8, 1)
     assert found.shape == (1, 40, WIDTH)
@@ -76,7 +76,7 @@ def test_equal_rows_are_stored_once() -> None:
 
 
 def test_rows_that_differ_by_padding_share_their_vectors() -> None:
-    store = PositionStore(0)
+    store = PositionTable(0)
     store.capture(0, 0, (rotary(8, 0, 64, [0, 1, 2, 3, 4, 5, 6, 7]),), 0)
     (found,) = store.read((0,), 0, 64, 8, 1)
     assert torch.equal(found, rotary(8, 0, 64, [0, 1, 2, 3, 4, 5, 6, 7]))
@@ -85,7 +85,7 @@ def test_rows_that_differ_by_padding_share_their_vectors() -> None:
 
 @pytest.mark.parametrize("tail", [1, 5])
 def test_a_beam_search_does_not_make_the_table_grow(tail: int) -> None:
-    store = PositionStore(64)
+    store = PositionTable(64)
     store.capture(0, 0, (rotary(4, 0, 32, [0, 2, 5, 9]),), 0)
     store.read((0,), 0, 32, 4, 1)
     before = store.device_bytes
@@ -96,7 +96,7 @@ def test_a_beam_search_does_not_make_the_table_grow(tail: int) -> None:
 
 
 def test_layers_that_share_a_tensor_share_its_storage() -> None:
-    store = PositionStore(0)
+    store = PositionTable(0)
     for forward in range(3):
         cos, sin = embedding(1, 4, seed=2 * forward), embedding(1, 4, seed=2 * forward + 1)
         other = embedding(1, 4, seed=100 + forward)
@@ -109,7 +109,7 @@ def test_layers_that_share_a_tensor_share_its_storage() -> None:
 
 
 def test_layers_that_stop_sharing_are_refused() -> None:
-    store = PositionStore(0)
+    store = PositionTable(0)
     shared = embedding(1, 4, seed=0)
     store.capture(0, 0, (shared,), 0)
     store.capture(0, 1, (shared,), 0)
@@ -119,7 +119,7 @@ def test_layers_that_stop_sharing_are_refused() -> None:
 
 
 def test_what_a_failed_forward_left_behind_goes_when_it_is_tried_again() -> None:
-    store = PositionStore(0)
+    store = PositionTable(0)
     tries = [embedding(1, 4, seed=seed) for seed in range(3)]
     store.capture(0, 0, (tries[0],), 0)
     store.capture(1, 0, (tries[1],), 4)  # fails before its tokens are cached
