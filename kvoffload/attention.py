@@ -45,10 +45,10 @@ def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tup
     for chunk, data in engine.arriving(job):
         tokens = len(chunk.blocks) * cache.placement.block_tokens
         rows = chunk.blocks[0].rows
-        activation = layer.row_shapes["activation"].view(data, tokens, rows)
+        stored = layer.row_shapes["activation"].view(data, tokens, rows)
         out = _tokens(landing, chunk.landing_offset, tokens, rows, shape)
         engine.backend.compute(reads=(data,), writes=(out,))
-        layer.recompute_into(chunk.first_block, chunk.blocks[0], activation, out)
+        layer.recompute_into(chunk.first_block, chunk.blocks[0], stored, out)
         resident.place(1 / shares)
     resident.place(1)
     index = cache.gather_index(layer)

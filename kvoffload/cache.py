@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from kvoffload.carried import CarriedPositions
 from kvoffload.layer import CacheLayer
 from kvoffload.placement import Placement
 from kvoffload.positions import PositionTable
@@ -47,7 +48,7 @@ class OffloadedCache:
         self.is_recording = False
         self.before_blocks: Callable[[], None] | None = None  # may change `placement` before new blocks get a form
         self.recomputed_tokens = 0  # counted per layer and row
-        self.positions = PositionTable(placement.max_tokens or 0)
+        self.positions: PositionTable | CarriedPositions = PositionTable(placement.max_tokens or 0)
         self.row_table = RowTable(engine.backend.device)
         self.layers = [CacheLayer(self, position) for position in range(num_layers)]
         self._claimed_copies = 1  # of the blocks added last
@@ -62,6 +63,16 @@ class OffloadedCache:
         """Tell the engine how much device memory the layers hold."""
         layers = sum(layer.device_bytes for layer in self.layers)
         self.engine.account(f"cache {id(self)}", layers + self.positions.device_bytes)
+
+    def carry_positions(self, is_wanted: bool) -> None:
+        """Whether position embeddings travel with the blocks stored as activations; called before any are captured."""
+        self.positions = CarriedPositions() if is_wanted else PositionTable(self.placement.max_tokens or 0)
+
+    def drop_stored_positions(self) -> None:
+        """Called when all layers have stored the same blocks: those carry their position embeddings now."""
+        num_stored = self.layers[0].num_stored_tokens
+        if isinstance(self.positions, CarriedPositions) and self.positions.drop_stored(num_stored):
+            self.account()
 
     def claim_blocks(self, num_blocks: int, new: NewTokens) -> int:
         """Called by each layer before it stores blocks up to `num_blocks`; the first one extends the row table.
@@ -110,6 +121,7 @@ class OffloadedCache:
         self.positions.truncate(self.layers[0].num_tokens)
         for layer in self.layers:
             layer.store_full_blocks()
+        self.drop_stored_positions()
         if self.layers[0].blocks:
             self.engine.prefetch(self)
 

@@ -32,6 +32,7 @@ CHECK_BUDGET_S = 0.6  # for timing both ways before the first prefill
 MIN_GAIN_FRACTION = 0.01
 HOST_SHARE = 0.8  # of the free host memory that "auto" takes at most
 DEVICE_SHARE = 0.9  # of the free device memory that "auto" takes at most
+POSITION_SHARE = 0.01  # of the device budget that a table of position embeddings takes at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,11 @@ class Decision:
     stage_limit_bytes: int | None  # what the cap on device memory leaves for staging a prefill's blocks
     host_cap_bytes: int  # on the host at the full length, as if every row stored every block
     reserved_share: float  # of activations, that room on the host was made for
+
+    @property
+    def device_budget_bytes(self) -> int:
+        """The cap on device memory; without one, what the plan takes."""
+        return self.plan.device_bytes + (self.stage_limit_bytes or 0)
 
 
 class MeasuredRates:
@@ -209,9 +215,21 @@ class Decider:
         self._check_host(longer)
         return longer
 
+    def carries_positions(self, decision: Decision, token_bytes: int) -> bool:
+        """Whether position embeddings travel with the blocks, as their table on the device would become too large.
+
+        Args:
+            decision: for the cache.
+            token_bytes: what a token takes in the table.
+        """
+        table_bytes = decision.geometry.max_tokens * token_bytes
+        return decision.placement.needs_activations and table_bytes > POSITION_SHARE * decision.device_budget_bytes
+
     def _fixed_split(self, geometry: Geometry) -> float | None:
         return split_to_plan(
-            self.config, kv_row_bytes=geometry.kv_row_bytes, activation_row_bytes=geometry.activation_row_bytes
+            self.config,
+            kv_row_bytes=geometry.kv_row_bytes,
+            activation_row_bytes=geometry.stored_activation_row_bytes,
         )
 
     @property

@@ -2,7 +2,8 @@
 
 Owns which token is cached where, and when full blocks leave the tail; moves nothing itself (transfer.py does) and runs
 no attention (attention.py does). Layouts are token-major: K/V `[tokens, rows, k_width + v_width]` (keys after RoPE; for
-equal head sizes that is `[tokens, rows, 2, kv_heads, head_dim]`), activations `[tokens, rows, hidden]`.
+equal head sizes that is `[tokens, rows, 2, kv_heads, head_dim]`), activations `[tokens, rows, hidden]`, in blocks with
+their position embeddings behind them where these are carried (carried.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from kvoffload.carried import CarriedPositions, PositionLayout
 from kvoffload.cost import transfer_order
 from kvoffload.placement import Kind, Placement, Run, next_runs, reserved_blocks
 from kvoffload.positions import PositionTable
@@ -32,7 +34,7 @@ class LayerOwner(Protocol):
     engine: TransferEngine
     pool: HostPool
     placement: Placement
-    positions: PositionTable
+    positions: PositionTable | CarriedPositions
     row_table: RowTable
     rows: int
     prompt_copies: int
@@ -64,10 +66,11 @@ class CacheLayer:
         self.recompute: Recompute | None = None
         self.is_full_precision = True  # K, V and their recomputation in float32 or better
         self.streams: tuple[int, ...] = ()  # position embeddings, see PositionStore
+        self.layout: PositionLayout | None = None  # of its activation blocks, where these carry them
         self.awaits_crop = False
         self.is_segmented = False  # attention runs over its chunks one by one
         self.tail: Tail | None = None
-        self.row_shapes: dict[Form, RowShape] = {}  # of one token, per form
+        self.row_shapes: dict[Form, RowShape] = {}  # of one token in a block, per form
         self._extents: dict[Form, Extent] = {"kv": Extent(cache.pool), "activation": Extent(cache.pool)}
         self._reopened: Kind | None = None  # what the block was that a crop made partial
         self._resident: dict[Form, torch.Tensor] = {}
@@ -152,12 +155,14 @@ class CacheLayer:
         bt, rows = placement.block_tokens, self.cache.rows
         self.shape = KVShape.of(keys, values)
         self.row_shapes["kv"] = RowShape(self.shape.width, keys.dtype)
+        tail_x = None
         if activation is not None:
-            self.row_shapes["activation"] = RowShape(activation.shape[2], activation.dtype)
+            tail_x = RowShape(activation.shape[2], activation.dtype)
+            width = tail_x.width if self.layout is None else self.layout.row_width
+            self.row_shapes["activation"] = RowShape(width, activation.dtype)
         keeps_activations = self.recompute is not None and placement.needs_activations
         room = bt + (RECORDING_ROOM_TOKENS if self.cache.is_recording else 0)
-        tail_x = self.row_shapes["activation"] if keeps_activations else None
-        self.tail = Tail(self.cache.engine.backend, self.shape, tail_x, rows, room)
+        self.tail = Tail(self.cache.engine.backend, self.shape, tail_x if keeps_activations else None, rows, room)
         resident: list[tuple[Form, int]] = [("kv", placement.resident_kv_blocks)]
         if self.recompute is not None:
             resident.append(("activation", placement.resident_activation_blocks))
@@ -246,26 +251,35 @@ class CacheLayer:
         if block.form == "activation":
             kv = torch.empty(bt, block.rows, self.shape.width, dtype=self.shape.dtype, device=data.device)
             self.recompute_into(index, block, data, kv)
+            if self.layout is not None:
+                assert isinstance(self.cache.positions, CarriedPositions)
+                self.cache.positions.reopen(self.streams, index * bt, self.layout.read(data))
+                data = self.layout.activation(data)
             self.tail.restore("activation", data if logical is None else data.index_select(1, logical))
         self.tail.restore("kv", kv if logical is None else kv.index_select(1, logical))
 
-    def recompute_into(self, first_block: int, block: Block, activation: torch.Tensor, out: torch.Tensor) -> None:
-        """K and V of consecutive stored blocks from their activation.
+    def recompute_into(self, first_block: int, block: Block, stored: torch.Tensor, out: torch.Tensor) -> None:
+        """K and V of consecutive blocks stored as activations.
 
         Args:
             first_block: index of the first.
             block: the first; the others have the same rows.
-            activation: [tokens, rows, hidden].
+            stored: [tokens, rows, width] as their row shape says.
             out: [tokens, rows, width].
         """
         assert self.recompute is not None
-        start = first_block * self.cache.placement.block_tokens
-        stop = start + activation.shape[0]
-        embeddings = self.cache.positions.read(self.streams, start, stop, block.rows, block.row_step)
+        activation, embeddings = stored, tuple[torch.Tensor, ...]()
+        if self.layout is not None:
+            activation, embeddings = self.layout.activation(stored), self.layout.read(stored)
+        elif self.streams:
+            assert isinstance(self.cache.positions, PositionTable)
+            start = first_block * self.cache.placement.block_tokens
+            stop = start + stored.shape[0]
+            embeddings = self.cache.positions.read(self.streams, start, stop, block.rows, block.row_step)
         span = self.cache.engine.backend.start_span("recompute")
         self.recompute(activation, embeddings, out)
         self.cache.engine.backend.end_span(span)
-        self.cache.recomputed_tokens += activation.shape[0] * block.rows
+        self.cache.recomputed_tokens += stored.shape[0] * block.rows
 
     # ---- from the tail to blocks ---------------------------------------------------------------------------------
 
@@ -276,7 +290,7 @@ class CacheLayer:
         bt = self.cache.placement.block_tokens
         if num_full:
             copies = self.cache.claim_blocks(len(self.blocks) + num_full, new)
-            runs = self._next_runs(num_full)
+            runs = self._next_runs(num_full, self.cache.rows // copies)
             stored = (bt * run.num_blocks * self.row_shapes[run.form].num_bytes for run in runs if not run.is_resident)
             self.cache.engine.start_layer_write_back(sum(stored) * (self.cache.rows // copies))
             start = 0
@@ -289,7 +303,7 @@ class CacheLayer:
             self.cache.account()
         self.tail.advance(num_full * bt, new)
 
-    def _next_runs(self, num_full: int) -> list[Run]:
+    def _next_runs(self, num_full: int, stored_rows: int) -> list[Run]:
         assert self.tail is not None
         first, self._reopened = self._reopened, None
         return next_runs(
@@ -298,28 +312,43 @@ class CacheLayer:
             num_blocks=len(self.blocks),
             stored_kv_blocks=self.count("kv", resident=False),
             stored_activation_blocks=self.count("activation", resident=False),
-            can_recompute=self.tail.keeps_activations,
+            can_recompute=self.tail.keeps_activations and self._can_carry_positions(stored_rows),
             # rows may have been repeated since that memory was made
             has_resident_room=all(data.shape[1] >= self.cache.rows for data in self._resident.values()),
             first=first,
         )
 
+    def _can_carry_positions(self, stored_rows: int) -> bool:
+        """Whether new blocks of activations have room for their position embeddings, and one set of these is right."""
+        if self.layout is None:
+            return True
+        assert isinstance(self.cache.positions, CarriedPositions)
+        return stored_rows >= self.layout.num_shares and self.cache.positions.have_equal_rows(self.streams)
+
+    def _pack(self, form: Form, data: torch.Tensor, begin: int, end: int, copies: int, new: NewTokens) -> None:
+        """Tokens `begin..end` of tail + new, the first of which is the next to be stored, into a block's place."""
+        assert self.tail is not None
+        if form == "kv" or self.layout is None:
+            self.tail.copy(form, data, begin, end, copies, new)
+            return
+        assert isinstance(self.cache.positions, CarriedPositions)
+        self.tail.copy(form, self.layout.activation(data), begin, end, copies, new)
+        first = self.num_stored_tokens
+        self.layout.write(data, self.cache.positions.read(self.streams, first, first + end - begin))
+
     def _keep(self, form: Form, start: int, count: int, copies: int, new: NewTokens) -> None:
         """Store blocks on the device."""
-        assert self.tail is not None
         bt, rows = self.cache.placement.block_tokens, self.cache.rows // copies
         first = self.count(form, resident=True)
         for idx in range(count):
             data = self._resident[form][(first + idx) * bt : (first + idx + 1) * bt]
             data = data.reshape(-1)[: bt * rows * data.shape[2]].view(bt, rows, data.shape[2])
-            self.tail.copy(form, data, (start + idx) * bt, (start + idx + 1) * bt, copies, new)
+            self._pack(form, data, (start + idx) * bt, (start + idx + 1) * bt, copies, new)
             self.blocks.append(Block(form, rows, data.numel() * data.element_size(), copies, resident=data))
 
     def _write_back(self, form: Form, start: int, count: int, copies: int, new: NewTokens) -> None:
         """Store blocks on the host, as many per copy as a D2H slot holds."""
         bt, rows, row = self.cache.placement.block_tokens, self.cache.rows // copies, self.row_shapes[form]
-        tail = self.tail
-        assert tail is not None
         num_bytes = bt * rows * row.num_bytes
         done = 0
         while done < count:
@@ -330,7 +359,7 @@ class CacheLayer:
             done += len(blocks)
 
             def pack(data: torch.Tensor, begin: int = begin, end: int = end) -> None:
-                tail.copy(form, row.view(data, end - begin, rows), begin, end, copies, new)
+                self._pack(form, row.view(data, end - begin, rows), begin, end, copies, new)
 
             self.cache.engine.write_back(self._extents[form], blocks, pack)
             self.blocks += blocks
@@ -341,7 +370,7 @@ class CacheLayer:
         for extent in self._extents.values():
             extent.close(guard)
         self.blocks, self.tail = [], None
-        self.shape, self.recompute, self._reopened = None, None, None
+        self.shape, self.recompute, self.layout, self._reopened = None, None, None, None
         self.awaits_crop = False
         self._resident.clear()
         self._chunks = (-1, ())

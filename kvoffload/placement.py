@@ -69,12 +69,14 @@ def next_runs(
         count: how many.
         num_blocks: blocks the layer has.
         stored_kv_blocks: of these on the host as kv; `stored_activation_blocks` likewise.
-        can_recompute: whether activations are there to be stored.
+        can_recompute: whether activations are there to be stored, with all that recomputing them takes.
         has_resident_room: whether the memory for resident blocks can still be used.
         first: what the first one was before a crop made it partial.
     """
     # Resident blocks are the first ones, also where room for them comes back after others went to the host.
     has_resident_room = has_resident_room and not stored_kv_blocks and not stored_activation_blocks
+    if first is not None and first.form == "activation" and not can_recompute:
+        first, has_resident_room = Kind("kv", False), False
     if first is not None and first.is_resident and not has_resident_room:
         first = Kind(first.form, False)
     r = placement.resident_kv_blocks if has_resident_room else 0

@@ -2,8 +2,8 @@
 
 Owns which captured tensors are one and the same (gemma3 passes one pair per layer type), and per distinct one a table
 of its distinct vectors and an index [tokens, rows] into it. Rows of a batch differ by their padding only, so a vector
-is stored about once however many rows there are, and next to K/V the whole table is small enough to stay on the device.
-Dynamic RoPE variants change their frequencies during a generation, so
+is stored about once however many rows there are, and the whole table stays on the device where it is small next to what
+else is there; where it is not, see carried.py. Dynamic RoPE variants change their frequencies during a generation, so
 the embeddings cannot be rebuilt from positions later.
 """
 
@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 
 from kvoffload.errors import UnsupportedModelError
+
+INDEX_BYTES = 4  # int32
 
 
 @dataclass(slots=True)

@@ -77,14 +77,14 @@ class _Answer:
         self._lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         self._is_first = True
 
-    def add_recomputed(self, activation: torch.Tensor, first_block: int) -> None:
-        """Attend to stored blocks whose activation, [tokens, rows, hidden], is on the device."""
+    def add_recomputed(self, stored: torch.Tensor, first_block: int) -> None:
+        """Attend to blocks stored as activations, [tokens, rows, width], which are on the device."""
         layer, backend = self._layer, self._layer.cache.engine.backend
-        tokens, rows = activation.shape[:2]
+        tokens, rows = stored.shape[:2]
         scratch = layer.cache.engine.scratch[: tokens * rows * self._shape.row_bytes]
         backend.compute(writes=(scratch,))
         kv = layer.row_shapes["kv"].view(scratch, tokens, rows)
-        layer.recompute_into(first_block, layer.blocks[first_block], activation, kv)
+        layer.recompute_into(first_block, layer.blocks[first_block], stored, kv)
         backend.compute(reads=(scratch,))
         self.add(kv, first_block)
 

@@ -25,7 +25,7 @@ from kvoffload.backend import Backend, CudaBackend, EmulatedBackend
 from kvoffload.cache import OffloadedCache
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.decide import Decider, Decision
-from kvoffload.errors import ConfigError, KVOffloadError
+from kvoffload.errors import ConfigError, HostMemoryError, InfeasiblePlanError, KVOffloadError
 from kvoffload.layer import CacheLayer
 from kvoffload.model_shape import shape_from_config
 from kvoffload.placement import Placement
@@ -74,6 +74,7 @@ class Session:
         self._has_timeline = False
         self._decisions: weakref.WeakKeyDictionary[hf.OffloadedHFCache, Decision] = weakref.WeakKeyDictionary()
         self._configured_for: Callable[[], Any] = lambda: None  # a weak reference
+        self._position_row_bytes: dict[tuple[int, int], int] = {}  # that blocks of (rows, copies) carried last
         self._caches: weakref.WeakSet[hf.OffloadedHFCache] = weakref.WeakSet()
         self._abandoned: deque[OffloadedCache] = deque()  # of caches that nobody holds any more
         self._hooks = hf.ModelHooks(
@@ -296,7 +297,7 @@ class Session:
             run.owns_cache = True
             run.use(cache)
             prompt_tokens = min(run.prompt_tokens, max_cache_length) or max_cache_length
-            self._lay_out(cache, batch_size * copies, copies, prompt_tokens, max_cache_length)
+            self._lay_out_as_before(cache, batch_size * copies, copies, prompt_tokens, max_cache_length)
             chunk = self.decider.prefill_chunk_tokens(
                 self._decisions[cache].geometry, prompt_tokens, self._device_held_bytes
             )
@@ -328,6 +329,18 @@ class Session:
             self._profile = resolve_profile(self.config.profile, device=self.backend.device, link=self.config.link)
         return self._profile
 
+    def _lay_out_as_before(
+        self, cache: hf.OffloadedHFCache, rows: int, copies: int, prompt_tokens: int, max_tokens: int
+    ) -> None:
+        """Decide for a cache whose blocks carry what those of the last such cache did, if that is possible."""
+        row_bytes = self._position_row_bytes.get((rows, copies), 0)
+        try:
+            self._lay_out(cache, rows, copies, prompt_tokens, max_tokens, position_row_bytes=row_bytes)
+        except (HostMemoryError, InfeasiblePlanError):
+            if not row_bytes:
+                raise
+            self._lay_out(cache, rows, copies, prompt_tokens, max_tokens)
+
     def _lay_out(
         self,
         cache: hf.OffloadedHFCache,
@@ -337,6 +350,7 @@ class Session:
         max_tokens: int | None,
         first: hf.FirstTokens | None = None,
         *,
+        position_row_bytes: int = 0,
         can_recompute: bool = True,
         is_segmented: bool | None = None,
     ) -> None:
@@ -348,6 +362,7 @@ class Session:
             max_tokens=max_tokens or max(256, 2 * prompt_tokens),
             kv_row_bytes=shape.kv_row_bytes,
             activation_row_bytes=shape.activation_row_bytes,
+            position_row_bytes=position_row_bytes,
             beams=copies,
             is_segmented=self.offers_segments if is_segmented is None else is_segmented,
         )
@@ -390,15 +405,44 @@ class Session:
         if changed:
             self._configure(cache)
 
-    def cannot_recompute(self, cache: hf.OffloadedHFCache, first: hf.FirstTokens) -> None:
-        """Called before the first tokens are stored if the first layer's K/V do not follow from its activation."""
+    def carries_positions(
+        self, cache: hf.OffloadedHFCache, first: hf.FirstTokens, *, row_bytes: int, token_bytes: int
+    ) -> bool:
+        """Called before the first tokens of the first layer are stored: whether blocks carry position embeddings.
+
+        Args:
+            cache: whose layer.
+            first: what it caches per token.
+            row_bytes: of position embeddings behind each activation, if so; 0 where that cannot be.
+            token_bytes: what a token takes in a table of them on the device.
+        """
         began = time.perf_counter()
+        geometry, copies = self._decisions[cache].geometry, cache.core.prompt_copies
+        if not row_bytes or not self.decider.carries_positions(self._decisions[cache], token_bytes):
+            row_bytes = 0
+        if row_bytes != geometry.position_row_bytes:
+            try:
+                self._lay_out_anew(cache, first, position_row_bytes=row_bytes)
+            except (HostMemoryError, InfeasiblePlanError) as error:
+                if not row_bytes:
+                    raise
+                logger.info("position embeddings stay on the device: %s", error)
+                row_bytes = 0
+        self._position_row_bytes[first.rows, copies] = row_bytes
+        self.add_setup(time.perf_counter() - began)
+        return row_bytes > 0
+
+    def _lay_out_anew(self, cache: hf.OffloadedHFCache, first: hf.FirstTokens, **how: Any) -> None:
+        """Decide again for what an empty cache is really given."""
         known, copies = self._decisions[cache].placement.max_tokens, cache.core.prompt_copies
         prompt_tokens = max(first.tokens, self._prompt_tokens)
         segmented = cache.core.layers[0].is_segmented
-        self._lay_out(
-            cache, first.rows, copies, prompt_tokens, known, first, can_recompute=False, is_segmented=segmented
-        )
+        self._lay_out(cache, first.rows, copies, prompt_tokens, known, first, is_segmented=segmented, **how)
+
+    def cannot_recompute(self, cache: hf.OffloadedHFCache, first: hf.FirstTokens) -> None:
+        """Called before the first tokens are stored if the first layer's K/V do not follow from its activation."""
+        began = time.perf_counter()
+        self._lay_out_anew(cache, first, can_recompute=False)
         self.add_setup(time.perf_counter() - began)
 
     def before_first_append(
@@ -425,9 +469,7 @@ class Session:
             geometry.activation_row_bytes,
             geometry.is_segmented,
         ):
-            known, copies = self._decisions[cache].placement.max_tokens, cache.core.prompt_copies
-            prompt_tokens = max(first.tokens, self._prompt_tokens)
-            self._lay_out(cache, first.rows, copies, prompt_tokens, known, first, is_segmented=layer.is_segmented)
+            self._lay_out_anew(cache, first)
         elif layer.position > 0 and not layer.is_segmented:
             self.use_whole_layers(cache)
             self.engine.ensure_buffers(geometry.max_tokens * first.rows * first.kv_row_bytes)

@@ -31,6 +31,7 @@ class Geometry:
     max_tokens: int  # cached at the end of the generation
     kv_row_bytes: int
     activation_row_bytes: int
+    position_row_bytes: int = 0  # of position embeddings, where a block has some behind each activation
     beams: int = 1
     other_device_bytes: int = 0  # layers that stay on the device
     is_segmented: bool = False  # attention takes chunks one by one: no layer buffers, and kv chunks use the ring
@@ -44,7 +45,12 @@ class Geometry:
     @property
     def activation_bytes_per_token(self) -> int:
         """beta_x."""
-        return self.rows * self.activation_row_bytes
+        return self.rows * self.stored_activation_row_bytes
+
+    @property
+    def stored_activation_row_bytes(self) -> int:
+        """A row of a block stored as activations."""
+        return self.activation_row_bytes + self.position_row_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +187,7 @@ def _with(
     num_slots: int,
 ) -> Sizes:
     tail_row = geometry.kv_row_bytes + (geometry.activation_row_bytes if keeps_activations else 0)
-    largest_row = max(geometry.kv_row_bytes, geometry.activation_row_bytes if keeps_activations else 0)
+    largest_row = max(geometry.kv_row_bytes, geometry.stored_activation_row_bytes if keeps_activations else 0)
     chunk_rows = block_tokens * chunk_blocks * geometry.rows
     num_buffers = 3 if geometry.beams > 1 else 2
     return Sizes(
@@ -211,8 +217,8 @@ def split_to_plan(config: OffloadConfig, *, kv_row_bytes: int, activation_row_by
 def _slot_row_bytes(geometry: Geometry, keeps_activations: bool) -> int:
     """The largest form that travels through the ring."""
     if not geometry.is_segmented:
-        return geometry.activation_row_bytes  # kv chunks land in a layer buffer
-    return max(geometry.kv_row_bytes, geometry.activation_row_bytes if keeps_activations else 0)
+        return geometry.stored_activation_row_bytes  # kv chunks land in a layer buffer
+    return max(geometry.kv_row_bytes, geometry.stored_activation_row_bytes if keeps_activations else 0)
 
 
 def _describe(sizes: Sizes) -> str:

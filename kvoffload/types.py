@@ -145,7 +145,7 @@ class PlanInputs:
     num_blocks: int  # s: cached blocks to place (the tail is not among them)
     block_tokens: int
     kv_bytes_per_token: int  # beta_kv, whole batch, one layer
-    activation_bytes_per_token: int  # beta_x, whole batch, one layer
+    activation_bytes_per_token: int  # beta_x, whole batch, one layer; with the position embeddings that blocks carry
     rates: Rates
     chunk_blocks: int
     num_slots: int

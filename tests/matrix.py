@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,11 +22,12 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvoffload import EmulatedLink, HardwareProfile, OffloadConfig, cost
+from kvoffload import EmulatedLink, HardwareProfile, OffloadConfig, cost, decide
 from kvoffload.backend import Backend, CheckingBackend, EmulatedBackend
 from kvoffload.config import GIB
 from kvoffload.decide import MeasuredRates
 from kvoffload.hf import OffloadedHFCache, offloadable_layers
+from kvoffload.hf.models import attention_modules
 from kvoffload.model_shape import shape_from_config
 from kvoffload.session import Session
 from kvoffload.sizing import Geometry, choose_sizes
@@ -121,6 +123,21 @@ def row_bytes(model: PreTrainedModel) -> RowBytes:
     return RowBytes(kv, model.config.get_text_config(decoder=True).hidden_size * layer.keys.element_size())
 
 
+def position_bytes(model: PreTrainedModel) -> int:
+    """Of the position embeddings that attention is given for a token."""
+    seen: list[torch.Tensor] = []
+    module = attention_modules(model)[offloadable_layers(model)[0]]
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        seen.extend(kwargs.get("position_embeddings") or ())
+
+    handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    with torch.no_grad():
+        model(prompt(1, 2))
+    handle.remove()
+    return sum(-(-part.shape[2] * part.element_size() // 16) * 16 for part in seen)
+
+
 def half_resident_gib(
     model: PreTrainedModel, mode: Mode, config: OffloadConfig, *, can_recompute: bool = True, can_segment: bool = True
 ) -> float:
@@ -140,17 +157,23 @@ def half_resident_gib(
         ),
     )
     keeps = can_recompute and config.split != "transfer"
-    fixed, plain = (
-        choose_sizes(geometry, config, keeps_activations=k, device_bytes=None, rates=None).fixed_device_bytes
-        for k in (keeps, False)
-    )
-    # "auto" may keep activations there, where more tokens fit.
-    row = min(bytes_of) if config.split == "auto" and can_recompute else bytes_of.kv
-    tokens = geometry.num_offloaded_layers * mode.rows * mode.max_tokens
-    budget = fixed + tokens * row / 2
-    if config.split == "auto" and config.schedule == "pipelined":  # may be sized as transfer, which needs less
-        budget = min(budget, plain + tokens * bytes_of.kv * 3 / 4)
-    return budget / GIB
+
+    def budget(geometry: Geometry) -> float:
+        fixed, plain = (
+            choose_sizes(geometry, config, keeps_activations=k, device_bytes=None, rates=None).fixed_device_bytes
+            for k in (keeps, False)
+        )
+        # "auto" may keep activations there, where more tokens fit.
+        row = min(bytes_of) if config.split == "auto" and can_recompute else bytes_of.kv
+        tokens = geometry.num_offloaded_layers * mode.rows * mode.max_tokens
+        if config.split == "auto" and config.schedule == "pipelined":  # may be sized as transfer, which needs less
+            return min(fixed + tokens * row / 2, plain + tokens * bytes_of.kv * 3 / 4)
+        return fixed + tokens * row / 2
+
+    found, token_bytes = budget(geometry), position_bytes(model) if keeps else 0
+    if geometry.max_tokens * token_bytes > decide.POSITION_SHARE * found:  # blocks carry them, and slots are larger
+        found = budget(replace(geometry, position_row_bytes=-(-token_bytes // mode.sequences // 16) * 16))
+    return found / GIB
 
 
 def config_for(cell: Cell) -> OffloadConfig:
@@ -250,7 +273,8 @@ class Observer:
         num_bytes = 0
         for layer in cache.core.layers:
             host = [block for block in layer.blocks if block.resident is None]
-            width = {"kv": self._bytes_of.kv, "activation": self._bytes_of.activation}
+            carried = 0 if layer.layout is None else layer.layout.row_bytes - self._bytes_of.activation
+            width = {"kv": self._bytes_of.kv, "activation": self._bytes_of.activation + carried}
             num_bytes += sum(bt * block.rows * width[block.form] for block in host)
             self.recomputed_tokens += sum(bt * b.rows for b in layer.blocks if b.form == "activation")
         self.h2d_bytes += num_bytes

@@ -24,7 +24,7 @@ _LAYER_1 = _LAYER_0 | {
         "stats",
     ),
 }
-_LAYER_2 = _LAYER_1 | {"planner", "sizing", "backend", "store", "positions", "ops"}
+_LAYER_2 = _LAYER_1 | {"planner", "sizing", "backend", "store", "positions", "carried", "ops"}
 _LAYER_3 = _LAYER_2 | {"transfer", "ways", "advice", "forecast", "verdict"}
 _LAYER_4 = _LAYER_3 | {"tail", "layer", "cache", "attention", "recompute"}
 _LAYER_5 = _LAYER_4 | {"hf", "decide", "profiler"}
@@ -54,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "backend": _LAYER_1,
     "store": _LAYER_1 | {"backend"},  # host memory is allocated, and its events are recorded, through a backend
     "positions": _LAYER_1,
+    "carried": _LAYER_1 | {"positions"},
     "ops": _LAYER_1 | {"kernels"},
     "transfer": _LAYER_2,
     "ways": _LAYER_2,

@@ -118,18 +118,34 @@ def measure(
         return backend, session.stats
 
 
+def stored_activation_bytes(model: PreTrainedModel, call: Call) -> int:
+    """A row of an activation block: behind the activation its share of the token's position embeddings.
+
+    Sequences share them, beams do not: their prompt is stored once.
+    """
+    _, activation = row_bytes(model)
+    cos_and_sin = 2 * model.config.head_dim * 4
+    return activation + -(-cos_and_sin // call.sequences // 16) * 16
+
+
+def newest_position_bytes(model: PreTrainedModel, call: Call) -> int:
+    """Position embeddings of the tokens that are in no block yet, as transformers made them."""
+    return 2 * model.config.head_dim * 4 * (BLOCK_TOKENS + 1) * call.rows
+
+
 def fixed_device_bytes(model: PreTrainedModel, call: Call, split: Any, path: str = "whole_layer") -> int:
     """Everything but resident blocks."""
     kv, activation = row_bytes(model)
     stores_activations = split != "transfer"
+    stored = stored_activation_bytes(model, call) if stores_activations else 0
     chunk_rows = CHUNK_BLOCKS * BLOCK_TOKENS * call.rows
     if path == "whole_layer":
         buffers = (3 if call.beams > 1 else 2) * call.max_tokens * call.rows * kv
-        slots = SLOTS * chunk_rows * activation if stores_activations else 0
+        slots = SLOTS * chunk_rows * stored
     else:
         buffers = chunk_rows * kv if stores_activations else 0  # the scratch
-        slots = SLOTS * chunk_rows * max(kv, activation if stores_activations else 0)
-    d2h_slots = 2 * CHUNK_BLOCKS * BLOCK_TOKENS * call.rows * max(kv, activation if stores_activations else 0)
+        slots = SLOTS * chunk_rows * max(kv, stored)
+    d2h_slots = 2 * CHUNK_BLOCKS * BLOCK_TOKENS * call.rows * max(kv, stored)
     tails = LAYERS * BLOCK_TOKENS * call.rows * (kv + (activation if stores_activations else 0))
     return buffers + slots + d2h_slots + tails
 
@@ -143,8 +159,7 @@ def test_device_memory_is_buffers_slots_and_tails(
     expected = fixed_device_bytes(model, call, split)
     assert backend.peak_device_bytes == pytest.approx(expected, rel=0.02)
     # The statistics add the position embeddings, which the backend did not allocate.
-    head_dim = model.config.head_dim
-    positions = 2 * 2 * (call.max_tokens + 1) * (head_dim * 4 + call.rows * 4) if split != "transfer" else 0
+    positions = newest_position_bytes(model, call) if split != "transfer" else 0
     assert expected * 0.98 <= stats.device_kv_peak_decode_bytes <= expected * 1.02 + positions
 
 
@@ -156,8 +171,8 @@ def test_over_segments_device_memory_is_slots_scratch_and_tails(
     backend, stats = measure(model, call, split, monkeypatch, attention="auto")
     expected = fixed_device_bytes(model, call, split, "auto")
     assert backend.decode_device_bytes == pytest.approx(expected, rel=0.02)
-    positions = 2 * 2 * (call.max_tokens + 1) * (model.config.head_dim * 4 + call.rows * 4)
-    assert expected * 0.98 <= stats.device_kv_peak_decode_bytes <= expected * 1.02 + (positions * (split != "transfer"))
+    positions = newest_position_bytes(model, call) if split != "transfer" else 0
+    assert expected * 0.98 <= stats.device_kv_peak_decode_bytes <= expected * 1.02 + positions
     kv, _ = row_bytes(model)
     stages = 2 * call.prompt_tokens * call.rows * kv  # of one layer each, while the prompt is written back
     assert backend.peak_device_bytes <= expected + stages
@@ -177,9 +192,19 @@ def test_nothing_is_set_aside_for_recomputing_where_activations_are_no_smaller(
     assert free.peak_device_bytes == pytest.approx(transfer.peak_device_bytes, rel=0.02)
 
 
-@pytest.mark.parametrize(("architecture", "split"), [("llama", "transfer"), ("opt", "recompute"), ("opt", 0.5)])
+@pytest.mark.parametrize(
+    ("architecture", "split", "rows"),
+    [
+        ("llama", "transfer", 2),
+        ("opt", "recompute", 2),
+        ("opt", 0.5, 2),
+        ("llama", "recompute", 1),
+        ("llama", "recompute", 3),
+        ("llama", 0.5, 2),
+    ],
+)
 def test_over_segments_device_memory_does_not_grow_with_the_context(
-    architecture: str, split: Any, monkeypatch: pytest.MonkeyPatch
+    architecture: str, split: Any, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between 1,000 and 16,000 tokens, in sizes of our own choice; the prefill's too where it comes in chunks."""
     long = make_model(architecture, max_position_embeddings=2**15, num_hidden_layers=2)
@@ -187,7 +212,7 @@ def test_over_segments_device_memory_does_not_grow_with_the_context(
     for tokens in (1024, 16384):
         options = {"block_tokens": "auto", "chunk_blocks": "auto", "slots": "auto", "attention": "auto"}
         monkeypatch.setitem(COMMON, "prefill_chunk_size", 256)
-        backend, stats = measure(long, Call(2, tokens, 6), split, monkeypatch, **options)
+        backend, stats = measure(long, Call(rows, tokens, 6), split, monkeypatch, **options)
         peaks.append((stats.device_kv_peak_decode_bytes, stats.device_kv_peak_prefill_bytes, backend.peak_device_bytes))
     for short, grown in zip(*peaks, strict=True):
         assert grown == pytest.approx(short, rel=0.01)
@@ -290,7 +315,8 @@ def test_buffers_are_made_anew_only_when_they_change(model: PreTrainedModel) -> 
 def test_host_memory_holds_every_token_once_in_its_form(
     call: Call, split: Any, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kv, activation = row_bytes(model)
+    kv, _ = row_bytes(model)
+    activation = stored_activation_bytes(model, call)
     row = {"transfer": kv, "recompute": activation, 0.5: (kv + activation) / 2}[split]
     num_blocks, prompt_blocks = call.max_tokens // BLOCK_TOKENS, call.prompt_tokens // BLOCK_TOKENS
     if call.beams == 1:

@@ -76,7 +76,8 @@ def test_logits_equal_those_without_offloading(
     stats = session.stats
     assert stats is not None
     kv_bytes = 30 * 2 * 3 * 64 * 4  # layers, K and V, heads, head_dim, float32: per token
-    row_bytes = {"transfer": kv_bytes, "recompute": 30 * 576 * 4, 0.5: (kv_bytes + 30 * 576 * 4) / 2}[split]
+    x_bytes = 30 * (576 + 2 * 64) * 4  # layers, hidden and what they carry of one row: cosines and sines
+    row_bytes = {"transfer": kv_bytes, "recompute": x_bytes, 0.5: (kv_bytes + x_bytes) / 2}[split]
     assert stats.h2d_bytes == pytest.approx(7 * PROMPT_TOKENS * row_bytes, rel=0.1)  # 8 tokens: 7 decode steps
     assert (stats.recomputed_tokens > 0) == (split != "transfer")
 

@@ -26,6 +26,7 @@ import kvoffload.session
 from kvoffload import OffloadConfig, transfer
 from kvoffload.backend import CheckingBackend, EmulatedBackend, RaceError
 from kvoffload.backend.checking import CheckedEvent
+from kvoffload.carried import PositionLayout
 from kvoffload.config import GIB
 from kvoffload.session import Session
 
@@ -278,6 +279,18 @@ def test_without_any_single_wait_a_scenario_fails(
         except (RaceError, AssertionError):
             return
     pytest.fail("no scenario noticed: is this wait needed?")
+
+
+def test_the_scenarios_move_position_embeddings_too(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, carried = PositionLayout.read, []
+
+    def read(self: PositionLayout, stored: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        carried.append(stored.shape)
+        return original(self, stored)
+
+    monkeypatch.setattr(PositionLayout, "read", read)
+    SCENARIOS["greedy"].run(model)
+    assert carried
 
 
 def test_the_waits_are_found() -> None:

@@ -14,8 +14,10 @@ from torch import nn
 from transformers.cache_utils import CacheLayerMixin
 
 from kvoffload import attention, recompute, segments
+from kvoffload.carried import CarriedPositions, PositionLayout, rows_are_equal
 from kvoffload.errors import UnsupportedModelError
 from kvoffload.layer import CacheLayer, Recompute
+from kvoffload.positions import INDEX_BYTES
 from kvoffload.tail import KVShape
 
 if TYPE_CHECKING:
@@ -49,6 +51,9 @@ class CacheOwner(Protocol):
     def check_usable(self, cache: OffloadedHFCache) -> None: ...
     def forget(self, cache: OffloadedHFCache) -> None: ...
     def use_whole_layers(self, cache: OffloadedHFCache) -> None: ...
+    def carries_positions(
+        self, cache: OffloadedHFCache, first: FirstTokens, *, row_bytes: int, token_bytes: int
+    ) -> bool: ...
     def cannot_recompute(self, cache: OffloadedHFCache, first: FirstTokens) -> None: ...
     def before_first_append(
         self,
@@ -273,8 +278,10 @@ class OffloadedLayer(CacheLayerMixin):
         owner, core = self._owner(), self.core
         assert owner is not None
         core.append(update.keys, update.values, None if core.recompute is None else update.activation)
-        if core.position == len(owner.core.layers) - 1 and not core.awaits_crop:
-            owner.core.engine.prefetch(owner.core)
+        if core.position == len(owner.core.layers) - 1:
+            owner.core.drop_stored_positions()
+            if not core.awaits_crop:
+                owner.core.engine.prefetch(owner.core)
 
     def _bind(
         self, owner: OffloadedHFCache, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None
@@ -291,6 +298,8 @@ class OffloadedLayer(CacheLayerMixin):
             session.before_first_append(owner, core, first, None)  # whether activations are wanted at all
         measure = None
         if core.cache.placement.needs_activations:
+            core.layout = self._position_layout(owner, first, activation)
+        if core.cache.placement.needs_activations:  # still, with what blocks carry
             core.recompute = self._choose(keys, values, activation)
             if core.recompute is None:
                 owner.warn_not_recomputable(core.position, self._module)
@@ -304,9 +313,30 @@ class OffloadedLayer(CacheLayerMixin):
         core.bind(keys, values, activation)  # allocates and pins
         session.add_setup(time.perf_counter() - began)
 
+    def _position_layout(
+        self, owner: OffloadedHFCache, first: FirstTokens, activation: torch.Tensor | None
+    ) -> PositionLayout | None:
+        """Where blocks carry their position embeddings, if they do; the first layer settles that for all."""
+        cache, embeddings, is_first = owner.core, self._embeddings, self.core.position == 0
+        layout, row_bytes = None, 0
+        if not is_first and not isinstance(cache.positions, CarriedPositions):
+            return None
+        if activation is not None and embeddings and all(map(rows_are_equal, embeddings)):
+            layout = PositionLayout(activation, embeddings, first.rows // cache.prompt_copies)
+            row_bytes = layout.row_bytes - first.activation_row_bytes
+        if not is_first:  # slots are made for the first layer's
+            settled = cache.layers[0].layout
+            return layout if layout and settled and layout.row_bytes <= settled.row_bytes else None
+        token_bytes = sum(part.shape[2] * part.element_size() + INDEX_BYTES for part in embeddings or ())
+        is_wanted = owner.session.carries_positions(owner, first, row_bytes=row_bytes, token_bytes=token_bytes)
+        cache.carry_positions(is_wanted)
+        return layout if is_wanted else None
+
     def _choose(self, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None) -> Recompute | None:
         if self._module is None or activation is None or self._embeddings is None:
             return None
+        if self._embeddings and self.core.layout is None and isinstance(self.core.cache.positions, CarriedPositions):
+            return None  # no place for its position embeddings
         n = slice(0, VERIFIED_TOKENS)
         embeddings = tuple(part[:, n] for part in self._embeddings)
         shape = KVShape.of(keys, values)
