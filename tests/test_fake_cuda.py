@@ -342,6 +342,25 @@ def _wide() -> Any:
     return make_model("llama", hidden_size=128, head_dim=32, num_key_value_heads=4, max_position_embeddings=1024).cuda()
 
 
+def test_auto_takes_what_is_free_and_prefills_in_chunks_where_that_is_little(device: FakeCuda) -> None:
+    model, ids = _wide(), _ids(300)
+    expected = _generate(model, ids, max_new_tokens=6)
+    config = kvoffload.OffloadConfig(split="transfer", block_tokens=16)
+    shares = []
+    for room in (2**27, 5 * 2**20, 3 * 2**19):
+        device.memory.others_bytes = device.memory.free_bytes + device.memory.others_bytes - room
+        start = device.memory.allocated_bytes
+        torch.cuda.reset_peak_memory_stats()
+        with kvoffload.offload(model, config) as session:
+            _equal(_generate(model, ids, max_new_tokens=6), expected)
+            assert session.stats is not None
+            plan = session.stats.plan
+            shares.append(plan.resident_kv_blocks / plan.num_blocks)
+        assert torch.cuda.max_memory_allocated() - start <= room
+    assert shares[0] == 1
+    assert shares[-1] < 0.5
+
+
 def test_a_cap_on_the_process_is_kept(device: FakeCuda) -> None:
     model, ids = _wide(), _ids(300)
     expected = _generate(model, ids, max_new_tokens=6)
