@@ -23,7 +23,7 @@ from kvoffload.backend import Backend
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.placement import Placement, reserved_blocks
-from kvoffload.sizing import Geometry, Sizes, choose_sizes, grown, prefill_peak_bytes, split_to_plan
+from kvoffload.sizing import Geometry, Sizes, choose_sizes, grown, prefill_peak_bytes, smallest_sizes, split_to_plan
 from kvoffload.types import HardwareProfile, ModelShape, Plan, PlanInputs, Rates
 from kvoffload.units import gib
 
@@ -283,7 +283,10 @@ class Decider:
         )
 
     def _device_bytes(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int | None:
-        """The cap on device memory; None for "as little as works"."""
+        """The cap on device memory; None for whatever is comfortable without resident blocks.
+
+        "auto" is what a prefill leaves of the free memory, and where that is too little for anything, what is least.
+        """
         setting = self.config.device_gib
         if setting == "min" or (setting == "auto" and self.backend.emulated):
             return None
@@ -291,8 +294,8 @@ class Decider:
             return int(float(setting) * GIB)
         tokens = self.prefill_chunk_tokens(geometry, prompt_tokens, held_bytes) or prompt_tokens
         room = self._free_device_bytes(held_bytes) - self._prefill_peak_bytes(geometry, tokens)
-        least = self._least_sizes(geometry)
-        return room if room > least.fixed_device_bytes else None
+        keeps = self._fixed_split(geometry) != 0
+        return max(room, smallest_sizes(geometry, self.config, keeps_activations=keeps).fixed_device_bytes)
 
     def _least_sizes(self, geometry: Geometry) -> Sizes:
         """Without a cap and before any rate is known."""

@@ -99,14 +99,7 @@ def choose_sizes(
     sizes = _comfortable(geometry, config, keeps_activations, rates)
     if device_bytes is None or sizes.fixed_device_bytes <= device_bytes:
         return sizes
-    smallest = _with(
-        geometry,
-        config,
-        keeps_activations,
-        block_tokens=MIN_BLOCK_TOKENS if config.block_tokens == "auto" else config.block_tokens,
-        chunk_blocks=1 if config.chunk_blocks == "auto" else sizes.chunk_blocks,
-        num_slots=1 if config.slots == "auto" else config.slots,
-    )
+    smallest = smallest_sizes(geometry, config, keeps_activations=keeps_activations)
     if smallest.fixed_device_bytes > device_bytes:
         raise InfeasiblePlanError(
             f"offloading {geometry.rows} sequences of {geometry.max_tokens} tokens needs at least "
@@ -126,6 +119,19 @@ def choose_sizes(
         if candidate.fixed_device_bytes <= device_bytes:
             best = candidate
     return best
+
+
+def smallest_sizes(geometry: Geometry, config: OffloadConfig, *, keeps_activations: bool) -> Sizes:
+    """What takes least memory on the device; arguments as of `choose_sizes`."""
+    comfortable = _comfortable(geometry, config, keeps_activations, None)
+    return _with(
+        geometry,
+        config,
+        keeps_activations,
+        block_tokens=MIN_BLOCK_TOKENS if config.block_tokens == "auto" else config.block_tokens,
+        chunk_blocks=1 if config.chunk_blocks == "auto" else comfortable.chunk_blocks,
+        num_slots=1 if config.slots == "auto" else config.slots,
+    )
 
 
 def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: bool, rates: Rates | None) -> Sizes:

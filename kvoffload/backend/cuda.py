@@ -5,15 +5,19 @@ at the time of the call. Nothing here synchronises except `synchronize` and `clo
 that are read only once they have completed.
 
 Pinned memory is pageable memory registered with `cudaHostRegister`: PyTorch's pinned allocator rounds each
-allocation up to a power of two, which for a cache of tens of gigabytes is far from the truth.
+allocation up to a power of two, which for a cache of tens of gigabytes is far from the truth. CUDA pins whole pages and
+none of them twice, so every buffer has pages of its own; and it keeps the error of a failed call for whoever asks next,
+which is PyTorch at its next kernel.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import os
 import warnings
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,24 +45,33 @@ class CudaBackend(Backend):
     emulated = False
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.link_name = torch.cuda.get_device_name(device)
-        self._streams = {"h2d": torch.cuda.Stream(device), "d2h": torch.cuda.Stream(device)}
+        # with an index: some functions of `torch.cuda` ask for one
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+        self.link_name = torch.cuda.get_device_name(self.device)
+        self._streams = {"h2d": torch.cuda.Stream(self.device), "d2h": torch.cuda.Stream(self.device)}
         self._pending: dict[str, deque[tuple[Any, Any, int]]] = defaultdict(deque)  # (start, end, bytes)
         self._totals: dict[str, LinkUse] = defaultdict(lambda: LinkUse(0, 0.0, 0))
         self._recording: deque[tuple[Lane, Any, Any, int]] = deque(maxlen=MAX_RECORDED)  # (lane, start, end, bytes)
         self._recording_since: Any = None  # the event that recorded times count from
-        self._registered: dict[int, int] = {}  # address -> bytes
+        # By address. Memory must not be freed while it is pinned, also where nobody calls `close`.
+        self._pinned: dict[int, torch.Tensor] = {}
+        self._unpin_all = weakref.finalize(self, _unpin_all, self._pinned, self.device)
+        self._unpin_all.atexit = False  # the driver may be gone by then
         self._warned_pageable = False
 
     def allocate_host(self, num_bytes: int) -> HostBuffer:
+        whole_bytes = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         with torch.inference_mode(False), _near(self.device):
-            tensor = torch.empty(num_bytes, dtype=torch.uint8)
-            tensor.zero_()  # touch every page here, so that it lands on the node of the device
-            code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), num_bytes, 0))
+            room = torch.empty(whole_bytes + mmap.PAGESIZE, dtype=torch.uint8)
+            first = -room.data_ptr() % mmap.PAGESIZE
+            pages = room[first : first + whole_bytes]
+            pages.zero_()  # touch every page here, so that it lands on the node of the device
+            code = int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), whole_bytes, 0))
+            tensor = pages[:num_bytes]
         if code == 0:
-            self._registered[tensor.data_ptr()] = num_bytes
-            return HostBuffer(tensor, num_bytes)
+            self._pinned[pages.data_ptr()] = pages
+            return HostBuffer(tensor, whole_bytes)
+        _forget_last_error(self.device)
         if not self._warned_pageable:
             self._warned_pageable = True
             warnings.warn(
@@ -70,8 +83,9 @@ class CudaBackend(Backend):
 
     def release_host(self, buffer: HostBuffer) -> None:
         address = buffer.tensor.data_ptr()
-        if self._registered.pop(address, None) is not None:
+        if address in self._pinned:
             torch.cuda.cudart().cudaHostUnregister(address)
+            del self._pinned[address]
 
     def allocate_device(self, num_bytes: int) -> torch.Tensor:
         with torch.inference_mode(False):
@@ -172,10 +186,21 @@ class CudaBackend(Backend):
         return event
 
     def close(self) -> None:
-        self.synchronize()
-        for address in list(self._registered):
-            del self._registered[address]
-            torch.cuda.cudart().cudaHostUnregister(address)
+        self._unpin_all()
+
+
+def _unpin_all(pinned: dict[int, torch.Tensor], device: torch.device) -> None:
+    """Give memory back to the system once nothing uses it any more."""
+    torch.cuda.synchronize(device)
+    for address in pinned:
+        torch.cuda.cudart().cudaHostUnregister(address)
+    pinned.clear()
+
+
+def _forget_last_error(device: torch.device) -> None:
+    """Let a kernel of no consequence report the error that CUDA keeps of a failed call."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)
 
 
 @contextlib.contextmanager
@@ -186,14 +211,10 @@ def _near(device: torch.device) -> Iterator[None]:
         bus = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
         text = Path(f"/sys/bus/pci/devices/{bus}/local_cpulist").read_text().strip()
         before = os.sched_getaffinity(0)
-        cpus = {cpu for part in text.split(",") for cpu in _cpu_range(part)} & before
+        os.sched_setaffinity(0, {cpu for part in text.split(",") for cpu in _cpu_range(part)} & before)
     except (AttributeError, OSError, ValueError):
-        yield  # no NUMA information (containers, other systems): first touch decides
+        yield  # no NUMA information, or no right to use it (containers, other systems): first touch decides
         return
-    if not cpus:
-        yield
-        return
-    os.sched_setaffinity(0, cpus)
     try:
         yield
     finally:
