@@ -42,7 +42,8 @@ class Lab:
         if not preset.is_emulated and not torch.cuda.is_available():
             raise ConfigError("this shape is measured on a CUDA device, and there is none: choose a cpu- preset")
         self.preset = preset
-        self.device = torch.device("cpu" if preset.is_emulated else "cuda")
+        # with an index: some functions of `torch.cuda` ask for one
+        self.device = torch.device("cpu") if preset.is_emulated else torch.device("cuda", torch.cuda.current_device())
         self.model = make_model(preset, self.device)
         self.shape = shape_from_config(self.model.config, preset.dtype)
         self.ids = torch.randint(3, preset.vocab, (preset.batch, preset.cached_tokens), device=self.device)
