@@ -2,7 +2,8 @@
 
 In this order: on CUDA a Triton kernel; for attention on the CPU torch's own operator; else, and where these cannot do a
 shape or dtype, the twin in `kernels/reference.py`, which says what each operation means. Triton is imported when a CUDA
-tensor is first seen: it does not exist for every system.
+tensor is first seen: it does not exist for every system. Kernels are launched on the current device, unlike PyTorch's
+operations, so each is called with that of its tensors as the current one.
 """
 
 from __future__ import annotations
@@ -48,23 +49,29 @@ def segment_attention(q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, **options
     Raises:
         ValueError: if shapes, dtypes, strides or devices do not fit.
     """
-    kernel = _triton("segment_attention", q) if q.is_cuda else cpu_attention if q.is_cpu else None
-    (kernel or reference).segment_attention(q, kv, out, lse, **options)
+    if q.is_cpu:
+        cpu_attention.segment_attention(q, kv, out, lse, **options)
+        return
+    with torch.cuda.device_of(q):
+        (_triton("segment_attention", q) or reference).segment_attention(q, kv, out, lse, **options)
 
 
 def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
     """Merge the attention over some tokens into that over others, in place; see `reference.merge_`."""
-    (_triton("merge", out) or reference).merge_(out, lse, part_out, part_lse)
+    with torch.cuda.device_of(out):
+        (_triton("merge", out) or reference).merge_(out, lse, part_out, part_lse)
 
 
 def finish(out: Tensor, lse: Tensor, result: Tensor, sinks: Tensor | None = None) -> None:
     """Write the attention of all segments into `result`, after the sinks took their share; see `reference.finish`."""
-    (_triton("merge", out) or reference).finish(out, lse, result, sinks)
+    with torch.cuda.device_of(out):
+        (_triton("merge", out) or reference).finish(out, lse, result, sinks)
 
 
 def rope_(keys: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotary position embedding of keys `[tokens, rows, heads, head_dim]` in place; see `reference.rope_`."""
-    (_triton("rope", keys) or reference).rope_(keys, cos, sin)
+    with torch.cuda.device_of(keys):
+        (_triton("rope", keys) or reference).rope_(keys, cos, sin)
 
 
 def linear_into(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:

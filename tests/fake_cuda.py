@@ -189,10 +189,9 @@ class Stream(RealStream):  # type: ignore[misc]
     def __new__(cls, device: Any = None, priority: int = 0, **kwargs: Any) -> Stream:
         fake = _device()
         if "stream_id" in kwargs:  # an existing one
-            return fake.streams[kwargs["stream_id"]]
-        if device is not None:
-            with torch.cuda.device(device):  # checks it
-                pass
+            return fake.streams[kwargs["stream_id"]] if kwargs["device_index"] == 0 else _stream_of_another_device()
+        with torch.cuda.device(device):
+            assert fake.current_device == 0, "a stream of another device than the tensors'"
         made = object.__new__(cls)
         made.stream_id, made._queue = len(fake.streams), deque()
         made._policy = "eager" if not fake.streams else fake.policy_of(made.stream_id)
@@ -267,6 +266,13 @@ class Stream(RealStream):  # type: ignore[misc]
         self._run()
 
 
+def _stream_of_another_device() -> Stream:
+    """May be left and come back to, but not used."""
+    made = object.__new__(Stream)
+    made.stream_id, made.device_index, made.device = 0, 1, torch.device("cuda", 1)
+    return made
+
+
 class Generator(RealGenerator):  # type: ignore[misc]
     """Random numbers of the device come from the CPU's generator."""
 
@@ -297,7 +303,8 @@ class FakeCuda:
         self.memory = Memory(total_bytes)
         self.policies = policies or ("lazy",)
         self.streams: list[Stream] = []
-        self.current = 0
+        self.current = 0  # of the streams
+        self.current_device = 0
         self.registered: dict[int, int] = {}  # address -> bytes
         self.lockable_bytes: int | None = None
         self.last_error: str | None = None
@@ -420,8 +427,19 @@ class FakeCuda:
     def set_fraction(self, fraction: float, device: int) -> None:
         self.memory.fraction = fraction
 
+    def exchange_device(self, device: int) -> int:
+        if device < 0:  # a `torch.cuda.device` that is to change nothing
+            return self.current_device
+        before, self.current_device = self.current_device, device
+        return before
+
+    def current_stream(self, device: int) -> tuple[int, int, int]:
+        return (self.current if device == 0 else 0), device, 1
+
     def set_stream(self, stream_id: int, device_index: int, device_type: int) -> None:
-        self.current = stream_id
+        self.current_device = device_index
+        if device_index == 0:
+            self.current = stream_id
 
     def properties(self, device: int) -> Properties:
         return Properties(total_memory=self.memory.total_bytes)
@@ -498,7 +516,7 @@ def _device() -> FakeCuda:
 
 @contextlib.contextmanager
 def fake_cuda(*policies: Policy, total_bytes: int = 2**34) -> Iterator[FakeCuda]:
-    """PyTorch as if it had one CUDA device.
+    """PyTorch as if it had a CUDA device, and a second one that nobody may touch.
 
     Args:
         policies: "lazy" or "eager" for each stream that is made, in turn.
@@ -509,9 +527,9 @@ def fake_cuda(*policies: Policy, total_bytes: int = 2**34) -> Iterator[FakeCuda]
         cudaHostRegister=fake.host_register, cudaHostUnregister=fake.host_unregister, cudaMemGetInfo=fake.get_free
     )
     below: dict[str, Callable[..., Any]] = {
-        "_cuda_getDevice": lambda: 0,
-        "_cuda_setDevice": lambda device: None,
-        "_cuda_getDeviceCount": lambda: 1,
+        "_cuda_getDevice": lambda: fake.current_device,
+        "_cuda_setDevice": fake.exchange_device,
+        "_cuda_getDeviceCount": lambda: 2,
         "_cuda_synchronize": fake.synchronize,
         "_cuda_memoryStats": fake.statistics,
         "_cuda_resetPeakMemoryStats": fake.reset_peak,
@@ -519,7 +537,7 @@ def fake_cuda(*policies: Policy, total_bytes: int = 2**34) -> Iterator[FakeCuda]
         "_cuda_getMemoryFraction": lambda device: fake.memory.fraction,
         "_cuda_setMemoryFraction": fake.set_fraction,
         "_cuda_getCurrentRawStream": lambda device: fake.current,
-        "_cuda_getCurrentStream": lambda device: (fake.current, 0, 1),
+        "_cuda_getCurrentStream": fake.current_stream,
         "_cuda_getDefaultStream": lambda device: (0, 0, 1),
         "_cuda_setStream": fake.set_stream,
     }
@@ -531,12 +549,12 @@ def fake_cuda(*policies: Policy, total_bytes: int = 2**34) -> Iterator[FakeCuda]
         above: dict[str, Any] = {
             "_initialized": True,
             "_cudart": cudart,
-            "_exchange_device": lambda device: 0,
-            "_maybe_exchange_device": lambda device: 0,
+            "_exchange_device": fake.exchange_device,
+            "_maybe_exchange_device": fake.exchange_device,
             "_get_device_properties": fake.properties,
             "is_available": lambda: True,
-            "device_count": lambda: 1,
-            "default_generators": (RealGenerator(),),
+            "device_count": lambda: 2,
+            "default_generators": (RealGenerator(), RealGenerator()),
             "Stream": Stream,
             "Event": Event,
         }
@@ -580,6 +598,7 @@ def use_twins(patch: pytest.MonkeyPatch) -> None:
 def _on_the_device(tensors: Iterable[torch.Tensor]) -> None:
     if not all(isinstance(one, CudaTensor) for one in tensors):
         raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+    assert _device().current_device == 0, "Triton launches on the current device"
     _device().count("kernel")
 
 

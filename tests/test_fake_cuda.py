@@ -240,8 +240,9 @@ def _ids(tokens: int = 45) -> torch.Tensor:
 SMALL: dict[str, Any] = {"block_tokens": 8, "chunk_blocks": 2, "device_gib": "min"}
 
 
-@pytest.mark.parametrize("policies", POLICIES[:2])
-@pytest.mark.parametrize("split", ["transfer", 0.5, "auto"])
+@pytest.mark.parametrize(
+    ("split", "policies"), [("transfer", ["lazy"]), (0.5, ["lazy"]), (0.5, ["eager"]), ("auto", ["lazy"])]
+)
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
 def test_a_session_gives_the_tokens_and_the_memory_back(
     architecture: str, split: Any, policies: Any, monkeypatch: pytest.MonkeyPatch
@@ -309,6 +310,15 @@ def test_a_session_on_a_stream_of_the_users_own(device: FakeCuda) -> None:
         _equal(_generate(model, ids), expected)
     assert (1, "waits") in device.log  # what was waited for on that stream, not on the default one
     assert (0, "waits") not in device.log
+
+
+def test_a_session_while_another_device_is_the_current_one(device: FakeCuda) -> None:
+    model, ids = make_model("llama").cuda(), _ids()
+    expected = _generate(model, ids)
+    device.current_device = 1
+    with kvoffload.offload(model, kvoffload.OffloadConfig(split=0.5, **SMALL | {"device_gib": "auto"})):
+        _equal(_generate(model, ids), expected)
+    assert device.current_device == 1
 
 
 def test_a_session_without_pinned_memory(device: FakeCuda) -> None:
