@@ -407,10 +407,11 @@ class Decider:
         shape, rows = self.shape, decision.geometry.rows
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[shape.kv_itemsize_bytes]
         device = self.backend.device
-        num_chunks = max(1, decision.sizes.num_slots) if self.backend.emulated else 1
+        is_segmented = decision.geometry.is_segmented
+        num_chunks = decision.sizes.num_slots if self.backend.emulated and is_segmented else 1
         ring = torch.zeros(num_chunks, tokens, rows, 2, shape.num_kv_heads, shape.head_dim, dtype=dtype, device=device)
         query = torch.zeros(rows, 1, shape.num_heads, shape.head_dim, dtype=dtype, device=device)
-        if decision.geometry.is_segmented:
+        if is_segmented:
             out, lse = torch.zeros_like(query, dtype=torch.float32), query.new_zeros(query.shape[:3], dtype=torch.float)
             chunks = itertools.cycle(ring.unbind(0))
 
