@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from chats import Chat
 from matrix import FAST_LINK, TOLERANCE, Cell, check_cell, checking_backend, distance, profile, row_bytes
 from models import make_model
-from modes import COMMON, MODES, Outcome, outcome, padded_prompt, plain_cache, prompt
+from modes import COMMON, MODES, Outcome, outcome, plain_cache, prompt
 from transformers import PreTrainedModel
 
 from kvoffload import OffloadConfig, decide, store
@@ -291,40 +292,6 @@ def test_wrong_embeddings_in_blocks_are_noticed(
 # ---- caches that change ----------------------------------------------------------------------------------------------
 
 
-class Chat:
-    """Feeds a model with masks and positions; the logits of each forward."""
-
-    def __init__(self, model: PreTrainedModel, cache: Any, rows: int) -> None:
-        self.model, self.cache, self.mask = model, cache, torch.ones(rows, 0, dtype=torch.long)
-        self.logits: list[torch.Tensor] = []
-
-    def feed(self, tokens: int, *, is_padded: bool = False) -> None:
-        """More tokens; padded on the left, each row by another length."""
-        rows = self.mask.shape[0]
-        inputs = padded_prompt(rows, tokens) if is_padded else {"input_ids": prompt(rows, tokens)}
-        self.mask = torch.cat([self.mask, inputs.get("attention_mask", torch.ones(rows, tokens, dtype=torch.long))], 1)
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens:]
-        ids = inputs["input_ids"]
-        out = self.model(ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache)
-        self.logits.append(out.logits[:, -1])
-
-    def step(self, times: int) -> None:
-        for _ in range(times):
-            self.feed(1)
-
-    def crop(self, tokens: int) -> None:
-        self.cache.crop(-tokens)
-        self.mask = self.mask[:, :-tokens]
-
-    def select(self, *rows: int) -> None:
-        self.cache.batch_select_indices(torch.tensor(rows))
-        self.mask = self.mask[list(rows)]
-
-    def repeat(self, times: int) -> None:
-        self.cache.batch_repeat_interleave(times)
-        self.mask = self.mask.repeat_interleave(times, 0)
-
-
 def forms(cache: OffloadedHFCache) -> str:
     """One letter per block of the first layer; the others have the same."""
     found = {"".join(block.form[0] for block in layer.blocks) for layer in cache.core.layers}
@@ -359,9 +326,9 @@ def always_carried(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_turn_whose_rows_differ_is_stored_as_kv(model: PreTrainedModel) -> None:
     def talk(chat: Chat) -> None:
         chat.feed(21)
-        chat.step(5)  # 26
+        chat.go_on(5)  # 26
         chat.feed(18, is_padded=True)  # 44
-        chat.step(9)  # 53
+        chat.go_on(9)  # 53
 
     assert play(model, 3, talk) == ["aaaaaa" + "k" * 7] * 2
 
@@ -373,9 +340,9 @@ def test_a_block_that_carried_embeddings_and_is_reopened_after_rows_differed_bec
     def talk(chat: Chat) -> None:
         chat.feed(21)
         chat.feed(18, is_padded=True)  # 39
-        chat.step(3)  # 42
+        chat.go_on(3)  # 42
         chat.crop(42 - 12 - into)  # the fourth block keeps `into` tokens
-        chat.step(9)
+        chat.go_on(9)
 
     assert play(model, 3, talk) == ["aaa" + "k" * ((9 + into) // BLOCK_TOKENS)] * 2
 
@@ -398,10 +365,10 @@ def test_a_resident_block_that_becomes_kv_goes_to_the_host_and_so_do_those_behin
 def test_blocks_reopened_by_a_crop_carry_their_embeddings_again(removed: int, model: PreTrainedModel) -> None:
     def talk(chat: Chat) -> None:
         chat.feed(22)
-        chat.step(3)  # 25
+        chat.go_on(3)  # 25
         chat.crop(removed)
         chat.feed(9)
-        chat.step(4)
+        chat.go_on(4)
 
     assert play(model, 2, talk) == ["a" * ((25 - removed + 13) // BLOCK_TOKENS)] * 2
 
@@ -412,9 +379,9 @@ def test_fewer_rows_than_shares_store_kv(model: PreTrainedModel) -> None:
     def talk(chat: Chat) -> None:
         chat.feed(17)
         chat.select(0, 3)
-        chat.step(8)  # 25
+        chat.go_on(8)  # 25
         chat.repeat(4)
-        chat.step(8)  # 33
+        chat.go_on(8)  # 33
 
     assert play(model, 6, talk) == ["aaaakkaa"] * 2
 
@@ -423,9 +390,9 @@ def test_more_rows_carry_what_fewer_did(model: PreTrainedModel) -> None:
     def talk(chat: Chat) -> None:
         chat.feed(17)
         chat.repeat(3)
-        chat.step(8)
+        chat.go_on(8)
         chat.select(5, 1, 1, 0)
-        chat.step(8)
+        chat.go_on(8)
 
     assert play(model, 2, talk) == ["a" * 8] * 2
 
@@ -475,7 +442,7 @@ def test_a_cache_whose_first_tokens_found_no_memory_decides_again(
         plain = Chat(model, plain_cache(model), 2)
         for one in (chat, plain):
             one.feed(21)
-            one.step(3)
+            one.go_on(3)
         assert set(seen) == {(False, PositionTable)}
     for ours, theirs in zip(chat.logits, plain.logits, strict=True):
         assert (ours - theirs).abs().max().item() <= TOLERANCE

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from chats import Chat
 from matrix import FAST_LINK, TOLERANCE, checking_backend, distance, profile
 from models import make_model
-from modes import COMMON, emptied, outcome, padded_prompt, plain_cache, prompt
+from modes import COMMON, emptied, outcome, plain_cache, prompt
 from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 
@@ -45,43 +46,6 @@ def compare(model: PreTrainedModel, play: Play, split: Any, attention: Any, **op
             assert session.backend.link_use("h2d").copied_bytes > 0
     for step, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
         assert (ours - theirs).abs().max().item() <= TOLERANCE, f"step {step}"
-
-
-class Chat:
-    """Feeds a model token by token, with its mask and positions."""
-
-    def __init__(self, model: PreTrainedModel, cache: Any, rows: int) -> None:
-        self.model, self.cache = model, cache
-        inputs = padded_prompt(rows)
-        self.mask = inputs["attention_mask"]
-        self.logits: list[torch.Tensor] = []
-        self._forward(inputs["input_ids"], (self.mask.cumsum(1) - 1).clamp(min=0))
-
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
-        out = self.model(ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache)
-        self.logits.append(out.logits[:, -1])
-
-    def go_on(self, steps: int) -> None:
-        for step in range(steps):
-            rows = self.mask.shape[0]
-            self.mask = torch.cat([self.mask, torch.ones(rows, 1, dtype=torch.long)], 1)
-            self._forward(prompt(rows, 1, seed=step), (self.mask.cumsum(1) - 1)[:, -1:])
-
-    def reorder(self, *rows: int) -> None:
-        self.cache.reorder_cache(torch.tensor(rows))
-        self.mask = self.mask[list(rows)]
-
-    def select(self, *rows: int) -> None:
-        self.cache.batch_select_indices(torch.tensor(rows))
-        self.mask = self.mask[list(rows)]
-
-    def repeat(self, times: int) -> None:
-        self.cache.batch_repeat_interleave(times)
-        self.mask = self.mask.repeat_interleave(times, 0)
-
-    def crop(self, tokens: int) -> None:
-        self.cache.crop(-tokens)
-        self.mask = self.mask[:, :-tokens]
 
 
 def reorder_and_crop(chat: Chat) -> None:
@@ -121,6 +85,7 @@ def test_padded_rows_come_go_and_change_places(
 
     def play(new_cache: Callable[[], Any]) -> list[torch.Tensor]:
         chat = Chat(model, new_cache(), 3)
+        chat.feed(is_padded=True)
         change(chat)
         return chat.logits
 
