@@ -259,6 +259,7 @@ class HardwareProfile:
     curves: dict[str, Curve] = field(default_factory=dict)
     quantities: dict[str, Quantity] = field(default_factory=dict)  # scalars that no attribute holds, labels of those
     extra: dict[str, Any] = field(default_factory=dict)
+    method: int = 1  # of measuring: a stored profile of an earlier one is stale
     schema_version: int = PROFILE_SCHEMA_VERSION
 
     def gemm_seconds(self, m: int, n: int, k: int) -> float:

@@ -21,7 +21,7 @@ from kvoffload.errors import ConfigError, ProfileError
 from kvoffload.profiler.budget import Progress
 from kvoffload.profiler.device import Link, machine_key, resolve_device
 from kvoffload.profiler.hardware import find_profile
-from kvoffload.profiler.profile import MAX_OTHER_LOAD_FRACTION, measure_hardware, some_of, with_link
+from kvoffload.profiler.profile import MAX_OTHER_LOAD_FRACTION, METHOD, measure_hardware, some_of, with_link
 from kvoffload.types import HardwareProfile
 
 logger = logging.getLogger(__name__)
@@ -115,9 +115,10 @@ def load_or_measure(
 ) -> HardwareProfile:
     """The stored profile of this machine; else measure it once and store it, with a log message.
 
-    A profile of the same device with another driver or PyTorch version is stale: told, left where it is, not used.
-    A measurement that `reason_not_to_keep` is used but not stored. An emulated link is not part of what is stored, it
-    is put in front of the stored machine.
+    A profile of the same device with another driver or PyTorch version, or one that an earlier release measured in
+    another way, is stale: told, left where it is until a newer one takes its place, not used. A measurement that
+    `reason_not_to_keep` is used but not stored. An emulated link is not part of what is stored, it is put in front of
+    the stored machine.
 
     Raises:
         ProfileError: the stored file is damaged or of another schema version; names it.
@@ -180,9 +181,12 @@ def _stored(device: torch.device) -> HardwareProfile | None:
             _tell_stale(other, _key_in(other), key)
         return None
     profile = HardwareProfile.load(path)
-    if profile.key == key:
+    if profile.key != key:
+        _tell_stale(path, profile.key, key)
+    elif profile.method != METHOD:
+        logger.warning("stored profile %s is stale: an earlier release measured other things by its names", path)
+    else:
         return profile
-    _tell_stale(path, profile.key, key)
     return None
 
 

@@ -49,7 +49,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         key = profile.machine_key(profile.resolve_device("cpu", "auto"))
         recorded = HardwareProfile.load(RECORDED)
         facts = recorded.extra | {"other_cpu_load_fraction": 0.0} | options
-        recorded = dataclasses.replace(recorded, key=key, extra=facts | {"progress": None} | DISTURBANCE)
+        recorded = dataclasses.replace(
+            recorded, key=key, method=profile.METHOD, extra=facts | {"progress": None} | DISTURBANCE
+        )
         return recorded if link == "auto" else profile.with_link(recorded, link)
 
     monkeypatch.setattr(profile, "measure_hardware", measure)

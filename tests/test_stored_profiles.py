@@ -14,6 +14,7 @@ from kvoffload.errors import ProfileError
 from kvoffload.profiler import stored
 from kvoffload.profiler.device import machine_key, resolve_device
 from kvoffload.profiler.hardware import find_profile
+from kvoffload.profiler.profile import METHOD
 from kvoffload.types import HardwareProfile
 
 RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"
@@ -29,7 +30,7 @@ def mine(key: str) -> HardwareProfile:
     """A profile as if measured here, without the time it takes."""
     recorded = HardwareProfile.load(RECORDED)
     extra = recorded.extra | {"other_cpu_load_fraction": 0.0}
-    return dataclasses.replace(recorded, key=key, h2d=None, d2h=None, extra=extra)
+    return dataclasses.replace(recorded, key=key, h2d=None, d2h=None, extra=extra, method=METHOD)
 
 
 @pytest.fixture
@@ -88,6 +89,21 @@ def test_a_profile_of_another_version_is_told_kept_and_not_used(
     assert "is stale" in caplog.text
     assert "torch 1.0" in caplog.text
     assert HardwareProfile.load(old_path) == old
+
+
+def test_a_profile_measured_in_an_earlier_way_is_told_and_measured_again(
+    measurements: list[object], mine: HardwareProfile, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = mine.to_json()
+    del data["method"]  # as in files from before there was a second way
+    stored.profile_path(key).parent.mkdir()
+    stored.profile_path(key).write_text(json.dumps(data))
+    with pytest.raises(ProfileError, match="no profile of this machine"):
+        stored.load("cpu")
+    assert stored.load_or_measure("cpu").method == METHOD
+    assert "is stale" in caplog.text
+    assert stored.load_or_measure("cpu").method == METHOD
+    assert len(measurements) == 1
 
 
 def test_a_file_that_holds_another_machine_is_told_and_measured_again(
