@@ -63,11 +63,14 @@ fi
 brief=()
 ((quick)) && brief=(--quick)
 
+# A warning of the installed versions is shown, and fails no test of the GPU.
+tests=("$python" -m pytest -q -m gpu -W default)
+
 step 60 - "$python" -m kvoffload.cli env
-step 300 - "$python" -m pytest -q -m gpu -k "not sanitizer" tests/test_gpu.py -s
-step 200 - "$python" -m pytest -q -m gpu -k sanitizer tests/test_gpu.py
-step 400 - "$python" -m pytest -q -m gpu tests/test_{segment_attention,merge,rope,linear_rope,ops}.py
-step 180 - "$python" -m pytest -q -m gpu tests/test_profiler.py
+step 300 - "${tests[@]}" -k "not sanitizer" tests/test_gpu.py -s
+step 200 - "${tests[@]}" -k sanitizer tests/test_gpu.py
+step 400 - "${tests[@]}" tests/test_{segment_attention,merge,rope,linear_rope,ops}.py
+step 180 - "${tests[@]}" tests/test_profiler.py
 step 240 "$results/kernels.csv" "$python" scripts/bench_kernels.py "${brief[@]}" --csv "$results/kernels.csv"
 step 120 "$results/profile.json" "$python" -m kvoffload.cli profile "${brief[@]}" --output "$results/profile.json"
 step 200 "$results/transfer.csv" "$python" scripts/bench_transfer.py --csv "$results/transfer.csv"
