@@ -20,6 +20,8 @@ from kvoffload.tail import KVShape
 # Error allowed between a recomputed and the original K or V, relative to the largest value: GEMMs of other shapes
 # differ in the last bits, another rotation or a missing norm by orders of magnitude more.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Of the second comparison: beyond what models clip K and V at, within float16 together with whatever adds up to them.
+LARGEST_KV, LARGEST_ACTIVATION = 1e3, 1e4
 
 
 class _Captured(Exception):
@@ -116,6 +118,10 @@ def choose(
 ) -> Recompute | None:
     """The fastest path that reproduces K and V of real tokens, or None.
 
+    The tokens stand elsewhere than they stood, so that a module which counts positions itself is found out. The fast
+    path must also agree with the generic one on rotations of our own, as those of padding or of a prompt of one token
+    turn nothing, and on activations so large that nothing is clipped only later.
+
     Args:
         module: the attention module.
         shape: of its K/V.
@@ -123,35 +129,54 @@ def choose(
         embeddings: position embeddings of these tokens, each [rows or 1, tokens, width].
         keys: what it computed from that, [rows, heads, tokens, dim]; values likewise.
     """
-    x = activation.transpose(0, 1).contiguous()
-    out = torch.empty(*x.shape[:2], shape.width, dtype=shape.dtype, device=x.device)
+    tokens = activation.shape[1]
+    order = torch.arange(tokens, -1, -1, device=activation.device).clamp(max=tokens - 1)  # backwards, the last twice
+    x = activation.transpose(0, 1).index_select(0, order)
+    embeddings = tuple(part.index_select(1, order) for part in embeddings)
+    wanted = torch.empty(*x.shape[:2], shape.width, dtype=shape.dtype, device=x.device)
+    for place, given in zip(shape.split(wanted), (keys, values), strict=True):
+        place.copy_(given.permute(2, 0, 1, 3).index_select(0, order))
     generic = GenericRecompute(module, shape)
-    if not _reproduces(generic, x, embeddings, out, shape, keys, values):
+    if not _reproduces(generic, x, embeddings, wanted, shape):
         return None
     if FastRecompute.applies_to(module, x.dtype) and shape.dtype == x.dtype:
         fast = FastRecompute(module, shape)
-        if _reproduces(fast, x, embeddings, out, shape, keys, values):
-            return fast
+        if _reproduces(fast, x, embeddings, wanted, shape):
+            loud, turned = _loud(x, wanted), _turned(embeddings)
+            generic(loud, turned, wanted)
+            if _reproduces(fast, loud, turned, wanted, shape):
+                return fast
     return generic
 
 
+def _loud(x: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    """Activations whose K/V are about as large as `LARGEST_KV`."""
+    factor = torch.minimum(LARGEST_KV / kv.abs().max().float(), LARGEST_ACTIVATION / x.abs().max().float())
+    return (x * factor).to(x.dtype)
+
+
+def _turned(embeddings: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Position embeddings of the same shapes, cosine and sine, that turn every token by an angle of its own.
+
+    All pairs of a head turn by the same angle, which is the same however a model lays out its pairs.
+    """
+    return tuple(
+        function(torch.arange(1.0, part.shape[1] + 1, device=part.device))[None, :, None].to(part.dtype).expand_as(part)
+        for function, part in zip((torch.cos, torch.sin), embeddings, strict=False)
+    )
+
+
 def _reproduces(
-    path: Recompute,
-    x: torch.Tensor,
-    embeddings: tuple[torch.Tensor, ...],
-    out: torch.Tensor,
-    shape: KVShape,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    path: Recompute, x: torch.Tensor, embeddings: tuple[torch.Tensor, ...], wanted: torch.Tensor, shape: KVShape
 ) -> bool:
+    """Whether K and V of `x` are as `wanted`, [tokens, rows, width]."""
+    out = torch.full_like(wanted, torch.nan)
     try:
-        path(x, embeddings, out.fill_(torch.nan))
+        path(x, embeddings, out)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
         return False  # a module with other arguments or a fused layout; its K/V are transferred
-    tolerance = TOLERANCE[shape.dtype]
-    for found, wanted in zip(shape.split(out), (keys, values), strict=True):
-        wanted = wanted.permute(2, 0, 1, 3)
-        error = (found.float() - wanted.float()).abs().max()
-        if not bool(error <= tolerance * wanted.float().abs().max()):  # NaN is a no
+    for found, right in zip(shape.split(out), shape.split(wanted), strict=True):
+        error = (found.float() - right.float()).abs().max()
+        if not bool(error <= TOLERANCE[shape.dtype] * right.float().abs().max()):  # NaN is a no
             return False
     return True

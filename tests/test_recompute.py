@@ -9,11 +9,12 @@ import pytest
 import torch
 from models import RECOMPUTABLE, TRANSFERRED, make_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from kvoffload import ops
-from kvoffload.hf import attention_modules
+import kvoffload
+from kvoffload import OffloadConfig, ops
+from kvoffload.hf import attention_modules, offloadable_layers
 from kvoffload.recompute import FastRecompute, GenericRecompute, choose
 from kvoffload.tail import KVShape
 
@@ -24,12 +25,8 @@ FAST = ("llama", "mistral", "qwen2", "gemma", "granite", "mixtral", "starcoder2"
 class Seen:
     """What the first attention module of a model was given, and the K and V it made of that."""
 
-    def __init__(self, model: PreTrainedModel, rows: int = 2, tokens: int = 11) -> None:
-        from transformers import DynamicCache
-
-        from kvoffload.hf import offloadable_layers
-
-        idx = offloadable_layers(model)[0]
+    def __init__(self, model: PreTrainedModel, rows: int = 2, tokens: int = 11, layer: int | None = None) -> None:
+        idx = offloadable_layers(model)[0] if layer is None else layer
         self.module = attention_modules(model)[idx]
         given: dict[str, Any] = {}
 
@@ -44,8 +41,8 @@ class Seen:
         handle.remove()
         self.activation: torch.Tensor = given["hidden_states"].detach()
         self.embeddings = tuple(part.detach() for part in given.get("position_embeddings") or ())
-        layer: Any = cache.layers[idx]
-        self.keys, self.values = layer.keys, layer.values
+        cached: Any = cache.layers[idx]
+        self.keys, self.values = cached.keys, cached.values
         self.shape = KVShape(
             self.keys.shape[1], self.keys.shape[3], self.values.shape[1], self.values.shape[3], self.keys.dtype
         )
@@ -92,6 +89,76 @@ def test_a_wrong_reproduction_is_not_chosen() -> None:
     seen = Seen(make_model("llama"))
     seen.values = torch.full_like(seen.values, torch.nan)
     assert seen.choose() is None
+
+
+def first_tokens(seen: Seen, tokens: list[int]) -> Seen:
+    """As if the first prompt had been these tokens."""
+    index = torch.tensor(tokens)
+    seen.activation, seen.keys, seen.values = (
+        part.index_select(dim, index) for part, dim in ((seen.activation, 1), (seen.keys, 2), (seen.values, 2))
+    )
+    seen.embeddings = tuple(part.index_select(1, index) for part in seen.embeddings)
+    return seen
+
+
+@pytest.mark.parametrize("tokens", [[0], [0] * 16], ids=["one token", "padding"])
+@pytest.mark.parametrize("architecture", RECOMPUTABLE)
+def test_tokens_that_no_rotation_turns_choose_as_others_do(architecture: str, tokens: list[int]) -> None:
+    """Position 0 turns nothing: there a layer without rotation, or one that pairs dimensions otherwise, looks alike."""
+    model = make_model(architecture)
+    for layer in range(len(attention_modules(model))):
+        if layer in offloadable_layers(model):
+            expected, found = Seen(model, layer=layer), first_tokens(Seen(model, layer=layer), tokens)
+            assert type(found.choose()) is type(expected.choose())
+
+
+@pytest.mark.parametrize("tokens", [1, 11])
+def test_a_module_that_counts_positions_itself_is_not_recomputed(tokens: int) -> None:
+    seen = Seen(make_model("llama"), tokens=tokens)
+    forward, cos = seen.module.forward, seen.embeddings[0]
+    ahead = torch.arange(tokens + 8).to(cos)[:, None].expand(-1, cos.shape[2])
+
+    def counting(hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        angles = ahead[None, : hidden_states.shape[1]]
+        return forward(hidden_states=hidden_states, **kwargs | {"position_embeddings": (angles.cos(), angles.sin())})
+
+    seen.module.forward = counting
+    angles = ahead[None, :tokens]
+    raw = seen.module.k_proj(seen.activation).unflatten(-1, (seen.shape.key_heads, -1)).transpose(1, 2)
+    seen.keys = apply_rotary_pos_emb(raw, raw, angles.cos(), angles.sin())[1].detach()
+    assert seen.choose() is None
+
+
+def test_keys_and_values_that_are_clipped_are_not_taken_for_plain_projections() -> None:
+    seen = Seen(make_model("olmo", clip_qkv=100.0))  # far above what these tokens have
+    assert isinstance(seen.choose(), GenericRecompute)
+    assert isinstance(Seen(make_model("olmo")).choose(), FastRecompute)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_the_fast_path_is_chosen_in_every_dtype(dtype: torch.dtype, scale: float) -> None:
+    model = make_model("llama").to(dtype)
+    for name, parameter in model.named_parameters():
+        if "_proj" in name:
+            parameter.data *= scale
+    assert isinstance(Seen(model).choose(), FastRecompute)
+
+
+@pytest.mark.parametrize("prompt", [{"tokens": 1}, {"tokens": 40, "padding": 30}, {"tokens": 23, "chunk": 1}], ids=str)
+@pytest.mark.parametrize("architecture", ["smollm3", "glm4", "cohere", "gpt_oss"])
+def test_logits_do_not_depend_on_what_the_first_tokens_can_tell(architecture: str, prompt: dict[str, int]) -> None:
+    model = make_model(architecture)
+    ids = torch.randint(3, 96, (1, prompt["tokens"]), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:, : prompt.get("padding", 0)] = 0
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    options |= {"return_dict_in_generate": True, "output_logits": True, "prefill_chunk_size": prompt.get("chunk")}
+    expected = model.generate(ids, attention_mask=mask, **options)
+    config = OffloadConfig(split="recompute", block_tokens=4, device_gib="min")
+    found = kvoffload.generate(model, ids, attention_mask=mask, offload_config=config, **options)
+    distance = max(float((a - b).abs().max()) for a, b in zip(found.logits, expected.logits, strict=True))
+    assert distance <= 5e-6
 
 
 def hook(attention: Any) -> None:
