@@ -18,9 +18,10 @@ if TYPE_CHECKING:
         ProfileError,
         UnsupportedModelError,
     )
+    from kvoffload.hardware_profile import HardwareProfile
     from kvoffload.session import Session
     from kvoffload.stats import GenerationStats
-    from kvoffload.types import HardwareProfile, Plan, Workload
+    from kvoffload.types import Plan, Workload
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,9 +47,10 @@ _HOME = {
     "api": ("generate", "measure_hardware", "offload", "plan"),
     "config": ("EmulatedLink", "OffloadConfig"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "hardware_profile": ("HardwareProfile",),
     "session": ("Session",),
     "stats": ("GenerationStats",),
-    "types": ("HardwareProfile", "Plan", "Workload"),
+    "types": ("Plan", "Workload"),
 }
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvoffload.errors import ConfigError
-from kvoffload.types import HardwareProfile, Schedule
+from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.types import Schedule
 
 GIB = 2**30
 Auto = Literal["auto"]

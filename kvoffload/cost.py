@@ -16,8 +16,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvoffload.errors import ProfileError
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.timeline import Lane, Span
-from kvoffload.types import Constraint, HardwareProfile, ModelShape, Plan, PlanInputs, Rates, Schedule
+from kvoffload.types import Constraint, ModelShape, Plan, PlanInputs, Rates, Schedule
 
 CHUNK_SPEED_FRACTION = 0.95
 HOST_TIME_FRACTION = 0.25  # of a chunk's copy, that the host may take to issue the chunk

@@ -1,9 +1,9 @@
 """What is known of a device without measuring it: the presets, and files of the same form that a user writes.
 
 Owns the fields, their checks, where each number comes from, and the arithmetic from figures to the curves of a profile.
-Does not own profiles (`types`) nor measuring (`profiler/`). Peaks are those of dense operands; no achieved rate is
-claimed but the link's: nominal PCIe bandwidth is never reached, so the *achievable* one of pinned copies stands beside
-it and is what counts.
+Does not own profiles (`hardware_profile`) nor measuring (`profiler/`). Peaks are those of dense operands; no achieved
+rate is claimed but the link's: nominal PCIe bandwidth is never reached, so the *achievable* one of pinned copies stands
+beside it and is what counts.
 
     GEMM       max(2*m*n*k / peak, bytes of both operands and the result / memory bandwidth)
     attention  bytes of K/V / memory bandwidth

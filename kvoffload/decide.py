@@ -22,9 +22,10 @@ from kvoffload import cost, ops, planner
 from kvoffload.backend import Backend
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import HostMemoryError, InfeasiblePlanError
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.placement import Placement, reserved_blocks
 from kvoffload.sizing import Geometry, Sizes, choose_sizes, grown, prefill_peak_bytes, smallest_sizes, split_to_plan
-from kvoffload.types import HardwareProfile, ModelShape, Plan, PlanInputs, Rates
+from kvoffload.types import ModelShape, Plan, PlanInputs, Rates
 from kvoffload.units import gib
 
 logger = logging.getLogger(__name__)

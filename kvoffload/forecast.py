@@ -23,7 +23,8 @@ from typing import Any, Literal, NamedTuple
 
 from kvoffload import cost, planner
 from kvoffload.errors import ConfigError, InfeasiblePlanError
-from kvoffload.types import HardwareProfile, Plan, PlanInputs
+from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.types import Plan, PlanInputs
 from kvoffload.units import count, gb
 from kvoffload.ways import Alternative, Task
 

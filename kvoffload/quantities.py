@@ -1,7 +1,7 @@
 """Measured numbers that say what they are: a scalar, or a duration over a size. Torch-free plain data.
 
 Owns value, unit, spread and provenance, interpolation, and the line through the copies of a link. Does not own what is
-measured (`profiler/`) nor what belongs to a machine (`types.HardwareProfile`).
+measured (`profiler/`) nor what belongs to a machine (`hardware_profile`).
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from kvoffload.cache import OffloadedCache
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.decide import Decider, Decision
 from kvoffload.errors import ConfigError, HostMemoryError, InfeasiblePlanError, KVOffloadError
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.layer import CacheLayer
 from kvoffload.model_shape import shape_from_config
 from kvoffload.placement import Placement
@@ -37,7 +38,6 @@ from kvoffload.stats import GenerationStats
 from kvoffload.store import HostPool
 from kvoffload.timeline import Timeline, assemble
 from kvoffload.transfer import TransferEngine
-from kvoffload.types import HardwareProfile
 
 logger = logging.getLogger(__name__)
 SHADOWED = ("generate", "_prepare_cache_for_generation")

@@ -17,8 +17,9 @@ from typing import Literal, NamedTuple
 from kvoffload import cost, planner
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.sizing import Geometry, choose_sizes, prefill_peak_bytes, split_to_plan
-from kvoffload.types import HardwareProfile, ModelShape, Plan, PlanInputs, Rates, Workload
+from kvoffload.types import ModelShape, Plan, PlanInputs, Rates, Workload
 from kvoffload.units import gb
 
 PREFILL_TOKENS = 16384  # of all sequences, in one forward of the prefill

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvoffload.errors import ProfileError
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.model_config import ITEMSIZE_BYTES
 from kvoffload.profiler.fit import Fit, OperationClass, Work, gemm_work
-from kvoffload.types import HardwareProfile
 
 _Array = npt.NDArray[np.float64]
 

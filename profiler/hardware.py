@@ -1,7 +1,7 @@
 """A device as predictions see it, whether it was measured or is known from a preset or a user's file only.
 
 Owns the choice of numbers: peaks by the width of the operands, bandwidths, what is paid for and drawn. Does not own
-presets and their files (`kvoffload/datasheet.py`) nor profiles (`kvoffload/types.py`). Torch-free.
+presets and their files (`kvoffload/datasheet.py`) nor profiles (`kvoffload/hardware_profile.py`). Torch-free.
 
 Of a measured profile the best measured rates stand for the peaks, and the fitted formula goes with them; of a datasheet
 there are peaks alone, so that a time made from them is a lower bound.
@@ -19,8 +19,8 @@ from typing import Any
 from kvoffload import datasheet
 from kvoffload.datasheet import BITS, Datasheet
 from kvoffload.errors import ConfigError, ProfileError
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.profiler.fit import Fit
-from kvoffload.types import HardwareProfile
 
 LINK_BYTES = 2**26  # the copy whose rate is taken for the link's
 

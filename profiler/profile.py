@@ -38,6 +38,7 @@ import torch
 from kvoffload.backend import Backend, CudaBackend, EmulatedBackend
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError, ProfileError
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.profiler import energy, environment
 from kvoffload.profiler.budget import BUDGETS, Progress, Steps, Thoroughness, lengths
 from kvoffload.profiler.compute import measure_compute
@@ -45,7 +46,7 @@ from kvoffload.profiler.copies import given_curves, measure_copies
 from kvoffload.profiler.device import Link, default_dtype, device_memory_bytes, device_name, machine_key, resolve_device
 from kvoffload.profiler.host import measure_host_s_per_chunk, measure_host_s_per_layer
 from kvoffload.profiler.host_memory import measure_host_memory
-from kvoffload.types import HardwareProfile, Quantity
+from kvoffload.types import Quantity
 from kvoffload.units import counted
 
 logger = logging.getLogger(__name__)

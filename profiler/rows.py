@@ -1,14 +1,15 @@
 """A profile and the facts of a machine as rows of text, for a terminal. Torch-free.
 
 Owns wording and units: GB = 1e9 bytes, sizes in KiB and MiB, a spread as "± so many %". Does not own the numbers
-(`types.HardwareProfile`, `environment`).
+(`hardware_profile`, `environment`).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from kvoffload.types import Curve, HardwareProfile, Quantity
+from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.types import Curve, Quantity
 from kvoffload.units import counted, gib
 
 NOT_AVAILABLE = "not available"

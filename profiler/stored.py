@@ -18,11 +18,11 @@ import torch
 
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError, ProfileError
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.profiler.budget import Progress
 from kvoffload.profiler.device import Link, machine_key, resolve_device
 from kvoffload.profiler.hardware import find_profile
 from kvoffload.profiler.profile import MAX_OTHER_LOAD_FRACTION, METHOD, measure_hardware, some_of, with_link
-from kvoffload.types import HardwareProfile
 
 logger = logging.getLogger(__name__)
 

@@ -21,11 +21,12 @@ from kvoffload.advice import Advice, advise, task_of
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.forecast import Row, forecast
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.model_shape import Dimensions, dimensions_from_config
 from kvoffload.profiler.hardware import Machine, machine_of
 from kvoffload.profiler.roofline import Roofline, evaluate, setting_of
 from kvoffload.timeline import Span, Timeline, assemble
-from kvoffload.types import HardwareProfile, Plan, PlanInputs, Workload
+from kvoffload.types import Plan, PlanInputs, Workload
 from kvoffload.ways import Task
 
 SIZE_FACTORS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the workload's batch and prompt

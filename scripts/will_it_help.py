@@ -19,7 +19,8 @@ import typer
 
 from kvoffload.advice import task_of
 from kvoffload.config import OffloadConfig
-from kvoffload.types import HardwareProfile, Workload
+from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.types import Workload
 from kvoffload.verdict import Verdict, judge
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,9 @@ from kvoffload import cost, planner
 from kvoffload.advice import _describe_plan, advise, describe, plan
 from kvoffload.config import GIB, EmulatedLink, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, ProfileError, UnsupportedModelError
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.profiler.profile import with_link
-from kvoffload.types import HardwareProfile, Workload
+from kvoffload.types import Workload
 from kvoffload.units import duration
 from kvoffload.ways import Task
 

@@ -22,7 +22,7 @@ from kvoffload.bench.serving import Objective, Outcome
 from kvoffload.bench.tables import campaign_tables
 from kvoffload.errors import ConfigError
 from kvoffload.forecast import peak_flops_per_s
-from kvoffload.types import HardwareProfile
+from kvoffload.hardware_profile import HardwareProfile
 
 
 @pytest.fixture(scope="module", autouse=True)

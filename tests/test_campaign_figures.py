@@ -13,7 +13,7 @@ from kvoffload.bench import campaign
 from kvoffload.bench.providers import Ours
 from kvoffload.bench.serving import Group, Sameness
 from kvoffload.forecast import memory_bytes_per_s
-from kvoffload.types import HardwareProfile
+from kvoffload.hardware_profile import HardwareProfile
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 import kvoffload
 import kvoffload.cli as cli
 from kvoffload.errors import ConfigError, ProfileError
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.profiler import profile, rows, stored
-from kvoffload.types import HardwareProfile
 
 RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"
 DISTURBANCE: dict[str, object] = {}  # laid over the facts of the next measurements

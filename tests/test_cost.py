@@ -10,7 +10,8 @@ import pytest
 
 from kvoffload import cost
 from kvoffload.errors import ProfileError
-from kvoffload.types import Curve, HardwareProfile, ModelShape, Plan, PlanInputs, Point, Rates
+from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.types import Curve, ModelShape, Plan, PlanInputs, Point, Rates
 
 RATES = Rates(
     h2d_activation_bytes_per_s=80.0,

@@ -23,10 +23,11 @@ from kvoffload import decide, measured_run
 from kvoffload.bench import PRESETS, Lab, Preset, ablation, campaign, cells, decode, lab, rates
 from kvoffload.bench.cells import Cell
 from kvoffload.bench.rows import load
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.model_shape import dimensions_from_config
 from kvoffload.profiler import budget, compute, energy, host_memory, stored, trials
 from kvoffload.profiler.profile import measure_hardware
-from kvoffload.types import HardwareProfile, Workload
+from kvoffload.types import Workload
 
 ROOT = Path(__file__).parents[1]
 CELLS = ("opt-6.7b 64x512+32", "llama-2-7b 3 beams 1x16384", "llama-3.1-8b 1x65536+32 24 GB")

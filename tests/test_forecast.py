@@ -18,9 +18,10 @@ from kvoffload.config import GIB, OffloadConfig
 from kvoffload.datasheet import link_named
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.forecast import MAX_SEARCHED, Economics, Grid, Row, forecast, foresee, grid, limits
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.model_shape import shape_from_config
 from kvoffload.profiler.hardware import what_if
-from kvoffload.types import HardwareProfile, PlanInputs, Workload
+from kvoffload.types import PlanInputs, Workload
 from kvoffload.ways import Task
 
 ROOT = Path(__file__).parents[1]

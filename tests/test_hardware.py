@@ -15,8 +15,8 @@ import pytest
 from kvoffload import datasheet
 from kvoffload.datasheet import BITS, Datasheet, preset, preset_names
 from kvoffload.errors import ProfileError
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.profiler.hardware import find_machine, find_profile, machine_of
-from kvoffload.types import HardwareProfile
 
 RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"
 # figures a reader can check against the vendors' pages: half precision TFLOP/s dense, GB, GB/s, watts

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kvoffload"
 
-_LAYER_0 = {"errors", "units", "datasheet", "quantities", "types", "timeline"}
+_LAYER_0 = {"errors", "units", "datasheet", "quantities", "hardware_profile", "types", "timeline"}
 _LAYER_1 = _LAYER_0 | {
     *(
         "config",
@@ -35,7 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "units": set(),
     "datasheet": {"errors"},
     "quantities": {"errors"},
-    "types": {"errors", "datasheet", "quantities"},
+    "hardware_profile": {"errors", "datasheet", "quantities"},
+    "types": {"errors", "quantities", "hardware_profile"},
     "timeline": set(),
     "config": _LAYER_0,
     "options": _LAYER_0 | {"config"},
@@ -99,6 +100,7 @@ TORCH_FREE = {
     "units",
     "datasheet",
     "quantities",
+    "hardware_profile",
     "types",
     "timeline",
     "config",

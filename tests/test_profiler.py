@@ -13,9 +13,10 @@ from kvoffload.backend import EmulatedBackend
 from kvoffload.backend.base import HostBuffer
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError, ProfileError
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.profiler import compute, host, host_memory, link, profile, trials, workbench
 from kvoffload.profiler.profile import measure_hardware, with_link
-from kvoffload.types import Curve, HardwareProfile, Point, Quantity
+from kvoffload.types import Curve, Point, Quantity
 
 pytestmark = pytest.mark.timing
 QUICK_S, FULL_S = 15.0, 60.0
@@ -351,48 +352,7 @@ def test_noise_and_other_work_are_told(monkeypatch: pytest.MonkeyPatch, caplog: 
     assert "without other work" in caplog.text
 
 
-# ---- presets and recorded profiles -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "peak", "memory_rate", "link_rate"),
-    [("a100-40gb-pcie4", 312e12, 1555e9, 25.6e9), ("h200-pcie5", 989e12, 4.8e12, 55e9)],
-)
-def test_a_preset_is_what_its_datasheet_figures_say(
-    name: str, peak: float, memory_rate: float, link_rate: float
-) -> None:
-    preset = HardwareProfile.preset(name)
-    assert preset.h2d is not None
-    assert preset.gemm.provenance == preset.attention.provenance == "datasheet"
-    assert preset.h2d.provenance == "assumed"  # what pinned copies achieve stands in no datasheet
-    labels = {name: one.provenance for name, one in preset.all_quantities().items()}
-    assert labels["device_copy_bytes_per_s"] == labels["device_memory_bytes"] == "datasheet"
-    assert labels["gap_s"] == labels["host_s_per_chunk"] == labels["h2d_bytes_per_s"] == "assumed"
-    assert preset.h2d.rate(2**24) == pytest.approx(link_rate)
-    assert preset.gemm_flops_per_s(8192, 4096, 4096) == pytest.approx(peak)
-    assert preset.gemm_seconds(1, 4096, 4096) == pytest.approx(2 * 4096 * 4096 / memory_rate, rel=1e-3)  # reads weights
-    assert "achieve" in preset.extra["note"]
-    assert not preset.emulated_link
-
-
-def test_an_unknown_preset_lists_the_known_ones() -> None:
-    with pytest.raises(ProfileError, match=r"a100-40gb-pcie4.*h200-pcie5"):
-        HardwareProfile.preset("a100")
-
-
-def test_a_product_between_measured_shapes_is_linear_in_rows_and_in_the_weight() -> None:
-    points = tuple(Point((m, n, n), s, 0.0) for m, n, s in ((4.0, 8.0, 1.0), (8.0, 8.0, 3.0), (4.0, 64.0, 7.0)))
-    some = HardwareProfile.preset("a100-40gb-pcie4")
-    one = HardwareProfile.from_json(
-        some.to_json() | {"gemm": {"unit": "m,n,k", "points": points, "provenance": "measured"}}
-    )
-    assert one.gemm_seconds(6, 8, 8) == pytest.approx(2.0)
-    assert one.gemm_seconds(1, 8, 8) == pytest.approx(1.0)  # reading the weight takes as long for one row
-    assert one.gemm_seconds(16, 8, 8) == pytest.approx(6.0)
-    assert one.gemm_seconds(6, 16, 8) == pytest.approx(4.0)
-    assert one.gemm_seconds(4, 64, 32) == pytest.approx(3.5)
-    assert one.gemm_seconds(8, 24, 24) == pytest.approx(27.0)  # of the nearer weight only four rows were measured
-    assert one.gemm_flops_per_s(6, 8, 8) == pytest.approx(2 * 6 * 64 / 2.0)
+# ---- on a GPU ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -15,11 +15,12 @@ from transformers import BitsAndBytesConfig, LlamaConfig
 from kvoffload.advice import advise
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.model_shape import dimensions_from_config, shape_from_config
 from kvoffload.profiler.hardware import find_machine
 from kvoffload.profiler.report import summary
 from kvoffload.profiler.roofline import evaluate, setting_of
-from kvoffload.types import HardwareProfile, Workload
+from kvoffload.types import Workload
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 LLAMA: dict[str, Any] = json.loads((CONFIGS / "llama-2-7b.json").read_text())

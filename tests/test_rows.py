@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.profiler.rows import profile_rows
-from kvoffload.types import Curve, HardwareProfile, Point, Quantity
+from kvoffload.types import Curve, Point, Quantity
 
 RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"
 

@@ -11,11 +11,11 @@ import pytest
 
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ProfileError
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.profiler import stored
 from kvoffload.profiler.device import machine_key, resolve_device
 from kvoffload.profiler.hardware import find_profile
 from kvoffload.profiler.profile import METHOD
-from kvoffload.types import HardwareProfile
 
 RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"
 

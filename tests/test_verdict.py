@@ -11,7 +11,8 @@ import pytest
 from test_forecast import task
 
 from kvoffload.forecast import Row, forecast
-from kvoffload.types import HardwareProfile, Workload
+from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.types import Workload
 from kvoffload.verdict import LEAST_GAIN, Verdict, judge, of_rows
 
 ROOT = Path(__file__).parents[1]

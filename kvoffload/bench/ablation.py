@@ -41,8 +41,8 @@ from kvoffload.bench.lab import Lab, core_for_the_link, device_name
 from kvoffload.bench.presets import PRESETS
 from kvoffload.bench.providers import Bed, WholeLayerBothWays
 from kvoffload.config import GIB
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.profiler.stored import load_or_measure
-from kvoffload.types import HardwareProfile
 
 BENCH = "ablation"
 FULL = "everything on"

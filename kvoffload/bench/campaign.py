@@ -35,9 +35,10 @@ from kvoffload.bench.providers import Bed, Decoder, DynamicCache, Ours, Provider
 from kvoffload.bench.serving import Group, Objective, Outcome, Sameness, Samples, samples
 from kvoffload.errors import InfeasiblePlanError, KVOffloadError
 from kvoffload.forecast import decode_mbu, decode_mfu
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.profiler.energy import open_meter
 from kvoffload.profiler.stored import load_or_measure
-from kvoffload.types import HardwareProfile, Rates
+from kvoffload.types import Rates
 from kvoffload.ways import Task
 
 logger = logging.getLogger(__name__)

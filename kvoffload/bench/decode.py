@@ -20,10 +20,11 @@ from kvoffload.api import offload
 from kvoffload.bench.lab import Lab, core_for_the_link, device_name
 from kvoffload.bench.presets import PRESETS
 from kvoffload.config import OffloadConfig
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.session import Session
 from kvoffload.stats import GenerationStats
 from kvoffload.timeline import Timeline
-from kvoffload.types import HardwareProfile, Rates
+from kvoffload.types import Rates
 
 MAX_RATE_DRIFT_FRACTION = 0.1
 MAX_TRIES = 4

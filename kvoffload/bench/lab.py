@@ -20,10 +20,11 @@ from kvoffload.bench.presets import Preset, make_model
 from kvoffload.bench.rates import attention_s_per_token, recompute_s_per_token, step_s_without_cache
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.errors import ConfigError
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.model_shape import shape_from_config
 from kvoffload.profiler.environment import cpu_name
 from kvoffload.profiler.profile import with_link
-from kvoffload.types import HardwareProfile, Plan, PlanInputs, Rates
+from kvoffload.types import Plan, PlanInputs, Rates
 
 MODES = ("full_transfer", "recompute_all", "sequential", "kvpr", "planned")
 # The same with a layer's K/V put together before attention, where `MODES` attend chunk by chunk.

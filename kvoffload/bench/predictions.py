@@ -24,7 +24,8 @@ from kvoffload.bench import rows
 from kvoffload.bench.decode import MAX_RATE_DRIFT_FRACTION, MAX_TRIES, NUM_UNEVEN_STEPS, steps
 from kvoffload.bench.lab import Lab
 from kvoffload.bench.presets import PRESETS
-from kvoffload.types import HardwareProfile, Rates
+from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.types import Rates
 
 BENCH = "predictions"
 BATCHES = (2, 4, 8)

@@ -27,7 +27,8 @@ from kvoffload.bench.lab import Lab
 from kvoffload.bench.serving import Group, Outcome, generate
 from kvoffload.bench.whole_layer_cache import WholeLayerCache
 from kvoffload.config import GIB, EmulatedLink, OffloadConfig
-from kvoffload.types import HardwareProfile, Workload
+from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.types import Workload
 from kvoffload.units import gb
 from kvoffload.ways import Task
 

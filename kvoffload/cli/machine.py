@@ -10,8 +10,8 @@ import typer
 from kvoffload.cli.terminal import print_json, print_rows, progress
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError, ProfileError
+from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.options import AsJson, LatencyUs, LinkSpeed, a_file_to_write, emulated_link
-from kvoffload.types import HardwareProfile
 
 
 def env(as_json: AsJson = False) -> None:
