@@ -14,8 +14,7 @@ from typing import Protocol
 import torch
 
 from kvoffload.carried import CarriedPositions, PositionLayout
-from kvoffload.cost import transfer_order
-from kvoffload.placement import Kind, Placement, Run, next_runs, reserved_blocks
+from kvoffload.placement import Kind, Placement, Run, next_runs, reserved_blocks, transfer_order
 from kvoffload.positions import PositionTable
 from kvoffload.store import Block, Extent, HostPool, RowTable
 from kvoffload.tail import KVShape, NewTokens, RowShape, Tail

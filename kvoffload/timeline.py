@@ -1,7 +1,7 @@
 """What ran when: stretches of the link and of compute in decode steps, planned or measured. Plain data.
 
 Owns the lanes, the cut into decode steps, and the rest of a step that is nobody's. Does not own the clock: a
-simulation (`cost.simulate`) gives planned times, a backend that records (`Backend.start_recording`) measured ones.
+simulation (`simulation`) gives planned times, a backend that records (`Backend.start_recording`) measured ones.
 
     h2d, d2h    copies over the link
     recompute   K and V from activations

@@ -18,6 +18,7 @@ from kvoffload import cost, planner
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.rates import least_chunk_bytes, rates_from_profile
 from kvoffload.sizing import Geometry, choose_sizes, prefill_peak_bytes, split_to_plan
 from kvoffload.types import ModelShape, Plan, PlanInputs, Rates, Workload
 from kvoffload.units import gb
@@ -69,12 +70,12 @@ class Task(NamedTuple):
             beams=self.workload.num_beams,
             other_device_bytes=self._bounded_layers_bytes(rows),
             is_segmented=config.attention == "auto" and config.schedule == "pipelined",
-            least_chunk_bytes=cost.least_chunk_bytes(self.profile, shape, recomputes=split != 0),
+            least_chunk_bytes=least_chunk_bytes(self.profile, shape, recomputes=split != 0),
         )
         rates: Rates | None = None
         for _ in range(2):  # the ring needs rates, rates need the size of a chunk
             sizes = choose_sizes(geometry, config, keeps_activations=split != 0, device_bytes=cap, rates=rates)
-            rates = cost.rates_from_profile(
+            rates = rates_from_profile(
                 self.profile,
                 shape,
                 batch=rows,

@@ -25,6 +25,7 @@ from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.model_shape import Dimensions, dimensions_from_config
 from kvoffload.profiler.hardware import Machine, machine_of
 from kvoffload.profiler.roofline import Roofline, evaluate, setting_of
+from kvoffload.simulation import simulate
 from kvoffload.timeline import Span, Timeline, assemble
 from kvoffload.types import Plan, PlanInputs, Workload
 from kvoffload.ways import Task
@@ -222,7 +223,7 @@ def study(
 def simulated(plan: Plan, inputs: PlanInputs, num_steps: int = 1) -> tuple[Timeline, float]:
     """Decode steps in the steady state as the simulation plays them, from 0 seconds, and the seconds of one."""
     recorded: list[Span] = []
-    found = cost.simulate(plan, inputs.rates, num_steps=SIMULATED_STEPS, record=recorded.append)
+    found = simulate(plan, inputs.rates, num_steps=SIMULATED_STEPS, record=recorded.append)
     return assemble(recorded).steps(SIMULATED_STEPS - 1 - num_steps, num_steps), found.step_s
 
 

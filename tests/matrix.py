@@ -22,13 +22,14 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvoffload import EmulatedLink, HardwareProfile, OffloadConfig, cost, decide
+from kvoffload import EmulatedLink, HardwareProfile, OffloadConfig, decide
 from kvoffload.backend import Backend, CheckingBackend, EmulatedBackend
 from kvoffload.config import GIB
 from kvoffload.decide import MeasuredRates
 from kvoffload.hf import OffloadedHFCache, offloadable_layers
 from kvoffload.hf.models import attention_modules
 from kvoffload.model_shape import shape_from_config
+from kvoffload.rates import least_chunk_bytes
 from kvoffload.session import Session
 from kvoffload.sizing import Geometry, choose_sizes
 from kvoffload.types import Curve, Point
@@ -152,7 +153,7 @@ def half_resident_gib(
         activation_row_bytes=bytes_of.activation,
         beams=mode.rows // mode.sequences,
         is_segmented=can_segment and config.attention == "auto" and config.schedule == "pipelined",
-        least_chunk_bytes=cost.least_chunk_bytes(
+        least_chunk_bytes=least_chunk_bytes(
             config.profile, shape_from_config(model.config.get_text_config(decoder=True)), recomputes=config.split != 0
         ),
     )

@@ -13,12 +13,13 @@ import pytest
 import torch
 from matrix import prompt
 from models import make_model
-from test_cost import LONG, placed, random_placement
+from placements import LONG, placed, random_placement
 
 import kvoffload
 from kvoffload import EmulatedLink, KVOffloadError, OffloadConfig, cost
 from kvoffload.backend import CheckingBackend, EmulatedBackend
 from kvoffload.session import Session
+from kvoffload.simulation import simulate
 from kvoffload.timeline import COMPUTE, Span, Timeline, assemble
 
 NEW_TOKENS = 10
@@ -105,8 +106,8 @@ def test_planned_stretches_carry_the_bytes_of_the_plan_and_never_overlap(is_segm
         plan = dataclasses.replace(placed(inputs, r, r_x, x, t), is_segmented=is_segmented, schedule=schedule)
         overlap = rng.random() < 0.8
         recorded: list[Span] = []
-        simulation = cost.simulate(plan, rates, overlap=overlap, num_steps=4, record=recorded.append)
-        assert simulation == cost.simulate(plan, rates, overlap=overlap, num_steps=4)
+        simulation = simulate(plan, rates, overlap=overlap, num_steps=4, record=recorded.append)
+        assert simulation == simulate(plan, rates, overlap=overlap, num_steps=4)
         found = assemble(recorded)
         assert found.num_steps == 4
         assert_no_overlap(found.lane("h2d"))
@@ -119,7 +120,7 @@ def test_planned_stretches_carry_the_bytes_of_the_plan_and_never_overlap(is_segm
 def test_planned_stretches_of_compute_add_up_to_the_device_time_of_the_model() -> None:
     recorded: list[Span] = []
     plan = dataclasses.replace(placed(LONG, 10, 10, 20, 20), is_segmented=True)
-    cost.simulate(plan, LONG.rates, num_steps=2, record=recorded.append)
+    simulate(plan, LONG.rates, num_steps=2, record=recorded.append)
     worked_s = sum(span.seconds for span in recorded if span.lane in COMPUTE - {"wait"})
     assert worked_s == pytest.approx(2 * cost.device_s(LONG, 10, 20))
 
