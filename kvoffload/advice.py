@@ -20,8 +20,9 @@ from kvoffload import planner
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, UnsupportedModelError
 from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.layer_types import sliding_window_tokens
 from kvoffload.model_config import ITEMSIZE_BYTES, reader
-from kvoffload.model_shape import shape_from_config, sliding_window_tokens
+from kvoffload.model_shape import shape_from_config
 from kvoffload.quantization import quantization_of
 from kvoffload.types import ModelShape, Plan, Workload
 from kvoffload.units import counted, duration, gb

@@ -1,8 +1,8 @@
 """The dimensions of a decoder, read from its Hugging Face configuration: a config object, or a plain `config.json`.
 
-Owns the defaults a bare file leaves out, and the count of every matrix and vector:
-exact to the byte for the model types of `architectures`, about right for others and for quantised weights. Does not
-load models, does not import transformers or torch.
+Owns the defaults a bare file leaves out, and the count of every weight: exact to the byte for the model types of
+`architectures`, about right for others and for quantised weights. Does not own the list of matrices (`matrices`) nor in
+which way layers attend (`layer_types`). Does not load models, does not import transformers or torch.
 
 Where a field is looked for: the text configuration of a multimodal model, else the configuration itself; each of its
 names in order (`model_config`); then a default of the architecture; then a ConfigError that names the field.
@@ -11,37 +11,15 @@ names in order (`model_config`); then a default of the architecture; then a Conf
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from kvoffload.architectures import ARCHITECTURES, Architecture, architecture_of
 from kvoffload.errors import ConfigError, UnsupportedModelError
+from kvoffload.layer_types import count_layers, window_tokens
+from kvoffload.matrices import Matrix, attention_of, gemma3n_of, latent_attention_of, mlp_of
 from kvoffload.model_config import Get, first_whole, itemsize_bytes, model_type, reader, whole
 from kvoffload.quantization import Quantization, quantization_of
 from kvoffload.types import ModelShape
-
-# Every n-th layer attends to everything, where the file gives neither `layer_types` nor a pattern.
-_SLIDING_PATTERN = {"gemma2": 2, "gemma3_text": 6, "gemma3": 6, "cohere2": 4}
-
-Part = Literal["attention", "mlp", "experts", "head"]
-
-
-class Matrix(NamedTuple):
-    """One weight matrix that activations are multiplied with, of every layer that has it."""
-
-    name: str
-    part: Part
-    inputs: int
-    outputs: int
-    layers: int  # how many layers have it
-    stored: int = 1  # copies per layer: experts
-    active: int = 1  # of these, how many one token goes through
-    bias: bool = False
-    bits: float = 16.0  # of each weight as it is stored, scales of quantised ones included; biases apart
-
-    @property
-    def num_weights(self) -> int:
-        """All copies in all layers, with biases."""
-        return self.layers * self.stored * self.outputs * (self.inputs + self.bias)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,19 +143,19 @@ def dimensions_from_config(config: Any, dtype: Any = None) -> Dimensions:
         value_dim = first_whole(get, "v_head_dim") or head_dim
     vocab = whole(get, "vocab_size")
     sharing = min(num_layers, first_whole(get, "num_kv_shared_layers") or 0)
-    layers = _count_layers(get, num_layers, sharing)
-    mlp, active_width = _mlp(get, arch, num_layers, hidden)
+    layers = count_layers(get, num_layers, sharing)
+    mlp, active_width = mlp_of(get, arch, num_layers, hidden)
     if latent_rank:
-        attention, attention_vectors = _latent_attention(get, arch, num_layers, hidden, heads, latent_rank, head_dim)
+        attention, attention_vectors = latent_attention_of(get, arch, num_layers, hidden, heads, latent_rank, head_dim)
     else:
-        attention = _attention(
+        attention = attention_of(
             get, arch, num_layers, num_layers - sharing, hidden, heads * head_dim, kv_heads * head_dim
         )
         attention_vectors = 0
     embedding_width = first_whole(get, "word_embed_proj_dim") or hidden
     projected = embedding_width != hidden
     head = Matrix("lm_head", "head", embedding_width, vocab, 1, bias=arch.flag("head_bias", get))
-    extra, extra_vectors, extra_embeddings = _gemma3n(get, num_layers, hidden)
+    extra, extra_vectors, extra_embeddings = gemma3n_of(get, num_layers, hidden)
     tied = get("tie_word_embeddings")
     itemsize = itemsize_bytes(dtype if dtype is not None else get("dtype") or get("torch_dtype") or "float32")
     positions = 0
@@ -207,7 +185,7 @@ def dimensions_from_config(config: Any, dtype: Any = None) -> Dimensions:
         num_full_attention_layers=layers.full_attention,
         num_windowed_attention_layers=layers.windowed_attention,
         num_sharing_layers=sharing,
-        window_tokens=_window_tokens(get),
+        window_tokens=window_tokens(get),
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -236,90 +214,6 @@ def _stored_as(matrix: Matrix, quantization: Quantization | None, plain_bits: fl
     return matrix._replace(bits=plain_bits)
 
 
-def _attention(
-    get: Get, arch: Architecture, num_layers: int, num_kv_layers: int, hidden: int, q_width: int, kv_width: int
-) -> list[Matrix]:
-    qkv_bias, out_bias = arch.flag("qkv_bias", get), arch.flag("out_bias", get)
-    return [
-        Matrix("q_proj", "attention", hidden, q_width, num_layers, bias=qkv_bias),
-        Matrix("k_proj", "attention", hidden, kv_width, num_kv_layers, bias=qkv_bias),
-        Matrix("v_proj", "attention", hidden, kv_width, num_kv_layers, bias=qkv_bias),
-        Matrix("o_proj", "attention", q_width, hidden, num_layers, bias=out_bias),
-    ]
-
-
-def _latent_attention(
-    get: Get, arch: Architecture, num_layers: int, hidden: int, heads: int, rank: int, head_dim: int
-) -> tuple[list[Matrix], int]:
-    """Multi-head latent attention: K and V through a narrow matrix, queries perhaps too; and its norms."""
-    q_rank = first_whole(get, "q_lora_rank") or 0
-    rope, nope = first_whole(get, "qk_rope_head_dim") or 0, first_whole(get, "qk_nope_head_dim") or 0
-    value_dim = first_whole(get, "v_head_dim") or head_dim
-    bias = arch.flag("out_bias", get)
-    if q_rank:
-        queries = [
-            Matrix("q_a_proj", "attention", hidden, q_rank, num_layers, bias=bias),
-            Matrix("q_b_proj", "attention", q_rank, heads * head_dim, num_layers),
-        ]
-    else:
-        queries = [Matrix("q_proj", "attention", hidden, heads * head_dim, num_layers)]
-    others = [
-        Matrix("kv_a_proj", "attention", hidden, rank + rope, num_layers, bias=bias),
-        Matrix("kv_b_proj", "attention", rank, heads * (nope + value_dim), num_layers),
-        Matrix("o_proj", "attention", heads * value_dim, hidden, num_layers, bias=bias),
-    ]
-    return [*queries, *others], num_layers * (q_rank + rank)
-
-
-def _mlp(get: Get, arch: Architecture, num_layers: int, hidden: int) -> tuple[list[Matrix], int]:
-    """The matrices of the dense MLP and of the experts, and the width that one token goes through."""
-    width = whole(get, "intermediate_size", None if arch.gated_mlp else _plain_width(get, hidden))
-    num_experts = first_whole(get, "num_local_experts", "num_experts", "n_routed_experts")
-    num_sparse = _num_expert_layers(get, num_layers) if num_experts else 0
-    found: list[Matrix] = []
-    if num_sparse < num_layers:
-        found += _mlp_matrices(arch, "mlp", "", hidden, width, num_layers - num_sparse, arch.flag("mlp_bias", get))
-    if not num_experts:
-        return found, width
-    expert_width = first_whole(get, "moe_intermediate_size") or width
-    active = first_whole(get, "num_experts_per_tok", "moe_k") or 1
-    if active > num_experts:
-        raise ConfigError(f"{model_type(get)} sends a token through {active} experts, but has {num_experts}")
-    shared = first_whole(get, "shared_expert_intermediate_size") or 0
-    if shared:
-        found.append(Matrix("shared_expert_gate", "mlp", hidden, 1, num_sparse))
-    shared += expert_width * (first_whole(get, "n_shared_experts") or 0)
-    if shared:
-        found += _mlp_matrices(arch, "mlp", "shared_", hidden, shared, num_sparse, False)
-    found.append(Matrix("router", "mlp", hidden, num_experts, num_sparse, bias=arch.expert_bias))
-    for one in _mlp_matrices(arch, "experts", "expert_", hidden, expert_width, num_sparse, arch.expert_bias):
-        found.append(one._replace(stored=num_experts, active=active))
-    return found, shared + expert_width * active
-
-
-def _mlp_matrices(
-    arch: Architecture, part: Part, prefix: str, hidden: int, width: int, layers: int, bias: bool
-) -> list[Matrix]:
-    names = ("gate_proj", "up_proj") if arch.gated_mlp else ("up_proj",)
-    found = [Matrix(prefix + name, part, hidden, width, layers, bias=bias) for name in names]
-    return [*found, Matrix(f"{prefix}down_proj", part, width, hidden, layers, bias=bias)]
-
-
-def _plain_width(get: Get, hidden: int) -> int:
-    return (first_whole(get, "expansion_ratio") or 4) * hidden
-
-
-def _num_expert_layers(get: Get, num_layers: int) -> int:
-    """Layers whose MLP is a mixture of experts."""
-    kinds = get("mlp_layer_types")
-    if isinstance(kinds, (list, tuple)) and len(kinds) == num_layers:
-        return sum(kind == "sparse" for kind in kinds)
-    dense = first_whole(get, "first_k_dense_replace") or 0
-    only = get("mlp_only_layers") or ()
-    step = first_whole(get, "decoder_sparse_step", "moe_layer_freq") or 1
-    return sum(idx >= dense and idx not in only and (idx + 1) % step == 0 for idx in range(num_layers))
-
-
 def _norms_per_layer(get: Get, arch: Architecture) -> int:
     """Norms as wide as the hidden state, of one layer."""
     kind = get("model_type")
@@ -338,64 +232,3 @@ def _num_final_norms(get: Get, arch: Architecture) -> int:
     if get("model_type") == "opt" and (get("do_layer_norm_before") is False or get("_remove_final_layer_norm")):
         return 0
     return int(arch.norms > 0)
-
-
-def _gemma3n(get: Get, num_layers: int, hidden: int) -> tuple[list[Matrix], int, int]:
-    """What Gemma 3n has more: alternating updates, a low-rank residual and an embedding per layer."""
-    per_layer = first_whole(get, "hidden_size_per_layer_input")
-    if not per_layer or get("model_type") not in ("gemma3n_text", "gemma3n"):
-        return [], 0, 0
-    inputs, rank = first_whole(get, "altup_num_inputs") or 1, first_whole(get, "laurel_rank") or 1
-    matrices = [
-        Matrix("altup_router", "mlp", hidden, inputs, num_layers),
-        Matrix("altup_prediction", "mlp", inputs, inputs * inputs, num_layers),
-        Matrix("altup_correction", "mlp", inputs, inputs, num_layers),
-        Matrix("laurel_left", "mlp", hidden, rank, num_layers),
-        Matrix("laurel_right", "mlp", rank, hidden, num_layers),
-        Matrix("per_layer_input_gate", "mlp", hidden, per_layer, num_layers),
-        Matrix("per_layer_projection", "mlp", per_layer, hidden, num_layers),
-        Matrix("per_layer_model_projection", "mlp", hidden, num_layers * per_layer, 1),
-        Matrix("altup_projections", "mlp", hidden, hidden, 2 * (inputs - 1)),
-    ]
-    vectors = num_layers * 4 * hidden + per_layer  # output scale, and three norms
-    return matrices, vectors, (first_whole(get, "vocab_size_per_layer_input") or 0) * num_layers * per_layer
-
-
-def sliding_window_tokens(config: Any) -> int:
-    """Tokens each layer with a bounded cache holds per sequence; 0 where no layer is bounded."""
-    return _window_tokens(reader(config))
-
-
-def _window_tokens(get: Get) -> int:
-    if get("use_sliding_window") is False:
-        return 0
-    return first_whole(get, "sliding_window", "attention_chunk_size") or 0
-
-
-class _Layers(NamedTuple):
-    """How many layers attend in which way, and how many of them have a cache of their own."""
-
-    full: int  # attend to everything, with a cache that grows and no other layer reads
-    lending: int  # the same, but later layers read it
-    full_attention: int  # attend to everything
-    windowed: int
-    windowed_attention: int
-
-
-def _count_layers(get: Get, num_layers: int, shared: int) -> _Layers:
-    types: list[str] = get("layer_types") or []
-    if not types:
-        types = ["full_attention"] * num_layers
-        if get("use_sliding_window") is not False and (get("sliding_window") or get("attention_chunk_size")):
-            pattern = get("sliding_window_pattern") or _SLIDING_PATTERN.get(get("model_type"))
-            types = [
-                "full_attention" if isinstance(pattern, int) and (idx + 1) % pattern == 0 else "sliding_attention"
-                for idx in range(num_layers)
-            ]
-    if len(types) != num_layers:
-        raise ConfigError(f"layer_types of {model_type(get)} names {len(types)} layers of {num_layers}")
-    is_full = [kind == "full_attention" for kind in types]
-    is_windowed = [kind in ("sliding_attention", "chunked_attention") for kind in types]
-    own = num_layers - shared  # the last layers read the cache of earlier ones
-    lent = 1 if shared and any(is_full[:own]) else 0  # the last of each type lends its cache, and stays resident
-    return _Layers(sum(is_full[:own]) - lent, lent, sum(is_full), sum(is_windowed[:own]), sum(is_windowed))

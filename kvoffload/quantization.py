@@ -1,7 +1,7 @@
 """How many bits a quantised checkpoint keeps per weight, read from the `quantization_config` of its configuration.
 
 Owns the methods that are known and their overheads (scales, zeros), and which matrices are left as they were. Does not
-own the matrices (`model_shape`). Only linear layers are quantised: embeddings, the head, norms and biases stay in the
+own the matrices (`matrices`). Only linear layers are quantised: embeddings, the head, norms and biases stay in the
 model's dtype.
 
     bitsandbytes        load_in_4bit: 4 bits and a float32 per 64 weights (a byte if quantised twice);

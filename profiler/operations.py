@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from kvoffload.errors import ConfigError
-from kvoffload.model_shape import Dimensions, Matrix
+from kvoffload.matrices import Matrix
+from kvoffload.model_shape import Dimensions
 from kvoffload.profiler.fit import OperationClass
 
 AttentionConvention = Literal["fused", "unfused"]

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvoffload.errors import ConfigError, UnsupportedModelError
-from kvoffload.model_shape import dimensions_from_config, shape_from_config, sliding_window_tokens
+from kvoffload.layer_types import sliding_window_tokens
+from kvoffload.model_shape import dimensions_from_config, shape_from_config
 
 # Full-size default configurations; the models are built without memory.
 ARCHITECTURES = (
