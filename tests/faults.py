@@ -1,4 +1,7 @@
-"""A model that is offloaded wrongly or fails, and what must not be left of it. Not a test module."""
+"""A model that is offloaded wrongly or fails, and what must not be left of it. Not a test module.
+
+Its fixtures `model`, `wanted` and `nothing_is_left` are those of the test modules that import them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 from matrix import FAST_LINK, distance, kvoffload_threads, profile
+from models import make_model
 from modes import COMMON, MODES, Outcome, outcome, padded_prompt
 from transformers import PreTrainedModel
 
@@ -46,8 +51,20 @@ def no_forward(model: PreTrainedModel) -> Iterator[None]:
     assert not calls
 
 
-def check_nothing_is_left(model: PreTrainedModel, wanted: Outcome) -> None:
-    """The model is as it was, and generates as before; no hook, thread or memory of ours is left."""
+@pytest.fixture(scope="module", name="model")
+def model_fixture() -> PreTrainedModel:
+    return make_model("llama", num_key_value_heads=4)
+
+
+@pytest.fixture(scope="module", name="wanted")
+def wanted_fixture(model: PreTrainedModel) -> Outcome:
+    return outcome(MODES["left_padding"].run(model, None))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(model: PreTrainedModel, wanted: Outcome) -> Iterator[None]:
+    """Whatever a test did, the model is as before, and so are its tokens; no hook, thread or memory of ours is left."""
+    yield
     assert num_hooks(model) == 0
     assert not {"generate", "_prepare_cache_for_generation", "_kvoffload_session"} & set(vars(model))
     assert not kvoffload_threads()

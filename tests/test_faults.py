@@ -6,12 +6,15 @@ After every fault the model generates plainly, and the same as before; no hook, 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from faults import check_nothing_is_left, config, generate, num_hooks
+from faults import config, generate, num_hooks
+from faults import model_fixture as model_fixture
+from faults import nothing_is_left as nothing_is_left
+from faults import wanted_fixture as wanted_fixture
 from matrix import TOLERANCE, checking_backend, distance
 from models import make_model
 from modes import COMMON, MODES, Outcome, outcome, prompt
@@ -23,24 +26,6 @@ import kvoffload
 from kvoffload import EmulatedLink, KVOffloadError
 from kvoffload.backend import EmulatedBackend
 from kvoffload.session import Session
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return make_model("llama", num_key_value_heads=4)
-
-
-@pytest.fixture(scope="module")
-def wanted(model: PreTrainedModel) -> Outcome:
-    return outcome(MODES["left_padding"].run(model, None))
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(model: PreTrainedModel, wanted: Outcome) -> Iterator[None]:
-    """Whatever a test did."""
-    yield
-    check_nothing_is_left(model, wanted)
-
 
 # ---- exceptions from anywhere ----------------------------------------------------------------------------------------
 

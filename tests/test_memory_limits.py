@@ -5,12 +5,14 @@ After every fault the model generates plainly, and the same as before; no hook, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from faults import check_nothing_is_left, config, generate, no_forward
+from faults import config, generate, no_forward
+from faults import model_fixture as model_fixture
+from faults import nothing_is_left as nothing_is_left
+from faults import wanted_fixture as wanted_fixture
 from matrix import TOLERANCE, distance
 from models import make_model
 from modes import MODES, Outcome, outcome, prompt
@@ -19,23 +21,6 @@ from transformers import PreTrainedModel
 import kvoffload
 from kvoffload import HostMemoryError, InfeasiblePlanError
 from kvoffload.units import gib
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return make_model("llama", num_key_value_heads=4)
-
-
-@pytest.fixture(scope="module")
-def wanted(model: PreTrainedModel) -> Outcome:
-    return outcome(MODES["left_padding"].run(model, None))
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(model: PreTrainedModel, wanted: Outcome) -> Iterator[None]:
-    """Whatever a test did."""
-    yield
-    check_nothing_is_left(model, wanted)
 
 
 @pytest.mark.parametrize("split", ["transfer", "recompute", 0.5, "auto"])

@@ -6,40 +6,24 @@ After every fault the model generates plainly, and the same as before; no hook, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from faults import check_nothing_is_left, config, generate, no_forward, num_hooks
+from faults import config, generate, no_forward, num_hooks
+from faults import model_fixture as model_fixture
+from faults import nothing_is_left as nothing_is_left
+from faults import wanted_fixture as wanted_fixture
 from matrix import TOLERANCE, distance, kvoffload_threads, profile
 from models import make_model
-from modes import COMMON, MODES, Outcome, outcome, plain_cache, prompt
+from modes import COMMON, Outcome, outcome, plain_cache, prompt
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 import kvoffload
 from kvoffload import ConfigError, EmulatedLink, KVOffloadError, OffloadConfig, ProfileError, UnsupportedModelError
 from kvoffload.hf import check_supported
-
-
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    return make_model("llama", num_key_value_heads=4)
-
-
-@pytest.fixture(scope="module")
-def wanted(model: PreTrainedModel) -> Outcome:
-    return outcome(MODES["left_padding"].run(model, None))
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(model: PreTrainedModel, wanted: Outcome) -> Iterator[None]:
-    """Whatever a test did."""
-    yield
-    check_nothing_is_left(model, wanted)
-
 
 # ---- models that are refused -----------------------------------------------------------------------------------------
 
