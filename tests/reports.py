@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from configs import CONFIGS
+
 from kvoffload import cost
 from kvoffload.bench import rows
 from kvoffload.config import OffloadConfig
@@ -15,7 +17,6 @@ from kvoffload.profiler.study import MeasuredRun, Study, compared_rows, simulate
 from kvoffload.types import Workload
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = ROOT / "tests" / "data" / "configs"
 SHIPPED_ROWS = ROOT / "scripts" / "results" / "decode.csv"
 HARDWARE = "a100-40gb-pcie4"
 PRETENDED_STEPS = {  # by provider and shape: seconds measured, and by the cost model

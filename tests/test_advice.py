@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from configs import LLAMA_2_7B
 
 from kvoffload import cost, planner
 from kvoffload.advice import _describe_plan, advise, describe, plan
@@ -21,15 +22,6 @@ from kvoffload.types import Workload
 from kvoffload.units import duration
 from kvoffload.ways import Task
 
-LLAMA_2_7B: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "vocab_size": 32000,
-    "torch_dtype": "float16",
-}
 LLAMA_3_8B = LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
 RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"
 A100 = HardwareProfile.preset("a100-40gb-pcie4")

@@ -10,9 +10,11 @@ from typing import Any
 
 import llmcompass
 import pytest
-from typer.testing import CliRunner
+from commands import run
+from configs import CONFIGS
+from typer.testing import Result
 
-from kvoffload import cli, planner
+from kvoffload import planner
 from kvoffload.advice import advise, task_of
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.datasheet import link_named
@@ -25,7 +27,6 @@ from kvoffload.types import PlanInputs, Workload
 from kvoffload.ways import Task
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = Path(__file__).parent / "data" / "configs"
 A100 = HardwareProfile.preset("a100-40gb-pcie4")
 BATCH = Workload(batch=64, prompt_tokens=1024, new_tokens=128)
 PAPER_LATENCY, PAPER_THROUGHPUT = 1 / (1 - 0.358), 1.462  # "up to", arXiv 2411.17089
@@ -326,27 +327,27 @@ def test_a_faster_link_and_a_larger_device_never_make_it_slower() -> None:
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
-def run(*arguments: object) -> Any:
+def run_plan(*arguments: object) -> Result:
     base = ["plan", "--config", CONFIGS / "opt-6.7b.json", "--hardware", "a100-40gb-pcie4", "--batch", 64]
-    return CliRunner().invoke(cli.app, [str(one) for one in (*base, *arguments)])
+    return run(*base, *arguments)
 
 
 def test_the_command_shows_ways_limits_and_a_sweep() -> None:
     options = ("--price-per-hour", 1.5, "--grid-g-per-kwh", 400, "--sweep", "1,64:1024,4096", "--link", "pcie5")
-    result = run(*options)
+    result = run_plan(*options)
     assert result.exit_code == 0, result.output
     assert "PCIe 5.0 x16" in result.output
     assert "largest batch with these prompts: " in result.output
     assert "4096 tokens" in result.output
     assert "no offload: the cache needs" in result.output
-    data = json.loads(run(*options, "--json").output)
+    data = json.loads(run_plan(*options, "--json").output)
     assert [row["name"] for row in data["forecast"]][2] == "offload"
     assert data["forecast"][1]["price_per_million_new_tokens"] > 0
     assert data["forecast"][1]["co2_g"] > 0
     assert len(data["sweep"]) == 4
     assert data["limits"]["largest_batch_on_device"] > 0
     assert data["recommendation"]
-    assert json.loads(run("--device-memory", 80, "--json").output)["alternatives"][0]["way"] == "on_device"
+    assert json.loads(run_plan("--device-memory", 80, "--json").output)["alternatives"][0]["way"] == "on_device"
 
 
 @pytest.mark.parametrize(
@@ -362,7 +363,7 @@ def test_the_command_shows_ways_limits_and_a_sweep() -> None:
     ],
 )
 def test_a_bad_request_is_one_line(arguments: list[object], message: str) -> None:
-    result = run(*arguments)
+    result = run_plan(*arguments)
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1

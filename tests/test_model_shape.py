@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from configs import CONFIGS, LLAMA_2_7B
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -46,22 +47,12 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("phimoe", {"lm_head_bias": True, "attention_bias": True}),
     ("starcoder2", {"use_bias": False}),
 )
-CONFIGS = Path(__file__).parent / "data" / "configs"
 PARAMETERS = {  # as published
     "opt-6.7b": 6_658_473_984,
     "llama-2-7b": 6_738_415_616,
     "llama-3.1-8b": 8_030_261_248,
     "mixtral-8x7b": 46_702_792_704,
     "qwen3-8b": 8_190_735_360,
-}
-LLAMA_2_7B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "vocab_size": 32000,
-    "torch_dtype": "float16",
 }
 OPT_6_7B = {
     "model_type": "opt",

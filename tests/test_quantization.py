@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from configs import CONFIGS
 from transformers import BitsAndBytesConfig, LlamaConfig
 
 from kvoffload.advice import advise
@@ -22,7 +22,6 @@ from kvoffload.profiler.report import summary
 from kvoffload.profiler.roofline import evaluate, setting_of
 from kvoffload.types import Workload
 
-CONFIGS = Path(__file__).parent / "data" / "configs"
 LLAMA: dict[str, Any] = json.loads((CONFIGS / "llama-2-7b.json").read_text())
 MIXTRAL: dict[str, Any] = json.loads((CONFIGS / "mixtral-8x7b.json").read_text())
 H, WIDTH, LAYERS, VOCAB = 4096, 11008, 32, 32000

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run, run_badly
+from configs import CONFIGS
 from reports import (
-    CONFIGS,
     HARDWARE,
     PRETENDED_STEPS,
     SHIPPED_ROWS,
@@ -25,7 +26,6 @@ from reports import (
     with_everything,
     write_rows,
 )
-from test_cli import run, run_badly
 
 from kvoffload import bench, measured_run, report
 from kvoffload.errors import ConfigError

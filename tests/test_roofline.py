@@ -1,205 +1,31 @@
-"""Operations counted by hand and by another tool, bounds and remedies on machines made so that the answer is known."""
+"""Phases, bounds and remedies on machines made so that the answer is known."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from toys import MODELS, TOY, machine, model
 
-from kvoffload import cli
 from kvoffload.errors import ConfigError, UnsupportedModelError
-from kvoffload.model_shape import Dimensions, dimensions_from_config
-from kvoffload.profiler.hardware import Machine, find_machine
-from kvoffload.profiler.operations import Operation, Precision, forward
+from kvoffload.profiler.hardware import find_machine
+from kvoffload.profiler.operations import Precision
 from kvoffload.profiler.report import si, summary
 from kvoffload.profiler.roofline import Roofline, Row, evaluate, setting_of
 from kvoffload.profiler.timing import Setting
 
 DATA = Path(__file__).parent / "data"
-MODELS = ("opt-6.7b", "llama-2-7b", "llama-3.1-8b", "mixtral-8x7b", "qwen3-8b")
-LLAMA_2_13B = {
-    "model_type": "llama",
-    "hidden_size": 5120,
-    "intermediate_size": 13824,
-    "num_attention_heads": 40,
-    "num_hidden_layers": 40,
-    "vocab_size": 32000,
-    "torch_dtype": "float16",
-}
-VIEWER = {  # case: model, hardware, batch, tokens
-    "llama2-7b_A6000_b1_s2048_fp16": ("llama-2-7b", "a6000-48gb-pcie4", 1, 2048),
-    "opt-6.7b_A100_b32_s1024_fp16": ("opt-6.7b", "a100-40gb-pcie4", 32, 1024),
-    "llama2-13b_A100_b32_s1024_fp16": (LLAMA_2_13B, "a100-40gb-pcie4", 32, 1024),
-}
-TOY = {  # every size another prime or so, that no two can be taken for each other
-    "model_type": "llama",
-    "hidden_size": 24,
-    "intermediate_size": 50,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 5,
-    "num_hidden_layers": 3,
-    "vocab_size": 101,
-    "torch_dtype": "bfloat16",
-}
-
-
-def model(name: str | dict[str, Any]) -> Dimensions:
-    return dimensions_from_config(DATA / "configs" / f"{name}.json" if isinstance(name, str) else name)
-
-
-def machine(**changes: Any) -> Machine:
-    """One FLOP/s and byte/s for everything, but for what a test changes."""
-    base = Machine(
-        device_name="toy",
-        link_name="toy",
-        peak_flops_per_s={16: 1.0},
-        memory_bytes=10**9,
-        memory_bytes_per_s=1.0,
-        link_bytes_per_s=1.0,
-    )
-    return dataclasses.replace(base, **changes)
 
 
 def rows(found: Roofline, phase: str) -> dict[str, Row]:
     return {row.name: row for one in found.phases if one.name == phase for row in one.rows}
 
 
-def operations(found: list[Operation]) -> dict[str, Operation]:
-    return {one.name: one for one in found}
-
-
-# ---- counted by others and by hand -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", VIEWER)
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_totals_are_the_corrected_ones_of_llm_viewer(case: str, phase: str) -> None:
-    name, hardware, batch, seq = VIEWER[case]
-    expected = json.loads((DATA / "llmviewer" / "totals.json").read_text())[case]["corrected"][phase]
-    setting = Setting(batch=batch, seq=seq, convention="unfused")
-    totals = evaluate(model(name), find_machine(hardware), setting).to_json()[phase]
-    for field in ("OPs", "memory_access", "load_weight", "load_kv_cache"):
-        assert totals[field] == expected[field]
-    assert totals["inference_time"] == pytest.approx(
-        expected["inference_time"], rel=0.0005
-    )  # its A6000 is 155, not 154.8
-
-
-def test_every_operation_of_a_decode_step_by_hand() -> None:
-    found = operations(forward(model(TOY), Precision(), batch=7, queries=1, context=11))
-    assert found["q_proj"] == Operation("q_proj", "gemm", 3, 2 * 7 * 24 * 30, 16, 2 * 24 * 30, 2 * 7 * 24, 2 * 7 * 30)
-    assert found["k_proj"] == Operation(
-        "k_proj", "gemm", 3, 2 * 7 * 24 * 10, 16, 2 * 24 * 10, 2 * 7 * 24, 0.0, 0.0, 2 * 7 * 10
-    )
-    scores = 7 * 6 * 11
-    assert found["attention"] == Operation(
-        "attention",
-        "attention",
-        3,
-        scores * (2 * 5 + 2 * 5 + 5),
-        16,
-        0.0,
-        2 * 7 * 30,
-        2 * 7 * 30,
-        2 * 2 * 7 * 11 * 2 * 5,
-    )
-    assert found["mlp_act"][3:8] == (2 * 7 * 50, 16, 0.0, 2 * 2 * 7 * 50, 2 * 7 * 50)
-    assert found["norm"][2:8] == (6, 7 * 7 * 24, 16, 0.0, 2 * 7 * 24, 2 * 7 * 24)
-    assert found["add"][2:8] == (6, 7 * 24, 16, 0.0, 2 * 2 * 7 * 24, 2 * 7 * 24)
-    assert found["lm_head"] == Operation(
-        "lm_head", "gemm", 1, 2 * 7 * 24 * 101, 16, 2 * 24 * 101, 2 * 7 * 24, 2 * 7 * 101
-    )
-
-
-def test_a_prompt_attends_causally_and_only_its_last_token_meets_the_head() -> None:
-    found = operations(forward(model(TOY), Precision(), batch=7, queries=11, context=11))
-    assert found["attention"].flops == 7 * 6 * (11 * 12 / 2) * 25
-    assert found["up_proj"].flops == 2 * 7 * 11 * 24 * 50
-    assert found["lm_head"].flops == 2 * 7 * 24 * 101
-
-
-def test_unfused_attention_writes_its_scores_and_attends_to_the_whole_prompt() -> None:
-    found = operations(forward(model(TOY), Precision(), batch=7, queries=11, context=11, convention="unfused"))
-    pairs = 7 * 6 * 11 * 11
-    assert found["qk_matmul"].flops == 2 * pairs * 5
-    assert found["qk_matmul"].written_bytes == found["softmax"].read_bytes == found["sv_matmul"].read_bytes == 2 * pairs
-    assert found["softmax"].flops == 5 * pairs
-    assert found["sv_matmul"].kv_read_bytes == 2 * 7 * 11 * 2 * 5
-    assert "attention" not in found
-
-
-def test_bits_scale_what_they_are_the_width_of() -> None:
-    precision = Precision(weight_bits=4.5, activation_bits=8, kv_bits=2)
-    wide, narrow = (
-        operations(forward(model(TOY), one, batch=7, queries=1, context=11)) for one in (Precision(), precision)
-    )
-    assert narrow["q_proj"].weight_bytes == wide["q_proj"].weight_bytes * 4.5 / 16
-    assert narrow["q_proj"].read_bytes == wide["q_proj"].read_bytes / 2
-    assert narrow["k_proj"].kv_written_bytes == wide["k_proj"].kv_written_bytes / 8
-    assert narrow["attention"].kv_read_bytes == wide["attention"].kv_read_bytes / 8
-    assert (narrow["q_proj"].bits, narrow["attention"].bits) == (8, 8)
-
-
-def test_a_window_bounds_what_its_layers_attend_to() -> None:
-    mixed = TOY | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 4}
-    dims = model(mixed)
-    found = operations(forward(dims, Precision(), batch=1, queries=1, context=11))
-    assert (found["attention"].layers, found["attention (window)"].layers) == (1, 2)
-    assert found["attention (window)"].kv_read_bytes == found["attention"].kv_read_bytes / 11 * 4
-    prompt = operations(forward(dims, Precision(), batch=1, queries=11, context=11))
-    assert prompt["attention (window)"].flops == 6 * (4 * 5 / 2 + 7 * 4) * 25
-    whole = evaluate(dims, machine(), Setting(batch=2, seq=11, new_tokens=3))
-    assert whole.kv_bytes == 2 * (13 + 2 * 4) * 2 * 2 * 5 * 2
-
-
-def test_few_tokens_reach_few_experts_and_many_reach_all() -> None:
-    dims = model("mixtral-8x7b")
-    weights = 4096 * 14336 * 2
-
-    def expert(tokens: int) -> Operation:
-        return operations(forward(dims, Precision(), batch=tokens, queries=1, context=9))["expert_up_proj"]
-
-    assert expert(1).weight_bytes == pytest.approx(2 * weights)
-    assert 2 * weights < expert(2).weight_bytes < 4 * weights
-    assert expert(200).weight_bytes == pytest.approx(8 * weights)
-    assert expert(200).flops == 200 * 2 * 2 * 4096 * 14336
-
-
-def test_layers_that_share_a_cache_read_it_and_store_nothing() -> None:
-    sharing = model(TOY | {"num_kv_shared_layers": 1})
-    found = operations(forward(sharing, Precision(), batch=1, queries=1, context=11))
-    assert (found["k_proj"].layers, found["attention"].layers) == (2, 3)
-    assert evaluate(sharing, machine(), Setting(seq=11, new_tokens=1)).kv_bytes == 2 * 11 * 2 * 2 * 5 * 2
-
-
-def test_latent_attention_caches_little_and_expands_it_at_every_step() -> None:
-    latent = TOY | {
-        "model_type": "deepseek_v3",
-        "kv_lora_rank": 8,
-        "qk_rope_head_dim": 3,
-        "qk_nope_head_dim": 4,
-        "v_head_dim": 5,
-        "q_lora_rank": None,
-    }
-    dims = model(latent)
-    found = operations(forward(dims, Precision(), batch=7, queries=1, context=11))
-    assert found["kv_b_proj"].flops == 2 * 7 * 11 * 8 * 6 * (4 + 5)
-    assert found["kv_b_proj"].kv_read_bytes == 2 * 7 * 11 * (8 + 3)
-    assert found["kv_a_proj"].kv_written_bytes == 2 * 7 * (8 + 3)
-    assert found["attention"].kv_read_bytes == 0.0
-    assert found["attention"].read_bytes == 2 * 7 * 6 * 7 + 2 * 7 * 6 * 11 * (7 + 5)
-    assert evaluate(dims, machine(), Setting(batch=7, seq=11, new_tokens=1)).kv_bytes == 3 * 7 * 11 * 11 * 2
-
-
-# ---- phases ------------------------------------------------------------------------------------------------------
+# ---- phases --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.timing
@@ -287,7 +113,7 @@ def test_bits_are_the_models_own_where_none_are_given() -> None:
     )
 
 
-# ---- bounds and remedies -----------------------------------------------------------------------------------------
+# ---- bounds and remedies -------------------------------------------------------------------------------------------
 
 
 def test_an_operation_is_bound_by_the_longer_of_computing_and_moving() -> None:
@@ -365,7 +191,7 @@ def test_the_link_is_moved_by_narrower_keys_and_values_or_by_staying_on_the_devi
     assert attention.remedies[0].gain == max(remedy.gain for remedy in attention.remedies)
 
 
-# ---- a measured machine ------------------------------------------------------------------------------------------
+# ---- a measured machine --------------------------------------------------------------------------------------------
 
 
 def test_a_measured_machine_gives_predictions_with_intervals_and_sees_launches() -> None:
@@ -381,91 +207,6 @@ def test_a_measured_machine_gives_predictions_with_intervals_and_sees_launches()
     assert row.remedies[0].change == "twice the batch"
     datasheet = evaluate(model(TOY), find_machine("a100-40gb-pcie4"), Setting())
     assert all(phase.low_s == phase.seconds == phase.high_s for phase in datasheet.phases)
-
-
-# ---- the command -------------------------------------------------------------------------------------------------
-
-
-def run(*arguments: object) -> Any:
-    return CliRunner().invoke(cli.app, ["roofline", *map(str, arguments)])
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_command_works_for_every_configuration(name: str) -> None:
-    arguments = [
-        "--config",
-        DATA / "configs" / f"{name}.json",
-        "--hardware",
-        "h100-80gb-sxm5",
-        "--batch",
-        4,
-        "--seq",
-        512,
-    ]
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    data = json.loads(result.output)
-    dims = model(name)
-    assert data["parameters"] == dims.num_weights
-    assert data["parameters_are_exact"]
-    for phase in ("prefill", "decode", "task"):
-        totals = data[phase]
-        for field in ("OPs", "memory_access", "load_weight", "load_kv_cache", "inference_time"):
-            assert totals[field] > 0
-        assert totals["OPs"] == pytest.approx(sum(one["flops"] for one in totals["operations"]))
-        assert sum(one["share"] for one in totals["operations"]) == pytest.approx(1.0)
-    table = run(*arguments).output
-    assert "decode: one token of 4 sequences at a context of 512" in table
-    assert "weights in 8 bits" in table
-    assert "of 80 GB device memory: " in table
-
-
-def test_the_command_takes_bits_and_a_host_share(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_13B))
-    arguments = ["--config", tmp_path, "--hardware", "a100-40gb-pcie4", "--batch", 32]
-    table = run(*arguments).output
-    assert "does not fit by" in table
-    assert "try --kv-on-host 0.5" in table
-    options = ("--w-bits", 8, "--a-bits", 8, "--kv-bits", 4, "--kv-on-host", 0.25, "--attention", "unfused", "--json")
-    data = json.loads(run(*arguments, *options).output)
-    assert (data["w_bits"], data["a_bits"], data["kv_bits"], data["attention"]) == (8, 8, 4, "unfused")
-    assert data["decode"]["load_kv_cache"] == pytest.approx(26843545600 / 4)
-    assert data["decode"]["link_bytes"] == pytest.approx(26843545600 / 16, rel=2e-3)
-    assert "host memory" in run(*arguments, "--kv-on-host", 0.5).output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--hardware", "h100"], "near: h100-80gb-pcie5"),
-        (["--hardware", "missing.json"], "missing.json"),
-        (["--batch", 0], "--batch must be a whole number from 1 to 1,000,000,000, got 0"),
-        (["--seq", -5], "--prompt-tokens/--seq must be a whole number from 1 to 1,000,000,000, got -5"),
-        (["--seq", 10**10], "--prompt-tokens/--seq must be"),
-        (["--new-tokens", 0], "--new-tokens must be"),
-        (["--w-bits", 0], "--w-bits must be a number of bits from 1 to 64, got 0.0"),
-        (["--kv-bits", 65], "--kv-bits must be a number of bits"),
-        (["--a-bits", "nan"], "--a-bits must be a number of bits"),
-        (["--kv-on-host", 1.5], "--kv-on-host must be a share from 0 to 1, got 1.5"),
-        (["--weights-on-host", -0.1], "--weights-on-host must be a share"),
-        (["--attention", "flash"], "--attention must be 'fused' or 'unfused', got flash"),
-        (["--config", "nowhere"], "nowhere"),
-    ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
-)
-def test_a_bad_request_is_one_line_with_the_way_out(arguments: list[object], message: str) -> None:
-    base = ["--config", DATA / "configs" / "opt-6.7b.json", "--hardware", "t4-16gb-pcie3"]
-    result = run(*base, *arguments)
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
-
-
-def test_a_configuration_without_a_needed_field_names_it(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({name: value for name, value in LLAMA_2_13B.items() if name != "vocab_size"}))
-    result = run("--config", path, "--hardware", "t4-16gb-pcie3")
-    assert (result.exit_code, "lacks vocab_size" in result.stderr) == (2, True)
 
 
 def test_layers_without_attention_over_a_cache_are_refused() -> None:

@@ -1,0 +1,116 @@
+"""`kvoffload plan`: what it prints, for which machine, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import cache_fixture as cache_fixture
+from commands import model_fixture as model_fixture
+from commands import run_badly, run_well
+from configs import CONFIGS, LLAMA_2_7B
+
+
+def test_plan_recommends_and_compares(model: Path) -> None:
+    text = run_well("plan", "--model", model, "--batch", 100, "--hardware", "a100-40gb-pcie4")
+    assert text.startswith("Do not offload, unless the batch must stay together")
+    assert "sub-batches" in text
+    assert "On NVIDIA A100 40GB PCIe, PCIe 4.0 x16:" in text
+
+
+def test_plan_never_cuts_the_name_of_a_way(model: Path) -> None:
+    arguments = ["--price-per-hour", 2, "--grid-g-per-kwh", 300, "--batch", 100, "--hardware", "a100-40gb-pcie4"]
+    text = run_well("plan", "--model", model, *arguments)
+    for way in ("sub-batches", "offload", "full transfer", "paper's schedule"):
+        assert f"│ {way} " in text
+
+
+def test_plan_groups_long_numbers_and_names_one_block_one() -> None:
+    config = CONFIGS / "opt-6.7b.json"
+    text = run_well("plan", "--config", config, "--hardware", "a100-40gb-pcie4", "--sweep", "1:131072")
+    assert "16,777,216 or more offloaded" in text
+    assert " 131,072 tokens " in text
+    assert "largest batch with these prompts: 34 on the device" in text
+    rows = run_well("roofline", "--config", config, "--hardware", "a100-40gb-pcie4", "--seq", 131072, "--new-tokens", 1)
+    assert "one token of 1 sequence at a context of 131,072" in rows
+    assert "1 x 131,072 tokens and 1 new one each" in rows
+
+
+def test_plan_as_json_holds_the_plan_and_the_alternatives(model: Path) -> None:
+    arguments = ["--model", model / "config.json", "--prompt-tokens", 100000, "--hardware", "a100-40gb-pcie4"]
+    data = json.loads(run_well("plan", *arguments, "--json"))
+    assert data["activation_blocks"] > 0
+    assert data["predicted_step_s"] < data["full_transfer_step_s"]
+    assert data["alternatives"][0]["way"] == "offload"
+    transferred = json.loads(run_well("plan", *arguments, "--split", "transfer", "--device-gib", 5, "--json"))
+    assert transferred["activation_blocks"] == 0
+    assert transferred["device_bytes"] <= 5 * 2**30
+
+
+def test_plan_for_this_machine_takes_the_stored_profile_and_an_emulated_speed(model: Path, cache: Path) -> None:
+    (model / "config.json").write_text(json.dumps(LLAMA_2_7B | {"hidden_size": 128, "intermediate_size": 256}))
+    arguments = ["plan", "--model", model, "--prompt-tokens", 4096, "--json"]
+    slow = json.loads(run_well(*arguments, "--link-gb-per-s", 0.1, "--split", "transfer"))
+    fast = json.loads(run_well(*arguments, "--link-gb-per-s", 1.0, "--split", "transfer"))
+    assert slow["predicted_step_s"] > fast["predicted_step_s"]
+    assert slow["link_bytes_per_step"] == fast["link_bytes_per_step"] > 0
+    assert len(list(cache.glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hardware", "b300"], "a100-40gb-pcie4"),
+        (["--hardware", "missing.json"], "missing.json"),
+        (["--batch", -1], "--batch must be a whole number from 1 to 1,000,000,000, got -1"),
+        (["--new-tokens", 0], "--new-tokens must be"),
+        (["--num-beams", 0], "--num-beams must be"),
+        (["--seq", 0], "--prompt-tokens/--seq must be"),
+        (["--split", 1.5], "--split must be 'auto' or 'transfer' or 'recompute' or a share from 0 to 1, got 1.5"),
+        (["--split", "everything"], "--split must be"),
+        (["--split", "nan"], "--split must be"),
+        (["--device-gib", "lots"], "--device-gib must be 'auto' or 'min' or a number of GiB above zero, got lots"),
+        (["--device-gib", 0], "--device-gib must be"),
+        (["--host-gib", "min"], "--host-gib must be 'auto' or a number of GiB above zero, got min"),
+        (["--link", "pcie9"], "--link: unknown link 'pcie9'"),
+        (["--device-memory", 0], "--device-memory must be a number of GB"),
+        (["--price-per-hour", -1], "--price-per-hour must be a price"),
+        (["--grid-g-per-kwh", 9999], "--grid-g-per-kwh must be grams from 0 to 5000, got 9999.0"),
+        (["--link-gb-per-s", 0], "--link-gb-per-s must be a number above zero (GB/s), got 0.0"),
+        (["--device-gib", 0.001, "--prompt-tokens", 100000], "device_gib"),
+        (["--host-gib", 0.001, "--prompt-tokens", 100000], "host memory"),
+        (["--link-gb-per-s", 1], "link of its own"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_a_bad_request_is_one_line_and_exit_code_2(arguments: list[object], message: str, model: Path) -> None:
+    assert message in run_badly("plan", "--model", model, "--hardware", "a100-40gb-pcie4", *arguments)
+
+
+def test_a_bad_model_or_profile_file_is_named(tmp_path: Path, model: Path) -> None:
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    assert str(broken) in run_badly("plan", "--model", broken, "--hardware", "a100-40gb-pcie4")
+    assert f"cannot read the hardware profile {broken}" in run_badly("plan", "--model", model, "--hardware", broken)
+    assert "nowhere" in run_badly("plan", "--model", tmp_path / "nowhere", "--hardware", "a100-40gb-pcie4")
+
+
+@pytest.mark.parametrize("command", ["plan", "report"])
+def test_a_machine_without_a_link_to_plan_with_is_told_before_it_is_measured(
+    command: str, model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    message = run_badly(command, "--config", model)
+    assert "has no speed to plan with: give it one with --link-gb-per-s, or name the machine" in message
+    assert not cache.exists()
+    run_well("plan", "--config", model, "--link", "pcie4")
+    assert len(list(cache.glob("*.json"))) == 1
+
+
+def test_a_damaged_stored_profile_stops_plan_and_names_the_file(model: Path, cache: Path) -> None:
+    run_well("plan", "--model", model, "--link-gb-per-s", 1)
+    (path,) = cache.glob("*.json")
+    path.write_text("damaged")
+    assert str(path) in run_badly("plan", "--model", model, "--link-gb-per-s", 1)

@@ -1,0 +1,46 @@
+"""`kvoffload generate` and `kvoffload custom-generate`, up to where a model would be loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import RECORDED, run, run_badly, run_well
+from commands import model_fixture as model_fixture
+
+from kvoffload.errors import ConfigError
+
+
+def test_generate_says_what_it_loads_before_that_takes_its_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvoffload import chat
+
+    def load(*args: object) -> None:
+        raise ConfigError("not today")
+
+    monkeypatch.setattr(chat, "load", load)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = run("generate", "hi", "--model", model)
+    assert result.stderr.splitlines() == [f"loading {model} on cpu", "kvoffload: not today"]
+
+
+def test_custom_generate_writes_the_options_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = run_well("custom-generate", tmp_path, "--split", "0.5", "--device-gib", "min", "--link-gb-per-s", "2")
+    path = tmp_path / "custom_generate" / "generate.py"
+    assert f"wrote {path}" in out
+    assert f"custom_generate={str(tmp_path)!r}, trust_remote_code=True" in out
+    written: dict[str, Any] = {}
+    exec(path.read_text(), written)
+    assert written["OPTIONS"] == {"split": 0.5, "device_gib": "min", "link": {"h2d_gb_per_s": 2.0}}
+    found = json.loads(run_well("custom-generate", tmp_path, "--hardware", "a100-40gb-pcie4", "--json"))
+    assert found == {"path": str(path), "options": {"profile": "a100-40gb-pcie4"}}
+    monkeypatch.chdir(RECORDED.parent)  # a call may come from another folder
+    found = json.loads(run_well("custom-generate", tmp_path, "--hardware", RECORDED.name, "--json"))
+    assert found["options"] == {"profile": str(RECORDED)}
+
+
+def test_custom_generate_says_which_option_is_wrong(tmp_path: Path) -> None:
+    assert "--split must be" in run_badly("custom-generate", tmp_path, "--split", 7)
+    assert "a100-40gb-pcie4" in run_badly("custom-generate", tmp_path, "--hardware", "a100-40gb-pci4")
+    assert not list(tmp_path.iterdir())
