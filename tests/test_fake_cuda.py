@@ -15,7 +15,10 @@ import fake_cuda
 import pytest
 import test_gpu
 import torch
-from fake_cuda import DEVICE, PAGE_BYTES, FakeCuda
+from fake_cuda import PAGE_BYTES, FakeCuda
+from fake_cuda_kernels import use_twins
+from fake_cuda_streams import Event, RealEvent, RealStream, Stream
+from fake_cuda_tensors import DEVICE
 from models import make_model
 
 import kvoffload
@@ -30,7 +33,7 @@ H2D, D2H = 1, 2  # streams in the order the backend makes them
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     """A device whose copies come as late as may be; the twins stand in for the kernels, interpreted they are slow."""
-    fake_cuda.use_twins(monkeypatch)
+    use_twins(monkeypatch)
     with fake_cuda.fake_cuda("lazy") as fake:
         yield fake
 
@@ -38,9 +41,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
 # ---- the fake ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("fake", "real"), [(fake_cuda.Event, fake_cuda.RealEvent), (fake_cuda.Stream, fake_cuda.RealStream)]
-)
+@pytest.mark.parametrize(("fake", "real"), [(Event, RealEvent), (Stream, RealStream)])
 def test_the_fakes_have_nothing_that_the_real_classes_lack(fake: type, real: type) -> None:
     in_cpp = {"stream_id", "device", "device_index", "device_type"}
     for name, value in vars(fake).items():
@@ -93,7 +94,7 @@ def test_copies_wait_for_their_events(policies: Any) -> None:
             assert backend.link_use(way)[::2] == (64, 1)  # bytes and copies
             assert backend.link_use(way).busy_s > 0
         assert backend.span_seconds("exposed_wait") > 0
-        assert fake.log == [
+        assert fake.streams.log == [
             (D2H, "waits"),
             (D2H, "copies"),
             (H2D, "waits"),
@@ -135,7 +136,7 @@ def test_a_backend_that_nobody_closed_leaves_nothing_pinned(device: FakeCuda) ->
     del backend
     gc.collect()
     assert device.registered == {}
-    assert device.calls["synchronize"] == 1
+    assert device.streams.calls["synchronize"] == 1
 
 
 def test_memory_that_cannot_be_pinned_is_told_once_and_is_nobody_elses_error(device: FakeCuda) -> None:
@@ -247,22 +248,22 @@ SMALL: dict[str, Any] = {"block_tokens": 8, "chunk_blocks": 2, "device_gib": "mi
 def test_a_session_gives_the_tokens_and_the_memory_back(
     architecture: str, split: Any, policies: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_cuda.use_twins(monkeypatch)
+    use_twins(monkeypatch)
     monkeypatch.setattr("kvoffload.decide.CHECK_BUDGET_S", 0.01)
     with fake_cuda.fake_cuda(*policies) as fake:
         model, ids = make_model(architecture).cuda(), _ids()
         expected = _generate(model, ids)
         gc.collect()
-        before, waits = fake.memory.allocated_bytes, fake.calls["device to host, blocking"]
+        before, waits = fake.memory.allocated_bytes, fake.streams.calls["device to host, blocking"]
         config = kvoffload.OffloadConfig(split=split, profile="a100-40gb-pcie4", **SMALL)
         with kvoffload.offload(model, config) as session:
             assert isinstance(session.backend, CudaBackend)
             session.record_timeline()
-            copies = fake.calls["device to host, blocking"]
+            copies = fake.streams.calls["device to host, blocking"]
             found = _generate(model, ids)
             if split == "transfer":  # the others check what recomputation gives
-                assert fake.calls["device to host, blocking"] == copies + waits
-                assert fake.calls["synchronize"] == 1  # where the timeline begins
+                assert fake.streams.calls["device to host, blocking"] == copies + waits
+                assert fake.streams.calls["synchronize"] == 1  # where the timeline begins
             _equal(found, expected)
             stats = session.stats
             assert stats is not None
@@ -308,17 +309,17 @@ def test_a_session_on_a_stream_of_the_users_own(device: FakeCuda) -> None:
         kvoffload.offload(model, kvoffload.OffloadConfig(split="transfer", **SMALL)),
     ):
         _equal(_generate(model, ids), expected)
-    assert (1, "waits") in device.log  # what was waited for on that stream, not on the default one
-    assert (0, "waits") not in device.log
+    assert (1, "waits") in device.streams.log  # what was waited for on that stream, not on the default one
+    assert (0, "waits") not in device.streams.log
 
 
 def test_a_session_while_another_device_is_the_current_one(device: FakeCuda) -> None:
     model, ids = make_model("llama").cuda(), _ids()
     expected = _generate(model, ids)
-    device.current_device = 1
+    device.streams.current_device = 1
     with kvoffload.offload(model, kvoffload.OffloadConfig(split=0.5, **SMALL | {"device_gib": "auto"})):
         _equal(_generate(model, ids), expected)
-    assert device.current_device == 1
+    assert device.streams.current_device == 1
 
 
 def test_a_session_without_pinned_memory(device: FakeCuda) -> None:
@@ -342,7 +343,7 @@ def test_the_kernels_are_launched_on_the_devices_tensors() -> None:
         with kvoffload.offload(model, kvoffload.OffloadConfig(split=0.5, **SMALL)):
             found = _generate(model, ids, attention_mask=mask, max_new_tokens=4, num_beams=2)
         _equal(found, expected)
-        assert fake.calls["kernel"] > 10
+        assert fake.streams.calls["kernel"] > 10
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import fake_cuda
 import pytest
 import torch
 from fake_cuda import FakeCuda
+from fake_cuda_kernels import use_twins
 
 from kvoffload import decide, measured_run
 from kvoffload.bench import PRESETS, Lab, Preset, ablation, campaign, cells, decode, lab, rates
@@ -52,7 +53,7 @@ def _tiny(preset: Preset) -> Preset:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeCuda]:
     """A device, and sizes and budgets that take the CPU a second."""
-    fake_cuda.use_twins(monkeypatch)
+    use_twins(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, preset in PRESETS.items():
         if not preset.is_emulated:
@@ -230,7 +231,7 @@ def test_the_benchmark_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(scope, "timed", lambda call, device, repeats: timed(call, device, 1))
     with fake_cuda.fake_cuda() as fake:
         found = script.measure("cuda", False)
-        assert fake.calls["kernel"] > 50
+        assert fake.streams.calls["kernel"] > 50
     assert {row["provider"] for row in found} == {"ours", "sdpa", "sdpa_token_major", "copy", "mm_rope", "fused", "mm"}
     assert {row["x"] for row in found} == set(shapes)
     assert {row["device"] for row in found} == {fake_cuda.NAME}
