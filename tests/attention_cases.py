@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -192,3 +194,11 @@ def gpu(test: Callable[..., None]) -> Callable[..., None]:
     skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     marked: Callable[..., None] = pytest.mark.gpu(skip(test))
     return marked
+
+
+def interpreted(name: str) -> Any:
+    """A module of Triton kernels, for the interpreter; skips the test where they run compiled, or not at all."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("compiled, in the tests marked gpu")
+    return importlib.import_module(f"kvoffload.kernels.{name}")

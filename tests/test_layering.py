@@ -12,21 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "kvoffload"
 
 _LAYER_0 = {"errors", "units", "datasheet", "quantities", "hardware_profile", "types", "timeline"}
 _LAYER_1 = _LAYER_0 | {
-    *(
-        "config",
-        "cost",
-        "rates",
-        "simulation",
-        "architectures",
-        "model_config",
-        "quantization",
-        "matrices",
-        "layer_types",
-        "model_shape",
-        "placement",
-        "progress",
-        "stats",
-    ),
+    *("architectures", "model_config", "quantization", "matrices", "layer_types", "model_shape"),
+    *("config", "rates", "cost", "simulation", "placement", "stats", "progress"),
 }
 _LAYER_2 = _LAYER_1 | {"planner", "sizing", "backend", "store", "positions", "carried", "ops"}
 _LAYER_3 = _LAYER_2 | {"transfer", "ways", "advice", "forecast", "verdict"}
@@ -103,34 +90,8 @@ ONLY_IN: dict[str, set[str]] = {
     "typer": {"cli", "options"},
     "plotly": {"profiler"},
 }
-TORCH_FREE = {
-    "errors",
-    "units",
-    "datasheet",
-    "quantities",
-    "hardware_profile",
-    "types",
-    "timeline",
-    "config",
-    "cost",
-    "rates",
-    "simulation",
-    "architectures",
-    "model_config",
-    "quantization",
-    "matrices",
-    "layer_types",
-    "model_shape",
-    "placement",
-    "stats",
-    "options",
-    "model_source",
-    "planner",
-    "sizing",
-    "ways",
-    "advice",
-    "forecast",
-    "verdict",
+TORCH_FREE = _LAYER_1 | {
+    *("options", "model_source", "planner", "sizing", "ways", "advice", "forecast", "verdict"),
 }
 
 # the only modules that create streams, events or pinned memory

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import distance, gpu
+from attention_cases import distance, gpu, interpreted
 from test_rope import angles, rotated
 
 from kvoffload.kernels import reference
@@ -37,10 +37,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module of the Triton kernel, for the interpreter."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("compiled, in the tests marked gpu")
-    module = importlib.import_module("kvoffload.kernels.linear_rope")
+    module = interpreted("linear_rope")
     monkeypatch.setattr(module, "_GROUP_ROWS", 2)  # so that few rows make several groups
     return module
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from attention_cases import distance, gpu
+from attention_cases import distance, gpu, interpreted
 from torch import Tensor
 
 from kvoffload import ops
@@ -28,15 +27,9 @@ IMPLEMENTATIONS = ["twin", "ops", "triton"]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest) -> Iterator[Any]:
+def implementation(request: pytest.FixtureRequest) -> Any:
     """A module with `merge_` and `finish`; the kernels in the interpreter."""
-    if request.param != "triton":
-        yield {"twin": reference, "ops": ops}[request.param]
-        return
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("compiled, in the tests marked gpu")
-    yield importlib.import_module("kvoffload.kernels.merge")
+    return interpreted("merge") if request.param == "triton" else {"twin": reference, "ops": ops}[request.param]
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # -inf minus -inf

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import distance, gpu
+from attention_cases import distance, gpu, interpreted
 from torch import Tensor
 
 from kvoffload import ops
@@ -32,10 +32,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.fixture
 def kernel() -> Any:
     """The module of the Triton kernel, for the interpreter."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("compiled, in the tests marked gpu")
-    return importlib.import_module("kvoffload.kernels.rope")
+    return interpreted("rope")
 
 
 def angles(tokens: int, rows: int, rotary_dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:

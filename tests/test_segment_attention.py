@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, dense, distance, gpu, make, plain_errors, run
+from attention_cases import Case, dense, distance, gpu, interpreted, make, plain_errors, run
 
 from kvoffload import ops
 from kvoffload.kernels import cpu_attention, reference, tiles
@@ -117,10 +116,7 @@ def test_it_is_one_softmax_over_all_segments(name: str, case: Case, dtype: torch
 @pytest.fixture
 def kernel() -> Any:
     """The module of the Triton kernel, for the interpreter."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("compiled, in the tests marked gpu")
-    return importlib.import_module("kvoffload.kernels.segment_attention")
+    return interpreted("segment_attention")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")  # -inf minus -inf and the like
