@@ -25,7 +25,7 @@ from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.placement import Placement, reserved_blocks
 from kvoffload.sizing import Geometry, Sizes, choose_sizes, grown, prefill_peak_bytes, smallest_sizes, split_to_plan
 from kvoffload.types import HardwareProfile, ModelShape, Plan, PlanInputs, Rates
-from kvoffload.units import gib
+from kvoffload.units import counted, gib
 
 logger = logging.getLogger(__name__)
 CHECK_BUDGET_S = 0.6  # for timing both ways before the first prefill
@@ -533,8 +533,8 @@ def _fits_on_host(decision: Decision) -> bool:
 
 def _host_too_small(geometry: Geometry, needed: int, cap: int) -> HostMemoryError:
     return HostMemoryError(
-        f"{geometry.rows} sequences of {geometry.max_tokens} tokens need {gib(needed)} of host memory, "
-        f"{gib(cap)} may be used: raise host_gib, or lower the batch or max_new_tokens"
+        f"offloading {counted(geometry.rows, 'sequence')} of {counted(geometry.max_tokens, 'token')} needs "
+        f"{gib(needed)} of host memory, {gib(cap)} may be used: raise host_gib, or lower the batch or max_new_tokens"
     )
 
 

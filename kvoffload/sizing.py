@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.types import ModelShape, Rates
-from kvoffload.units import gib
+from kvoffload.units import counted, gib
 
 TARGET_CHUNK_BYTES = 32 * 2**20  # K/V of a chunk: large enough for full link and GEMM rate on GPUs measured by others
 MIN_CHUNK_BYTES = 2**20  # K/V of a chunk: below this the host's time per chunk shows, and nothing is gained
@@ -102,8 +102,8 @@ def choose_sizes(
     smallest = smallest_sizes(geometry, config, keeps_activations=keeps_activations)
     if smallest.fixed_device_bytes > device_bytes:
         raise InfeasiblePlanError(
-            f"offloading {geometry.rows} sequences of {geometry.max_tokens} tokens needs at least "
-            f"{gib(smallest.fixed_device_bytes)} on the device ({_describe(smallest)}), device_gib allows "
+            f"offloading {counted(geometry.rows, 'sequence')} of {counted(geometry.max_tokens, 'token')} needs "
+            f"at least {gib(smallest.fixed_device_bytes)} on the device ({_describe(smallest)}), device_gib allows "
             f"{gib(device_bytes)}: raise device_gib, or lower the batch or max_new_tokens"
         )
     best = smallest

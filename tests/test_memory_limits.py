@@ -44,11 +44,20 @@ def test_too_little_host_memory(split: Any, model: PreTrainedModel) -> None:
     needed = 3 * 48 * 3 * row  # rows, tokens, layers
     for cap_bytes in (needed - 100, needed // 2, 1000):
         with kvoffload.offload(model, config(split=split, host_gib=cap_bytes / 2**30)) as session:
-            message = f"3 sequences of 48 tokens need {gib(needed)} of host memory, {gib(cap_bytes)}"
+            message = f"offloading 3 sequences of 48 tokens needs {gib(needed)} of host memory, {gib(cap_bytes)}"
             with no_forward(model), pytest.raises(HostMemoryError, match=message) as caught:
                 generate(model)
             assert session.pool.slab_bytes == 0
         assert "raise host_gib, or lower the batch or max_new_tokens" in str(caught.value)
+
+
+def test_one_sequence_is_not_counted_as_several(model: PreTrainedModel) -> None:
+    for caps in ({"host_gib": 1e-6}, {"device_gib": 1e-6}):
+        with (
+            kvoffload.offload(model, config(**caps)),
+            pytest.raises(kvoffload.KVOffloadError, match="offloading 1 sequence of 15 tokens needs "),
+        ):
+            model.generate(prompt(1, 8), max_new_tokens=8)
 
 
 def test_host_memory_for_beams_counts_their_prompt_once(model: PreTrainedModel, wanted: Outcome) -> None:
