@@ -7,10 +7,7 @@ activations are stored only if that wins. Later the decode steps themselves corr
 
 from __future__ import annotations
 
-import itertools
 import logging
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,17 +15,17 @@ from typing import Any
 
 import torch
 
-from kvoffload import cost, ops, planner
+from kvoffload import cost, planner
 from kvoffload.backend import Backend
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import HostMemoryError, InfeasiblePlanError
+from kvoffload.measured_rates import MeasuredRates
 from kvoffload.placement import Placement, reserved_blocks
 from kvoffload.sizing import Geometry, Sizes, choose_sizes, grown, prefill_peak_bytes, smallest_sizes, split_to_plan
 from kvoffload.types import HardwareProfile, ModelShape, Plan, PlanInputs, Rates
 from kvoffload.units import counted, gib
 
 logger = logging.getLogger(__name__)
-CHECK_BUDGET_S = 0.6  # for timing both ways before the first prefill
 MIN_GAIN_FRACTION = 0.01
 HOST_SHARE = 0.8  # of the free host memory that "auto" takes at most
 DEVICE_SHARE = 0.9  # of the free device memory that "auto" takes at most
@@ -52,32 +49,6 @@ class Decision:
     def device_budget_bytes(self) -> int:
         """The cap on device memory; without one, what the plan takes."""
         return self.plan.device_bytes + (self.stage_limit_bytes or 0)
-
-
-class MeasuredRates:
-    """Rates seen in real steps of one model; they replace the profile's."""
-
-    def __init__(self) -> None:
-        self.recompute_s_per_row_token: float | None = None
-        self.attention_s_per_row_token: float | None = None
-        self.h2d_bytes_per_s: float | None = None
-
-    def take(self, recompute_s_per_row_token: float | None, h2d_bytes_per_s: float | None) -> None:
-        """Newer measurements; None where there is none."""
-        self.recompute_s_per_row_token = recompute_s_per_row_token or self.recompute_s_per_row_token
-        self.h2d_bytes_per_s = h2d_bytes_per_s or self.h2d_bytes_per_s
-
-    def correct(self, rates: Rates, rows: int) -> Rates:
-        """`rates` with what has been measured."""
-        if self.recompute_s_per_row_token is not None:
-            rates = replace(rates, recompute_s_per_token=self.recompute_s_per_row_token * rows)
-        if self.attention_s_per_row_token is not None:
-            rates = replace(rates, attention_s_per_token=self.attention_s_per_row_token * rows)
-        if self.h2d_bytes_per_s is not None:
-            rates = replace(
-                rates, h2d_activation_bytes_per_s=self.h2d_bytes_per_s, h2d_kv_bytes_per_s=self.h2d_bytes_per_s
-            )
-        return rates
 
 
 class Decider:
@@ -371,14 +342,7 @@ class Decider:
         """
         if decision.inputs is None or not decision.placement.may_change:
             return decision
-        if self.measured.recompute_s_per_row_token is None:
-            tokens = decision.sizes.block_tokens * decision.sizes.chunk_blocks
-            self.backend.synchronize()  # what is timed runs alone, in a layer buffer that nothing else uses
-            row_tokens = tokens * decision.geometry.rows
-            self.measured.recompute_s_per_row_token = self._time(prepare(tokens)) / row_tokens
-            self.measured.attention_s_per_row_token = self._time(self._prepare_attention(tokens, decision)) / row_tokens
-            if not self.backend.emulated:
-                self.measured.h2d_bytes_per_s = self._time_link(decision)
+        self.measured.time_chunk(self.backend, self.shape, decision.geometry, decision.sizes, prepare)
         rates = self.measured.correct(decision.inputs.rates, decision.geometry.rows)
         inputs = replace(decision.inputs, rates=rates)
         plan = planner.solve(inputs)
@@ -398,71 +362,6 @@ class Decider:
         )
         # The plan is for the mean length; at the full one only the form that was asked for first may fit.
         return corrected if _fits_on_host(corrected) else replace(decision, inputs=inputs)
-
-    def _prepare_attention(self, tokens: int, decision: Decision) -> Callable[[], None]:
-        """Attention of one query per row over that many tokens, laid out as a step finds them.
-
-        Where that is free of cost, on the CPU, over as many chunks in turn as the ring has: in no cache near the core.
-        """
-        shape, rows = self.shape, decision.geometry.rows
-        dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[shape.kv_itemsize_bytes]
-        device = self.backend.device
-        is_segmented = decision.geometry.is_segmented
-        num_chunks = decision.sizes.num_slots if self.backend.emulated and is_segmented else 1
-        ring = torch.zeros(num_chunks, tokens, rows, 2, shape.num_kv_heads, shape.head_dim, dtype=dtype, device=device)
-        query = torch.zeros(rows, 1, shape.num_heads, shape.head_dim, dtype=dtype, device=device)
-        if is_segmented:
-            out, lse = torch.zeros_like(query, dtype=torch.float32), query.new_zeros(query.shape[:3], dtype=torch.float)
-            chunks = itertools.cycle(ring.unbind(0))
-
-            def attend_next() -> None:
-                kv = next(chunks)
-                ops.segment_attention(
-                    query, kv, out, lse, scale=1.0, is_first=False, first_position=0, query_position=tokens
-                )
-
-            return attend_next
-        kv = ring[0]
-        keys, values = (kv[:, :, half].permute(1, 2, 0, 3) for half in range(2))
-        attend = torch.nn.functional.scaled_dot_product_attention
-        grouped = shape.num_heads != shape.num_kv_heads
-
-        def run() -> None:
-            attend(query.transpose(1, 2), keys, values, enable_gqa=grouped)
-
-        return run
-
-    def _time(self, function: Callable[[], None]) -> float:
-        """Duration that four of five trials keep, within a third of the budget of the check.
-
-        Not the median: recomputing a little too much costs several times what recomputing a little too little does.
-        """
-        function()
-        self.backend.synchronize()
-        samples: list[float] = []
-        began = time.perf_counter()
-        while len(samples) < 5 or (len(samples) < 25 and time.perf_counter() - began < CHECK_BUDGET_S / 3):
-            start = time.perf_counter()
-            function()
-            self.backend.synchronize()
-            samples.append(time.perf_counter() - start)
-        return statistics.quantiles(samples, n=5)[-1]
-
-    def _time_link(self, decision: Decision) -> float:
-        """Bytes per second of a K/V chunk from pinned memory."""
-        num_bytes = decision.sizes.block_tokens * decision.sizes.chunk_blocks * decision.geometry.kv_bytes_per_token
-        host = self.backend.allocate_host(num_bytes)
-        device = self.backend.allocate_device(num_bytes)
-        fresh = self.backend.release()
-        self.backend.copy_to_device(device, host.tensor, [fresh])
-        self.backend.synchronize()
-        start = time.perf_counter()
-        for _ in range(3):
-            self.backend.copy_to_device(device, host.tensor, [])
-        self.backend.synchronize()
-        rate = 3 * num_bytes / (time.perf_counter() - start)
-        self.backend.release_host(host)
-        return rate
 
     def replan(self, decision: Decision, stored_kv_blocks: int, stored_activation_blocks: int) -> Decision:
         """The plan for blocks still to come, at the rates measured so far and with the blocks there are.
