@@ -66,7 +66,7 @@ class Session:
         shape = shape_from_config(text_config, self.model.dtype)
         self.decider = Decider(config, shape, self.backend, self._load_profile)
         self._progress = AllocationProgress()
-        self.pool = HostPool(self.backend, self.decider.host_cap_bytes, self._progress.update)
+        self.pool = HostPool(self.backend, self.decider.limits.host_cap_bytes(), self._progress.update)
         self._lock = threading.Lock()
         self._run: Run | None = None
         self._foreign_depth = 0
@@ -298,7 +298,7 @@ class Session:
             run.use(cache)
             prompt_tokens = min(run.prompt_tokens, max_cache_length) or max_cache_length
             self._lay_out_as_before(cache, batch_size * copies, copies, prompt_tokens, max_cache_length)
-            chunk = self.decider.prefill_chunk_tokens(
+            chunk = self.decider.limits.prefill_chunk_tokens(
                 self._decisions[cache].geometry, prompt_tokens, self._device_held_bytes
             )
             if chunk is not None and generation_config.prefill_chunk_size is None:

@@ -134,6 +134,11 @@ def smallest_sizes(geometry: Geometry, config: OffloadConfig, *, keeps_activatio
     )
 
 
+def uncapped_sizes(geometry: Geometry, config: OffloadConfig) -> Sizes:
+    """Without a cap and before any rate is known; arguments as of `choose_sizes`."""
+    return _comfortable(geometry, config, split_to_plan(config, geometry) != 0, None)
+
+
 def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: bool, rates: Rates | None) -> Sizes:
     per_token = geometry.kv_bytes_per_token
     if geometry.is_segmented:  # nothing here grows with the context, but where that is shorter than a chunk
@@ -210,13 +215,13 @@ def _with(
     )
 
 
-def split_to_plan(config: OffloadConfig, *, kv_row_bytes: int, activation_row_bytes: int) -> float | None:
+def split_to_plan(config: OffloadConfig, geometry: Geometry) -> float | None:
     """The share of activations that is fixed, None where the planner is free.
 
     An activation that is no smaller than its K and V (grouped-query attention) can only cost: then "auto" is transfer,
     and no memory is set aside for recomputing.
     """
-    is_smaller = activation_row_bytes < kv_row_bytes
+    is_smaller = geometry.stored_activation_row_bytes < geometry.kv_row_bytes
     return config.fixed_split if is_smaller or config.fixed_split is not None else 0.0
 
 

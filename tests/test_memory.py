@@ -330,24 +330,6 @@ def test_host_memory_holds_every_token_once_in_its_form(
     assert expected * 0.98 <= stats.host_bytes <= expected * 1.02 + rounding
 
 
-@pytest.mark.parametrize(("fraction", "allowed"), [(1.0, 60 + 10), (0.5, 50 - 20)])
-def test_a_cap_on_the_process_is_no_free_memory(
-    fraction: float, allowed: int, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """100 bytes in all, 60 free, 30 reserved by PyTorch, 20 of those in use."""
-    facts = {"mem_get_info": (60, 100), "memory_reserved": 30, "memory_allocated": 20}
-    for name, value in {**facts, "get_per_process_memory_fraction": fraction}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    monkeypatch.setattr(decide, "DEVICE_SHARE", 1.0)
-    backend = EmulatedBackend(EmulatedLink())
-    try:
-        shape = shape_from_config(model.config)
-        decider = decide.Decider(OffloadConfig(), shape, backend, lambda: pytest.fail("not asked for"))
-        assert decider._free_device_bytes(held_bytes=7) == allowed + 7
-    finally:
-        backend.close()
-
-
 def test_where_memory_for_recomputing_costs_more_than_it_gains_auto_is_sized_as_transfer() -> None:
     """Under caps that leave little room for resident blocks, each decided both ways."""
     opt = make_model("opt")
