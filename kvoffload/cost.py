@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvoffload.rates import least_chunk_bytes as least_chunk_bytes  # as: also importable from here
-from kvoffload.rates import rates_from_profile as rates_from_profile
+from kvoffload.rates import rates_from_profile as rates_from_profile  # as: also importable from here
 from kvoffload.simulation import simulate as simulate
 from kvoffload.types import Constraint, PlanInputs, Schedule
 

@@ -2,38 +2,41 @@
 
 Owns the path from "auto" to a `Placement`. Measured rates replace the profile's before anything irrevocable: at the
 first layer of the first prefill the link and the recomputation of one chunk are timed (`measure_chunk`), and
-activations are stored only if that wins. Later the decode steps themselves correct the rates (`replan`).
+activations are stored only if that wins. Later the decode steps themselves correct the rates (`replan`). Does not own
+how much memory may be taken (`memory_limits`), the timing (`measured_rates`), nor which cache a decision is for.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from kvoffload import cost, ops, planner
+from kvoffload import planner
 from kvoffload.backend import Backend
-from kvoffload.config import GIB, OffloadConfig
+from kvoffload.config import OffloadConfig
 from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.measured_rates import MeasuredRates
+from kvoffload.memory_limits import MemoryLimits, check_full_host
 from kvoffload.placement import Placement, reserved_blocks
-from kvoffload.sizing import Geometry, Sizes, choose_sizes, grown, prefill_peak_bytes, smallest_sizes, split_to_plan
+from kvoffload.rates import least_chunk_bytes, rates_from_profile
+from kvoffload.sizing import Geometry, Sizes, choose_sizes, grown, split_to_plan, uncapped_sizes
 from kvoffload.types import ModelShape, Plan, PlanInputs, Rates
-from kvoffload.units import gib
 
 logger = logging.getLogger(__name__)
-CHECK_BUDGET_S = 0.6  # for timing both ways before the first prefill
 MIN_GAIN_FRACTION = 0.01
-HOST_SHARE = 0.8  # of the free host memory that "auto" takes at most
-DEVICE_SHARE = 0.9  # of the free device memory that "auto" takes at most
 POSITION_SHARE = 0.01  # of the device budget that a table of position embeddings takes at most
+MIN_SEGMENT_ROWS, MIN_SEGMENT_BYTES = 1024, 2**16  # of a chunk on an emulated link that nobody measured
+# Stands in where the link has no known speed: only memory decides, and the prediction is not shown.
+_UNKNOWN = Rates(
+    h2d_activation_bytes_per_s=1e9,
+    h2d_kv_bytes_per_s=1e9,
+    recompute_s_per_token=0.0,
+    attention_s_per_token=0.0,
+    dense_s=0.0,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,31 +57,32 @@ class Decision:
         """The cap on device memory; without one, what the plan takes."""
         return self.plan.device_bytes + (self.stage_limit_bytes or 0)
 
+    @property
+    def full_host_bytes(self) -> int:
+        """What the cache takes on the host at its full length, as if every row stored every block.
 
-class MeasuredRates:
-    """Rates seen in real steps of one model; they replace the profile's."""
+        With what was reserved for the form that it turned out to need less of.
+        """
+        placement, geometry, share = self.placement, self.geometry, self.placement.activation_share
+        resident = placement.resident_kv_blocks + placement.resident_activation_blocks
+        num_blocks = max(0, geometry.max_tokens // placement.block_tokens - resident)
+        reserved = reserved_blocks(num_blocks, self.reserved_share)
+        x, t = (max(pair) for pair in zip(reserved, reserved_blocks(num_blocks, share), strict=True))
+        token_bytes = x * geometry.activation_bytes_per_token + t * geometry.kv_bytes_per_token
+        return geometry.num_offloaded_layers * placement.block_tokens * token_bytes
 
-    def __init__(self) -> None:
-        self.recompute_s_per_row_token: float | None = None
-        self.attention_s_per_row_token: float | None = None
-        self.h2d_bytes_per_s: float | None = None
+    @property
+    def fits_on_host(self) -> bool:
+        """Whether it does at its full length."""
+        return self.full_host_bytes <= self.host_cap_bytes
 
-    def take(self, recompute_s_per_row_token: float | None, h2d_bytes_per_s: float | None) -> None:
-        """Newer measurements; None where there is none."""
-        self.recompute_s_per_row_token = recompute_s_per_row_token or self.recompute_s_per_row_token
-        self.h2d_bytes_per_s = h2d_bytes_per_s or self.h2d_bytes_per_s
+    def check_host(self) -> None:
+        """Refuse before any token if the cache cannot fit on the host at its full length.
 
-    def correct(self, rates: Rates, rows: int) -> Rates:
-        """`rates` with what has been measured."""
-        if self.recompute_s_per_row_token is not None:
-            rates = replace(rates, recompute_s_per_token=self.recompute_s_per_row_token * rows)
-        if self.attention_s_per_row_token is not None:
-            rates = replace(rates, attention_s_per_token=self.attention_s_per_row_token * rows)
-        if self.h2d_bytes_per_s is not None:
-            rates = replace(
-                rates, h2d_activation_bytes_per_s=self.h2d_bytes_per_s, h2d_kv_bytes_per_s=self.h2d_bytes_per_s
-            )
-        return rates
+        Raises:
+            HostMemoryError: with the numbers.
+        """
+        check_full_host(self.geometry, self.placement.prompt_tokens, self.full_host_bytes, self.host_cap_bytes)
 
 
 class Decider:
@@ -102,6 +106,7 @@ class Decider:
         self.shape = shape
         self.backend = backend
         self._profile = profile
+        self.limits = MemoryLimits(config, shape, backend)
         self.measured = MeasuredRates()
 
     def decide(self, geometry: Geometry, *, can_recompute: bool = True, **known: Any) -> Decision:
@@ -110,7 +115,7 @@ class Decider:
         Recomputing takes memory for activations, which under a cap leaves less for resident blocks. Arguments and
         errors as of `decide_sizes`.
         """
-        if not can_recompute or self._fixed_split(geometry) is not None or self.config.schedule != "pipelined":
+        if not can_recompute or split_to_plan(self.config, geometry) is not None or self.config.schedule != "pipelined":
             return self.decide_sizes(geometry, can_recompute=can_recompute, **known)
         found, why = [], None
         for recomputes in (True, False):
@@ -153,25 +158,25 @@ class Decider:
         Raises:
             InfeasiblePlanError, HostMemoryError: before any token, with the numbers.
         """
-        config, fixed_split = self.config, 0.0 if not can_recompute else self._fixed_split(geometry)
+        config, fixed_split = self.config, 0.0 if not can_recompute else split_to_plan(self.config, geometry)
         profile = self._profile() if self._wants_profile else None
         rates: Rates | None = None
         if profile is not None:
-            least = cost.least_chunk_bytes(profile, self.shape, recomputes=fixed_split != 0)
+            least = least_chunk_bytes(profile, self.shape, recomputes=fixed_split != 0)
             geometry = replace(geometry, least_chunk_bytes=least)
         elif self.backend.emulated:  # no copy is too small, only the host's time per chunk counts
             least = max(MIN_SEGMENT_BYTES, MIN_SEGMENT_ROWS * geometry.kv_row_bytes)
             geometry = replace(geometry, least_chunk_bytes=least)
         if profile is not None and profile.h2d is not None:
             rates = self._rates(profile, geometry)
-        device_bytes = self._device_bytes(geometry, prompt_tokens, device_held_bytes)
+        device_bytes = self.limits.device_cap_bytes(geometry, prompt_tokens, device_held_bytes)
         may_recompute = fixed_split != 0 and (fixed_split is not None or rates is not None)
         sizes = choose_sizes(geometry, config, keeps_activations=may_recompute, device_bytes=device_bytes, rates=rates)
-        host_cap = self._full_host_cap_bytes(geometry, prompt_tokens, host_held_bytes)
+        host_cap = self.limits.full_host_cap_bytes(geometry, prompt_tokens, host_held_bytes)
         inputs = self._inputs(geometry, sizes, rates, prompt_tokens, device_bytes, host_cap, fixed_split)
         if rates is None:
             inputs = replace(inputs, split=fixed_split or 0.0, rates=_UNKNOWN)
-        self._check_least_host(geometry, inputs, prompt_tokens, host_held_bytes)
+        self.limits.check_least_host(geometry, inputs, prompt_tokens, host_held_bytes)
         plan = planner.solve(inputs)
         if rates is None:
             plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
@@ -196,7 +201,7 @@ class Decider:
             ),
             inputs=None if rates is None else inputs,
         )
-        self._check_host(decision)
+        decision.check_host()
         return decision
 
     def prolong(self, decision: Decision, max_tokens: int, host_held_bytes: int) -> Decision:
@@ -211,9 +216,9 @@ class Decider:
             geometry=geometry,
             sizes=grown(decision.sizes, geometry),
             placement=replace(decision.placement, max_tokens=max_tokens),
-            host_cap_bytes=self._full_host_cap_bytes(geometry, decision.placement.prompt_tokens, host_held_bytes),
+            host_cap_bytes=self.limits.full_host_cap_bytes(geometry, decision.placement.prompt_tokens, host_held_bytes),
         )
-        self._check_host(longer)
+        longer.check_host()
         return longer
 
     def carries_positions(self, decision: Decision, token_bytes: int) -> bool:
@@ -226,13 +231,6 @@ class Decider:
         table_bytes = decision.geometry.max_tokens * token_bytes
         return decision.placement.needs_activations and table_bytes > POSITION_SHARE * decision.device_budget_bytes
 
-    def _fixed_split(self, geometry: Geometry) -> float | None:
-        return split_to_plan(
-            self.config,
-            kv_row_bytes=geometry.kv_row_bytes,
-            activation_row_bytes=geometry.stored_activation_row_bytes,
-        )
-
     @property
     def _wants_profile(self) -> bool:
         """Whether a prediction decides something (a free split over a link with a speed), or was paid for already."""
@@ -241,8 +239,8 @@ class Decider:
         return self.config.fixed_split is None or self.config.profile != "auto"
 
     def _rates(self, profile: HardwareProfile, geometry: Geometry) -> Rates:
-        sizes = self._least_sizes(geometry)
-        rates = cost.rates_from_profile(
+        sizes = uncapped_sizes(geometry, self.config)
+        rates = rates_from_profile(
             profile,
             self.shape,
             batch=geometry.rows,
@@ -283,84 +281,6 @@ class Decider:
             is_segmented=geometry.is_segmented,
         )
 
-    def _device_bytes(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int | None:
-        """The cap on device memory; None for whatever is comfortable without resident blocks.
-
-        "auto" is what a prefill leaves of the free memory, and where that is too little for anything, what is least.
-        """
-        setting = self.config.device_gib
-        if setting == "min" or (setting == "auto" and self.backend.emulated):
-            return None
-        if setting != "auto":
-            return int(float(setting) * GIB)
-        tokens = self.prefill_chunk_tokens(geometry, prompt_tokens, held_bytes) or prompt_tokens
-        room = self._free_device_bytes(held_bytes) - self._prefill_peak_bytes(geometry, tokens)
-        keeps = self._fixed_split(geometry) != 0
-        return max(room, smallest_sizes(geometry, self.config, keeps_activations=keeps).fixed_device_bytes)
-
-    def _least_sizes(self, geometry: Geometry) -> Sizes:
-        """Without a cap and before any rate is known."""
-        keeps = self._fixed_split(geometry) != 0
-        return choose_sizes(geometry, self.config, keeps_activations=keeps, device_bytes=None, rates=None)
-
-    def _free_device_bytes(self, held_bytes: int) -> int:
-        """What may be taken on the device: free in the driver's eyes, cached by PyTorch, or held by the session.
-
-        No more than a cap on the process allows (`torch.cuda.set_per_process_memory_fraction`).
-        """
-        device = self.backend.device
-        free, total = torch.cuda.mem_get_info(device)
-        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-        return int(DEVICE_SHARE * min(free + reserved - allocated, allowed - allocated)) + held_bytes
-
-    def _prefill_peak_bytes(self, geometry: Geometry, tokens: int) -> int:
-        return prefill_peak_bytes(self.shape, num_tokens=geometry.rows * tokens, rows=geometry.rows)
-
-    def prefill_chunk_tokens(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int | None:
-        """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole."""
-        if self.backend.emulated or self.config.device_gib != "auto":
-            return None
-        sizes = self._least_sizes(geometry)
-        room = self._free_device_bytes(held_bytes) - sizes.fixed_device_bytes
-        tokens = prompt_tokens
-        while tokens > MIN_PREFILL_TOKENS and self._prefill_peak_bytes(geometry, tokens) > room:
-            tokens = -(-tokens // 2)
-        return None if tokens == prompt_tokens else tokens
-
-    def _host_cap_bytes(self, held_bytes: int) -> int:
-        if self.config.host_gib != "auto":
-            return int(float(self.config.host_gib) * GIB)
-        return int(HOST_SHARE * available_host_bytes()) + held_bytes
-
-    @property
-    def host_cap_bytes(self) -> int:
-        """What the pool of the session may grow to."""
-        return self._host_cap_bytes(0)
-
-    def _full_host_cap_bytes(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int:
-        """The cap as if every row stored every block: beams share those of their prompt."""
-        return int(self._host_cap_bytes(held_bytes) / _stored_share(geometry, prompt_tokens))
-
-    def _check_host(self, decision: Decision) -> None:
-        """Refuse before any token if the cache cannot fit on the host at its full length."""
-        if not _fits_on_host(decision):
-            geometry, share = decision.geometry, _stored_share(decision.geometry, decision.placement.prompt_tokens)
-            needed, cap = _host_bytes_of(decision) * share, decision.host_cap_bytes * share
-            raise _host_too_small(geometry, int(needed), int(cap))
-
-    def _check_least_host(self, geometry: Geometry, inputs: PlanInputs, prompt_tokens: int, held_bytes: int) -> None:
-        """Refuse what no plan can make fit, with the numbers of the full length."""
-        kv, activation = geometry.kv_bytes_per_token, geometry.activation_bytes_per_token
-        smallest = min(kv, activation) if inputs.split is None else kv
-        token_bytes = smallest if inputs.split is None else inputs.split * activation + (1 - inputs.split) * kv
-        num_tokens = geometry.max_tokens // inputs.block_tokens * inputs.block_tokens
-        needed = geometry.num_offloaded_layers * num_tokens * token_bytes * _stored_share(geometry, prompt_tokens)
-        on_device = max(0, inputs.device_bytes - inputs.fixed_device_bytes) * token_bytes / smallest
-        needed, cap = int(needed - on_device), self._host_cap_bytes(held_bytes)
-        if needed > cap:
-            raise _host_too_small(geometry, needed, cap)
-
     # ---- checked, not believed -----------------------------------------------------------------------------------
 
     def measure_chunk(self, decision: Decision, prepare: Callable[[int], Callable[[], None]]) -> Decision:
@@ -372,14 +292,7 @@ class Decider:
         """
         if decision.inputs is None or not decision.placement.may_change:
             return decision
-        if self.measured.recompute_s_per_row_token is None:
-            tokens = decision.sizes.block_tokens * decision.sizes.chunk_blocks
-            self.backend.synchronize()  # what is timed runs alone, in a layer buffer that nothing else uses
-            row_tokens = tokens * decision.geometry.rows
-            self.measured.recompute_s_per_row_token = self._time(prepare(tokens)) / row_tokens
-            self.measured.attention_s_per_row_token = self._time(self._prepare_attention(tokens, decision)) / row_tokens
-            if not self.backend.emulated:
-                self.measured.h2d_bytes_per_s = self._time_link(decision)
+        self.measured.time_chunk(self.backend, self.shape, decision.geometry, decision.sizes, prepare)
         rates = self.measured.correct(decision.inputs.rates, decision.geometry.rows)
         inputs = replace(decision.inputs, rates=rates)
         plan = planner.solve(inputs)
@@ -398,72 +311,7 @@ class Decider:
             decision, inputs=inputs, plan=plan, placement=placement, reserved_share=placement.activation_share
         )
         # The plan is for the mean length; at the full one only the form that was asked for first may fit.
-        return corrected if _fits_on_host(corrected) else replace(decision, inputs=inputs)
-
-    def _prepare_attention(self, tokens: int, decision: Decision) -> Callable[[], None]:
-        """Attention of one query per row over that many tokens, laid out as a step finds them.
-
-        Where that is free of cost, on the CPU, over as many chunks in turn as the ring has: in no cache near the core.
-        """
-        shape, rows = self.shape, decision.geometry.rows
-        dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[shape.kv_itemsize_bytes]
-        device = self.backend.device
-        is_segmented = decision.geometry.is_segmented
-        num_chunks = decision.sizes.num_slots if self.backend.emulated and is_segmented else 1
-        ring = torch.zeros(num_chunks, tokens, rows, 2, shape.num_kv_heads, shape.head_dim, dtype=dtype, device=device)
-        query = torch.zeros(rows, 1, shape.num_heads, shape.head_dim, dtype=dtype, device=device)
-        if is_segmented:
-            out, lse = torch.zeros_like(query, dtype=torch.float32), query.new_zeros(query.shape[:3], dtype=torch.float)
-            chunks = itertools.cycle(ring.unbind(0))
-
-            def attend_next() -> None:
-                kv = next(chunks)
-                ops.segment_attention(
-                    query, kv, out, lse, scale=1.0, is_first=False, first_position=0, query_position=tokens
-                )
-
-            return attend_next
-        kv = ring[0]
-        keys, values = (kv[:, :, half].permute(1, 2, 0, 3) for half in range(2))
-        attend = torch.nn.functional.scaled_dot_product_attention
-        grouped = shape.num_heads != shape.num_kv_heads
-
-        def run() -> None:
-            attend(query.transpose(1, 2), keys, values, enable_gqa=grouped)
-
-        return run
-
-    def _time(self, function: Callable[[], None]) -> float:
-        """Duration that four of five trials keep, within a third of the budget of the check.
-
-        Not the median: recomputing a little too much costs several times what recomputing a little too little does.
-        """
-        function()
-        self.backend.synchronize()
-        samples: list[float] = []
-        began = time.perf_counter()
-        while len(samples) < 5 or (len(samples) < 25 and time.perf_counter() - began < CHECK_BUDGET_S / 3):
-            start = time.perf_counter()
-            function()
-            self.backend.synchronize()
-            samples.append(time.perf_counter() - start)
-        return statistics.quantiles(samples, n=5)[-1]
-
-    def _time_link(self, decision: Decision) -> float:
-        """Bytes per second of a K/V chunk from pinned memory."""
-        num_bytes = decision.sizes.block_tokens * decision.sizes.chunk_blocks * decision.geometry.kv_bytes_per_token
-        host = self.backend.allocate_host(num_bytes)
-        device = self.backend.allocate_device(num_bytes)
-        fresh = self.backend.release()
-        self.backend.copy_to_device(device, host.tensor, [fresh])
-        self.backend.synchronize()
-        start = time.perf_counter()
-        for _ in range(3):
-            self.backend.copy_to_device(device, host.tensor, [])
-        self.backend.synchronize()
-        rate = 3 * num_bytes / (time.perf_counter() - start)
-        self.backend.release_host(host)
-        return rate
+        return corrected if corrected.fits_on_host else replace(decision, inputs=inputs)
 
     def replan(self, decision: Decision, stored_kv_blocks: int, stored_activation_blocks: int) -> Decision:
         """The plan for blocks still to come, at the rates measured so far and with the blocks there are.
@@ -499,69 +347,9 @@ class Decider:
             return decision
         placement = replace(decision.placement, activation_share=plan.split_fraction)
         changed = replace(decision, inputs=inputs, plan=plan, placement=placement)
-        return changed if _fits_on_host(changed) else decision
-
-
-MIN_PREFILL_TOKENS = 64
-MIN_SEGMENT_ROWS, MIN_SEGMENT_BYTES = 1024, 2**16  # of a chunk on an emulated link that nobody measured
-# Stands in where the link has no known speed: only memory decides, and the prediction is not shown.
-_UNKNOWN = Rates(
-    h2d_activation_bytes_per_s=1e9,
-    h2d_kv_bytes_per_s=1e9,
-    recompute_s_per_token=0.0,
-    attention_s_per_token=0.0,
-    dense_s=0.0,
-)
-
-
-def _host_bytes_of(decision: Decision) -> int:
-    """What the cache takes on the host at its full length, as if every row stored every block.
-
-    With what was reserved for the form that it turned out to need less of.
-    """
-    placement, geometry = decision.placement, decision.geometry
-    resident = placement.resident_kv_blocks + placement.resident_activation_blocks
-    num_blocks = max(0, geometry.max_tokens // placement.block_tokens - resident)
-    reserved = reserved_blocks(num_blocks, decision.reserved_share)
-    x, t = (max(pair) for pair in zip(reserved, reserved_blocks(num_blocks, placement.activation_share), strict=True))
-    token_bytes = x * geometry.activation_bytes_per_token + t * geometry.kv_bytes_per_token
-    return geometry.num_offloaded_layers * placement.block_tokens * token_bytes
-
-
-def _fits_on_host(decision: Decision) -> bool:
-    return _host_bytes_of(decision) <= decision.host_cap_bytes
-
-
-def _host_too_small(geometry: Geometry, needed: int, cap: int) -> HostMemoryError:
-    return HostMemoryError(
-        f"{geometry.rows} sequences of {geometry.max_tokens} tokens need {gib(needed)} of host memory, "
-        f"{gib(cap)} may be used: raise host_gib, or lower the batch or max_new_tokens"
-    )
+        return changed if changed.fits_on_host else decision
 
 
 def _host_bytes(cap_bytes: int, geometry: Geometry, num_blocks: int, block_tokens: int) -> int:
     """The part of a cap on the full length that so many blocks may take."""
     return int(cap_bytes * min(1.0, num_blocks * block_tokens / max(1, geometry.max_tokens)))
-
-
-def _stored_share(geometry: Geometry, prompt_tokens: int) -> float:
-    """Stored rows over logical rows: prompt blocks of beams are stored once per sequence."""
-    prompt_share = min(1.0, prompt_tokens / max(1, geometry.max_tokens))
-    return 1 - prompt_share * (1 - 1 / max(1, geometry.beams))
-
-
-def available_host_bytes() -> int:
-    """Free host memory, within the limit of this process's control group."""
-    values = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        values[name] = int(rest.split()[0]) * 1024
-    free = values["MemAvailable"]
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        logger.debug("no control group limit on memory found")
-    return max(0, free)

@@ -2,7 +2,9 @@
 
 Owns the life cycle (what is attached to the model, the pools, the caches), the guard around `generate()`, and the
 statistics. Two methods are shadowed on the model instance, and restored: `generate` (timing, clean-up, the guard)
-and `_prepare_cache_for_generation` (which is told the maximum length, the batch and the beams).
+and `_prepare_cache_for_generation` (which is told the maximum length, the batch and the beams). What its caches ask is
+answered here as far as the `generate()` in progress matters (its time, its prompt); what is decided for each, and the
+engine's buffers for it, belong to `decisions`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -24,8 +25,9 @@ from kvoffload import hf
 from kvoffload.backend import Backend, CudaBackend, EmulatedBackend
 from kvoffload.cache import OffloadedCache
 from kvoffload.config import EmulatedLink, OffloadConfig
-from kvoffload.decide import Decider, Decision
-from kvoffload.errors import ConfigError, HostMemoryError, InfeasiblePlanError, KVOffloadError
+from kvoffload.decide import Decider
+from kvoffload.decisions import Decisions
+from kvoffload.errors import ConfigError, KVOffloadError
 from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.layer import CacheLayer
 from kvoffload.model_shape import shape_from_config
@@ -33,7 +35,6 @@ from kvoffload.placement import Placement
 from kvoffload.profiler.stored import resolve_profile
 from kvoffload.progress import AllocationProgress
 from kvoffload.run import Run
-from kvoffload.sizing import Geometry, grown, widened
 from kvoffload.stats import GenerationStats
 from kvoffload.store import HostPool
 from kvoffload.timeline import Timeline, assemble
@@ -66,15 +67,12 @@ class Session:
         shape = shape_from_config(text_config, self.model.dtype)
         self.decider = Decider(config, shape, self.backend, self._load_profile)
         self._progress = AllocationProgress()
-        self.pool = HostPool(self.backend, self.decider.host_cap_bytes, self._progress.update)
+        self.pool = HostPool(self.backend, self.decider.limits.host_cap_bytes(), self._progress.update)
         self._lock = threading.Lock()
         self._run: Run | None = None
         self._foreign_depth = 0
         self._records_timeline = False  # from the next generate() on
         self._has_timeline = False
-        self._decisions: weakref.WeakKeyDictionary[hf.OffloadedHFCache, Decision] = weakref.WeakKeyDictionary()
-        self._configured_for: Callable[[], Any] = lambda: None  # a weak reference
-        self._position_row_bytes: dict[tuple[int, int], int] = {}  # that blocks of (rows, copies) carried last
         self._caches: weakref.WeakSet[hf.OffloadedHFCache] = weakref.WeakSet()
         self._abandoned: deque[OffloadedCache] = deque()  # of caches that nobody holds any more
         self._hooks = hf.ModelHooks(
@@ -89,6 +87,14 @@ class Session:
         is_unpaced = self.backend.emulated and getattr(config.link, "h2d_gb_per_s", None) is None
         if config.attention == "auto" and config.schedule == "pipelined" and not is_unpaced:
             self._segment_attention = hf.SegmentAttention.install(self.model, self._hooks)
+        self._decisions = Decisions(
+            self.decider,
+            self.engine,
+            self.pool,
+            self._progress,
+            num_layers=len(self._layer_indices),
+            offers_segments=self.offers_segments,
+        )
         self._shadowed = {name: vars(self.model)[name] for name in SHADOWED if name in vars(self.model)}
         self._originals: dict[str, Callable[..., Any]] = {name: getattr(self.model, name) for name in SHADOWED}
 
@@ -183,37 +189,15 @@ class Session:
             raise KVOffloadError("nothing is recorded: call session.record_timeline() before generate()")
         return assemble(self.backend.recorded())
 
+    def _load_profile(self) -> HardwareProfile:
+        if self._profile is None:
+            self._profile = resolve_profile(self.config.profile, device=self.backend.device, link=self.config.link)
+        return self._profile
+
     def _reap(self) -> None:
         """Take back the memory of caches that nobody holds any more."""
         while self._abandoned:
             self._abandoned.popleft().reset()
-
-    def use_whole_layers(self, cache: hf.OffloadedHFCache) -> None:
-        """A layer of a cache that was planned without layer buffers needs them."""
-        decision = self._decisions[cache]
-        if decision.geometry.is_segmented:
-            geometry = replace(decision.geometry, is_segmented=False)
-            sizes = grown(replace(decision.sizes, num_buffers=3 if geometry.beams > 1 else 2), geometry)
-            self._decisions[cache] = replace(decision, geometry=geometry, sizes=sizes)
-            self._configure(cache)
-
-    def forget(self, cache: hf.OffloadedHFCache) -> None:
-        """What was decided for a cache that starts anew, perhaps with other rows."""
-        self._decisions.pop(cache, None)
-
-    def check_usable(self, cache: hf.OffloadedHFCache) -> None:
-        """Called with each update: the cache is alive, and the engine's buffers are made for it."""
-        if self.is_closed or cache.is_closed:
-            raise KVOffloadError("this cache belongs to a session or a generate() that is over: take a new_cache()")
-        self._reap()
-        decision = self._decisions.get(cache)
-        if decision is not None and cache.core.rows > decision.geometry.rows:
-            sizes = widened(decision.sizes, decision.geometry.rows, cache.core.rows)
-            geometry = replace(decision.geometry, rows=cache.core.rows)
-            self._decisions[cache] = replace(decision, geometry=geometry, sizes=sizes)
-            self._configure(cache)
-        elif decision is not None and self._configured_for() is not cache:
-            self._configure(cache)
 
     # ---- generate ------------------------------------------------------------------------------------------------
 
@@ -297,10 +281,8 @@ class Session:
             run.owns_cache = True
             run.use(cache)
             prompt_tokens = min(run.prompt_tokens, max_cache_length) or max_cache_length
-            self._lay_out_as_before(cache, batch_size * copies, copies, prompt_tokens, max_cache_length)
-            chunk = self.decider.prefill_chunk_tokens(
-                self._decisions[cache].geometry, prompt_tokens, self._device_held_bytes
-            )
+            self._decisions.lay_out_as_before(cache, batch_size * copies, copies, prompt_tokens, max_cache_length)
+            chunk = self._decisions.prefill_chunk_tokens(cache, prompt_tokens)
             if chunk is not None and generation_config.prefill_chunk_size is None:
                 logger.info("prefilling in chunks of %d tokens so that the prompt fits on the device", chunk)
                 generation_config.prefill_chunk_size = chunk
@@ -313,136 +295,48 @@ class Session:
             run.use(cache)
             vars(cache)["_is_user_defined"] = True  # what transformers does to a cache it is given
             if cache in self._decisions:
-                self._prolong(cache, max_cache_length)
+                self._decisions.prolong(cache, max_cache_length)
         model_kwargs["past_key_values"] = cache
         run.setup_s += time.perf_counter() - began
         return None
 
-    # ---- plans ---------------------------------------------------------------------------------------------------
+    # ---- what a cache asks -------------------------------------------------------------------------------------------
 
     @property
-    def _device_held_bytes(self) -> int:
-        return sum(self.engine.held_bytes.values())
+    def offers_segments(self) -> bool:
+        """Whether attention over segments is installed on the model."""
+        return self._segment_attention is not None
 
-    def _load_profile(self) -> HardwareProfile:
-        if self._profile is None:
-            self._profile = resolve_profile(self.config.profile, device=self.backend.device, link=self.config.link)
-        return self._profile
+    def check_usable(self, cache: hf.OffloadedHFCache) -> None:
+        """Called with each update: the cache is alive, and the engine's buffers are made for it."""
+        if self.is_closed or cache.is_closed:
+            raise KVOffloadError("this cache belongs to a session or a generate() that is over: take a new_cache()")
+        self._reap()
+        self._decisions.keep_buffers(cache)
 
-    def _lay_out_as_before(
-        self, cache: hf.OffloadedHFCache, rows: int, copies: int, prompt_tokens: int, max_tokens: int
-    ) -> None:
-        """Decide for a cache whose blocks carry what those of the last such cache did, if that is possible."""
-        row_bytes = self._position_row_bytes.get((rows, copies), 0)
-        try:
-            self._lay_out(cache, rows, copies, prompt_tokens, max_tokens, position_row_bytes=row_bytes)
-        except (HostMemoryError, InfeasiblePlanError):
-            if not row_bytes:
-                raise
-            self._lay_out(cache, rows, copies, prompt_tokens, max_tokens)
+    def forget(self, cache: hf.OffloadedHFCache) -> None:
+        """What was decided for a cache that starts anew, perhaps with other rows."""
+        self._decisions.forget(cache)
 
-    def _lay_out(
-        self,
-        cache: hf.OffloadedHFCache,
-        rows: int,
-        copies: int,
-        prompt_tokens: int,
-        max_tokens: int | None,
-        first: hf.FirstTokens | None = None,
-        *,
-        position_row_bytes: int = 0,
-        can_recompute: bool = True,
-        is_segmented: bool | None = None,
-    ) -> None:
-        """Decide for an empty cache and make the engine's buffers."""
-        shape = first or self.decider.shape
-        geometry = Geometry(
-            num_offloaded_layers=len(self._layer_indices),
-            rows=rows,
-            max_tokens=max_tokens or max(256, 2 * prompt_tokens),
-            kv_row_bytes=shape.kv_row_bytes,
-            activation_row_bytes=shape.activation_row_bytes,
-            position_row_bytes=position_row_bytes,
-            beams=copies,
-            is_segmented=self.offers_segments if is_segmented is None else is_segmented,
-        )
-        decision = self.decider.decide(
-            geometry,
-            prompt_tokens=prompt_tokens,
-            knows_length=max_tokens is not None,
-            host_held_bytes=self.pool.slab_bytes,
-            device_held_bytes=self._device_held_bytes,
-            can_recompute=can_recompute,
-        )
-        self._apply(cache, decision)
-        cache.core.rows, cache.core.prompt_copies = rows, copies
-
-    def _apply(self, cache: hf.OffloadedHFCache, decision: Decision) -> None:
-        self._decisions[cache] = decision
-        cache.core.placement = decision.placement
-        self._configure(cache)
-        self._progress.expect(self.pool.used_bytes + decision.plan.host_bytes)
-
-    def _configure(self, cache: hf.OffloadedHFCache) -> None:
-        self._configured_for = lambda: None  # until all of it has worked
-        decision = self._decisions[cache]
-        sizes, self.engine.stage_limit_bytes = decision.sizes, decision.stage_limit_bytes
-        self.engine.configure(
-            slot_bytes=sizes.slot_bytes,
-            num_slots=sizes.num_slots,
-            buffer_bytes=sizes.buffer_bytes,
-            d2h_slot_bytes=sizes.d2h_slot_bytes,
-            scratch_bytes=sizes.scratch_bytes,
-        )
-        self._configured_for = weakref.ref(cache)
-
-    def _prolong(self, cache: hf.OffloadedHFCache, max_tokens: int) -> None:
-        """A further turn makes the cache longer than was planned."""
-        before = self._decisions[cache]
-        decision = self._decisions[cache] = self.decider.prolong(before, max_tokens, self.pool.slab_bytes)
-        changed = decision.sizes != before.sizes or self._configured_for() is not cache
-        cache.core.placement = decision.placement
-        if changed:
-            self._configure(cache)
+    def use_whole_layers(self, cache: hf.OffloadedHFCache) -> None:
+        """A layer of a cache that was planned without layer buffers needs them."""
+        self._decisions.use_whole_layers(cache)
 
     def carries_positions(
         self, cache: hf.OffloadedHFCache, first: hf.FirstTokens, *, row_bytes: int, token_bytes: int
     ) -> bool:
-        """Called before the first tokens of the first layer are stored: whether blocks carry position embeddings.
-
-        Args:
-            cache: whose layer.
-            first: what it caches per token.
-            row_bytes: of position embeddings behind each activation, if so; 0 where that cannot be.
-            token_bytes: what a token takes in a table of them on the device.
-        """
+        """Called before the first tokens of the first layer are stored; see `Decisions.carries_positions`."""
         began = time.perf_counter()
-        geometry, copies = self._decisions[cache].geometry, cache.core.prompt_copies
-        if not row_bytes or not self.decider.carries_positions(self._decisions[cache], token_bytes):
-            row_bytes = 0
-        if row_bytes != geometry.position_row_bytes:
-            try:
-                self._lay_out_anew(cache, first, position_row_bytes=row_bytes)
-            except (HostMemoryError, InfeasiblePlanError) as error:
-                if not row_bytes:
-                    raise
-                logger.info("position embeddings stay on the device: %s", error)
-                row_bytes = 0
-        self._position_row_bytes[first.rows, copies] = row_bytes
+        is_wanted = self._decisions.carries_positions(
+            cache, first, self._prompt_tokens, row_bytes=row_bytes, token_bytes=token_bytes
+        )
         self.add_setup(time.perf_counter() - began)
-        return row_bytes > 0
-
-    def _lay_out_anew(self, cache: hf.OffloadedHFCache, first: hf.FirstTokens, **how: Any) -> None:
-        """Decide again for what an empty cache is really given."""
-        known, copies = self._decisions[cache].placement.max_tokens, cache.core.prompt_copies
-        prompt_tokens = max(first.tokens, self._prompt_tokens)
-        segmented = cache.core.layers[0].is_segmented
-        self._lay_out(cache, first.rows, copies, prompt_tokens, known, first, is_segmented=segmented, **how)
+        return is_wanted
 
     def cannot_recompute(self, cache: hf.OffloadedHFCache, first: hf.FirstTokens) -> None:
         """Called before the first tokens are stored if the first layer's K/V do not follow from its activation."""
         began = time.perf_counter()
-        self._lay_out_anew(cache, first, can_recompute=False)
+        self._decisions.transfer_all(cache, first, self._prompt_tokens)
         self.add_setup(time.perf_counter() - began)
 
     def before_first_append(
@@ -461,31 +355,12 @@ class Session:
             measure: prepares the recomputation of a chunk for timing; None where the layer cannot recompute.
         """
         began = time.perf_counter()
-        if cache not in self._decisions:
-            self._lay_out(cache, first.rows, 1, first.tokens, None, first, is_segmented=layer.is_segmented)
-        geometry = self._decisions[cache].geometry
-        if layer.position == 0 and (first.kv_row_bytes, first.activation_row_bytes, layer.is_segmented) != (
-            geometry.kv_row_bytes,
-            geometry.activation_row_bytes,
-            geometry.is_segmented,
-        ):
-            self._lay_out_anew(cache, first)
-        elif layer.position > 0 and not layer.is_segmented:
-            self.use_whole_layers(cache)
-            self.engine.ensure_buffers(geometry.max_tokens * first.rows * first.kv_row_bytes)
+        self._decisions.settle(cache, layer, first, self._prompt_tokens)
         if layer.position == 0 and measure is not None:
-            decision = self.decider.measure_chunk(self._decisions[cache], measure)
+            self._decisions.measure_chunk(cache, measure)
             if self._run is not None:
                 self._run.restart_link()  # what was measured was not for this generation
-            if decision is not self._decisions[cache]:
-                self._decisions[cache] = decision
-                cache.core.placement = decision.placement
         self.add_setup(time.perf_counter() - began)
-
-    @property
-    def offers_segments(self) -> bool:
-        """Whether attention over segments is installed on the model."""
-        return self._segment_attention is not None
 
     @property
     def _prompt_tokens(self) -> int:
@@ -496,21 +371,7 @@ class Session:
         if self._run is not None:
             self._run.add_setup(seconds)
 
-    def _before_blocks(self, cache: hf.OffloadedHFCache | None) -> None:
-        """Called before a step stores new blocks: the rates of real steps may change their form."""
-        decision, run = (None if cache is None else self._decisions.get(cache)), self._run
-        if cache is None or decision is None or run is None or not run.is_decoding or not decision.placement.may_change:
-            return
-        rates, layer = run.rates_if_surprised(decision.plan.predicted_step_s), cache.core.layers[0]
-        if rates is not None:
-            self.decider.measured.take(rates.recompute_s_per_row_token, rates.h2d_bytes_per_s)
-        decision = self.decider.replan(
-            decision, layer.count("kv", resident=False), layer.count("activation", resident=False)
-        )
-        self._decisions[cache] = decision
-        cache.core.placement = decision.placement
-
-    # ---- statistics ----------------------------------------------------------------------------------------------
+    # ---- what real steps say -----------------------------------------------------------------------------------------
 
     def _before_forward(self, cache: hf.OffloadedHFCache) -> None:
         """Called at the start of each forward of the model with a cache of ours."""
@@ -519,6 +380,19 @@ class Session:
             run.note_forward()
         elif run is None and cache.core.layers[0].num_tokens:
             self.engine.release_stages()  # the prefill, or a part of it, is over
+
+    def _before_blocks(self, cache: hf.OffloadedHFCache | None) -> None:
+        """Called before a step stores new blocks: the rates of real steps may change their form."""
+        run = self._run
+        if cache is None or cache not in self._decisions or run is None or not run.is_decoding:
+            return
+        decision = self._decisions[cache]
+        if not decision.placement.may_change:
+            return
+        rates = run.rates_if_surprised(decision.plan.predicted_step_s)
+        if rates is not None:
+            self.decider.measured.take(rates.recompute_s_per_row_token, rates.h2d_bytes_per_s)
+        self._decisions.replan(cache)
 
     def _before_layers(self) -> None:
         """Called when a forward comes to the first offloaded layer."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.types import ModelShape, Rates
-from kvoffload.units import gib
+from kvoffload.units import counted, gib
 
 TARGET_CHUNK_BYTES = 32 * 2**20  # K/V of a chunk: large enough for full link and GEMM rate on GPUs measured by others
 MIN_CHUNK_BYTES = 2**20  # K/V of a chunk: below this the host's time per chunk shows, and nothing is gained
@@ -102,8 +102,8 @@ def choose_sizes(
     smallest = smallest_sizes(geometry, config, keeps_activations=keeps_activations)
     if smallest.fixed_device_bytes > device_bytes:
         raise InfeasiblePlanError(
-            f"offloading {geometry.rows} sequences of {geometry.max_tokens} tokens needs at least "
-            f"{gib(smallest.fixed_device_bytes)} on the device ({_describe(smallest)}), device_gib allows "
+            f"offloading {counted(geometry.rows, 'sequence')} of {counted(geometry.max_tokens, 'token')} needs "
+            f"at least {gib(smallest.fixed_device_bytes)} on the device ({_describe(smallest)}), device_gib allows "
             f"{gib(device_bytes)}: raise device_gib, or lower the batch or max_new_tokens"
         )
     best = smallest
@@ -132,6 +132,11 @@ def smallest_sizes(geometry: Geometry, config: OffloadConfig, *, keeps_activatio
         chunk_blocks=1 if config.chunk_blocks == "auto" else comfortable.chunk_blocks,
         num_slots=1 if config.slots == "auto" else config.slots,
     )
+
+
+def uncapped_sizes(geometry: Geometry, config: OffloadConfig) -> Sizes:
+    """Without a cap and before any rate is known; arguments as of `choose_sizes`."""
+    return _comfortable(geometry, config, split_to_plan(config, geometry) != 0, None)
 
 
 def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: bool, rates: Rates | None) -> Sizes:
@@ -210,13 +215,13 @@ def _with(
     )
 
 
-def split_to_plan(config: OffloadConfig, *, kv_row_bytes: int, activation_row_bytes: int) -> float | None:
+def split_to_plan(config: OffloadConfig, geometry: Geometry) -> float | None:
     """The share of activations that is fixed, None where the planner is free.
 
     An activation that is no smaller than its K and V (grouped-query attention) can only cost: then "auto" is transfer,
     and no memory is set aside for recomputing.
     """
-    is_smaller = activation_row_bytes < kv_row_bytes
+    is_smaller = geometry.stored_activation_row_bytes < geometry.kv_row_bytes
     return config.fixed_split if is_smaller or config.fixed_split is not None else 0.0
 
 

@@ -60,7 +60,6 @@ class Task(NamedTuple):
         shape, config = self.shape, self.config
         rows = (batch or self.workload.batch) * self.workload.num_beams
         cap = None if batch else self._device_cap_bytes(rows)
-        split = split_to_plan(config, kv_row_bytes=shape.kv_row_bytes, activation_row_bytes=shape.activation_row_bytes)
         geometry = Geometry(
             num_offloaded_layers=shape.num_offloaded_layers,
             rows=rows,
@@ -70,8 +69,10 @@ class Task(NamedTuple):
             beams=self.workload.num_beams,
             other_device_bytes=self._bounded_layers_bytes(rows),
             is_segmented=config.attention == "auto" and config.schedule == "pipelined",
-            least_chunk_bytes=least_chunk_bytes(self.profile, shape, recomputes=split != 0),
         )
+        split = split_to_plan(config, geometry)
+        least = least_chunk_bytes(self.profile, shape, recomputes=split != 0)
+        geometry = replace(geometry, least_chunk_bytes=least)
         rates: Rates | None = None
         for _ in range(2):  # the ring needs rates, rates need the size of a chunk
             sizes = choose_sizes(geometry, config, keeps_activations=split != 0, device_bytes=cap, rates=rates)

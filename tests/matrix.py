@@ -25,9 +25,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvoffload import EmulatedLink, HardwareProfile, OffloadConfig, decide
 from kvoffload.backend import Backend, CheckingBackend, EmulatedBackend
 from kvoffload.config import GIB
-from kvoffload.decide import MeasuredRates
 from kvoffload.hf import OffloadedHFCache, offloadable_layers
 from kvoffload.hf.models import attention_modules
+from kvoffload.measured_rates import MeasuredRates
 from kvoffload.model_shape import shape_from_config
 from kvoffload.rates import least_chunk_bytes
 from kvoffload.session import Session

@@ -26,7 +26,6 @@ from kvoffload.carried import ALIGNMENT_BYTES, CarriedPositions, PositionLayout
 from kvoffload.config import GIB
 from kvoffload.hf import OffloadedHFCache
 from kvoffload.hf import layer as hf_layer
-from kvoffload.model_shape import shape_from_config
 from kvoffload.placement import Kind, Placement, next_runs
 from kvoffload.positions import PositionTable
 from kvoffload.session import Session
@@ -195,23 +194,6 @@ def test_slots_have_room_for_them_and_tails_do_not(is_segmented: bool) -> None:
     chunk_rows = 3 * BLOCK_TOKENS * 2
     slot, d2h_slot = chunk_rows * (80 + 48), chunk_rows * (80 + 48)
     assert carried == replace(without, slot_bytes=slot, d2h_slot_bytes=d2h_slot)
-
-
-def test_activations_that_are_no_smaller_than_kv_with_them_are_not_planned_with(model: PreTrainedModel) -> None:
-    backend = checking_backend()
-    try:
-        decider = decide.Decider(config("auto"), shape_from_config(model.config), backend, profile)
-        geometry = Geometry(num_offloaded_layers=3, rows=2, max_tokens=100, kv_row_bytes=200, activation_row_bytes=160)
-        for num_bytes, is_smaller in ((16, True), (48, False)):
-            decision = decider.decide(
-                replace(geometry, position_row_bytes=num_bytes),
-                prompt_tokens=50,
-                knows_length=True,
-                host_held_bytes=0,
-            )
-            assert decision.placement.needs_activations == is_smaller
-    finally:
-        backend.close()
 
 
 # ---- in generations --------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 from fake_cuda import FakeCuda
 from fake_cuda_kernels import use_twins
 
-from kvoffload import decide, measured_run
+from kvoffload import measured_rates, measured_run
 from kvoffload.bench import PRESETS, Lab, Preset, ablation, campaign, cells, decode, lab, rates
 from kvoffload.bench.cells import Cell
 from kvoffload.bench.rows import load
@@ -72,7 +72,7 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeCuda
     for name, value in {"PRODUCT": 64, "POOL_BYTES": 2**20, "COPY_BYTES": 2**16, "BURST_S": 1e-3}.items():
         monkeypatch.setattr(energy, name, value)
     monkeypatch.setattr(trials, "MAX_UNCERTAINTY_FRACTION", 10.0)  # nothing here is steady
-    monkeypatch.setattr(decide, "CHECK_BUDGET_S", 0.01)
+    monkeypatch.setattr(measured_rates, "CHECK_BUDGET_S", 0.01)
     monkeypatch.setattr(decode, "MAX_TRIES", 1)
     monkeypatch.setattr(ablation, "_busy_cores", contextlib.nullcontext)
     monkeypatch.setattr(lab, "step_s_without_cache", functools.cache(rates.step_s_without_cache))

@@ -7,7 +7,6 @@ each cached token once, in the form of its block.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,14 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-import kvoffload
-from kvoffload import EmulatedLink, OffloadConfig, decide, store
+from kvoffload import EmulatedLink, OffloadConfig, store
 from kvoffload.backend import EmulatedBackend
 from kvoffload.backend.base import HostBuffer
 from kvoffload.config import GIB
-from kvoffload.model_shape import shape_from_config
 from kvoffload.session import Session
-from kvoffload.sizing import Geometry
 
 LAYERS, BLOCK_TOKENS, CHUNK_BLOCKS, SLOTS = 3, 4, 2, 3
 
@@ -328,57 +324,3 @@ def test_host_memory_holds_every_token_once_in_its_form(
     backend, stats = measure(model, call, split, monkeypatch)
     assert expected * 0.98 <= backend.peak_host_bytes <= expected * 1.02 + rounding
     assert expected * 0.98 <= stats.host_bytes <= expected * 1.02 + rounding
-
-
-@pytest.mark.parametrize(("fraction", "allowed"), [(1.0, 60 + 10), (0.5, 50 - 20)])
-def test_a_cap_on_the_process_is_no_free_memory(
-    fraction: float, allowed: int, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """100 bytes in all, 60 free, 30 reserved by PyTorch, 20 of those in use."""
-    facts = {"mem_get_info": (60, 100), "memory_reserved": 30, "memory_allocated": 20}
-    for name, value in {**facts, "get_per_process_memory_fraction": fraction}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    monkeypatch.setattr(decide, "DEVICE_SHARE", 1.0)
-    backend = EmulatedBackend(EmulatedLink())
-    try:
-        shape = shape_from_config(model.config)
-        decider = decide.Decider(OffloadConfig(), shape, backend, lambda: pytest.fail("not asked for"))
-        assert decider._free_device_bytes(held_bytes=7) == allowed + 7
-    finally:
-        backend.close()
-
-
-def test_where_memory_for_recomputing_costs_more_than_it_gains_auto_is_sized_as_transfer() -> None:
-    """Under caps that leave little room for resident blocks, each decided both ways."""
-    opt = make_model("opt")
-    call = Call(2, 96, 33)
-    shape = shape_from_config(opt.config)
-    geometry = Geometry(
-        num_offloaded_layers=LAYERS,
-        rows=call.rows,
-        max_tokens=call.max_tokens,
-        kv_row_bytes=shape.kv_row_bytes,
-        activation_row_bytes=shape.activation_row_bytes,
-        is_segmented=True,
-    )
-    known = {"prompt_tokens": call.prompt_tokens, "knows_length": True, "host_held_bytes": 0}
-    fast = profile()
-    points = tuple(point._replace(seconds=1e6 * point.seconds) for point in fast.gemm.points)
-    slow = dataclasses.replace(fast, gemm=dataclasses.replace(fast.gemm, points=points))
-    backend = EmulatedBackend(FAST_LINK)
-    chosen = set()
-    try:
-        for budget in range(60_000, 400_000, 10_000):
-            config = OffloadConfig(device_gib=budget / GIB, link=FAST_LINK, profile=slow, block_tokens=4)
-            decider = decide.Decider(config, shape, backend, lambda: slow)
-            try:
-                plain = decider.decide(geometry, can_recompute=False, **known)
-            except kvoffload.InfeasiblePlanError:
-                continue
-            free = decider.decide(geometry, **known)
-            assert free.plan.predicted_step_s <= 1.0102 * plain.plan.predicted_step_s, budget
-            assert free.plan.full_transfer_step_s <= 1.0102 * plain.plan.predicted_step_s, budget
-            chosen.add(free.placement.may_change)
-    finally:
-        backend.close()
-    assert chosen == {True, False}  # both happen

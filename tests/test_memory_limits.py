@@ -19,7 +19,10 @@ from modes import MODES, Outcome, outcome, prompt
 from transformers import PreTrainedModel
 
 import kvoffload
-from kvoffload import HostMemoryError, InfeasiblePlanError
+from kvoffload import EmulatedLink, HostMemoryError, InfeasiblePlanError, OffloadConfig, memory_limits
+from kvoffload.backend import EmulatedBackend
+from kvoffload.memory_limits import MemoryLimits
+from kvoffload.model_shape import shape_from_config
 from kvoffload.units import gib
 
 
@@ -29,11 +32,20 @@ def test_too_little_host_memory(split: Any, model: PreTrainedModel) -> None:
     needed = 3 * 48 * 3 * row  # rows, tokens, layers
     for cap_bytes in (needed - 100, needed // 2, 1000):
         with kvoffload.offload(model, config(split=split, host_gib=cap_bytes / 2**30)) as session:
-            message = f"3 sequences of 48 tokens need {gib(needed)} of host memory, {gib(cap_bytes)}"
+            message = f"offloading 3 sequences of 48 tokens needs {gib(needed)} of host memory, {gib(cap_bytes)}"
             with no_forward(model), pytest.raises(HostMemoryError, match=message) as caught:
                 generate(model)
             assert session.pool.slab_bytes == 0
         assert "raise host_gib, or lower the batch or max_new_tokens" in str(caught.value)
+
+
+def test_one_sequence_is_not_counted_as_several(model: PreTrainedModel) -> None:
+    for caps in ({"host_gib": 1e-6}, {"device_gib": 1e-6}):
+        with (
+            kvoffload.offload(model, config(**caps)),
+            pytest.raises(kvoffload.KVOffloadError, match="offloading 1 sequence of 15 tokens needs "),
+        ):
+            model.generate(prompt(1, 8), max_new_tokens=8)
 
 
 def test_host_memory_for_beams_counts_their_prompt_once(model: PreTrainedModel, wanted: Outcome) -> None:
@@ -120,3 +132,20 @@ def test_a_further_turn_that_the_host_cap_does_not_hold_is_refused_before_its_fi
         with pytest.raises(HostMemoryError, match="raise host_gib"):
             model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=300, **call)
         assert session.num_forwards == before
+
+
+@pytest.mark.parametrize(("fraction", "allowed"), [(1.0, 60 + 10), (0.5, 50 - 20)])
+def test_a_cap_on_the_process_is_no_free_memory(
+    fraction: float, allowed: int, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 bytes in all, 60 free, 30 reserved by PyTorch, 20 of those in use."""
+    facts = {"mem_get_info": (60, 100), "memory_reserved": 30, "memory_allocated": 20}
+    for name, value in {**facts, "get_per_process_memory_fraction": fraction}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(memory_limits, "DEVICE_SHARE", 1.0)
+    backend = EmulatedBackend(EmulatedLink())
+    try:
+        limits = MemoryLimits(OffloadConfig(), shape_from_config(model.config), backend)
+        assert limits._free_device_bytes(held_bytes=7) == allowed + 7
+    finally:
+        backend.close()
