@@ -20,6 +20,7 @@ from kvoffload.store import Block, Extent, HostPool, RowTable
 from kvoffload.tail import KVShape, NewTokens, RowShape, Tail
 from kvoffload.transfer import Chunk, TransferEngine
 from kvoffload.types import Form
+from kvoffload.write_back import WriteBack
 
 RECORDING_ROOM_TOKENS = 32  # tail room for tokens that a crop may take back
 
@@ -291,11 +292,13 @@ class CacheLayer:
             copies = self.cache.claim_blocks(len(self.blocks) + num_full, new)
             runs = self._next_runs(num_full, self.cache.rows // copies)
             stored = (bt * run.num_blocks * self.row_shapes[run.form].num_bytes for run in runs if not run.is_resident)
-            self.cache.engine.start_layer_write_back(sum(stored) * (self.cache.rows // copies))
+            to_host = self.cache.engine.start_layer_write_back(sum(stored) * (self.cache.rows // copies))
             start = 0
             for form, is_resident, count in runs:
-                store = self._keep if is_resident else self._write_back
-                store(form, start, count, copies, new)
+                if is_resident:
+                    self._keep(form, start, count, copies, new)
+                else:
+                    self._write_back(to_host, form, start, count, copies, new)
                 start += count
             self.version += 1
         if self.tail.grow(self.tail_tokens + new.num_tokens - num_full * bt):
@@ -345,13 +348,13 @@ class CacheLayer:
             self._pack(form, data, (start + idx) * bt, (start + idx + 1) * bt, copies, new)
             self.blocks.append(Block(form, rows, data.numel() * data.element_size(), copies, resident=data))
 
-    def _write_back(self, form: Form, start: int, count: int, copies: int, new: NewTokens) -> None:
+    def _write_back(self, to_host: WriteBack, form: Form, start: int, count: int, copies: int, new: NewTokens) -> None:
         """Store blocks on the host, as many per copy as a D2H slot holds."""
         bt, rows, row = self.cache.placement.block_tokens, self.cache.rows // copies, self.row_shapes[form]
         num_bytes = bt * rows * row.num_bytes
         done = 0
         while done < count:
-            per_copy = max(1, self.cache.engine.write_back_bytes // num_bytes)
+            per_copy = max(1, to_host.room_bytes // num_bytes)
             blocks = [Block(form, rows, num_bytes, copies) for _ in range(min(per_copy, count - done))]
             begin = (start + done) * bt
             end = begin + len(blocks) * bt
@@ -360,7 +363,7 @@ class CacheLayer:
             def pack(data: torch.Tensor, begin: int = begin, end: int = end) -> None:
                 self._pack(form, row.view(data, end - begin, rows), begin, end, copies, new)
 
-            self.cache.engine.write_back(self._extents[form], blocks, pack)
+            to_host.store(self._extents[form], blocks, pack)
             self.blocks += blocks
 
     def close(self) -> None:

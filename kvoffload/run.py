@@ -65,7 +65,7 @@ class Run:
         self.setup_s = 0.0
         self._setup_in_forward_s = 0.0  # the part of it that fell into the prefill
         self._backend, self._engine = backend, engine
-        self._written_before = engine.written_back_bytes
+        self._written_before = engine.write_back.queued_bytes
         self._began = time.perf_counter()
         self._start = _Readings.of(backend)
         self._decode: _Readings | None = None  # at the first decode step
@@ -166,7 +166,7 @@ class Run:
             decode_step_s=steps,
             tokens_per_s=core.rows * max(0, new_tokens - 1) / wall_s if wall_s > 0 else 0.0,
             h2d_bytes=end.h2d.since(self._start.h2d).copied_bytes,
-            d2h_bytes=self._engine.written_back_bytes - self._written_before,
+            d2h_bytes=self._engine.write_back.queued_bytes - self._written_before,
             h2d_gb_per_s=link.copied_bytes / link.busy_s / 1e9 if link and link.busy_s > 0 else None,
             link_utilization=min(1.0, link.busy_s / wall_s) if link and wall_s > 0 else None,
             recompute_s=end.recompute_s - self._start.recompute_s,

@@ -1,17 +1,18 @@
-"""The pipeline between host and device: which chunk travels when, who owns which buffer, what waits for what.
+"""The pipeline from host to device: which chunk travels when, who owns which buffer, what waits for what.
 
-Owns the ring of slots, the layer buffers, the D2H ring and all waits. Does not know models: layers give it chunks,
-it gives them bytes on the device. One layer's pass over the link is a job; jobs follow each other without barriers,
-over layers and over steps (the paper's schedule, KVPR arXiv 2411.17089 section 3, is the same code with a gate).
+Owns the ring of slots, the layer buffers, every wait on this way, and the account of device memory. Does not know
+models: layers give it chunks, it gives them bytes on the device. New blocks go the other way in write_back.py. One
+layer's pass over the link is a job; jobs follow each other without barriers, over layers and over steps (the paper's
+schedule, KVPR arXiv 2411.17089 section 3, is the same code with a gate).
 
 Ownership:
     slot          H2D until `ready`, then compute until `released` (recorded after the chunk's recomputation, or after
                   its attention where attention takes the chunks one by one)
-    layer buffer  H2D and compute for its job; free for the next job at `released` (recorded after the attention)
-    D2H slot      compute until `packed`, then D2H until `written`
-    stage         the same for the many blocks that a layer stores during a prefill, so that compute does not wait for
-                  the link: a layer buffer while these are idle, else memory that lives until decoding begins
+    layer buffer  H2D and compute for its job; free for the next job at `released` (recorded after the attention);
+                  lent to write_back.py as a stage while there is no job, and free again at `written`
     scratch       compute alone: K and V of an activation chunk on their way into attention
+    gather buffer compute alone: a layer's K and V in the order of the beams
+    fetched block H2D until its copy is over, then compute, which drops it
 The host hands a buffer to H2D only after it has recorded the event that frees it, so look-ahead is bounded by the
 ring and the two layer buffers.
 """
@@ -26,8 +27,9 @@ from typing import NamedTuple, Protocol
 import torch
 
 from kvoffload.backend import Backend, Event
-from kvoffload.store import Block, Extent
+from kvoffload.store import Block
 from kvoffload.types import Form, Schedule
+from kvoffload.write_back import D2HSlot, WriteBack
 
 
 class Chunk(NamedTuple):
@@ -66,18 +68,10 @@ class _Slot:
 
 
 @dataclass(slots=True, eq=False)
-class _D2HSlot:
-    bytes: torch.Tensor
-    written: Event | None = None
-
-
-@dataclass(slots=True, eq=False)
-class LayerBuffer:
+class LayerBuffer(D2HSlot):
     """Device memory for one layer's whole K/V in stored row order, or for what a layer stores during a prefill."""
 
-    bytes: torch.Tensor
-    released: Event
-    written: Event | None = None  # the last copy to the host that it staged, during a prefill
+    released: Event = field(kw_only=True)
 
 
 @dataclass(slots=True, eq=False)
@@ -97,7 +91,7 @@ class Job:
 
 
 class TransferEngine:
-    """Moves chunks to the device ahead of need and new blocks back to the host.
+    """Moves chunks to the device ahead of need, and lends its idle buffers to new blocks on their way back.
 
     Args:
         backend: the queues.
@@ -114,53 +108,45 @@ class TransferEngine:
         self.peak_bytes = 0
         self._slots: list[_Slot] = []
         self._buffers: list[LayerBuffer] = []
-        self._d2h_slots: list[_D2HSlot] = []
         self._gathered: torch.Tensor | None = None
         self._scratch: torch.Tensor | None = None
-        self._stages: list[LayerBuffer] = []
-        self._stage: tuple[LayerBuffer, int] | None = None  # where a layer's blocks are packed, and how much is used
-        self._next_stage = 0
+        self.write_back = WriteBack(backend)
         self.stage_limit_bytes: int | None = None  # what both stages together may take
-        self._next_slot = self._next_buffer = self._next_d2h = 0
+        self._next_slot = self._next_buffer = 0
         self._jobs: deque[Job] = deque()
         self._current: Job | None = None  # begun and not finished; the first of the jobs
         self._cache: CacheSource | None = None
         self._next_position = 0
         self.last_h2d: Event | None = None
         self.num_issued_chunks = 0
-        self.written_back_bytes = 0  # queued so far, on their way or there
 
     # ---- device memory -------------------------------------------------------------------------------------------
 
     def configure(
         self, *, slot_bytes: int, num_slots: int, buffer_bytes: int, d2h_slot_bytes: int, scratch_bytes: int = 0
     ) -> None:
-        """Make the ring, the two layer buffers, the D2H ring and the scratch exactly that large."""
+        """Make the ring, the two layer buffers, the D2H slots and the scratch exactly that large."""
         self.drop()
-        self._stage = None
         self.release_stages()
         if [slot.bytes.numel() for slot in self._slots] != [slot_bytes] * num_slots:
             slots = self._replace("slots", self._slots, num_slots, slot_bytes)
             self._slots = [_Slot(data, released=self.backend.release()) for data in slots]
         if [buffer.bytes.numel() for buffer in self._buffers] != [buffer_bytes] * 2:
             for buffer in self._buffers:
-                self._take_over(buffer)
+                buffer.take_over(self.backend)
             buffers = self._replace("layer_buffers", self._buffers, 2, buffer_bytes)
             self._buffers = [LayerBuffer(data, released=self.backend.release()) for data in buffers]
-        if [slot.bytes.numel() for slot in self._d2h_slots] != [d2h_slot_bytes] * 2:
-            for slot in self._d2h_slots:
-                if slot.written is not None:
-                    self.backend.compute_waits(slot.written)  # memory is reused in the order of compute
-            d2h_slots = self._replace("d2h_slots", self._d2h_slots, 2, d2h_slot_bytes)
-            self._d2h_slots = [_D2HSlot(data) for data in d2h_slots]
+        self.account("d2h_slots", 0)
+        self.write_back.configure(d2h_slot_bytes)
+        self.account("d2h_slots", 2 * d2h_slot_bytes)
         if self._scratch is None or self._scratch.numel() != scratch_bytes:
             self._scratch = None
             self.account("scratch", scratch_bytes)
             self._scratch = self.backend.allocate_device(scratch_bytes)
-        self._next_slot = self._next_buffer = self._next_d2h = 0
+        self._next_slot = self._next_buffer = 0
 
     def _replace(
-        self, purpose: str, old: Sequence[_Slot | LayerBuffer | _D2HSlot], count: int, num_bytes: int
+        self, purpose: str, old: Sequence[_Slot | LayerBuffer], count: int, num_bytes: int
     ) -> list[torch.Tensor]:
         """New buffers of one purpose; the old ones go first, so that both never exist at once."""
         for holder in old:
@@ -190,9 +176,41 @@ class TransferEngine:
                 slot_bytes=self._slots[0].bytes.numel() if self._slots else 0,
                 num_slots=len(self._slots),
                 buffer_bytes=max(num_bytes, 2 * self._buffers[0].bytes.numel()),
-                d2h_slot_bytes=self._d2h_slots[0].bytes.numel(),
+                d2h_slot_bytes=self.write_back.slot_bytes,
                 scratch_bytes=0 if self._scratch is None else self._scratch.numel(),
             )
+
+    @property
+    def scratch(self) -> torch.Tensor:
+        """Memory that compute alone uses: for K and V of a recomputed chunk."""
+        assert self._scratch is not None
+        return self._scratch
+
+    def measuring_room(self) -> torch.Tensor:
+        """Where recomputation writes in a step, to time it while nothing is in flight; synchronise before and after."""
+        assert not self._jobs
+        room = self._buffers[0].bytes if self._buffers[0].bytes.numel() else self.scratch
+        self.backend.compute(writes=(room,))
+        return room
+
+    def gather_buffer(self, num_bytes: int) -> torch.Tensor:
+        """The third layer buffer, in which beams find their rows in logical order; used by compute alone."""
+        if self._gathered is None or self._gathered.numel() < num_bytes:
+            self._gathered = self.backend.allocate_device(max(num_bytes, self._buffers[0].bytes.numel()))
+            self.account("gather_buffer", self._gathered.numel())
+        return self._gathered
+
+    def start_layer_write_back(self, num_bytes: int) -> WriteBack:
+        """A layer is about to store blocks of that many bytes; what stores them, with the layer buffers if idle."""
+        is_idle = not self._jobs and self._cache is None
+        self.write_back.start_layer(num_bytes, self._buffers if is_idle else (), self.stage_limit_bytes)
+        self.account("stages", self.write_back.stage_bytes)
+        return self.write_back
+
+    def release_stages(self) -> None:
+        """Give back what a prefill staged its blocks in."""
+        self.write_back.release_stages()
+        self.account("stages", 0)
 
     # ---- host to device ------------------------------------------------------------------------------------------
 
@@ -220,7 +238,7 @@ class TransferEngine:
             self._next_position = layer.position
             head = self._new_job(in_layer_buffer)
         if head.buffer is not None:
-            self._take_over(head.buffer)
+            head.buffer.take_over(self.backend)
         self._current = head
         self._pump()
         return head
@@ -285,7 +303,7 @@ class TransferEngine:
             self.backend.compute_waits(self.last_h2d)
         for job in self._jobs:
             if job.buffer is not None:
-                self._take_over(job.buffer)
+                job.buffer.take_over(self.backend)
                 job.buffer.released = self.backend.release(job.buffer.bytes)
         for slot in busy:
             slot.released = self.backend.release(slot.bytes)
@@ -364,101 +382,6 @@ class TransferEngine:
         self.num_issued_chunks += 1
         return True
 
-    # ---- device to host ------------------------------------------------------------------------------------------
-
-    def start_layer_write_back(self, num_bytes: int) -> None:
-        """A layer is about to store blocks of that many bytes: more than a D2H slot holds are staged if possible."""
-        self._stage = None
-        stages: Sequence[LayerBuffer] = ()
-        if num_bytes <= self._d2h_slots[0].bytes.numel():
-            return
-        if not self._jobs and self._cache is None and self._buffers[0].bytes.numel() >= num_bytes:
-            stages = self._buffers
-        elif self.stage_limit_bytes is None or 2 * num_bytes <= self.stage_limit_bytes:
-            if not self._stages or self._stages[0].bytes.numel() < num_bytes:
-                self.release_stages()
-                self.account("stages", 2 * num_bytes)
-                allocate, release = self.backend.allocate_device, self.backend.release
-                self._stages = [LayerBuffer(allocate(num_bytes), released=release()) for _ in range(2)]
-            stages = self._stages
-        if stages:
-            buffer = stages[self._next_stage]
-            self._next_stage = (self._next_stage + 1) % len(stages)
-            self._take_over(buffer)
-            self._stage = (buffer, 0)
-
-    def release_stages(self) -> None:
-        """Give back what a prefill staged its blocks in; compute waits for the copies from there."""
-        for stage in self._stages:
-            self._take_over(stage)  # memory is reused in the order of compute
-            self.backend.free_device(stage.bytes)
-        self._stages, self._stage = [], None
-        if "stages" in self.held_bytes:
-            self.account("stages", 0)
-
-    @property
-    def scratch(self) -> torch.Tensor:
-        """Memory that compute alone uses: for K and V of a recomputed chunk."""
-        assert self._scratch is not None
-        return self._scratch
-
-    def measuring_room(self) -> torch.Tensor:
-        """Where recomputation writes in a step, to time it while nothing is in flight; synchronise before and after."""
-        assert not self._jobs
-        room = self._buffers[0].bytes if self._buffers[0].bytes.numel() else self.scratch
-        self.backend.compute(writes=(room,))
-        return room
-
-    def _take_over(self, buffer: LayerBuffer) -> None:
-        """Let compute write a layer buffer that a prefill may have staged blocks in."""
-        if buffer.written is not None:
-            self.backend.compute_waits(buffer.written)
-
-    @property
-    def write_back_bytes(self) -> int:
-        """How much the next `write_back` may carry."""
-        if self._stage is not None:
-            buffer, used = self._stage
-            if buffer.bytes.numel() - used >= self._d2h_slots[0].bytes.numel():
-                return buffer.bytes.numel() - used
-        return self._d2h_slots[0].bytes.numel()
-
-    def _staging(self, num_bytes: int) -> tuple[LayerBuffer | _D2HSlot, torch.Tensor]:
-        """Device bytes that compute may fill now, and what owns them."""
-        if self._stage is not None:
-            buffer, used = self._stage
-            if buffer.bytes.numel() - used >= num_bytes:
-                self._stage = (buffer, used + num_bytes)
-                return buffer, buffer.bytes[used : used + num_bytes]
-        slot = self._d2h_slots[self._next_d2h]
-        self._next_d2h = (self._next_d2h + 1) % len(self._d2h_slots)
-        if slot.written is not None:
-            self.backend.compute_waits(slot.written)
-        return slot, slot.bytes[:num_bytes]
-
-    def write_back(self, extent: Extent, blocks: Sequence[Block], pack: Callable[[torch.Tensor], None]) -> None:
-        """Store consecutive new blocks of equal size on the host.
-
-        Args:
-            extent: where they go.
-            blocks: what they become; `host` and `written` are set.
-            pack: fills the given bytes with the blocks' tokens, token-major, on the compute queue.
-        """
-        num_bytes = sum(block.num_bytes for block in blocks)
-        holder, data = self._staging(num_bytes)
-        self.backend.compute(writes=(data,))
-        pack(data)
-        packed = self.backend.release()
-        host, guard = extent.append(num_bytes)
-        after = [packed] if guard is None else [packed, guard]
-        holder.written = self.backend.copy_to_host(host, data, after)
-        self.written_back_bytes += num_bytes
-        offset = 0
-        for block in blocks:
-            block.host = host[offset : offset + block.num_bytes]
-            block.written = holder.written
-            offset += block.num_bytes
-
     def fetch(self, block: Block) -> torch.Tensor:
         """One block's bytes in device memory of their own, for a crop that reopens it."""
         assert block.host is not None
@@ -469,16 +392,10 @@ class TransferEngine:
         self.backend.compute(reads=(data,))
         return data
 
-    def gather_buffer(self, num_bytes: int) -> torch.Tensor:
-        """The third layer buffer, in which beams find their rows in logical order; used by compute alone."""
-        if self._gathered is None or self._gathered.numel() < num_bytes:
-            self._gathered = self.backend.allocate_device(max(num_bytes, self._buffers[0].bytes.numel()))
-            self.account("gather_buffer", self._gathered.numel())
-        return self._gathered
-
     def close(self) -> None:
         """Drop what was prefetched and give the device memory back."""
         self.drop()
-        self._slots, self._buffers, self._d2h_slots, self._stages, self._stage = [], [], [], [], None
+        self._slots, self._buffers = [], []
+        self.write_back.close()
         self._gathered = self._scratch = None
         self.held_bytes.clear()

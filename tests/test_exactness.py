@@ -33,7 +33,7 @@ from kvoffload import ops, segments
 from kvoffload.hf import OffloadedHFCache, attention_modules
 from kvoffload.layer import CacheLayer
 from kvoffload.session import Session
-from kvoffload.transfer import TransferEngine
+from kvoffload.write_back import WriteBack
 
 # (blocks, device budget, pipeline): resident blocks, ragged blocks and each schedule are met with every architecture.
 PLANS = [("4x2", "min", "whole_layer"), ("3x1", "half", "kvpr"), ("auto", "auto", "sequential")]
@@ -131,9 +131,9 @@ def test_every_architecture_reads_the_bits_that_were_cached(architecture: str, m
 
 @pytest.mark.parametrize("mode", ["greedy", "beams", "prompt_lookup"])
 def test_one_flipped_bit_is_noticed(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = TransferEngine.write_back
+    original = WriteBack.store
 
-    def write_back(self: TransferEngine, extent: Any, blocks: Any, pack: Callable[[torch.Tensor], None]) -> None:
+    def store(self: WriteBack, extent: Any, blocks: Any, pack: Callable[[torch.Tensor], None]) -> None:
         def pack_wrongly(data: torch.Tensor) -> None:
             pack(data)
             data[0] ^= 1  # the last bit of the mantissa of one value
@@ -141,7 +141,7 @@ def test_one_flipped_bit_is_noticed(mode: str, monkeypatch: pytest.MonkeyPatch) 
         original(self, extent, blocks, pack_wrongly)
 
     Shadow(monkeypatch)
-    monkeypatch.setattr(TransferEngine, "write_back", write_back)
+    monkeypatch.setattr(WriteBack, "store", store)
     with pytest.raises(AssertionError, match="layer 0 at"):
         check_cell(Cell("llama", mode, "transfer", "min", "4x2", "pipelined"))
 

@@ -1,8 +1,9 @@
-"""Every wait in the transfer engine is there for a reason: without it, a scenario finds a race or wrong logits.
+"""Every wait of the transfers is there for a reason: without it, a scenario finds a race or wrong logits.
 
-The engine's source is parsed, and each single wait is deleted in turn: every `compute_waits(...)` statement (or call of
-a function that does nothing else), and every event that a copy is told to start after. The mutated engine then runs
-scenarios under `CheckingBackend`, whose verdict depends on the order of events alone, not on timing.
+The sources of both ways over the link are parsed, and each single wait is deleted in turn: every `compute_waits(...)`
+statement (or call of a method that does nothing else), and every event that a copy is told to start after. The engine
+made of the mutated source then runs scenarios under `CheckingBackend`, whose verdict depends on the order of events
+alone, not on timing.
 """
 
 from __future__ import annotations
@@ -20,27 +21,29 @@ import torch
 from matrix import FAST_LINK, TOLERANCE, profile
 from models import make_model
 from modes import COMMON, MODES, emptied, outcome, plain_cache, prompt
+from test_layering import ALLOWED
 from transformers import PreTrainedModel
 
 import kvoffload.session
-from kvoffload import OffloadConfig, transfer
+from kvoffload import OffloadConfig, transfer, write_back
 from kvoffload.backend import CheckingBackend, EmulatedBackend, RaceError
 from kvoffload.backend.checking import CheckedEvent
 from kvoffload.carried import PositionLayout
 from kvoffload.config import GIB
 from kvoffload.session import Session
 
-SOURCE = Path(transfer.__file__).read_text()
+# by module, in the order of their imports
+SOURCES = {module.__name__: Path(module.__file__ or "").read_text() for module in (write_back, transfer)}
 
 
 # ---- mutants ---------------------------------------------------------------------------------------------------------
 
 
 class Mutant(NamedTuple):
-    """The engine without one wait."""
+    """The sources without one wait."""
 
     name: str  # function and what was deleted
-    tree: ast.Module
+    sources: dict[str, ast.Module]
 
 
 def _deletions(function: ast.FunctionDef) -> Iterator[tuple[str, Callable[[ast.FunctionDef], None]]]:
@@ -48,7 +51,7 @@ def _deletions(function: ast.FunctionDef) -> Iterator[tuple[str, Callable[[ast.F
     for place, node in enumerate(ast.walk(function)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             called = ast.unparse(node.value.func)
-            if called.endswith(("compute_waits", "_take_over")) or called == "after.append":
+            if called.endswith(("compute_waits", "take_over")) or called == "after.append":
 
                 def skip(tree: ast.FunctionDef, place: int = place) -> None:
                     statement = list(ast.walk(tree))[place]
@@ -81,32 +84,32 @@ def _is_after(events: ast.List, function: ast.FunctionDef) -> bool:
 
 
 def _mutants() -> list[Mutant]:
-    tree = ast.parse(SOURCE)
-    engine = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TransferEngine")
+    trees = {module: ast.parse(source) for module, source in SOURCES.items()}
     found = []
-    for idx, function in enumerate(engine.body):
-        if not isinstance(function, ast.FunctionDef):
-            continue
-        for name, delete in _deletions(function):
-            mutated = copy.deepcopy(tree)
-            cls = next(n for n in mutated.body if isinstance(n, ast.ClassDef) and n.name == "TransferEngine")
-            target = cls.body[idx]
-            assert isinstance(target, ast.FunctionDef)
-            delete(target)
-            found.append(Mutant(f"{function.name}: {name}", mutated))
+    for module, tree in trees.items():
+        for place, function in enumerate(ast.walk(tree)):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            for name, delete in _deletions(function):
+                mutated = copy.deepcopy(tree)
+                target = list(ast.walk(mutated))[place]
+                assert isinstance(target, ast.FunctionDef)
+                delete(target)
+                found.append(Mutant(f"{function.name}: {name}", {**trees, module: mutated}))
     return found
 
 
 MUTANTS = _mutants()
 
 
-def engine_of(tree: ast.Module) -> type[transfer.TransferEngine]:
-    """The engine class of a source tree, in a module of its own."""
-    module = types.ModuleType("mutated_transfer")
-    sys.modules[module.__name__] = module  # dataclasses look their module up
-    exec(compile(ast.fix_missing_locations(tree), "mutated_transfer", "exec"), vars(module))
-    engine: type[transfer.TransferEngine] = module.TransferEngine
-    return engine
+def put_engine(monkeypatch: pytest.MonkeyPatch, sources: dict[str, ast.Module]) -> None:
+    """Give sessions the engine of these source trees, each executed in a module of its own."""
+    with monkeypatch.context() as patch:
+        for name, tree in sources.items():
+            module = types.ModuleType(name)
+            patch.setitem(sys.modules, name, module)  # where the imports of the next one find it
+            exec(compile(ast.fix_missing_locations(tree), f"mutated {name}", "exec"), vars(module))
+    monkeypatch.setattr(kvoffload.session, "TransferEngine", module.TransferEngine)
 
 
 # ---- scenarios -------------------------------------------------------------------------------------------------------
@@ -264,7 +267,7 @@ def model() -> PreTrainedModel:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_the_engine_as_it_is_passes(name: str, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kvoffload.session, "TransferEngine", engine_of(ast.parse(SOURCE)))
+    put_engine(monkeypatch, {module: ast.parse(source) for module, source in SOURCES.items()})
     SCENARIOS[name].run(model)
 
 
@@ -272,7 +275,7 @@ def test_the_engine_as_it_is_passes(name: str, model: PreTrainedModel, monkeypat
 def test_without_any_single_wait_a_scenario_fails(
     mutant: Mutant, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kvoffload.session, "TransferEngine", engine_of(mutant.tree))
+    put_engine(monkeypatch, mutant.sources)
     for scenario in SCENARIOS.values():
         try:
             scenario.run(model)
@@ -294,8 +297,20 @@ def test_the_scenarios_move_position_embeddings_too(model: PreTrainedModel, monk
 
 
 def test_the_waits_are_found() -> None:
-    """The walk over the source sees what a reader sees."""
+    """The walk over the sources sees what a reader sees."""
+    everything = "".join(SOURCES.values())
     assert len(MUTANTS) == len({mutant.name for mutant in MUTANTS})
-    assert sum("compute_waits" in mutant.name for mutant in MUTANTS) == SOURCE.count("compute_waits(")
-    assert SOURCE.count("copy_to_device(") == 2
-    assert SOURCE.count("copy_to_host(") == 1
+    assert sum("compute_waits" in mutant.name for mutant in MUTANTS) == everything.count("compute_waits(")
+    assert everything.count("copy_to_device(") == 2
+    assert everything.count("copy_to_host(") == 1
+
+
+def test_nothing_else_on_the_way_of_a_step_waits_or_copies() -> None:
+    package = Path(kvoffload.__file__).parent
+    calls = ("compute_waits(", "copy_to_device(", "copy_to_host(")
+    found = set()
+    for name in (ALLOWED["hf"] | {"hf"}) - {"backend"}:
+        paths = [package / f"{name}.py", *(package / name).glob("*.py")]
+        if any(call in path.read_text() for path in paths if path.exists() for call in calls):
+            found.add(f"kvoffload.{name}")
+    assert found == SOURCES.keys()
