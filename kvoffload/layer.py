@@ -14,11 +14,12 @@ from typing import Protocol
 import torch
 
 from kvoffload.carried import CarriedPositions, PositionLayout
-from kvoffload.placement import Kind, Placement, Run, next_runs, reserved_blocks, transfer_order
+from kvoffload.chunks import Chunk, chunks_of
+from kvoffload.placement import Kind, Placement, Run, next_runs, reserved_blocks
 from kvoffload.positions import PositionTable
 from kvoffload.store import Block, Extent, HostPool, RowTable
 from kvoffload.tail import KVShape, NewTokens, RowShape, Tail
-from kvoffload.transfer import Chunk, TransferEngine
+from kvoffload.transfer import TransferEngine
 from kvoffload.types import Form
 from kvoffload.write_back import WriteBack
 
@@ -111,36 +112,16 @@ class CacheLayer:
     def chunks(self) -> Sequence[Chunk]:
         """The host blocks in order of transfer."""
         if self._chunks[0] != self.version:
-            self._chunks = (self.version, self._make_chunks())
+            assert self.shape is not None
+            placement = self.cache.placement
+            chunks = chunks_of(
+                self.blocks,
+                chunk_blocks=placement.chunk_blocks,
+                kv_bytes_per_row=placement.block_tokens * self.shape.row_bytes,
+                schedule=self.cache.engine.schedule,
+            )
+            self._chunks = (self.version, chunks)
         return self._chunks[1]
-
-    def _make_chunks(self) -> Sequence[Chunk]:
-        assert self.shape is not None
-        runs: list[tuple[int, int, list[Block]]] = []  # first block, landing offset, blocks
-        offset = 0
-        for idx, block in enumerate(self.blocks):
-            if block.host is not None:
-                last = runs[-1] if runs else None
-                if (
-                    last is not None
-                    and last[0] + len(last[2]) == idx
-                    and len(last[2]) < self.cache.placement.chunk_blocks
-                    and _follows(last[2][-1], block)
-                ):
-                    last[2].append(block)
-                else:
-                    runs.append((idx, offset, [block]))
-            offset += block.rows * self.cache.placement.block_tokens * self.shape.row_bytes
-        chunks = [
-            Chunk(blocks[0].form, first, tuple(blocks), _span(blocks), landing) for first, landing, blocks in runs
-        ]
-        by_form = {
-            True: iter([chunk for chunk in chunks if chunk.form == "activation"]),
-            False: iter([chunk for chunk in chunks if chunk.form == "kv"]),
-        }
-        num_activation = sum(chunk.form == "activation" for chunk in chunks)
-        order = transfer_order(num_activation, len(chunks) - num_activation, self.cache.engine.schedule)
-        return [next(by_form[is_activation]) for is_activation in order]
 
     # ---- growing -------------------------------------------------------------------------------------------------
 
@@ -377,21 +358,3 @@ class CacheLayer:
         self._resident.clear()
         self._chunks = (-1, ())
         self.version += 1
-
-
-def _follows(block: Block, next_block: Block) -> bool:
-    """Whether the second block's bytes start where the first one's end."""
-    assert block.host is not None and next_block.host is not None
-    return (
-        block.form == next_block.form
-        and block.rows == next_block.rows
-        and block.host.untyped_storage().data_ptr() == next_block.host.untyped_storage().data_ptr()
-        and block.host.data_ptr() + block.num_bytes == next_block.host.data_ptr()
-    )
-
-
-def _span(blocks: Sequence[Block]) -> torch.Tensor:
-    """The bytes of contiguous blocks as one tensor."""
-    first = blocks[0].host
-    assert first is not None
-    return first.as_strided((sum(block.num_bytes for block in blocks),), (1,))

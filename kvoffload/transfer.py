@@ -22,24 +22,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
 from kvoffload.backend import Backend, Event
+from kvoffload.chunks import Chunk
 from kvoffload.store import Block
-from kvoffload.types import Form, Schedule
+from kvoffload.types import Schedule
 from kvoffload.write_back import D2HSlot, WriteBack
-
-
-class Chunk(NamedTuple):
-    """Blocks that travel in one copy: consecutive in the layer, contiguous on the host, of one form."""
-
-    form: Form
-    first_block: int
-    blocks: tuple[Block, ...]
-    source: torch.Tensor  # uint8 on the host
-    landing_offset: int  # bytes from the start of the layer buffer to this chunk's K/V
 
 
 class LayerSource(Protocol):

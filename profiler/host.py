@@ -20,9 +20,10 @@ import torch
 
 from kvoffload import ops
 from kvoffload.backend import Backend
+from kvoffload.chunks import Chunk
 from kvoffload.profiler.trials import Trials, time_trials
 from kvoffload.store import Block
-from kvoffload.transfer import Chunk, TransferEngine
+from kvoffload.transfer import TransferEngine
 from kvoffload.types import Form
 
 CHUNKS_PER_LAYER = 8
