@@ -1,9 +1,10 @@
 """One offloaded layer: a tail of the newest tokens, and the blocks behind it in their forms.
 
-Owns which token is cached where, and when full blocks leave the tail; moves nothing itself (transfer.py does) and runs
-no attention (attention.py does). Layouts are token-major: K/V `[tokens, rows, k_width + v_width]` (keys after RoPE; for
-equal head sizes that is `[tokens, rows, 2, kv_heads, head_dim]`), activations `[tokens, rows, hidden]`, in blocks with
-their position embeddings behind them where these are carried (carried.py).
+Owns which token is cached where, and when full blocks leave the tail. The memory of blocks is in block_memory.py.
+Moves nothing itself (write_back.py and transfer.py do) and runs no attention (segments.py and attention.py do). Layouts
+are token-major: K/V `[tokens, rows, k_width + v_width]` (keys after RoPE; for equal head sizes that is
+`[tokens, rows, 2, kv_heads, head_dim]`), activations `[tokens, rows, hidden]`, in blocks with their position embeddings
+behind them where these are carried (carried.py).
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import Protocol
 
 import torch
 
+from kvoffload.block_memory import BlockMemory
 from kvoffload.carried import CarriedPositions, PositionLayout
 from kvoffload.chunks import Chunk, chunks_of
-from kvoffload.placement import Kind, Placement, Run, next_runs, reserved_blocks
+from kvoffload.placement import Kind, Placement, Run, next_runs
 from kvoffload.positions import PositionTable
-from kvoffload.store import Block, Extent, HostPool, RowTable
+from kvoffload.store import Block, HostPool, RowTable
 from kvoffload.tail import KVShape, NewTokens, RowShape, Tail
 from kvoffload.transfer import TransferEngine
 from kvoffload.types import Form
@@ -72,9 +74,8 @@ class CacheLayer:
         self.is_segmented = False  # attention runs over its chunks one by one
         self.tail: Tail | None = None
         self.row_shapes: dict[Form, RowShape] = {}  # of one token in a block, per form
-        self._extents: dict[Form, Extent] = {"kv": Extent(cache.pool), "activation": Extent(cache.pool)}
+        self._memory = BlockMemory(cache.pool)
         self._reopened: Kind | None = None  # what the block was that a crop made partial
-        self._resident: dict[Form, torch.Tensor] = {}
         self._chunks: tuple[int, Sequence[Chunk]] = (-1, ())
 
     # ---- what is cached ------------------------------------------------------------------------------------------
@@ -132,8 +133,7 @@ class CacheLayer:
             keys: [rows, heads, tokens, dim]; values likewise, with their own heads and dim.
             activation: [rows, tokens, hidden] or None.
         """
-        placement, allocate = self.cache.placement, self.cache.engine.backend.allocate_device
-        bt, rows = placement.block_tokens, self.cache.rows
+        placement, rows = self.cache.placement, self.cache.rows
         self.shape = KVShape.of(keys, values)
         self.row_shapes["kv"] = RowShape(self.shape.width, keys.dtype)
         tail_x = None
@@ -142,37 +142,17 @@ class CacheLayer:
             width = tail_x.width if self.layout is None else self.layout.row_width
             self.row_shapes["activation"] = RowShape(width, activation.dtype)
         keeps_activations = self.recompute is not None and placement.needs_activations
-        room = bt + (RECORDING_ROOM_TOKENS if self.cache.is_recording else 0)
+        room = placement.block_tokens + (RECORDING_ROOM_TOKENS if self.cache.is_recording else 0)
         self.tail = Tail(self.cache.engine.backend, self.shape, tail_x if keeps_activations else None, rows, room)
-        resident: list[tuple[Form, int]] = [("kv", placement.resident_kv_blocks)]
-        if self.recompute is not None:
-            resident.append(("activation", placement.resident_activation_blocks))
-        for form, count in resident:
-            if count:
-                row = self.row_shapes[form]
-                self._resident[form] = row.view(allocate(count * bt * rows * row.num_bytes), count * bt, rows)
+        shapes = {form: row for form, row in self.row_shapes.items() if form == "kv" or self.recompute is not None}
+        self._memory.make_resident(self.cache.engine.backend, placement, shapes, rows)
         self.cache.account()
-        for extent in self._extents.values():
-            extent.doubles = placement.max_tokens is None
-        if placement.max_tokens is not None:
-            in_place = placement.resident_kv_blocks + placement.resident_activation_blocks
-            num_blocks = max(0, placement.max_tokens // bt - in_place)
-            share = placement.activation_share if self.recompute is not None else 0.0
-            x, t = reserved_blocks(num_blocks, share)
-            prompt_blocks = placement.prompt_tokens // bt if self.cache.prompt_copies > 1 else 0
-            saved = min(prompt_blocks, num_blocks) * (rows - rows // self.cache.prompt_copies) * bt
-            full = max(1, num_blocks * rows * bt)
-            reserved: list[tuple[Form, int]] = [("activation", x), ("kv", t)]
-            for form, count in reserved:
-                if count:
-                    whole = count * bt * rows * self.row_shapes[form].num_bytes
-                    self._extents[form].reserve(whole * (full - saved) // full)
+        self._memory.reserve(placement, shapes, rows, self.cache.prompt_copies)
 
     @property
     def device_bytes(self) -> int:
         """Device memory of the tail and the resident blocks."""
-        resident = sum(data.numel() * data.element_size() for data in self._resident.values())
-        return resident + (0 if self.tail is None else self.tail.device_bytes)
+        return self._memory.device_bytes + (0 if self.tail is None else self.tail.device_bytes)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None) -> None:
         """Cache new tokens; full blocks leave for the host (or wait for a crop while past recording is active).
@@ -207,7 +187,7 @@ class CacheLayer:
                 self._reopen(self.blocks[remaining // bt], remaining // bt)
             for block in reversed(self.blocks[remaining // bt :]):
                 if block.host is not None:
-                    self._extents[block.form].pop(block.num_bytes, guard)
+                    self._memory.extents[block.form].pop(block.num_bytes, guard)
             del self.blocks[remaining // bt :]
             self.tail.num_tokens = remaining % bt
             self.version += 1
@@ -296,8 +276,7 @@ class CacheLayer:
             stored_kv_blocks=self.count("kv", resident=False),
             stored_activation_blocks=self.count("activation", resident=False),
             can_recompute=self.tail.keeps_activations and self._can_carry_positions(stored_rows),
-            # rows may have been repeated since that memory was made
-            has_resident_room=all(data.shape[1] >= self.cache.rows for data in self._resident.values()),
+            has_resident_room=self._memory.has_resident_room(self.cache.rows),
             first=first,
         )
 
@@ -324,8 +303,7 @@ class CacheLayer:
         bt, rows = self.cache.placement.block_tokens, self.cache.rows // copies
         first = self.count(form, resident=True)
         for idx in range(count):
-            data = self._resident[form][(first + idx) * bt : (first + idx + 1) * bt]
-            data = data.reshape(-1)[: bt * rows * data.shape[2]].view(bt, rows, data.shape[2])
+            data = self._memory.resident_place(form, first + idx, bt, rows)
             self._pack(form, data, (start + idx) * bt, (start + idx + 1) * bt, copies, new)
             self.blocks.append(Block(form, rows, data.numel() * data.element_size(), copies, resident=data))
 
@@ -344,17 +322,14 @@ class CacheLayer:
             def pack(data: torch.Tensor, begin: int = begin, end: int = end) -> None:
                 self._pack(form, row.view(data, end - begin, rows), begin, end, copies, new)
 
-            to_host.store(self._extents[form], blocks, pack)
+            to_host.store(self._memory.extents[form], blocks, pack)
             self.blocks += blocks
 
     def close(self) -> None:
         """Give the memory back."""
-        guard = self.cache.engine.last_h2d
-        for extent in self._extents.values():
-            extent.close(guard)
+        self._memory.close(self.cache.engine.last_h2d)
         self.blocks, self.tail = [], None
         self.shape, self.recompute, self.layout, self._reopened = None, None, None, None
         self.awaits_crop = False
-        self._resident.clear()
         self._chunks = (-1, ())
         self.version += 1
