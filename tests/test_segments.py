@@ -13,14 +13,12 @@ import torch
 from matrix import FAST_LINK, TOLERANCE, checking_backend, distance, profile
 from models import make_model
 from modes import COMMON, outcome, plain_cache, prompt
-from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvoffload import ConfigError, OffloadConfig, UnsupportedModelError, hf, segments
 from kvoffload.config import GIB
-from kvoffload.hf.layer import can_segment
 from kvoffload.hf.masks import MaskReader, pack
 from kvoffload.session import Session
 
@@ -392,46 +390,7 @@ def test_masks_of_other_shapes_are_not_understood() -> None:
     assert MaskReader().read(None, forward=1, rows=2, query_tokens=3, cached_tokens=8) is None
 
 
-# ---- what is known ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "is_known"),
-    [
-        ({}, True),
-        ({"scaling": 0.3, "softcap": 20.0, "sliding_window": 8, "dropout": 0.0, "is_causal": True}, True),
-        ({"position_ids": torch.zeros(1), "cache_position": torch.zeros(1), "use_cache": True}, True),
-        ({"anything_else": None}, True),
-        ({"anything_else": 0}, False),
-        ({"dropout": 0.1}, False),
-        ({"is_causal": False}, False),
-        ({"output_attentions": True}, False),
-        ({"position_bias": torch.zeros(1)}, False),
-    ],
-    ids=lambda value: ",".join(value) if isinstance(value, dict) else str(value),
-)
-def test_arguments_that_change_the_result_are_known_or_refused(changes: dict[str, Any], is_known: bool) -> None:
-    query, key = torch.zeros(2, 4, 1, 8), torch.zeros(2, 2, 1, 8)
-    assert can_segment(nn.Linear(1, 1), query, key, key, changes) == is_known
-
-
-@pytest.mark.parametrize(
-    ("query", "key", "value"),
-    [
-        ((2, 4, 1, 8), (2, 2, 1, 8), (2, 2, 1, 6)),
-        ((2, 4, 1, 8), (2, 3, 1, 8), (2, 3, 1, 8)),
-        ((2, 4, 1, 6), (2, 2, 1, 8), (2, 2, 1, 8)),
-    ],
-)
-def test_shapes_that_do_not_fit_are_refused(query: Any, key: Any, value: Any) -> None:
-    assert not can_segment(nn.Linear(1, 1), torch.zeros(query), torch.zeros(key), torch.zeros(value), {})
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
-def test_dtypes_without_a_kernel_are_refused(dtype: torch.dtype) -> None:
-    one = torch.zeros(2, 4, 1, 8, dtype=dtype)
-    assert not can_segment(nn.Linear(1, 1), one, one, one, {})
-    assert not can_segment(nn.Linear(1, 1), one.float(), one.half(), one.half(), {})
+# ---- order of segments -----------------------------------------------------------------------------------------------
 
 
 def test_resident_blocks_are_attended_to_between_the_chunks_that_arrive(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ from transformers.cache_utils import CacheLayerMixin
 from kvoffload import attention, recompute, segments
 from kvoffload.carried import CarriedPositions, PositionLayout, rows_are_equal
 from kvoffload.errors import UnsupportedModelError
+from kvoffload.hf.attention_call import asks_for_own_attention, can_segment, question
+from kvoffload.hf.masks import Padding
 from kvoffload.layer import CacheLayer, Recompute
 from kvoffload.positions import INDEX_BYTES
 from kvoffload.tail import KVShape
@@ -23,12 +25,6 @@ from kvoffload.tail import KVShape
 if TYPE_CHECKING:
     from kvoffload.hf.cache import OffloadedHFCache
 
-# What attention functions are called with. A window is in the mask; the others say nothing about the result.
-KNOWN_ARGUMENTS = {
-    *("scaling", "softcap", "s_aux", "dropout", "is_causal", "sliding_window"),
-    *("position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"),
-    *("output_router_logits", "logits_to_keep"),
-}
 VERIFIED_TOKENS = 16  # of the first prefill, on which recomputation is checked before it is used
 
 
@@ -194,7 +190,7 @@ class OffloadedLayer(CacheLayerMixin):
             if core.shape is None:
                 output = original(module, query, key, value, mask, **kwargs)
                 is_segmented = untouched and is_known
-                if not is_segmented and not _is_asked_for(module, kwargs, query.device):
+                if not is_segmented and not asks_for_own_attention(module, kwargs, query.device):
                     owner.warn_whole_layer(module)
                 self._prepare(update, is_segmented=is_segmented)
             elif not untouched:
@@ -207,40 +203,25 @@ class OffloadedLayer(CacheLayerMixin):
                 self._prepare(update, is_segmented=core.is_segmented)
             else:
                 self._prepare(update, is_segmented=core.is_segmented)
-                question = self._question(owner, query, mask, kwargs) if is_known else None
-                if question is None:
-                    if not _is_asked_for(module, kwargs, query.device):
+                padding = self._padding(owner, query, mask) if is_known else None
+                if padding is None:
+                    if not asks_for_own_attention(module, kwargs, query.device):
                         owner.warn_whole_layer(module)
                     key, value = attention.assemble(core, key, value)
                     with core.cache.engine.backend.recording("attention"):
                         output = original(module, query, key, value, mask, **kwargs)
                 else:
-                    output = segments.attend(core, key, value, question), None
+                    output = segments.attend(core, key, value, question(query, padding, kwargs)), None
             self._append(update)
         return output
 
-    def _question(
-        self,
-        owner: OffloadedHFCache,
-        query: torch.Tensor,
-        mask: torch.Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> segments.Question | None:
-        padding = owner.masks.read(
+    def _padding(self, owner: OffloadedHFCache, query: torch.Tensor, mask: torch.Tensor | None) -> Padding | None:
+        return owner.masks.read(
             mask,
             forward=owner.session.num_forwards,
             rows=query.shape[0],
             query_tokens=query.shape[2],
             cached_tokens=self.core.num_tokens,
-        )
-        if padding is None:
-            return None
-        return segments.Question(
-            query=query.transpose(1, 2),
-            scale=query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"],
-            valid=padding.valid,
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
         )
 
     def finish(self) -> None:
@@ -387,29 +368,6 @@ class OffloadedLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Nothing: the engine does that."""
-
-
-def can_segment(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
-) -> bool:
-    """Whether attention over segments knows these tensors, [rows, heads, tokens, head_dim], and arguments."""
-    return (
-        key.shape == value.shape
-        and query.shape[-1] == key.shape[-1]
-        and query.shape[1] % key.shape[1] == 0
-        and query.dtype == key.dtype == value.dtype
-        and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and not _is_asked_for(module, kwargs, query.device)
-        and not kwargs.get("dropout")
-        and kwargs.get("is_causal") is not False
-        and all(value is None for name, value in kwargs.items() if name not in KNOWN_ARGUMENTS)
-    )
-
-
-def _is_asked_for(module: nn.Module, kwargs: dict[str, Any], device: torch.device) -> bool:
-    """Whether the caller's own wishes need the model's own attention: its weights, or the dtypes of autocast."""
-    in_config = getattr(getattr(module, "config", None), "output_attentions", False)
-    return bool(kwargs.get("output_attentions") or in_config) or torch.is_autocast_enabled(device.type)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

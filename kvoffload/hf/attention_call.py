@@ -1,0 +1,61 @@
+"""An attention module's call: what it asks for, and whether attention over segments knows all of it.
+
+Owns the arguments that are known. Does not attend, nor decide what happens to a call that is not known (layer.py does).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvoffload.hf.masks import Padding
+from kvoffload.segments import Question
+
+# What attention functions are called with. A window is in the mask; the others say nothing about the result.
+KNOWN_ARGUMENTS = {
+    *("scaling", "softcap", "s_aux", "dropout", "is_causal", "sliding_window"),
+    *("position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"),
+    *("output_router_logits", "logits_to_keep"),
+}
+
+
+def can_segment(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
+) -> bool:
+    """Whether attention over segments knows these tensors, [rows, heads, tokens, head_dim], and arguments."""
+    return (
+        key.shape == value.shape
+        and query.shape[-1] == key.shape[-1]
+        and query.shape[1] % key.shape[1] == 0
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and not asks_for_own_attention(module, kwargs, query.device)
+        and not kwargs.get("dropout")
+        and kwargs.get("is_causal") is not False
+        and all(value is None for name, value in kwargs.items() if name not in KNOWN_ARGUMENTS)
+    )
+
+
+def asks_for_own_attention(module: nn.Module, kwargs: dict[str, Any], device: torch.device) -> bool:
+    """Whether the caller's own wishes need the model's own attention: its weights, or the dtypes of autocast."""
+    in_config = getattr(getattr(module, "config", None), "output_attentions", False)
+    return bool(kwargs.get("output_attentions") or in_config) or torch.is_autocast_enabled(device.type)
+
+
+def question(query: torch.Tensor, padding: Padding, kwargs: dict[str, Any]) -> Question:
+    """What a known call asks of attention over segments.
+
+    Args:
+        query: [rows, heads, tokens, head_dim].
+        padding: what its mask says.
+        kwargs: its further arguments.
+    """
+    return Question(
+        query=query.transpose(1, 2),
+        scale=query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"],
+        valid=padding.valid,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )

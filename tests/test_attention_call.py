@@ -1,0 +1,50 @@
+"""What an attention module's call asks for: known to attention over segments, or left to the model's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kvoffload.hf.attention_call import can_segment
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_known"),
+    [
+        ({}, True),
+        ({"scaling": 0.3, "softcap": 20.0, "sliding_window": 8, "dropout": 0.0, "is_causal": True}, True),
+        ({"position_ids": torch.zeros(1), "cache_position": torch.zeros(1), "use_cache": True}, True),
+        ({"anything_else": None}, True),
+        ({"anything_else": 0}, False),
+        ({"dropout": 0.1}, False),
+        ({"is_causal": False}, False),
+        ({"output_attentions": True}, False),
+        ({"position_bias": torch.zeros(1)}, False),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else str(value),
+)
+def test_arguments_that_change_the_result_are_known_or_refused(changes: dict[str, Any], is_known: bool) -> None:
+    query, key = torch.zeros(2, 4, 1, 8), torch.zeros(2, 2, 1, 8)
+    assert can_segment(nn.Linear(1, 1), query, key, key, changes) == is_known
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value"),
+    [
+        ((2, 4, 1, 8), (2, 2, 1, 8), (2, 2, 1, 6)),
+        ((2, 4, 1, 8), (2, 3, 1, 8), (2, 3, 1, 8)),
+        ((2, 4, 1, 6), (2, 2, 1, 8), (2, 2, 1, 8)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(query: Any, key: Any, value: Any) -> None:
+    assert not can_segment(nn.Linear(1, 1), torch.zeros(query), torch.zeros(key), torch.zeros(value), {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+def test_dtypes_without_a_kernel_are_refused(dtype: torch.dtype) -> None:
+    one = torch.zeros(2, 4, 1, 8, dtype=dtype)
+    assert not can_segment(nn.Linear(1, 1), one, one, one, {})
+    assert not can_segment(nn.Linear(1, 1), one.float(), one.half(), one.half(), {})
