@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from kvoffload import OffloadConfig, decide, store
 from kvoffload.carried import ALIGNMENT_BYTES, CarriedPositions, PositionLayout
 from kvoffload.config import GIB
-from kvoffload.hf import OffloadedHFCache
-from kvoffload.hf import layer as hf_layer
+from kvoffload.hf import OffloadedHFCache, first_tokens
+from kvoffload.layer import CacheLayer
 from kvoffload.placement import Kind, Placement, next_runs
 from kvoffload.positions import PositionTable
 from kvoffload.session import Session
@@ -203,14 +203,14 @@ def test_slots_have_room_for_them_and_tails_do_not(is_segmented: bool) -> None:
 def watched() -> Iterator[list[Any]]:
     """The layers of all caches at each recomputation."""
     seen: list[Any] = []
-    original = hf_layer.CacheLayer.recompute_into
+    original = CacheLayer.recompute_into
 
     def recompute_into(self: Any, *args: Any) -> None:
         seen.append((self.layout is not None, type(self.cache.positions)))
         original(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_layer.CacheLayer, "recompute_into", recompute_into)
+        patch.setattr(CacheLayer, "recompute_into", recompute_into)
         yield seen
 
 
@@ -415,7 +415,7 @@ def test_a_cache_whose_first_tokens_found_no_memory_decides_again(
     with torch.no_grad(), Session(model, config(), checking_backend()) as session, watched() as seen:
         chat = Chat(model, session.new_cache(), 2)
         with monkeypatch.context() as patch:
-            patch.setattr(hf_layer.CacheLayer, "bind", lambda *args: pytest.fail("no memory"))
+            patch.setattr(CacheLayer, "bind", lambda *args: pytest.fail("no memory"))
             with pytest.raises(pytest.fail.Exception, match="no memory"):
                 chat.feed(21)
         assert isinstance(chat.cache.core.positions, CarriedPositions)
@@ -441,7 +441,7 @@ def test_layers_with_more_embeddings_than_the_first_are_transferred(
             self.row_bytes += ALIGNMENT_BYTES * (len(made) == 1)
             made.append(self)
 
-    monkeypatch.setattr(hf_layer, "PositionLayout", Wider)
+    monkeypatch.setattr(first_tokens, "PositionLayout", Wider)
     wanted = outcome([model.generate(prompt(2), **COMMON)])
     with Session(model, config(), checking_backend()) as session:
         cache = session.new_cache()

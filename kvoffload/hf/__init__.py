@@ -5,9 +5,10 @@ modules of one model, methods are shadowed on one instance.
 """
 
 from kvoffload.hf.cache import OffloadedHFCache
+from kvoffload.hf.first_tokens import FirstTokens, Measure
 from kvoffload.hf.hooks import ModelHooks
 from kvoffload.hf.interface import SegmentAttention
-from kvoffload.hf.layer import FirstTokens, Measure, OffloadedLayer
+from kvoffload.hf.layer import OffloadedLayer
 from kvoffload.hf.models import attention_modules, check_supported, offloadable_layers, unwrap
 
 __all__ = [

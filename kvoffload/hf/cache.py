@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,9 +11,35 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from kvoffload.cache import OffloadedCache
-from kvoffload.hf.layer import CacheOwner, OffloadedLayer
+from kvoffload.hf.first_tokens import FirstTokens, Measure
+from kvoffload.hf.layer import OffloadedLayer
 from kvoffload.hf.masks import MaskReader
 from kvoffload.hf.models import offloadable_layers
+from kvoffload.layer import CacheLayer
+
+
+class CacheOwner(Protocol):
+    """What a cache asks of the session it belongs to."""
+
+    def check_usable(self, cache: OffloadedHFCache) -> None: ...
+    def forget(self, cache: OffloadedHFCache) -> None: ...
+    def use_whole_layers(self, cache: OffloadedHFCache) -> None: ...
+    def carries_positions(
+        self, cache: OffloadedHFCache, first: FirstTokens, *, row_bytes: int, token_bytes: int
+    ) -> bool: ...
+    def cannot_recompute(self, cache: OffloadedHFCache, first: FirstTokens) -> None: ...
+    def before_first_append(
+        self,
+        cache: OffloadedHFCache,
+        layer: CacheLayer,
+        first: FirstTokens,
+        measure: Measure | None,
+    ) -> None: ...
+    def add_setup(self, seconds: float) -> None: ...
+    @property
+    def num_forwards(self) -> int: ...
+    @property
+    def offers_segments(self) -> bool: ...
 
 
 class OffloadedHFCache(DynamicCache):

@@ -1,68 +1,31 @@
-"""One layer of the cache as transformers sees it: takes K and V from an attention module, and answers its attention."""
+"""One layer of the cache as transformers sees it: takes K and V from an attention module, and answers its attention.
+
+Owns what happens in which order within one forward of such a module. What the module's call asks for is in
+attention_call.py, what follows from a layer's first tokens in first_tokens.py; the cached tokens are a `CacheLayer`'s.
+"""
 
 from __future__ import annotations
 
 import functools
-import itertools
 import time
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin
 
-from kvoffload import attention, recompute, segments
-from kvoffload.carried import CarriedPositions, PositionLayout, rows_are_equal
+from kvoffload import attention, segments
 from kvoffload.errors import UnsupportedModelError
 from kvoffload.hf.attention_call import asks_for_own_attention, can_segment, question
+from kvoffload.hf.first_tokens import FirstTokens, prepare_measurement, settle_position_layout, way_to_recompute
 from kvoffload.hf.masks import Padding
-from kvoffload.layer import CacheLayer, Recompute
-from kvoffload.positions import INDEX_BYTES
+from kvoffload.layer import CacheLayer
 from kvoffload.tail import KVShape
 
 if TYPE_CHECKING:
     from kvoffload.hf.cache import OffloadedHFCache
-
-VERIFIED_TOKENS = 16  # of the first prefill, on which recomputation is checked before it is used
-
-
-class FirstTokens(NamedTuple):
-    """What a layer was given first: the truth, where a configuration only describes it."""
-
-    rows: int
-    tokens: int
-    kv_row_bytes: int
-    activation_row_bytes: int
-
-
-# Prepares the recomputation of that many tokens of all rows of a layer, to be timed.
-Measure = Callable[[int], Callable[[], None]]
-
-
-class CacheOwner(Protocol):
-    """What a cache asks of the session it belongs to."""
-
-    def check_usable(self, cache: OffloadedHFCache) -> None: ...
-    def forget(self, cache: OffloadedHFCache) -> None: ...
-    def use_whole_layers(self, cache: OffloadedHFCache) -> None: ...
-    def carries_positions(
-        self, cache: OffloadedHFCache, first: FirstTokens, *, row_bytes: int, token_bytes: int
-    ) -> bool: ...
-    def cannot_recompute(self, cache: OffloadedHFCache, first: FirstTokens) -> None: ...
-    def before_first_append(
-        self,
-        cache: OffloadedHFCache,
-        layer: CacheLayer,
-        first: FirstTokens,
-        measure: Measure | None,
-    ) -> None: ...
-    def add_setup(self, seconds: float) -> None: ...
-    @property
-    def num_forwards(self) -> int: ...
-    @property
-    def offers_segments(self) -> bool: ...
 
 
 class _Update(NamedTuple):
@@ -272,77 +235,31 @@ class OffloadedLayer(CacheLayerMixin):
         self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
         core.is_full_precision = keys.dtype == values.dtype and keys.dtype in (torch.float32, torch.float64)
         core.is_full_precision &= not torch.is_autocast_enabled(keys.device.type)
-        kv_row_bytes = (keys[0, :, 0].numel() + values[0, :, 0].numel()) * keys.element_size()
-        x_row_bytes = kv_row_bytes if activation is None else activation[0, 0].numel() * activation.element_size()
-        first = FirstTokens(keys.shape[0], keys.shape[2], kv_row_bytes, x_row_bytes)
+        first = FirstTokens.of(keys, values, activation)
         if core.position == 0:
             session.before_first_append(owner, core, first, None)  # whether activations are wanted at all
         measure = None
         if core.cache.placement.needs_activations:
-            core.layout = self._position_layout(owner, first, activation)
+            core.layout = settle_position_layout(owner, core, first, activation, self._embeddings)
         if core.cache.placement.needs_activations:  # still, with what blocks carry
-            core.recompute = self._choose(keys, values, activation)
+            was_attended, self._was_attended = self._was_attended, ""  # a try of the module's forward may attend, too
+            try:
+                core.recompute = way_to_recompute(self._module, core, activation, self._embeddings, keys, values)
+            finally:
+                self._was_attended = was_attended
             if core.recompute is None:
                 owner.warn_not_recomputable(core.position, self._module)
                 if core.position == 0:
                     session.cannot_recompute(owner, first)
             elif activation is not None:
-                shape = KVShape.of(keys, values)
-                measure = functools.partial(self._prepare_measurement, core.recompute, activation, shape)
+                embeddings, shape = self._embeddings or (), KVShape.of(keys, values)
+                measure = functools.partial(
+                    prepare_measurement, core.cache.engine, core.recompute, activation, embeddings, shape
+                )
         session.before_first_append(owner, core, first, measure)
         began = time.perf_counter()
         core.bind(keys, values, activation)  # allocates and pins
         session.add_setup(time.perf_counter() - began)
-
-    def _position_layout(
-        self, owner: OffloadedHFCache, first: FirstTokens, activation: torch.Tensor | None
-    ) -> PositionLayout | None:
-        """Where blocks carry their position embeddings, if they do; the first layer settles that for all."""
-        cache, embeddings, is_first = owner.core, self._embeddings, self.core.position == 0
-        layout, row_bytes = None, 0
-        if not is_first and not isinstance(cache.positions, CarriedPositions):
-            return None
-        if activation is not None and embeddings and all(map(rows_are_equal, embeddings)):
-            layout = PositionLayout(activation, embeddings, first.rows // cache.prompt_copies)
-            row_bytes = layout.row_bytes - first.activation_row_bytes
-        if not is_first:  # slots are made for the first layer's
-            settled = cache.layers[0].layout
-            return layout if layout and settled and layout.row_bytes <= settled.row_bytes else None
-        token_bytes = sum(part.shape[2] * part.element_size() + INDEX_BYTES for part in embeddings or ())
-        is_wanted = owner.session.carries_positions(owner, first, row_bytes=row_bytes, token_bytes=token_bytes)
-        cache.carry_positions(is_wanted)
-        return layout if is_wanted else None
-
-    def _choose(self, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None) -> Recompute | None:
-        if self._module is None or activation is None or self._embeddings is None:
-            return None
-        if self._embeddings and self.core.layout is None and isinstance(self.core.cache.positions, CarriedPositions):
-            return None  # no place for its position embeddings
-        n = slice(0, VERIFIED_TOKENS)
-        embeddings = tuple(part[:, n] for part in self._embeddings)
-        shape = KVShape.of(keys, values)
-        was_attended, self._was_attended = self._was_attended, ""  # a try of the module's forward may attend, too
-        try:
-            return recompute.choose(self._module, shape, activation[:, n], embeddings, keys[:, :, n], values[:, :, n])
-        finally:
-            self._was_attended = was_attended
-
-    def _prepare_measurement(
-        self, path: Recompute, activation: torch.Tensor, shape: KVShape, num_tokens: int
-    ) -> Callable[[], None]:
-        """Recomputation of that many tokens (those of this forward, repeated), as often as it is called."""
-        index = torch.arange(num_tokens, device=activation.device) % activation.shape[1]
-        embeddings = tuple(part.index_select(1, index) for part in self._embeddings or ())
-        x = activation.transpose(0, 1).index_select(0, index)
-        # All over a layer buffer, as in a step: in a cache it would look faster than it is.
-        scratch = self.core.cache.engine.measuring_room()
-        num_bytes = num_tokens * x.shape[1] * shape.row_bytes
-        starts = range(0, scratch.numel() - num_bytes + 1, num_bytes)
-        chunks = [scratch[start : start + num_bytes].view(shape.dtype) for start in starts]
-        if not chunks:  # a cache shorter than a chunk
-            chunks = [torch.empty(num_bytes // shape.dtype.itemsize, dtype=shape.dtype, device=x.device)]
-        turns = itertools.cycle(chunk.view(num_tokens, x.shape[1], shape.width) for chunk in chunks)
-        return lambda: path(x, embeddings, next(turns))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the K/V that the next attention sees."""
