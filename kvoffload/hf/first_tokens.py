@@ -23,7 +23,7 @@ from kvoffload.transfer import TransferEngine
 if TYPE_CHECKING:
     from kvoffload.hf.cache import OffloadedHFCache
 
-VERIFIED_TOKENS = 16  # of the first prefill, on which recomputation is checked before it is used
+VERIFIED_TOKENS = 16  # the last of the first forward (padding comes first), on which recomputation is checked
 
 # Prepares the recomputation of that many tokens of all rows of a layer, to be timed.
 Measure = Callable[[int], Callable[[], None]]
@@ -100,7 +100,7 @@ def way_to_recompute(
         return None
     if embeddings and core.layout is None and isinstance(core.cache.positions, CarriedPositions):
         return None  # no place for its position embeddings
-    n = slice(0, VERIFIED_TOKENS)
+    n = slice(-VERIFIED_TOKENS, None)
     parts = tuple(part[:, n] for part in embeddings)
     shape = KVShape.of(keys, values)
     return recompute.choose(module, shape, activation[:, n], parts, keys[:, :, n], values[:, :, n])
