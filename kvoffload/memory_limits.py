@@ -7,11 +7,9 @@ a prefill chunk may be under them, and that beams share the stored blocks of the
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-
 import torch
 
+from kvoffload import system_memory
 from kvoffload.backend import Backend
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import HostMemoryError
@@ -19,7 +17,6 @@ from kvoffload.sizing import Geometry, prefill_peak_bytes, smallest_sizes, split
 from kvoffload.types import ModelShape, PlanInputs
 from kvoffload.units import counted, gib
 
-logger = logging.getLogger(__name__)
 HOST_SHARE = 0.8  # of the free host memory that "auto" takes at most
 DEVICE_SHARE = 0.9  # of the free device memory that "auto" takes at most
 MIN_PREFILL_TOKENS = 64
@@ -95,7 +92,7 @@ class MemoryLimits:
         """The cap on host memory, of which the session holds so much already: what its pool may grow to."""
         if self._config.host_gib != "auto":
             return int(float(self._config.host_gib) * GIB)
-        return int(HOST_SHARE * available_host_bytes()) + held_bytes
+        return int(HOST_SHARE * system_memory.available_bytes()) + held_bytes
 
     def full_host_cap_bytes(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int:
         """The cap as if every row stored every block: beams share those of their prompt."""
@@ -132,23 +129,6 @@ def check_full_host(geometry: Geometry, prompt_tokens: int, needed_bytes: int, c
     if needed_bytes > cap_bytes:
         share = _stored_share(geometry, prompt_tokens)
         raise _host_too_small(geometry, int(needed_bytes * share), int(cap_bytes * share))
-
-
-def available_host_bytes() -> int:
-    """Free host memory, within the limit of this process's control group."""
-    values = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        values[name] = int(rest.split()[0]) * 1024
-    free = values["MemAvailable"]
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        logger.debug("no control group limit on memory found")
-    return max(0, free)
 
 
 def _stored_share(geometry: Geometry, prompt_tokens: int) -> float:

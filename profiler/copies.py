@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import torch
 
+from kvoffload import system_memory
 from kvoffload.backend import Backend, EmulatedBackend
 from kvoffload.config import EmulatedLink
-from kvoffload.profiler import environment
 from kvoffload.profiler.budget import Budget, Steps
 from kvoffload.profiler.link import MAX_COPY_S, SIZES_BYTES, LinkCurves, given_curve, measure_link
 from kvoffload.types import Curve
@@ -47,7 +47,7 @@ def measure_copies(backend: Backend, budget: Budget, steps: Steps) -> Copies:
         budget_s = budget.emulated_s
         achieved = measure_link(backend, sizes_bytes=tuple(sizes), budget_s=budget_s, progress=steps.within)
         return Copies(h2d, d2h, achieved.named("_achieved"), False, [f"emulated {one}" for one in achieved.noisy])
-    free_bytes = min(environment.memory_available_bytes(), torch.cuda.mem_get_info(backend.device)[0])
+    free_bytes = min(system_memory.available_bytes(), torch.cuda.mem_get_info(backend.device)[0])
     sizes = [size for size in budget.sizes_bytes if size <= free_bytes // MEMORY_SHARE] or [SIZES_BYTES[0]]
 
     def copies(budget_s: float, pageable: bool) -> LinkCurves:

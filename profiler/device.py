@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from kvoffload import system_memory
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError
 from kvoffload.profiler import environment
@@ -55,7 +56,7 @@ def device_memory_bytes(device: torch.device) -> int:
     """All memory of a GPU; on a CPU, where the "device" is part of the host, what this process may use."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return environment.memory_bytes()
+    return system_memory.usable_bytes()
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

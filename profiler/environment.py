@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from kvoffload import system_memory
+
 PACKAGES = ("torch", "transformers", "triton", "numpy", "pulp", "highspy")
-UNLIMITED_BYTES = 2**60  # limits of this size mean "none"
 GENERATION_BY_GT_PER_S = {2.5: 1, 5.0: 2, 8.0: 3, 16.0: 4, 32.0: 5, 64.0: 6}
 SMI_FIELDS = (
     "name,driver_version,memory.total,pci.bus_id,"
@@ -45,7 +46,6 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     Args:
         device: the CUDA device to describe; None takes the first GPU the driver shows.
     """
-    total, available = _meminfo()
     soft_limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return {
         "system": platform.system(),
@@ -53,9 +53,9 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "cpu_name": cpu_name(),
         "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "memory_bytes": total,
-        "memory_available_bytes": available,
-        "cgroup_memory_limit_bytes": cgroup_memory_limit_bytes(),
+        "memory_bytes": system_memory.installed_bytes(),
+        "memory_available_bytes": system_memory.available_bytes(),
+        "cgroup_memory_limit_bytes": system_memory.limit_bytes(),
         "locked_memory_limit_bytes": None if soft_limit == resource.RLIM_INFINITY else soft_limit,
         "locked_memory_is_unlimited": soft_limit == resource.RLIM_INFINITY,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
@@ -103,36 +103,6 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def cgroup_memory_limit_bytes() -> int | None:
-    """The container's memory limit (cgroup version 2, then 1); None where there is none."""
-    limits = []
-    for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            parts = Path("/sys/fs/cgroup"), "memory.max"
-        elif "memory" in controllers.split(","):
-            parts = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
-        else:
-            continue
-        for folder in {parts[0] / path.lstrip("/"), parts[0]}:  # inside a container the path may be the host's
-            limit = _number(_read(folder / parts[1]))
-            if limit is not None and limit < UNLIMITED_BYTES:
-                limits.append(limit)
-    return min(limits, default=None)
-
-
-def memory_bytes() -> int:
-    """Memory this process may use: what is installed, or the container's limit if that is less."""
-    total = _meminfo()[0] or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(total, cgroup_memory_limit_bytes() or total)
-
-
-def memory_available_bytes() -> int:
-    """Memory that is free for the asking now, at most what the container may hold; half of it all where unknown."""
-    total, available = _meminfo()
-    return min(available or memory_bytes() // 2, cgroup_memory_limit_bytes() or total or memory_bytes())
-
-
 def cpu_seconds() -> tuple[float, float]:
     """CPU time spent so far by everything on this machine (nan where unknown), and by this process."""
     fields = (_read(Path("/proc/stat")) or "").partition("\n")[0].split()
@@ -169,15 +139,6 @@ def _nvidia_smi(bus: str | None) -> list[str] | None:
     rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
     fitting = [row for row in rows if len(row) == SMI_FIELDS.count(",") + 1]
     return fitting[0] if done.returncode == 0 and fitting else None
-
-
-def _meminfo() -> tuple[int | None, int | None]:
-    """Installed and available memory in bytes."""
-    values = {}
-    for line in (_read(Path("/proc/meminfo")) or "").splitlines():
-        name, _, rest = line.partition(":")
-        values[name] = _scaled(rest.split()[0] if rest.split() else None, 1024)  # KiB
-    return values.get("MemTotal"), values.get("MemAvailable")
 
 
 def _version(package: str) -> str | None:

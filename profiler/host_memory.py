@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvoffload.profiler import environment
+from kvoffload import system_memory
 from kvoffload.profiler.compute import attention_works, time_attention
 from kvoffload.profiler.workbench import Workbench, curve_of, noisy_of
 from kvoffload.types import Curve, Quantity
@@ -51,7 +51,7 @@ def measure_host_memory(*, budget_s: float = 4.0, pool_bytes: int = POOL_BYTES) 
     curves: dict[str, Curve] = {}
     noisy: list[str] = []
     with torch.inference_mode(False), torch.no_grad():
-        pool_bytes = min(pool_bytes, environment.memory_available_bytes() // 8)
+        pool_bytes = min(pool_bytes, system_memory.available_bytes() // 8)
         bench = Workbench(cpu, torch.float32, pool_bytes)
         words = bench.pool.view(torch.int32)
         reads = [bench.time((), "host memory read", lambda: words.amax(), budget_s / 8)]

@@ -35,6 +35,7 @@ from collections.abc import Iterable
 
 import torch
 
+from kvoffload import system_memory
 from kvoffload.backend import Backend, CudaBackend, EmulatedBackend
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError, ProfileError
@@ -155,7 +156,7 @@ def measure_hardware(
             "noisy": noisy,
             "measured_in_s": round(measured_in_s, 2),
             "other_cpu_load_fraction": None if math.isnan(other_load) else round(max(0.0, other_load), 3),
-            "host_memory_bytes": environment.memory_bytes(),
+            "host_memory_bytes": system_memory.usable_bytes(),
             "environment": facts,
         },
         method=METHOD,

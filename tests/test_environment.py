@@ -79,43 +79,6 @@ def test_a_failing_or_strange_nvidia_smi_is_no_gpu(machine: FakeMachine) -> None
     assert environment.gpu_facts() == environment.NO_GPU
 
 
-@pytest.mark.parametrize(
-    ("files", "limit"),
-    [
-        ({"/proc/self/cgroup": "0::/box", "/sys/fs/cgroup/box/memory.max": "1000000"}, 1000000),
-        ({"/proc/self/cgroup": "0::/box", "/sys/fs/cgroup/memory.max": "2000000"}, 2000000),
-        ({"/proc/self/cgroup": "0::/box", "/sys/fs/cgroup/box/memory.max": "max"}, None),
-        (
-            {
-                "/proc/self/cgroup": "5:cpu,cpuacct:/box\n4:memory:/box\n0::/",
-                "/sys/fs/cgroup/memory/box/memory.limit_in_bytes": "3000000",
-            },
-            3000000,
-        ),
-        (
-            {"/proc/self/cgroup": "4:memory:/", "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"},
-            None,
-        ),
-        ({}, None),
-    ],
-    ids=["version 2", "version 2 inside a container", "no limit", "version 1", "version 1 without limit", "no cgroup"],
-)
-def test_the_containers_memory_limit(machine: FakeMachine, files: dict[str, str], limit: int | None) -> None:
-    machine.files |= files
-    assert environment.cgroup_memory_limit_bytes() == limit
-
-
-def test_usable_memory_is_the_lesser_of_installed_and_limit(machine: FakeMachine) -> None:
-    machine.files |= {
-        "/proc/meminfo": "MemTotal:       1000 kB\nMemAvailable:    600 kB",
-        "/proc/self/cgroup": "0::/",
-        "/sys/fs/cgroup/memory.max": "2048000",
-    }
-    assert environment.memory_bytes() == 1024000
-    machine.files["/sys/fs/cgroup/memory.max"] = "512000"
-    assert environment.memory_bytes() == 512000
-
-
 def test_time_of_all_work_leaves_out_idling(machine: FakeMachine) -> None:
     machine.files["/proc/stat"] = "cpu  100 20 30 9000 800 4 5 6 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0"
     ticks_per_s = environment.os.sysconf("SC_CLK_TCK")

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kvoffload"
 
-_LAYER_0 = {"errors", "units", "datasheet", "quantities", "hardware_profile", "types", "timeline"}
+_LAYER_0 = {"errors", "units", "system_memory", "datasheet", "quantities", "hardware_profile", "types", "timeline"}
 _LAYER_1 = _LAYER_0 | {
     *("architectures", "model_config", "quantization", "matrices", "layer_types", "model_shape"),
     *("config", "rates", "cost", "simulation", "placement", "stats", "progress"),
@@ -24,6 +24,7 @@ _LAYER_5 = _LAYER_4 | {"hf", "decide", "profiler"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "units": set(),
+    "system_memory": set(),
     "datasheet": {"errors"},
     "quantities": {"errors"},
     "hardware_profile": {"errors", "datasheet", "quantities"},

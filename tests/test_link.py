@@ -103,7 +103,7 @@ def test_host_memory_is_given_back_where_the_device_has_none() -> None:
 @pytest.fixture
 def plenty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory on both sides, and simulated time for every measurement."""
-    monkeypatch.setattr(copies.environment, "memory_available_bytes", lambda: 2**36)
+    monkeypatch.setattr(copies.system_memory, "available_bytes", lambda: 2**36)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**36, 2**36))
     monkeypatch.setattr(link, "_pageable", lambda num: torch.empty(num, dtype=torch.uint8, device="meta"))
     real = link.measure_link
