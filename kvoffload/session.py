@@ -292,6 +292,7 @@ class Session:
                 "use session.new_cache(), or call generate() outside the session"
             )
         else:
+            cache.check_rows(batch_size * copies)
             run.use(cache)
             vars(cache)["_is_user_defined"] = True  # what transformers does to a cache it is given
             if cache in self._decisions:
@@ -310,7 +311,9 @@ class Session:
     def check_usable(self, cache: hf.OffloadedHFCache) -> None:
         """Called with each update: the cache is alive, and the engine's buffers are made for it."""
         if self.is_closed or cache.is_closed:
-            raise KVOffloadError("this cache belongs to a session or a generate() that is over: take a new_cache()")
+            raise KVOffloadError(
+                "this cache belongs to a session or a generate() that failed or is over: take a new_cache()"
+            )
         self._reap()
         self._decisions.keep_buffers(cache)
 

@@ -15,7 +15,7 @@ from models import make_model
 from modes import MODES, PROMPT_TOKENS, Outcome, emptied, outcome, plain_cache, prompt
 from transformers import PreTrainedModel
 
-from kvoffload import attention, segments
+from kvoffload import ConfigError, attention, segments
 from kvoffload.layer import CacheLayer
 from kvoffload.session import Session
 
@@ -35,6 +35,20 @@ def greedy_loop(model: PreTrainedModel, cache: Any, tokens: torch.Tensor, steps:
             new = logits[-1].argmax(-1, keepdim=True)
             tokens = torch.cat([tokens, new], dim=1)
     return Outcome([tokens], logits)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_other_rows_than_are_cached_are_refused_and_the_cache_goes_on(split: Any, model: PreTrainedModel) -> None:
+    wanted = greedy_loop(model, plain_cache(model), prompt(2), 12)
+    with Session(model, config(split), checking_backend()) as session:
+        cache = session.new_cache()
+        found = greedy_loop(model, cache, prompt(2), 6)
+        with torch.no_grad(), pytest.raises(ConfigError, match=r"holds 2 rows and is given tokens for 3.*new_cache"):
+            model(prompt(3)[:, :1], past_key_values=cache)
+        with pytest.raises(ConfigError, match=r"holds 2 rows and is given tokens for 6 \(beams counted\)"):
+            model.generate(prompt(2, 99), past_key_values=cache, num_beams=3, max_new_tokens=2)  # type: ignore[operator]
+        rest = greedy_loop(model, cache, found.logits[-1].argmax(-1, keepdim=True), 6)
+    assert distance(Outcome([], [*found.logits, *rest.logits]), Outcome([], wanted.logits)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("split", SPLITS)

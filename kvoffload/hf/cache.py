@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from kvoffload.cache import OffloadedCache
+from kvoffload.errors import ConfigError
 from kvoffload.hf.first_tokens import FirstTokens, Measure
 from kvoffload.hf.layer import OffloadedLayer
 from kvoffload.hf.masks import MaskReader
 from kvoffload.hf.models import offloadable_layers
 from kvoffload.layer import CacheLayer
+from kvoffload.units import counted
 
 
 class CacheOwner(Protocol):
@@ -103,6 +105,18 @@ class OffloadedHFCache(DynamicCache):
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=3)
+
+    def check_rows(self, rows: int) -> None:
+        """Refuse tokens for another number of rows than are cached.
+
+        Raises:
+            ConfigError: so it is.
+        """
+        if self.core.layers[0].num_tokens and rows != self.core.rows:
+            raise ConfigError(
+                f"this cache holds {counted(self.core.rows, 'row')} and is given tokens for {rows} (beams counted): "
+                "take a session.new_cache(), or change its rows first (batch_repeat_interleave, batch_select_indices)"
+            )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Cached tokens of a layer."""

@@ -85,6 +85,7 @@ class OffloadedLayer(CacheLayerMixin):
         owner, core = self._owner(), self.core
         assert owner is not None
         owner.session.check_usable(owner)
+        owner.check_rows(key_states.shape[0])
         if torch.is_grad_enabled() and key_states.requires_grad:
             raise UnsupportedModelError("gradients do not flow through an offloaded cache: use torch.no_grad()")
         activation, self._activation = self._activation, None
