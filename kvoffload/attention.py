@@ -131,12 +131,13 @@ class _ResidentPlacing:
 
 
 def _run_length(blocks: list[Block]) -> int:
-    """How many resident blocks from the first on are of one form and contiguous."""
+    """How many resident blocks from the first on are of one form, of equal rows and contiguous."""
     first = blocks[0]
     assert first.resident is not None
     for idx, block in enumerate(blocks):
         address = first.resident.data_ptr() + idx * first.num_bytes
-        if block.resident is None or block.form != first.form or block.resident.data_ptr() != address:
+        is_like_first = (block.form, block.rows) == (first.form, first.rows)  # fewer rows leave gaps between blocks
+        if block.resident is None or not is_like_first or block.resident.data_ptr() != address:
             return idx
     return len(blocks)
 

@@ -115,6 +115,22 @@ def test_room_for_resident_blocks_that_comes_back_is_not_used(
 
 
 @pytest.mark.parametrize("attention", PATHS)
+@pytest.mark.parametrize("split", ["transfer", "recompute"])
+def test_resident_blocks_of_fewer_rows_behind_those_of_more(split: Any, attention: Any, model: PreTrainedModel) -> None:
+    """They stand at equal distances, but what is between them is not theirs."""
+
+    def play(new_cache: Callable[[], Any]) -> list[torch.Tensor]:
+        cache = new_cache()
+        logits = [model(prompt(3, 13), past_key_values=cache).logits[:, -1]]
+        cache.batch_select_indices(torch.tensor([2]))
+        logits += [model(prompt(1, 9, seed=i), past_key_values=cache).logits[:, -1] for i in range(20)]
+        return logits
+
+    device_gib = (150_000 if attention == "auto" else 400_000) / GIB
+    compare(model, play, split, attention, device_gib=device_gib, chunk_blocks=3)
+
+
+@pytest.mark.parametrize("attention", PATHS)
 @pytest.mark.parametrize("rows", [1, 2, 4])
 def test_a_cache_is_reset_and_used_with_other_rows(rows: int, attention: Any, model: PreTrainedModel) -> None:
     def play(new_cache: Callable[[], Any]) -> list[torch.Tensor]:
