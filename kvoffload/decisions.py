@@ -18,7 +18,7 @@ from kvoffload.decide import Decider, Decision
 from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.layer import CacheLayer
 from kvoffload.progress import AllocationProgress
-from kvoffload.sizing import Geometry, grown, widened
+from kvoffload.sizing import Geometry, grown, widened, with_kv_rows
 from kvoffload.store import HostPool
 from kvoffload.transfer import TransferEngine
 
@@ -139,9 +139,20 @@ class Decisions:
             geometry.is_segmented,
         ):
             self._lay_out_anew(cache, first, prompt_tokens)
-        elif layer.position > 0 and not layer.is_segmented:
+        elif layer.position > 0 and first.kv_row_bytes > geometry.kv_row_bytes:
+            self._widen_buffers(cache, first.kv_row_bytes)
+        if layer.position > 0 and not layer.is_segmented:
             self.use_whole_layers(cache)
             self._engine.ensure_buffers(geometry.max_tokens * first.rows * first.kv_row_bytes)
+
+    def _widen_buffers(self, cache: hf.OffloadedHFCache, kv_row_bytes: int) -> None:
+        """Buffers for a layer whose K and V are wider than those of the first."""
+        decision = self._decisions[cache]
+        sizes = with_kv_rows(decision.sizes, decision.geometry, kv_row_bytes)
+        if sizes != decision.sizes:
+            logger.info("buffers grow to %d bytes on the device: K and V of layers differ", sizes.fixed_device_bytes)
+            self._decisions[cache] = replace(decision, sizes=sizes)
+            self._configure(cache)
 
     def carries_positions(
         self, cache: hf.OffloadedHFCache, first: hf.FirstTokens, prompt_tokens: int, *, row_bytes: int, token_bytes: int

@@ -253,6 +253,17 @@ def widened(sizes: Sizes, rows_before: int, rows: int) -> Sizes:
     )
 
 
+def with_kv_rows(sizes: Sizes, geometry: Geometry, kv_row_bytes: int) -> Sizes:
+    """The same sizes with chunks that can have K and V so wide, where layers differ."""
+    chunk_bytes = sizes.block_tokens * sizes.chunk_blocks * geometry.rows * kv_row_bytes
+    return replace(
+        sizes,
+        slot_bytes=max(sizes.slot_bytes, chunk_bytes) if geometry.is_segmented else sizes.slot_bytes,
+        scratch_bytes=max(sizes.scratch_bytes, chunk_bytes) if sizes.scratch_bytes else 0,
+        d2h_slot_bytes=max(sizes.d2h_slot_bytes, chunk_bytes),
+    )
+
+
 def grown(sizes: Sizes, geometry: Geometry) -> Sizes:
     """The same sizes with layer buffers for a longer cache."""
     if geometry.is_segmented:

@@ -338,3 +338,22 @@ def test_bytes_written_back_are_counted_with_the_run_that_wrote_them(model: PreT
             assert session.stats is not None
             written.append(session.stats.d2h_bytes)
     assert written == [9 * 4 * 2 * 3 * 2 * 2 * 12 * 4] * 3  # blocks, tokens, rows, layers, K and V, heads, dim, float32
+
+
+@pytest.mark.parametrize("attention", PATHS)
+@pytest.mark.parametrize("split", [*SPLITS, "auto"])
+@pytest.mark.parametrize("heads", [(1, 4, 2), (4, 1, 2), (2, 4, 4)])
+def test_layers_with_other_numbers_of_heads_than_the_first(heads: tuple[int, ...], split: Any, attention: Any) -> None:
+    """Buffers are made for the first layer's K and V."""
+    model: Any = make_model("llama", num_key_value_heads=4)
+    for layer, count in zip(model.model.layers, heads, strict=True):
+        layer.self_attn.num_key_value_groups = 4 // count
+        for name in ("k_proj", "v_proj"):
+            setattr(layer.self_attn, name, torch.nn.Linear(48, 12 * count, bias=False))
+
+    def play(new_cache: Callable[[], Any]) -> list[torch.Tensor]:
+        cache = new_cache()
+        logits = [model(prompt(2, 41), past_key_values=cache).logits[:, -1]]
+        return logits + [model(prompt(2, 1, seed=i), past_key_values=cache).logits[:, -1] for i in range(9)]
+
+    compare(model, play, split, attention)
