@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from kvoffload.agreement import rows_are_alike
 from kvoffload.carried import CarriedPositions
+from kvoffload.errors import UnsupportedModelError
 from kvoffload.layer import CacheLayer
 from kvoffload.placement import Placement
 from kvoffload.positions import PositionTable
@@ -47,6 +49,7 @@ class OffloadedCache:
         self.prompt_copies = prompt_copies
         self.is_recording = False
         self.before_blocks: Callable[[], None] | None = None  # may change `placement` before new blocks get a form
+        self.not_recomputable: Callable[[int], None] | None = None  # told of a layer whose later tokens are transferred
         self.recomputed_tokens = 0  # counted per layer and row
         self.positions: PositionTable | CarriedPositions = PositionTable(placement.max_tokens or 0)
         self.row_table = RowTable(engine.backend.device)
@@ -80,6 +83,9 @@ class OffloadedCache:
         Returns:
             How many consecutive logical rows each stored row stands for: more than 1 for prompt blocks of beams,
             whose rows hold equal bits until the first reorder.
+
+        Raises:
+            UnsupportedModelError: the rows of a later layer differ, though those of the first do not.
         """
         missing = num_blocks - self.row_table.num_blocks
         if missing > 0:
@@ -93,7 +99,17 @@ class OffloadedCache:
             self.row_table.extend(missing, self.rows, copies)
             self._claimed_copies = copies
             self.account()
+        elif self._claimed_copies > 1 and not rows_are_alike(new, self._claimed_copies):
+            raise UnsupportedModelError(
+                "sequences of one prompt are stored once, but a layer has other K and V for each: give generate() "
+                "past_key_values=session.new_cache(), which stores all of them"
+            )
         return self._claimed_copies
+
+    def warn_not_recomputable(self, position: int) -> None:
+        """New blocks of a layer are stored as K and V, though its first tokens could be recomputed."""
+        if self.not_recomputable is not None:
+            self.not_recomputable(position)
 
     def select_rows(self, indices: torch.Tensor) -> None:
         """Logical row i becomes what row `indices[i]` was; no stored byte moves."""

@@ -7,6 +7,7 @@ activation. So consecutive blocks remain one copy, and the activations in them o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -142,6 +143,13 @@ class CarriedPositions(PositionStore):
             assert start >= newest.first and part.shape[1] == stop - start, "a block's positions are gone"
             found.append(part)
         return tuple(found)
+
+    def sample(
+        self, streams: tuple[int, ...], tokens: Sequence[int], rows: int, row_step: int
+    ) -> tuple[torch.Tensor, ...]:
+        first = tokens[0]
+        found = self.read(streams, first, tokens[-1] + 1)
+        return tuple(part[:, [token - first for token in tokens]] for part in found)
 
     def reopen(self, streams: tuple[int, ...], start: int, embeddings: tuple[torch.Tensor, ...]) -> None:
         """The tokens of a block from `start` on, each [1, tokens, width], are the newest now; no others are kept."""

@@ -9,11 +9,14 @@ behind them where these are carried (carried.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
+from kvoffload.agreement import Probe, Recompute, reproduces, sampled
 from kvoffload.block_memory import BlockMemory
 from kvoffload.carried import CarriedPositions, PositionLayout
 from kvoffload.chunks import Chunk, chunks_of
@@ -26,9 +29,7 @@ from kvoffload.types import Form
 from kvoffload.write_back import WriteBack
 
 RECORDING_ROOM_TOKENS = 32  # tail room for tokens that a crop may take back
-
-# Recomputes K and V: (activation [tokens, rows, hidden], position embeddings, out [tokens, rows, width])
-Recompute = Callable[[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor], None]
+_FORMS: tuple[Form, Form] = ("activation", "kv")
 
 
 class LayerOwner(Protocol):
@@ -50,6 +51,7 @@ class LayerOwner(Protocol):
     def claim_blocks(self, num_blocks: int, new: NewTokens) -> int: ...
     def logical_rows(self, block: int) -> torch.Tensor | None: ...
     def gather_index(self, layer: CacheLayer) -> torch.Tensor | None: ...
+    def warn_not_recomputable(self, position: int) -> None: ...
 
 
 class CacheLayer:
@@ -67,6 +69,7 @@ class CacheLayer:
         self.blocks: list[Block] = []
         self.shape: KVShape | None = None
         self.recompute: Recompute | None = None
+        self.probe: Probe | None = None  # of the way to recompute
         self.is_full_precision = True  # K, V and their recomputation in float32 or better
         self.streams: tuple[int, ...] = ()  # position embeddings, see PositionStore
         self.layout: PositionLayout | None = None  # of its activation blocks, where these carry them
@@ -251,7 +254,7 @@ class CacheLayer:
         bt = self.cache.placement.block_tokens
         if num_full:
             copies = self.cache.claim_blocks(len(self.blocks) + num_full, new)
-            runs = self._next_runs(num_full, self.cache.rows // copies)
+            runs = self._next_runs(num_full, copies, new)
             stored = (bt * run.num_blocks * self.row_shapes[run.form].num_bytes for run in runs if not run.is_resident)
             to_host = self.cache.engine.start_layer_write_back(sum(stored) * (self.cache.rows // copies))
             start = 0
@@ -266,19 +269,55 @@ class CacheLayer:
             self.cache.account()
         self.tail.advance(num_full * bt, new)
 
-    def _next_runs(self, num_full: int, stored_rows: int) -> list[Run]:
+    def _next_runs(self, num_full: int, copies: int, new: NewTokens) -> list[Run]:
         assert self.tail is not None
         first, self._reopened = self._reopened, None
-        return next_runs(
+        runs = functools.partial(
+            next_runs,
             self.cache.placement,
             num_full,
             num_blocks=len(self.blocks),
             stored_kv_blocks=self.count("kv", resident=False),
             stored_activation_blocks=self.count("activation", resident=False),
-            can_recompute=self.tail.keeps_activations and self._can_carry_positions(stored_rows),
             has_resident_room=self._memory.has_resident_room(self.cache.rows),
             first=first,
         )
+        can_recompute = self.tail.keeps_activations and self._can_carry_positions(self.cache.rows // copies)
+        found = runs(can_recompute=can_recompute)
+        if not self._agrees(found, copies, new):
+            self.cache.warn_not_recomputable(self.position)
+            found = runs(can_recompute=False)
+        return found
+
+    def _agrees(self, runs: Sequence[Run], copies: int, new: NewTokens) -> bool:
+        """Whether K and V of what is to be stored as activations follow from these, as those of the first tokens did.
+
+        A few tokens of many are compared; waits for the device.
+        """
+        bt, rows = self.cache.placement.block_tokens, self.cache.rows // copies
+        ends = [end * bt for end in itertools.accumulate(run.num_blocks for run in runs)]
+        spans = [range(end - run.num_blocks * bt, end) for run, end in zip(runs, ends, strict=True)]
+        tokens = [token for run, span in zip(runs, spans, strict=True) if run.form == "activation" for token in span]
+        if not tokens:
+            return True
+        assert self.tail is not None and self.recompute is not None and self.shape is not None
+        index = [tokens[idx] for idx in sampled(len(tokens), rows)]
+        # Backwards, so that what depends on a token's place in a call is found out.
+        x, kv = (self.tail.sample(form, index, copies, new).flip(0) for form in _FORMS)
+        embeddings: tuple[torch.Tensor, ...] = ()
+        if self.streams:
+            positions = [self.num_stored_tokens + idx for idx in index]
+            sample = self.cache.positions.sample(self.streams, positions, rows, copies)
+            embeddings = tuple(part.flip(1) for part in sample)
+        return reproduces(self.recompute, x, embeddings, kv, self.shape)
+
+    @property
+    def is_as_it_was(self) -> bool:
+        """Whether what was stored as activations still gives the K and V that it gave; waits for the device."""
+        if self.recompute is None or self.probe is None or not any(b.form == "activation" for b in self.blocks):
+            return True
+        assert self.shape is not None
+        return self.probe.agrees(self.recompute, self.shape, self.cache.engine.backend.device)
 
     def _can_carry_positions(self, stored_rows: int) -> bool:
         """Whether new blocks of activations have room for their position embeddings, and one set of these is right."""
@@ -329,7 +368,7 @@ class CacheLayer:
         """Give the memory back."""
         self._memory.close(self.cache.engine.last_h2d)
         self.blocks, self.tail = [], None
-        self.shape, self.recompute, self.layout, self._reopened = None, None, None, None
-        self.awaits_crop = False
+        self.shape, self.recompute, self.probe, self.layout, self._reopened = None, None, None, None, None
+        self.awaits_crop, self.streams = False, ()
         self._chunks = (-1, ())
         self.version += 1

@@ -10,6 +10,7 @@ the embeddings cannot be rebuilt from positions later.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -70,10 +71,10 @@ class _Stream:
         self.index = _with_room(self.index, self.num_stored, moved[:0], max(self.index.shape[1], moved.shape[1]), 0)
         self.index[start:stop, : moved.shape[1]] = moved
 
-    def read(self, start: int, stop: int, rows: int, row_step: int) -> torch.Tensor:
+    def read(self, tokens: slice | Sequence[int], rows: int, row_step: int) -> torch.Tensor:
         """[rows or 1, tokens, width] of stored tokens; every `row_step`-th logical row."""
         assert self.table is not None and self.index is not None
-        index = self.index[start:stop]
+        index = self.index[tokens]
         if index.shape[1] > 1:
             index = index[:, : rows * row_step : row_step]
         index = index.t()  # [rows or 1, tokens]
@@ -155,6 +156,12 @@ class PositionStore(ABC):
         """Take the embeddings [rows or 1, tokens, width] of the tokens behind `cached_tokens`; a new stream's, too."""
 
     @abstractmethod
+    def sample(
+        self, streams: tuple[int, ...], tokens: Sequence[int], rows: int, row_step: int
+    ) -> tuple[torch.Tensor, ...]:
+        """Embeddings of some tokens that are in no block yet, each [rows or 1, tokens, width]; as for `read`."""
+
+    @abstractmethod
     def truncate(self, num_tokens: int) -> None:
         """Forget the tokens behind the first `num_tokens`."""
 
@@ -196,7 +203,14 @@ class PositionTable(PositionStore):
         for idx in streams:
             if self._streams[idx].num_stored < stop:
                 self._streams[idx].store(self._capacity_tokens)
-        return tuple(self._streams[idx].read(start, stop, rows, row_step) for idx in streams)
+        return tuple(self._streams[idx].read(slice(start, stop), rows, row_step) for idx in streams)
+
+    def sample(
+        self, streams: tuple[int, ...], tokens: Sequence[int], rows: int, row_step: int
+    ) -> tuple[torch.Tensor, ...]:
+        for idx in streams:
+            self._streams[idx].store(self._capacity_tokens)
+        return tuple(self._streams[idx].read(tokens, rows, row_step) for idx in streams)
 
     def truncate(self, num_tokens: int) -> None:
         for stream in self._streams:
@@ -220,7 +234,7 @@ class PositionTable(PositionStore):
                 tail = index[first_token : stream.num_stored, :rows]
                 tail.copy_(tail.index_select(1, indices))
                 continue
-            moved = stream.read(first_token, stream.num_stored, rows, 1).index_select(0, indices)
+            moved = stream.read(slice(first_token, stream.num_stored), rows, 1).index_select(0, indices)
             stream.num_stored, stream.pending, stream.num_pending = first_token, [moved], moved.shape[1]
 
     @property

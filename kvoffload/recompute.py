@@ -14,12 +14,9 @@ import torch
 from torch import nn
 
 from kvoffload import ops
-from kvoffload.layer import Recompute
+from kvoffload.agreement import Recompute, reproduces
 from kvoffload.tail import KVShape
 
-# Error allowed between a recomputed and the original K or V, relative to the largest value: GEMMs of other shapes
-# differ in the last bits, another rotation or a missing norm by orders of magnitude more.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Of the second comparison: beyond what models clip K and V at, within float16 together with whatever adds up to them.
 LARGEST_KV, LARGEST_ACTIVATION = 1e3, 1e4
 
@@ -137,14 +134,14 @@ def choose(
     for place, given in zip(shape.split(wanted), (keys, values), strict=True):
         place.copy_(given.permute(2, 0, 1, 3).index_select(0, order))
     generic = GenericRecompute(module, shape)
-    if not _reproduces(generic, x, embeddings, wanted, shape):
+    if not reproduces(generic, x, embeddings, wanted, shape):
         return None
     if FastRecompute.applies_to(module, x.dtype) and shape.dtype == x.dtype:
         fast = FastRecompute(module, shape)
-        if _reproduces(fast, x, embeddings, wanted, shape):
+        if reproduces(fast, x, embeddings, wanted, shape):
             loud, turned = _loud(x, wanted), _turned(embeddings)
             generic(loud, turned, wanted)
-            if _reproduces(fast, loud, turned, wanted, shape):
+            if reproduces(fast, loud, turned, wanted, shape):
                 return fast
     return generic
 
@@ -164,19 +161,3 @@ def _turned(embeddings: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         function(torch.arange(1.0, part.shape[1] + 1, device=part.device))[None, :, None].to(part.dtype).expand_as(part)
         for function, part in zip((torch.cos, torch.sin), embeddings, strict=False)
     )
-
-
-def _reproduces(
-    path: Recompute, x: torch.Tensor, embeddings: tuple[torch.Tensor, ...], wanted: torch.Tensor, shape: KVShape
-) -> bool:
-    """Whether K and V of `x` are as `wanted`, [tokens, rows, width]."""
-    out = torch.full_like(wanted, torch.nan)
-    try:
-        path(x, embeddings, out)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
-        return False  # a module with other arguments or a fused layout; its K/V are transferred
-    for found, right in zip(shape.split(out), shape.split(wanted), strict=True):
-        error = (found.float() - right.float()).abs().max()
-        if not bool(error <= TOLERANCE[shape.dtype] * right.float().abs().max()):  # NaN is a no
-            return False
-    return True

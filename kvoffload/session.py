@@ -55,6 +55,7 @@ class Session:
         self.config = config
         self.stats: GenerationStats | None = None
         self.num_forwards = 0
+        self.num_generations = 0
         self.is_closed = False
         self._layer_indices = hf.offloadable_layers(self.model)
         device = next(self.model.parameters()).device
@@ -210,6 +211,7 @@ class Session:
                 "a generate() of this model is running already (from another thread, or from inside itself); "
                 "an offloaded model serves one call at a time"
             )
+        self.num_generations += 1
         try:
             self.engine.take_peak()
             if self._records_timeline:

@@ -6,6 +6,7 @@ of tokens that lie partly in the tail and partly in this forward. Does not know 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -160,6 +161,16 @@ class Tail:
             values.copy_(new.values[source, ::step])
         elif form == "activation" and new.activation is not None:
             out[from_tail:] = new.activation[source, ::step]
+
+    def sample(self, form: Form, index: Sequence[int], step: int, new: NewTokens) -> torch.Tensor:
+        """Some tokens of tail + new in ascending order, every `step`-th row, [tokens, rows, width]."""
+        shape, parts = self._shapes[form], [self._data[form][[i for i in index if i < self.num_tokens], ::step]]
+        later = [i - self.num_tokens for i in index if i >= self.num_tokens]
+        if form == "kv" and new.keys is not None and new.values is not None:
+            parts += [torch.cat([part[later, ::step].flatten(2) for part in (new.keys, new.values)], dim=2)]
+        elif form == "activation" and new.activation is not None:
+            parts += [new.activation[later, ::step]]
+        return torch.cat([part.to(shape.dtype) for part in parts])
 
     def with_new(self, new: NewTokens) -> torch.Tensor:
         """K/V of the tail and the new tokens, [num_tokens + new, rows, width]; these are not cached by that.

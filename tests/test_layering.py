@@ -17,7 +17,7 @@ _LAYER_1 = _LAYER_0 | {
 }
 _LAYER_2 = _LAYER_1 | {"planner", "sizing", "backend", "store", "positions", "carried", "ops"}
 _LAYER_3 = _LAYER_2 | {"write_back", "chunks", "transfer", "ways", "advice", "forecast", "verdict"}
-_LAYER_4 = _LAYER_3 | {"tail", "block_memory", "layer", "cache", "attention", "recompute"}
+_LAYER_4 = _LAYER_3 | {"tail", "agreement", "block_memory", "layer", "cache", "attention", "recompute"}
 _LAYER_5 = _LAYER_4 | {"hf", "decide", "profiler"}
 
 # module (a file, or a folder as a whole) -> the modules of ours it may import
@@ -63,10 +63,11 @@ ALLOWED: dict[str, set[str]] = {
     "profiler": _LAYER_3,
     "tail": _LAYER_2,
     "block_memory": _LAYER_2 | {"tail"},
-    "layer": _LAYER_3 | {"tail", "block_memory"},
-    "cache": _LAYER_3 | {"tail", "layer"},
+    "agreement": _LAYER_2 | {"tail"},
+    "layer": _LAYER_3 | {"tail", "agreement", "block_memory"},
+    "cache": _LAYER_3 | {"tail", "agreement", "layer"},
     "attention": _LAYER_3 | {"tail", "layer"},
-    "recompute": _LAYER_3 | {"tail", "layer"},
+    "recompute": _LAYER_3 | {"tail", "agreement"},
     "segments": _LAYER_4,
     "hf": _LAYER_4 | {"segments"},
     "measured_rates": _LAYER_2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +42,8 @@ class CacheOwner(Protocol):
     @property
     def num_forwards(self) -> int: ...
     @property
+    def num_generations(self) -> int: ...
+    @property
     def offers_segments(self) -> bool: ...
 
 
@@ -70,6 +73,13 @@ class OffloadedHFCache(DynamicCache):
         self.is_closed = False
         self.masks = MaskReader()
         self._warned: set[str] = set()
+        reference = weakref.ref(self)  # the core must not keep the cache alive
+
+        def not_recomputable(position: int) -> None:
+            if (cache := reference()) is not None:
+                cache.warn_later_not_recomputable(position)
+
+        core.not_recomputable = not_recomputable
         for position, layer_idx in enumerate(offloadable_layers(model)):
             layer = OffloadedLayer(self, core.layers[position], modules.get(layer_idx))
             if is_compiled:
@@ -92,6 +102,13 @@ class OffloadedHFCache(DynamicCache):
         self._warn_once(
             f"K/V of {type(module).__name__} cannot be recomputed from its input (layer {position}); "
             "they are transferred instead"
+        )
+
+    def warn_later_not_recomputable(self, position: int) -> None:
+        """Say once that some K/V of this model are transferred."""
+        self._warn_once(
+            f"K/V of some tokens cannot be recomputed from the input of their attention layer, unlike the first ones "
+            f"(layer {position}; hooks, adapters or the precision changed?); they are transferred instead"
         )
 
     def warn_whole_layer(self, module: nn.Module) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from kvoffload import recompute
+from kvoffload.agreement import Recompute
 from kvoffload.carried import CarriedPositions, PositionLayout, rows_are_equal
-from kvoffload.layer import CacheLayer, Recompute
+from kvoffload.layer import CacheLayer
 from kvoffload.positions import INDEX_BYTES
 from kvoffload.tail import KVShape
 from kvoffload.transfer import TransferEngine

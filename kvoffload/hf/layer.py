@@ -17,6 +17,7 @@ from torch import nn
 from transformers.cache_utils import CacheLayerMixin
 
 from kvoffload import attention, segments
+from kvoffload.agreement import Probe
 from kvoffload.errors import UnsupportedModelError
 from kvoffload.hf.attention_call import asks_for_own_attention, can_segment, question
 from kvoffload.hf.first_tokens import FirstTokens, prepare_measurement, settle_position_layout, way_to_recompute
@@ -51,6 +52,7 @@ class OffloadedLayer(CacheLayerMixin):
         self._activation: torch.Tensor | None = None  # input of the attention module in this forward
         self._embeddings: tuple[torch.Tensor, ...] | None = ()  # None: of a kind that cannot be stored
         self._is_in_module = False
+        self._generation = 0  # number of the `generate()` that cached the newest tokens
         self._pending: _Update | None = None  # to be cached once its attention has run
         self._was_attended: Literal["", "without", "with cached tokens"] = ""  # in this forward
 
@@ -210,6 +212,12 @@ class OffloadedLayer(CacheLayerMixin):
         if core.shape is None:
             core.is_segmented = is_segmented
             self._bind(owner, *update)
+        elif self._begins_turn(owner, update) and not core.is_as_it_was:
+            raise UnsupportedModelError(
+                f"layer {core.position} does not compute the K and V that it cached any more (weights, adapters, hooks "
+                "or the precision changed since): take a new cache, or use split='transfer'"
+            )
+        self._generation = owner.session.num_generations
         if core.recompute is not None and update.activation is None:
             raise UnsupportedModelError(
                 f"layer {core.position} was updated outside its attention module; use split='transfer'"
@@ -218,6 +226,11 @@ class OffloadedLayer(CacheLayerMixin):
             core.streams = core.cache.positions.capture(
                 owner.session.num_forwards, core.position, self._embeddings, core.num_tokens
             )
+
+    def _begins_turn(self, owner: OffloadedHFCache, update: _Update) -> bool:
+        """Whether these may be the first tokens of a further turn; several that a crop follows are a step's."""
+        several = update.keys.shape[2] > 1 and not self.record_past
+        return self.core.num_tokens > 0 and (several or self._generation != owner.session.num_generations)
 
     def _append(self, update: _Update) -> None:
         owner, core = self._owner(), self.core
@@ -254,6 +267,7 @@ class OffloadedLayer(CacheLayerMixin):
                     session.cannot_recompute(owner, first)
             elif activation is not None:
                 embeddings, shape = self._embeddings or (), KVShape.of(keys, values)
+                core.probe = Probe.of(activation, embeddings, keys, values)
                 measure = functools.partial(
                     prepare_measurement, core.cache.engine, core.recompute, activation, embeddings, shape
                 )
