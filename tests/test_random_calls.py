@@ -156,8 +156,8 @@ def check(seed: int) -> None:
         return
     for turn, wanted in zip(found, expected, strict=True):
         assert has_beams or torch.equal(turn.sequences, wanted.sequences)
-        steps = zip(turn.logits, wanted.logits, strict=True)
-        assert max(_distance(*step, in_any_order=has_beams) for step in steps) <= TOLERANCE
+        for step in zip(turn.logits, wanted.logits, strict=True):
+            assert _distance(*step, in_any_order=has_beams) <= TOLERANCE  # what is not a number is more
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:kvoffload")  # what cannot be recomputed or attended in chunks

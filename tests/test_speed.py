@@ -133,7 +133,7 @@ def test_a_real_model_over_an_unpaced_link_is_hardly_slower_than_without_offload
                 found, step_s = run()
             offloaded_s.append(step_s)
         assert torch.equal(found.sequences, expected.sequences)
-        assert max(float((a - b).abs().max()) for a, b in zip(found.logits, expected.logits, strict=True)) <= 5e-6
+        assert all(float((a - b).abs().max()) <= 5e-6 for a, b in zip(found.logits, expected.logits, strict=True))
         assert session.stats is not None
         assert session.stats.h2d_bytes > 0
         assert min(offloaded_s) <= 1.25 * min(plain_s), (offloaded_s, plain_s)
