@@ -89,6 +89,10 @@ def test_a_wrong_reproduction_is_not_chosen() -> None:
     seen = Seen(make_model("llama"))
     seen.values = torch.full_like(seen.values, torch.nan)
     assert seen.choose() is None
+    for added in (1.0, -1.0):
+        seen = Seen(make_model("llama"))
+        seen.values = seen.values + added
+        assert seen.choose() is None
 
 
 def first_tokens(seen: Seen, tokens: list[int]) -> Seen:
