@@ -143,6 +143,7 @@ def test_what_is_kept_is_no_view_of_what_is_gone() -> None:
     positions, prompt_embedding = CarriedPositions(), embedding(0, 1000)
     positions.capture(0, 0, (prompt_embedding,), 0)
     positions.drop_stored(998)
+    assert positions.device_bytes == 2 * 3 * 4
     reference = weakref.ref(prompt_embedding)
     del prompt_embedding
     assert reference() is None

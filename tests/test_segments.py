@@ -391,6 +391,18 @@ def test_a_mask_is_read_once_per_forward_and_again_in_the_next() -> None:
     assert bits(again.valid, 9)[0].tolist() == [True] * 4 + [False] + [True] * 4
 
 
+def test_masks_of_one_forward_are_told_apart() -> None:
+    """Also where one is a view of another."""
+    reader, both = MaskReader(), torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    both[1, ..., 3] = False
+    other = both.roll(1, dims=3)
+    for mask in (both, other, both[1:], both[:1], both[:1].expand(2, -1, -1, -1), other, both):
+        padding = reader.read(mask, forward=1, rows=2, query_tokens=1, cached_tokens=8)
+        assert padding is not None
+        assert padding.valid is not None
+        assert torch.equal(bits(padding.valid, 9), mask[:, 0, 0].expand(2, 9))
+
+
 def test_masks_of_other_shapes_are_not_understood() -> None:
     where = {"rows": 2, "query_tokens": 1, "cached_tokens": 8}
     for shape in ((2, 9), (2, 1, 1), (2, 4, 1, 9), (3, 1, 1, 9), (2, 1, 1, 8), (2, 1, 2, 9)):
