@@ -75,9 +75,8 @@ class BlockMemory:
         in_place = placement.resident_kv_blocks + placement.resident_activation_blocks
         num_blocks = max(0, placement.max_tokens // bt - in_place)
         x, t = reserved_blocks(num_blocks, placement.activation_share if "activation" in row_shapes else 0.0)
-        prompt_blocks = placement.prompt_tokens // bt if prompt_copies > 1 else 0
-        saved = min(prompt_blocks, num_blocks) * (rows - rows // prompt_copies) * bt
-        full = max(1, num_blocks * rows * bt)
+        saved = min(placement.prompt_tokens // bt, num_blocks) * (rows - rows // prompt_copies) * bt
+        full = num_blocks * rows * bt
         reserved: dict[Form, int] = {"activation": x, "kv": t}
         for form, count in reserved.items():
             if count:
@@ -90,7 +89,7 @@ class BlockMemory:
 
     def resident_place(self, form: Form, idx: int, block_tokens: int, rows: int) -> torch.Tensor:
         """Where the resident block `idx` of a form goes, [block_tokens, rows, width]."""
-        data = self._resident[form][idx * block_tokens : (idx + 1) * block_tokens]
+        data = self._resident[form][idx * block_tokens :]
         width = data.shape[2]
         return data.reshape(-1)[: block_tokens * rows * width].view(block_tokens, rows, width)
 

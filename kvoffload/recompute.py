@@ -84,12 +84,11 @@ class FastRecompute:
         """Whether the projections are plain linear layers that nothing hooks into."""
         projections = [getattr(module, name, None) for name in ("k_proj", "v_proj")]
         return all(
-            type(projection) is nn.Linear
+            type(projection) is nn.Linear  # which is no longer so where it is parametrized
             and projection.weight.dtype == dtype
             and not projection._forward_hooks
             and not projection._forward_pre_hooks
             and not hasattr(projection, "_hf_hook")
-            and not hasattr(projection, "parametrizations")
             for projection in projections
         ) and not torch.is_autocast_enabled(next(module.parameters()).device.type)
 

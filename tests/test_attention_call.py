@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from kvoffload.hf.attention_call import can_segment
+from kvoffload.hf.attention_call import can_segment, question
+from kvoffload.hf.masks import Padding
 
 
 @pytest.mark.parametrize(
@@ -48,3 +50,23 @@ def test_dtypes_without_a_kernel_are_refused(dtype: torch.dtype) -> None:
     one = torch.zeros(2, 4, 1, 8, dtype=dtype)
     assert not can_segment(nn.Linear(1, 1), one, one, one, {})
     assert not can_segment(nn.Linear(1, 1), one.float(), one.half(), one.half(), {})
+
+
+def test_weights_and_the_dtypes_of_autocast_are_left_to_the_models_own_attention() -> None:
+    module, one = nn.Linear(1, 1), torch.zeros(2, 4, 1, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not can_segment(module, one, one, one, {})
+    for asked in (True, False):
+        module.config = SimpleNamespace(output_attentions=asked)
+        assert can_segment(module, one, one, one, {}) != asked
+
+
+def test_a_question_is_what_the_call_asks_for() -> None:
+    query, sinks, valid = torch.randn(2, 4, 3, 16), torch.zeros(4), torch.zeros(2, 1, dtype=torch.int32)
+    found = question(query, Padding(None), {})
+    assert torch.equal(found.query, query.transpose(1, 2))
+    assert (found.scale, found.valid, found.softcap, found.sinks) == (0.25, None, None, None)
+    found = question(query, Padding(valid), {"scaling": 0.3, "softcap": 20.0, "s_aux": sinks})
+    assert (found.scale, found.softcap) == (0.3, 20.0)
+    assert found.valid is valid
+    assert found.sinks is sinks

@@ -16,7 +16,7 @@ from kvoffload.store import HostPool
 from kvoffload.tail import RowShape
 from kvoffload.types import Form
 
-KV, ACTIVATION = RowShape(256, torch.uint8), RowShape(128, torch.uint8)  # so that sizes are a pool's
+KV, ACTIVATION = RowShape(128, torch.float16), RowShape(128, torch.uint8)  # so that sizes are a pool's
 SHAPES: dict[Form, RowShape] = {"kv": KV, "activation": ACTIVATION}
 ROWS = 4
 
@@ -81,6 +81,11 @@ def test_full_blocks_that_are_not_resident_are_reserved_by_their_forms(memory: B
     memory.reserve(plan, SHAPES, ROWS, 1)  # eight blocks, and one to spare of each form
     assert reserved(memory) == {"kv": 7 * 2 * ROWS * KV.num_bytes, "activation": 3 * 2 * ROWS * ACTIVATION.num_bytes}
     assert not any(extent.doubles for extent in memory.extents.values())
+
+
+def test_nothing_is_reserved_where_all_blocks_are_resident(memory: BlockMemory) -> None:
+    memory.reserve(placement(max_tokens=7, prompt_tokens=5, resident_kv_blocks=4), SHAPES, ROWS, prompt_copies=2)
+    assert reserved(memory) == {"kv": 0, "activation": 0}
 
 
 def test_a_prompt_that_rows_share_is_reserved_once(memory: BlockMemory) -> None:

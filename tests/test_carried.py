@@ -143,6 +143,7 @@ def test_what_is_kept_is_no_view_of_what_is_gone() -> None:
     positions, prompt_embedding = CarriedPositions(), embedding(0, 1000)
     positions.capture(0, 0, (prompt_embedding,), 0)
     positions.drop_stored(998)
+    assert positions.device_bytes == 2 * 3 * 4
     reference = weakref.ref(prompt_embedding)
     del prompt_embedding
     assert reference() is None
@@ -166,6 +167,19 @@ def test_rows_that_differ_once_are_not_equal_any_more() -> None:
     positions.truncate(5)
     positions.capture(2, 0, (embedding(5, 2, rows=3),), 5)
     assert not positions.have_equal_rows((0,))
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize("stream", [0, 1])
+@pytest.mark.parametrize("last", [True, False])
+def test_one_token_of_one_stream_whose_rows_differ_is_enough(rows: int, stream: int, last: bool) -> None:
+    """Also where several forwards are compared at once, whichever of them it is in."""
+    positions = CarriedPositions()
+    for forward in range(2):
+        given = (embedding(forward, 1, rows), 2 * embedding(forward, 1, rows))
+        given[stream][-1] += forward == last
+        positions.capture(forward, 0, given, forward)
+    assert not positions.have_equal_rows((0, 1))
 
 
 # ---- what they take --------------------------------------------------------------------------------------------------

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from kvoffload.backend import EmulatedBackend
+from kvoffload.carried import CarriedPositions
 from kvoffload.config import EmulatedLink
-from kvoffload.hf.first_tokens import FirstTokens, prepare_measurement
+from kvoffload.hf.first_tokens import FirstTokens, prepare_measurement, way_to_recompute
+from kvoffload.positions import PositionTable
 from kvoffload.tail import KVShape
 from kvoffload.transfer import TransferEngine
 
@@ -44,6 +48,24 @@ def test_sizes_are_those_of_one_token_of_one_row() -> None:
     keys, values = torch.zeros(2, 3, 5, 8, dtype=torch.float16), torch.zeros(2, 3, 5, 6, dtype=torch.float16)
     assert FirstTokens.of(keys, values, torch.zeros(2, 5, 7)) == (2, 5, 3 * (8 + 6) * 2, 7 * 4)
     assert FirstTokens.of(keys, values, None) == (2, 5, 3 * (8 + 6) * 2, 3 * (8 + 6) * 2)
+
+
+def test_what_is_not_known_of_a_layer_leaves_no_way_to_recompute_it() -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor, past_key_values: Any, **kwargs: Any) -> None:
+            heads = hidden_states.unsqueeze(1)
+            past_key_values.update(heads, heads)
+
+    x = torch.randn(ROWS, TOKENS, HIDDEN)
+    turned, kv = (torch.zeros(1, TOKENS, 2),), x.unsqueeze(1)
+    table: Any = SimpleNamespace(layout=None, cache=SimpleNamespace(positions=PositionTable(0)))
+    carried: Any = SimpleNamespace(layout=None, cache=SimpleNamespace(positions=CarriedPositions()))
+    for core, embeddings in ((table, turned), (table, ()), (carried, ())):
+        assert way_to_recompute(Attention(), core, x, embeddings, kv, kv) is not None
+    assert way_to_recompute(Attention(), carried, x, turned, kv, kv) is None  # which has no place for them
+    assert way_to_recompute(Attention(), table, x, None, kv, kv) is None
+    assert way_to_recompute(Attention(), table, None, turned, kv, kv) is None
+    assert way_to_recompute(None, table, x, turned, kv, kv) is None
 
 
 def test_a_measurement_repeats_the_tokens_and_writes_all_over_the_room(engine: TransferEngine) -> None:

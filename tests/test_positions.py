@@ -66,6 +66,33 @@ def test_every_second_row_can_be_read() -> None:
     assert torch.equal(found, new[::2, 1:4])
 
 
+@pytest.mark.parametrize("columns", [[2, 0, 0], [1, 2], [0, 0, 1, 1, 2, 2]], ids=str)
+def test_a_block_in_logical_order_again_reads_as_the_rows_it_has_now(columns: list[int]) -> None:
+    store, new, rows = PositionTable(0), embedding(3, 8, seed=0), len(columns)
+    store.capture(0, 0, (new,), 0)
+    store.restore(2, 6, torch.tensor(columns))
+    store.restore(8, 12, torch.tensor(columns))  # which has not been cached
+    assert torch.equal(store.read((0,), 2, 6, rows, 1)[0], new[columns, 2:6])
+    for start, stop in ((0, 2), (6, 8)):
+        assert torch.equal(store.read((0,), start, stop, 3, 1)[0], new[:, start:stop])
+
+
+@pytest.mark.parametrize("indices", [[2, 0], [0, 0, 1, 1, 2, 2]], ids=str)
+def test_the_newest_tokens_follow_rows_that_become_fewer_or_more(indices: list[int]) -> None:
+    store, new = PositionTable(0), embedding(3, 8, seed=0)
+    store.capture(0, 0, (new,), 0)
+    store.select(torch.tensor(indices), 5, 3)
+    assert torch.equal(store.read((0,), 5, 8, len(indices), 1)[0], new[indices, 5:])
+    assert torch.equal(store.read((0,), 0, 5, 3, 1)[0], new[:, :5])
+
+
+def test_a_block_of_equal_rows_has_one_order_only() -> None:
+    store, new = PositionTable(0), embedding(1, 8, seed=0)
+    store.capture(0, 0, (new,), 0)
+    store.restore(2, 6, torch.tensor([2, 0, 1]))
+    assert torch.equal(store.read((0,), 0, 8, 3, 1)[0], new)
+
+
 def test_equal_rows_are_stored_once() -> None:
     store, new = PositionTable(100), embedding(1, 40, seed=0)
     store.capture(0, 0, (new.expand(8, -1, -1),), 0)

@@ -363,12 +363,20 @@ def test_padding_is_read_from_either_kind_of_mask(q_tokens: int, additive: bool)
     assert padding is not None
     assert padding.valid is not None
     assert torch.equal(bits(padding.valid, 20), valid)
-    broken = mask.clone()
-    broken[0, 0, 0, 2] = -1.5 if additive else False
-    broken[0, 0, -1, 2] = 0 if additive else True
-    read = MaskReader().read(broken, forward=1, **where)
     if q_tokens > 1:
-        assert read is None
+        mask[0, 0, 0, 2] = mask[1, 0, -1, 4]  # which the newest token may see
+        assert MaskReader().read(mask, forward=1, **where) is None
+
+
+@pytest.mark.parametrize("q_tokens", [1, 2])
+def test_a_bias_is_no_padding(q_tokens: int) -> None:
+    """Also where it is that of a cached position, and the same for all queries."""
+    allowed = causal(torch.ones(1, 20, dtype=torch.bool), q_tokens)
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    where = {"forward": 1, "rows": 1, "query_tokens": q_tokens, "cached_tokens": 20 - q_tokens}
+    assert MaskReader().read(mask, **where) is not None
+    mask[..., 4] = -1.5
+    assert MaskReader().read(mask, **where) is None
 
 
 def test_a_mask_is_read_once_per_forward_and_again_in_the_next() -> None:
@@ -383,9 +391,21 @@ def test_a_mask_is_read_once_per_forward_and_again_in_the_next() -> None:
     assert bits(again.valid, 9)[0].tolist() == [True] * 4 + [False] + [True] * 4
 
 
+def test_masks_of_one_forward_are_told_apart() -> None:
+    """Also where one is a view of another."""
+    reader, both = MaskReader(), torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    both[1, ..., 3] = False
+    other = both.roll(1, dims=3)
+    for mask in (both, other, both[1:], both[:1], both[:1].expand(2, -1, -1, -1), other, both):
+        padding = reader.read(mask, forward=1, rows=2, query_tokens=1, cached_tokens=8)
+        assert padding is not None
+        assert padding.valid is not None
+        assert torch.equal(bits(padding.valid, 9), mask[:, 0, 0].expand(2, 9))
+
+
 def test_masks_of_other_shapes_are_not_understood() -> None:
     where = {"rows": 2, "query_tokens": 1, "cached_tokens": 8}
-    for shape in ((2, 9), (2, 4, 1, 9), (3, 1, 1, 9), (2, 1, 1, 8), (2, 1, 2, 9)):
+    for shape in ((2, 9), (2, 1, 1), (2, 4, 1, 9), (3, 1, 1, 9), (2, 1, 1, 8), (2, 1, 2, 9)):
         assert MaskReader().read(torch.ones(shape, dtype=torch.bool), forward=1, **where) is None
     assert MaskReader().read(None, forward=1, rows=2, query_tokens=3, cached_tokens=8) is None
 

@@ -59,3 +59,15 @@ def test_rows_follow_an_index_and_may_become_more() -> None:
     assert SHAPE.split(tail.kv)[0][2, :, 0, 0].tolist() == [102.0, 102.0, 2.0]
     tail.select_rows(torch.tensor([2, 0]))
     assert SHAPE.split(tail.kv)[0][0, :, 0, 0].tolist() == [0.0, 100.0]
+
+
+def test_rows_are_copies_where_all_of_a_group_are_equal_in_every_part() -> None:
+    keys = torch.randn(3, 2, 2, 3).repeat_interleave(2, dim=1)  # four rows in pairs
+    parts = (keys, keys + 1, keys[..., 0])
+    assert NewTokens(*parts).rows_are_copies(2)
+    assert NewTokens(*parts[:2]).rows_are_copies(2)
+    assert not NewTokens(*parts).rows_are_copies(4)
+    for idx in range(3):
+        changed = [part.clone() for part in parts]
+        changed[idx][2, 3] += 1
+        assert not NewTokens(*changed).rows_are_copies(2)

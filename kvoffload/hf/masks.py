@@ -70,5 +70,4 @@ def pack(valid: torch.Tensor) -> torch.Tensor:
     bits = torch.zeros(rows, -(-positions // 32) * 32, dtype=torch.int64, device=valid.device)
     bits[:, :positions] = valid
     weights = torch.ones((), dtype=torch.int64, device=valid.device) << torch.arange(32, device=valid.device)
-    words = (bits.view(rows, -1, 32) * weights).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    return (bits.view(rows, -1, 32) * weights).sum(-1).to(torch.int32)  # which wraps: bit 31 becomes the sign
