@@ -100,6 +100,17 @@ def first_whole(get: Get, *names: str) -> int | None:
     return None
 
 
+def position_limit(config: Any) -> int | None:
+    """Tokens the model has positions for, as its configuration says (a RoPE scaling is not multiplied in); else None.
+
+    Args:
+        config: as `reader` takes it.
+    """
+    get = reader(config)
+    values = (get(name) for name in ("max_position_embeddings", "n_positions"))
+    return next((value for value in values if _is_whole(value) and value > 0), None)
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

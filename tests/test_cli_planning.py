@@ -37,6 +37,13 @@ def test_plan_groups_long_numbers_and_names_one_block_one() -> None:
     assert "1 x 131,072 tokens and 1 new one each" in rows
 
 
+def test_plan_tells_a_prompt_beyond_the_models_positions_in_text_and_in_json() -> None:
+    arguments = ["--config", CONFIGS / "opt-6.7b.json", "--hardware", "a100-40gb-pcie4", "--seq", 100_000]
+    told = "prompt and new tokens make 100,128, and the model's configuration has positions for 2048."
+    assert told in run_well("plan", *arguments)
+    assert told in json.loads(run_well("plan", *arguments, "--json"))["recommendation"]
+
+
 def test_plan_as_json_holds_the_plan_and_the_alternatives(model: Path) -> None:
     arguments = ["--model", model / "config.json", "--prompt-tokens", 100000, "--hardware", "a100-40gb-pcie4"]
     data = json.loads(run_well("plan", *arguments, "--json"))
