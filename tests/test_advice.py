@@ -214,8 +214,11 @@ def test_weights_larger_than_the_device_are_a_clear_error() -> None:
 
 def test_a_link_without_a_speed_cannot_be_planned_with() -> None:
     recorded = HardwareProfile.load(RECORDED)
-    with pytest.raises(ProfileError, match="unpaced"):
-        plan(LLAMA_2_7B, SMALL, with_link(recorded, EmulatedLink()), OffloadConfig())
+    for split in ("auto", "transfer"):
+        with pytest.raises(ProfileError, match="unpaced"):
+            plan(LLAMA_2_7B, SMALL, with_link(recorded, EmulatedLink()), OffloadConfig(split=split))
+    paced = with_link(recorded, EmulatedLink(h2d_gb_per_s=2.0))
+    plan(LLAMA_2_7B, SMALL, dataclasses.replace(paced, device_memory_bytes=40 * 10**9), OffloadConfig())
 
 
 def test_a_model_without_a_growing_cache_is_refused() -> None:
