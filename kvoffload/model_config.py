@@ -54,8 +54,15 @@ def _read(path: Path) -> Mapping[str, Any]:
         path = path / "config.json"
     try:
         data = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"cannot read the model configuration {path}: there is no such file; name a config.json or the folder it "
+            "is in (`hf download OWNER/NAME config.json --local-dir FOLDER` gets that of a model on the hub)"
+        ) from error
+    except OSError as error:
         raise ConfigError(f"cannot read the model configuration {path}: {error}") from error
+    except ValueError as error:  # no text, or text that is something else
+        raise ConfigError(f"cannot read the model configuration {path}: it is no JSON ({error})") from error
     if not isinstance(data, Mapping):
         raise ConfigError(f"{path} is not a model configuration: it holds a {type(data).__name__}, not an object")
     return data
