@@ -21,11 +21,11 @@ from kvoffload.config import OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, UnsupportedModelError
 from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.layer_types import sliding_window_tokens
-from kvoffload.model_config import ITEMSIZE_BYTES, reader
+from kvoffload.model_config import ITEMSIZE_BYTES, position_limit, reader
 from kvoffload.model_shape import shape_from_config
 from kvoffload.quantization import quantization_of
 from kvoffload.types import ModelShape, Plan, Workload
-from kvoffload.units import counted, duration, gb
+from kvoffload.units import count, counted, duration, gb
 from kvoffload.ways import Alternative, Task
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ def plan(model_or_config: Any, workload: Workload, profile: HardwareProfile, con
         config: the caps and choices; "auto" is resolved from the profile.
 
     Returns:
-        The plan for the full length of the cache; `recommendation` says what to do and why.
+        The plan for the full length of the cache; `recommendation` says what to do and why, and where the tokens are
+        more than the configuration has positions for.
 
     Raises:
         InfeasiblePlanError: it fits nowhere; says which limit, by how much, and what would.
@@ -82,7 +83,7 @@ def advise(model_or_config: Any, workload: Workload, profile: HardwareProfile, c
             raise
         raise InfeasiblePlanError(f"{error}. Without offloading: {_describe(on_device)}") from error
     ways = sorted([offload, *([on_device] if on_device else [])], key=lambda one: (one.total_s, one.way == "offload"))
-    text = _recommend(task, chosen, offload, on_device)
+    text = _recommend(task, chosen, offload, on_device) + _beyond_positions(model_or_config, workload)
     return Advice(dataclasses.replace(chosen, recommendation=text), tuple(ways))
 
 
@@ -149,6 +150,19 @@ def _recommend(task: Task, chosen: Plan, offload: Alternative, on_device: Altern
     return (
         f"Do not offload, unless the batch must stay together: {room}, but {fitting}. "
         f"Predicted: {_describe(on_device)}; {ours}."
+    )
+
+
+def _beyond_positions(model_or_config: Any, workload: Workload) -> str:
+    """A sentence where a sequence becomes longer than the model's positions; it is planned for all the same."""
+    is_model = hasattr(model_or_config, "config") and hasattr(model_or_config, "parameters")
+    limit = position_limit(model_or_config.config if is_model else model_or_config)
+    num_tokens = workload.prompt_tokens + workload.new_tokens
+    if limit is None or num_tokens <= limit:
+        return ""
+    return (
+        f" But prompt and new tokens make {count(num_tokens)}, and the model's configuration has positions for "
+        f"{count(limit)}."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError
 from kvoffload.model_source import Source, find_model
 from kvoffload.stats import GenerationStats
+
+# One of these is in every folder that a tokenizer was saved to, whatever its kind.
+TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "merges.txt", "tekken.json")
 
 
 class Answer(NamedTuple):
@@ -34,9 +38,10 @@ def load(model: Source | str | None, device: torch.device) -> tuple[PreTrainedMo
         device: where to put it.
 
     Raises:
-        ConfigError: as `find_model`, or what is there cannot be loaded.
+        ConfigError: as `find_model`, or what is there has no tokenizer or cannot be loaded.
     """
     source = model if isinstance(model, Source) else find_model(model)
+    _require_tokenizer(source)
     kwargs: dict[str, Any] = {"local_files_only": source.is_local}
     if source.gguf_file is not None:
         kwargs["gguf_file"] = source.gguf_file
@@ -50,6 +55,16 @@ def load(model: Source | str | None, device: torch.device) -> tuple[PreTrainedMo
         raise ConfigError(f"cannot load {source.name!r}: {' '.join(str(error).split())}") from error  # in one line
     placed: PreTrainedModel = loaded.to(device)  # type: ignore[arg-type]
     return placed.eval(), tokenizer
+
+
+def _require_tokenizer(source: Source) -> None:
+    """For a folder without one transformers makes an empty tokenizer, or names packages that would not help."""
+    folder = Path(source.name)
+    if source.gguf_file is None and folder.is_dir() and not any(any(folder.glob(one)) for one in TOKENIZER_FILES):
+        raise ConfigError(
+            f"the folder {source.name} has no tokenizer files: put the model's own (tokenizer.json and the like) "
+            "beside its config.json"
+        )
 
 
 def answer(

@@ -54,8 +54,15 @@ def _read(path: Path) -> Mapping[str, Any]:
         path = path / "config.json"
     try:
         data = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"cannot read the model configuration {path}: there is no such file; name a config.json or the folder it "
+            "is in (`hf download OWNER/NAME config.json --local-dir FOLDER` gets that of a model on the hub)"
+        ) from error
+    except OSError as error:
         raise ConfigError(f"cannot read the model configuration {path}: {error}") from error
+    except ValueError as error:  # no text, or text that is something else
+        raise ConfigError(f"cannot read the model configuration {path}: it is no JSON ({error})") from error
     if not isinstance(data, Mapping):
         raise ConfigError(f"{path} is not a model configuration: it holds a {type(data).__name__}, not an object")
     return data
@@ -98,6 +105,17 @@ def first_whole(get: Get, *names: str) -> int | None:
         if _is_whole(value) and value:
             return _checked(get, name, value)
     return None
+
+
+def position_limit(config: Any) -> int | None:
+    """Tokens the model has positions for, as its configuration says (a RoPE scaling is not multiplied in); else None.
+
+    Args:
+        config: as `reader` takes it.
+    """
+    get = reader(config)
+    values = (get(name) for name in ("max_position_embeddings", "n_positions"))
+    return next((value for value in values if _is_whole(value) and value > 0), None)
 
 
 def _is_whole(value: Any) -> bool:

@@ -47,8 +47,8 @@ def rates_from_profile(
     if profile.h2d is None:
         raise ProfileError(
             f"this machine's link is {profile.link_name}, which has no bandwidth to plan with: give it one "
-            "(--link-gb-per-s, EmulatedLink(h2d_gb_per_s=...)), name the hardware to plan for (--hardware, a preset or "
-            "a profile), or use split='transfer'"
+            "(OffloadConfig(link=EmulatedLink(h2d_gb_per_s=...)), --link-gb-per-s), or name the hardware to plan for, "
+            "a preset or a profile (profile=..., --hardware)"
         )
     chunk_rows = chunk_blocks * block_tokens * batch  # tokens of all sequences in one chunk
     kv_token_bytes = batch * shape.kv_row_bytes

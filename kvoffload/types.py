@@ -117,7 +117,7 @@ class Rates:
             if not value >= 0 or math.isinf(value):
                 raise ConfigError(f"Rates.{spec.name} must be finite and not negative, got {value!r}")
         if self.h2d_activation_bytes_per_s <= 0 or self.h2d_kv_bytes_per_s <= 0:
-            raise ConfigError("link bandwidth must be above zero: an unpaced link has none, use split='transfer'")
+            raise ConfigError("link bandwidth must be above zero: an unpaced link has none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -214,9 +214,11 @@ class Task(NamedTuple):
         """What we may hold on the device; None for as little as works."""
         free = self.free_bytes(rows)
         if free <= 0:
+            one_works = self.free_bytes(self.workload.num_beams) > 0
+            smaller = ", quantised weights or a smaller batch" if one_works else " or quantised weights"
             raise InfeasiblePlanError(
                 f"device memory: weights of {gb(self.shape.weight_bytes)} and the prefill leave nothing of "
-                f"{gb(self.profile.device_memory_bytes)}: use a larger device, quantised weights or a smaller batch"
+                f"{gb(self.profile.device_memory_bytes)}: use a larger device{smaller}"
             )
         is_least = self.config.device_gib == "min" or (self.config.device_gib == "auto" and self.profile.emulated_link)
         return None if is_least else free

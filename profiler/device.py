@@ -32,9 +32,12 @@ def resolve_device(device: torch.device | str, link: Link) -> torch.device:
     if resolved.type not in ("cuda", "cpu"):
         raise ConfigError(f"cannot measure a {resolved.type} device; use 'cuda' or 'cpu'")
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no CUDA device is available to PyTorch; use device='cpu', or check the driver")
+        raise ConfigError("no CUDA device is available to PyTorch; use device='cpu' (--device cpu) or check the driver")
     if resolved.type == "cuda" and isinstance(link, EmulatedLink):
-        raise ConfigError("an emulated link has the CPU as its device; use device='cpu' or link='auto'")
+        raise ConfigError(
+            "an emulated link has the CPU as its device; use device='cpu' (--device cpu) or link='auto' (no "
+            "--link-gb-per-s)"
+        )
     return resolved
 
 

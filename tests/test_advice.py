@@ -6,11 +6,12 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from configs import LLAMA_2_7B
+from configs import CONFIGS, LLAMA_2_7B
 
 from kvoffload import cost, planner
 from kvoffload.advice import _describe_plan, advise, describe, plan
@@ -19,10 +20,11 @@ from kvoffload.errors import InfeasiblePlanError, ProfileError, UnsupportedModel
 from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.profiler.profile import with_link
 from kvoffload.types import Workload
-from kvoffload.units import duration
+from kvoffload.units import count, duration
 from kvoffload.ways import Task
 
 LLAMA_3_8B = LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
+GPT2 = {"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
 RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"
 A100 = HardwareProfile.preset("a100-40gb-pcie4")
 LONG = Workload(batch=1, prompt_tokens=100_000, new_tokens=200)
@@ -43,6 +45,33 @@ def slower_device(profile: HardwareProfile, factor: float) -> HardwareProfile:
         attention=slower(profile.attention),
         device_copy_bytes_per_s=profile.device_copy_bytes_per_s / factor,
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"), [("opt-6.7b", 2048), ("llama-2-7b", 4096), ("qwen3-8b", 40960), ("gpt2", 1024)]
+)
+def test_more_tokens_than_the_model_has_positions_for_are_told(name: str, limit: int) -> None:
+    config = json.loads((CONFIGS / f"{name}.json").read_text()) if name != "gpt2" else GPT2
+    fits, beyond = (Workload(batch=1, prompt_tokens=limit - 100, new_tokens=new) for new in (100, 101))
+    assert "positions" not in plan(config, fits, A100, OffloadConfig()).recommendation
+    text = plan(config, beyond, A100, OffloadConfig()).recommendation
+    assert text.endswith(
+        f" But prompt and new tokens make {count(limit + 1)}, and the model's configuration has positions for "
+        f"{count(limit)}."
+    )
+
+
+def test_a_limit_of_positions_is_the_configurations_own_where_it_has_one() -> None:
+    scaled = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}
+    told = "has positions for 4096."
+    config = LLAMA_2_7B | scaled | {"max_position_embeddings": 4096}
+    assert plan(config, LONG, A100, OffloadConfig()).recommendation.endswith(told)
+    model = SimpleNamespace(config=config, dtype="float16", parameters=lambda: [torch.zeros(10)])
+    assert plan(model, LONG, A100, OffloadConfig()).recommendation.endswith(told)
+    nested = {"text_config": config}
+    assert plan(nested, LONG, A100, OffloadConfig()).recommendation.endswith(told)
+    for unlimited in ({}, {"max_position_embeddings": None}, {"max_position_embeddings": -1}):
+        assert "positions" not in plan(LLAMA_2_7B | unlimited, LONG, A100, OffloadConfig()).recommendation
 
 
 def test_what_fits_on_the_device_is_not_to_be_offloaded() -> None:
@@ -183,10 +212,27 @@ def test_weights_larger_than_the_device_are_a_clear_error() -> None:
         plan(LLAMA_2_7B, SMALL, small, OffloadConfig())
 
 
+@pytest.mark.parametrize(("memory_bytes", "batch"), [(8 * 10**9, 64), (13_600 * 10**6, 1), (13_600 * 10**6, 64)])
+def test_a_smaller_batch_is_no_way_out_where_one_sequence_does_not_fit_either(memory_bytes: int, batch: int) -> None:
+    small = dataclasses.replace(A100, device_memory_bytes=memory_bytes)
+    with pytest.raises(InfeasiblePlanError, match=r": use a larger device or quantised weights$"):
+        plan(LLAMA_2_7B, dataclasses.replace(SMALL, batch=batch), small, OffloadConfig())
+
+
+def test_a_smaller_batch_is_a_way_out_where_one_sequence_fits() -> None:
+    small = dataclasses.replace(A100, device_memory_bytes=14_500 * 10**6)
+    with pytest.raises(InfeasiblePlanError, match="or a smaller batch"):
+        plan(LLAMA_2_7B, LARGE_BATCH, small, OffloadConfig())
+    assert Task(*describe(LLAMA_2_7B), SMALL, small, OffloadConfig()).free_bytes(1) > 0
+
+
 def test_a_link_without_a_speed_cannot_be_planned_with() -> None:
     recorded = HardwareProfile.load(RECORDED)
-    with pytest.raises(ProfileError, match="unpaced"):
-        plan(LLAMA_2_7B, SMALL, with_link(recorded, EmulatedLink()), OffloadConfig())
+    for split in ("auto", "transfer"):
+        with pytest.raises(ProfileError, match="unpaced"):
+            plan(LLAMA_2_7B, SMALL, with_link(recorded, EmulatedLink()), OffloadConfig(split=split))
+    paced = with_link(recorded, EmulatedLink(h2d_gb_per_s=2.0))
+    plan(LLAMA_2_7B, SMALL, dataclasses.replace(paced, device_memory_bytes=40 * 10**9), OffloadConfig())
 
 
 def test_a_model_without_a_growing_cache_is_refused() -> None:

@@ -115,6 +115,12 @@ def test_looking_whether_a_file_can_be_written_changes_nothing(model: Path, cach
 def test_profile_refuses_a_link_without_speed_and_an_unknown_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "above zero" in run_badly("profile", "--link-gb-per-s", 0)
     assert "'cuda'" in run_badly("profile", "--device", "toaster")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "use device='cpu' (--device cpu)" in run_badly("profile", "--device", "cuda")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    message = run_badly("profile", "--device", "cuda", "--link-gb-per-s", 1)
+    assert "(--device cpu)" in message
+    assert "(no --link-gb-per-s)" in message
 
 
 def test_profile_measures_in_full_unless_it_shall_be_quick(cache: Path) -> None:

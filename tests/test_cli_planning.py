@@ -37,6 +37,13 @@ def test_plan_groups_long_numbers_and_names_one_block_one() -> None:
     assert "1 x 131,072 tokens and 1 new one each" in rows
 
 
+def test_plan_tells_a_prompt_beyond_the_models_positions_in_text_and_in_json() -> None:
+    arguments = ["--config", CONFIGS / "opt-6.7b.json", "--hardware", "a100-40gb-pcie4", "--seq", 100_000]
+    told = "prompt and new tokens make 100,128, and the model's configuration has positions for 2048."
+    assert told in run_well("plan", *arguments)
+    assert told in json.loads(run_well("plan", *arguments, "--json"))["recommendation"]
+
+
 def test_plan_as_json_holds_the_plan_and_the_alternatives(model: Path) -> None:
     arguments = ["--model", model / "config.json", "--prompt-tokens", 100000, "--hardware", "a100-40gb-pcie4"]
     data = json.loads(run_well("plan", *arguments, "--json"))
@@ -91,9 +98,23 @@ def test_a_bad_request_is_one_line_and_exit_code_2(arguments: list[object], mess
 def test_a_bad_model_or_profile_file_is_named(tmp_path: Path, model: Path) -> None:
     broken = tmp_path / "broken.json"
     broken.write_text("{")
-    assert str(broken) in run_badly("plan", "--model", broken, "--hardware", "a100-40gb-pcie4")
+    message = run_badly("plan", "--model", broken, "--hardware", "a100-40gb-pcie4")
+    assert f"{broken}: it is no JSON (Expecting property name enclosed in double quotes: line 1 column 2 " in message
+    broken.write_bytes(b"\xff\xfe")
+    assert f"{broken}: it is no JSON ('utf-8'" in run_badly("plan", "--model", broken, "--hardware", "a100-40gb-pcie4")
+    broken.write_text("{")
     assert f"cannot read the hardware profile {broken}" in run_badly("plan", "--model", model, "--hardware", broken)
-    assert "nowhere" in run_badly("plan", "--model", tmp_path / "nowhere", "--hardware", "a100-40gb-pcie4")
+
+
+def test_a_model_that_is_not_here_is_told_with_how_to_get_its_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = run_badly("plan", "--model", "facebook/opt-125m", "--hardware", "a100-40gb-pcie4")
+    assert "facebook/opt-125m: there is no such file; name a config.json or the folder it is in" in message
+    assert "`hf download OWNER/NAME config.json --local-dir FOLDER`" in message
+    message = run_badly("plan", "--model", tmp_path, "--hardware", "a100-40gb-pcie4")
+    assert f"{tmp_path / 'config.json'}: there is no such file; " in message
 
 
 @pytest.mark.parametrize("command", ["plan", "report"])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from commands import RECORDED, run, run_badly, run_well
 from commands import model_fixture as model_fixture
+from configs import LLAMA_2_7B
 
 from kvoffload.errors import ConfigError
 
@@ -23,6 +24,18 @@ def test_generate_says_what_it_loads_before_that_takes_its_time(model: Path, mon
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = run("generate", "hi", "--model", model)
     assert result.stderr.splitlines() == [f"loading {model} on cpu", "kvoffload: not today"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])  # for which transformers fails, and makes an empty tokenizer
+def test_a_folder_without_a_tokenizer_is_told_as_such(kind: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (model / "config.json").write_text(json.dumps(LLAMA_2_7B | {"model_type": kind}))
+    (model / "model.safetensors").write_text("")
+    result = run("generate", "hi", "--model", model)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[1].startswith(f"kvoffload: the folder {model} has no tokenizer files: ")
+    (model / "tokenizer.json").write_text("damaged")
+    assert "cannot load" in run("generate", "hi", "--model", model).stderr
 
 
 def test_custom_generate_writes_the_options_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
