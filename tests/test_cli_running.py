@@ -33,11 +33,26 @@ def test_custom_generate_writes_the_options_it_was_given(tmp_path: Path, monkeyp
     written: dict[str, Any] = {}
     exec(path.read_text(), written)
     assert written["OPTIONS"] == {"split": 0.5, "device_gib": "min", "link": {"h2d_gb_per_s": 2.0}}
-    found = json.loads(run_well("custom-generate", tmp_path, "--hardware", "a100-40gb-pcie4", "--json"))
+    found = json.loads(run_well("custom-generate", tmp_path, "--hardware", "a100-40gb-pcie4", "--force", "--json"))
     assert found == {"path": str(path), "options": {"profile": "a100-40gb-pcie4"}}
     monkeypatch.chdir(RECORDED.parent)  # a call may come from another folder
-    found = json.loads(run_well("custom-generate", tmp_path, "--hardware", RECORDED.name, "--json"))
+    found = json.loads(run_well("custom-generate", tmp_path, "--hardware", RECORDED.name, "--force", "--json"))
     assert found["options"] == {"profile": str(RECORDED)}
+
+
+def test_custom_generate_overwrites_what_a_user_edited_only_by_force(tmp_path: Path) -> None:
+    arguments = ["custom-generate", tmp_path, "--split", "0.5"]
+    run_well(*arguments)
+    path = tmp_path / "custom_generate" / "generate.py"
+    written = path.read_text()
+    run_well(*arguments)
+    assert f"{path} has other options or was edited" in run_badly("custom-generate", tmp_path, "--split", "0.25")
+    assert path.read_text() == written
+    path.write_text(written.replace("0.5", "0.75"))
+    assert "write it anew with --force" in run_badly(*arguments)
+    assert "0.75" in path.read_text()
+    run_well(*arguments, "--force")
+    assert path.read_text() == written
 
 
 def test_custom_generate_says_which_option_is_wrong(tmp_path: Path) -> None:
