@@ -1,4 +1,4 @@
-"""`kvoffload generate` and `kvoffload custom-generate`, up to where a model would be loaded."""
+"""`kvoffload generate`, `demo` and `custom-generate`, up to where a model would be loaded or answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import RECORDED, run, run_badly, run_well
+import torch
+from commands import DISTURBANCE, RECORDED, run, run_badly, run_well
+from commands import cache_fixture as cache_fixture
 from commands import model_fixture as model_fixture
 
 from kvoffload.errors import ConfigError
@@ -23,6 +25,30 @@ def test_generate_says_what_it_loads_before_that_takes_its_time(model: Path, mon
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = run("generate", "hi", "--model", model)
     assert result.stderr.splitlines() == [f"loading {model} on cpu", "kvoffload: not today"]
+
+
+def test_the_demo_measures_for_this_run_and_gives_no_advice_that_cannot_help(
+    model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from kvoffload import chat
+
+    def answer(*args: object, **options: object) -> None:
+        raise ConfigError("not today")
+
+    monkeypatch.setattr(chat, "load", lambda *args: (None, None))
+    monkeypatch.setattr(chat, "answer", answer)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setitem(DISTURBANCE, "other_cpu_load_fraction", 0.62)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert run("demo", "--model", model).exit_code == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert caplog.messages == [
+        "measuring this machine with 1 thread for this run, about 10 s",
+        "not stored, since other work kept 0.62 of the CPUs busy (at most 0.25 may be)",
+    ]
 
 
 def test_custom_generate_writes_the_options_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
