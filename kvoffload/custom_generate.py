@@ -76,26 +76,32 @@ def generate(
     return output
 
 
-def write(folder: Path | str, config: OffloadConfig | None = None) -> Path:
+def write(folder: Path | str, config: OffloadConfig | None = None, *, force: bool = False) -> Path:
     """Write `custom_generate/generate.py` into a folder, which may be that of a model.
 
     Args:
         folder: made if it is not there.
         config: what the calls use.
+        force: also over a file of ours with other options, or that was edited.
 
     Returns:
         The file.
 
     Raises:
-        ConfigError: another one stands there, the folder cannot be written, or `config` holds what a file cannot.
+        ConfigError: another one stands there, or without `force` one of ours that differs; the folder cannot be
+            written, or `config` holds what a file cannot.
     """
     path = Path(folder) / "custom_generate" / "generate.py"
     options = pprint.pformat((config or OffloadConfig()).to_json(), sort_dicts=False)
+    content = SOURCE.replace("{options}", options).encode()
     try:
-        if path.exists() and not path.read_bytes().startswith(MARK.encode()):
+        present = path.read_bytes() if path.exists() else content
+        if not present.startswith(MARK.encode()):
             raise ConfigError(f"{path} is not from kvoffload: choose another folder, or remove it")
+        if present != content and not force:
+            raise ConfigError(f"{path} has other options or was edited: keep it, or write it anew with --force")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(SOURCE.replace("{options}", options), encoding="utf-8")
+        path.write_bytes(content)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error}; choose another folder") from error
     return path

@@ -9,11 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from kvoffload import forecast
 from kvoffload.forecast import Cell, Forecast, Limits
+from kvoffload.profiler.figures import Figures
 from kvoffload.profiler.roofline import Phase, Roofline, Row, remedy_text
 from kvoffload.units import count, counted
 
@@ -25,20 +24,20 @@ def print_roofline(found: Roofline) -> None:
     """Every phase with its operations, then what it all comes to."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for phase in found.phases:
-        console.print(_phase_table(found, phase))
+        console.print(*_phase_figures(found, phase).tables(console.width))
     console.print("\n".join(summary(found)), highlight=False, markup=False)
 
 
 def print_forecast(seen: Forecast) -> None:
     """Every way to do a workload, what still fits, and the sweep if there is one."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(_forecast_table(seen.rows))
+    console.print(*_forecast_figures(seen.rows).tables(console.width))
     for row in seen.rows:
         if row.problem:
             console.print(f"{row.name}: {row.problem}", highlight=False, markup=False)
     console.print("\n".join(limit_lines(seen.limits)), highlight=False, markup=False)
     if seen.cells:
-        console.print(_sweep_table(seen.cells))
+        console.print(*_sweep_figures(seen.cells).tables(console.width))
 
 
 def limit_lines(limits: Limits) -> list[str]:
@@ -57,7 +56,7 @@ def limit_lines(limits: Limits) -> list[str]:
     ]
 
 
-def _forecast_table(rows: Sequence[forecast.Row]) -> Table:
+def _forecast_figures(rows: Sequence[forecast.Row]) -> Figures:
     has_price = any(row.price_per_million_new_tokens is not None for row in rows)
     has_co2 = any(row.co2_g is not None for row in rows)
     names = [
@@ -76,9 +75,7 @@ def _forecast_table(rows: Sequence[forecast.Row]) -> Table:
     ]
     names += ["price/M prompt", "price/M new"] * has_price + ["CO2", "CO2/M new"] * has_co2
     title = "Predicted for the whole run: TPOT is the mean of its steps; link and device, their share of one (0..1)"
-    table = Table(title=Text(title), title_justify="left")
-    for name in names:
-        table.add_column(name, justify="left" if name == "way" else "right", no_wrap=name == "way")
+    lines = []
     for row in rows:
         if row.problem:
             continue  # told below the table
@@ -95,24 +92,21 @@ def _forecast_table(rows: Sequence[forecast.Row]) -> Table:
             cells += [_maybe(row.price_per_million_prompt_tokens), _maybe(row.price_per_million_new_tokens)]
         if has_co2:
             cells += [f"{_maybe(row.co2_g)} g", f"{_maybe(row.co2_g_per_million_new_tokens)} g"]
-        table.add_row(*cells)
-    return table
+        lines.append(cells)
+    return Figures(title, names, lines)
 
 
 def _maybe(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _sweep_table(cells: Sequence[Cell]) -> Table:
+def _sweep_figures(cells: Sequence[Cell]) -> Figures:
     """Batches down, prompts across: the fastest way and its tokens/s."""
     prompts = sorted({cell.prompt_tokens for cell in cells})
-    table = Table(title=Text("Fastest way, new tokens/s (offloaded)"), title_justify="left")
-    for name in ("batch", *(counted(prompt, "token") for prompt in prompts)):
-        table.add_column(name, justify="right")
-    for batch in sorted({cell.batch for cell in cells}):
-        line = {cell.prompt_tokens: cell for cell in cells if cell.batch == batch}
-        table.add_row(str(batch), *(_sweep_cell(line[prompt]) for prompt in prompts))
-    return table
+    found = {(cell.batch, cell.prompt_tokens): _sweep_cell(cell) for cell in cells}
+    lines = [[str(batch), *(found[batch, prompt] for prompt in prompts)] for batch in sorted({one[0] for one in found})]
+    names = ["batch", *(counted(prompt, "token") for prompt in prompts)]
+    return Figures("Fastest way, new tokens/s (offloaded)", names, lines)
 
 
 def _sweep_cell(cell: Cell) -> str:
@@ -169,25 +163,23 @@ def seconds(value: float) -> str:
     return f"{value * 1e9:.3g} ns"
 
 
-def _phase_table(found: Roofline, phase: Phase) -> Table:
+def _phase_figures(found: Roofline, phase: Phase) -> Figures:
     setting = found.setting
     what = {
         "prefill": f"{setting.batch} x {counted(setting.seq, 'token')}",
         "decode": f"one token of {counted(setting.batch, 'sequence')} at a context of {count(setting.seq)}",
         "task": f"{setting.batch} x {counted(setting.seq, 'token')} and {counted(setting.new_tokens, 'new one')} each",
     }[phase.name]
-    table = Table(title=Text(f"{phase.name}: {what}"), title_justify="left")
     has_link = phase.total("link_bytes") > 0
-    columns = ["operation", "FLOP", "device memory"] + ["link", "host memory"] * has_link
-    for name in (*columns, "FLOP/byte", "bound", "time", "share", "remedy"):
-        table.add_column(name, justify="left" if name in ("operation", "bound", "remedy") else "right")
-    for row in phase.rows:
-        table.add_row(*_cells(row, has_link, max(row.seconds, row.link_s) / phase.seconds, remedy_text(row)))
+    names = ["operation", "FLOP", "device memory"] + ["link", "host memory"] * has_link
+    names += ["FLOP/byte", "bound", "time", "share", "remedy"]
+    lines = [
+        _cells(row, has_link, max(row.seconds, row.link_s) / phase.seconds, remedy_text(row)) for row in phase.rows
+    ]
     total = [phase.total(name) for name in ("flops", "memory_bytes", "link_bytes", "host_bytes")]
-    table.add_section()
     cells = ["all", si(total[0]), si(total[1], "B")] + [si(value, "B") for value in total[2:]] * has_link
-    table.add_row(*cells, f"{total[0] / total[1]:.3g}", phase.bound, seconds(phase.seconds), "", "")
-    return table
+    cells += [f"{total[0] / total[1]:.3g}", phase.bound, seconds(phase.seconds), "", ""]
+    return Figures(f"{phase.name}: {what}", names, [*lines, cells], has_sum=True)
 
 
 def _cells(row: Row, has_link: bool, share: float, remedy: str) -> Sequence[str]:

@@ -23,6 +23,7 @@ from kvoffload.profiler.budget import Progress
 from kvoffload.profiler.device import Link, machine_key, resolve_device
 from kvoffload.profiler.hardware import find_profile
 from kvoffload.profiler.profile import MAX_OTHER_LOAD_FRACTION, METHOD, measure_hardware, some_of, with_link
+from kvoffload.units import counted
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,11 @@ def load(device: torch.device | str = "auto", link: Link = "auto") -> HardwarePr
 
 
 def load_or_measure(
-    device: torch.device | str = "auto", link: Link = "auto", *, progress: Progress | None = None
+    device: torch.device | str = "auto",
+    link: Link = "auto",
+    *,
+    progress: Progress | None = None,
+    has_fewer_threads: bool = False,
 ) -> HardwareProfile:
     """The stored profile of this machine; else measure it once and store it, with a log message.
 
@@ -119,6 +124,12 @@ def load_or_measure(
     another way, is stale: told, left where it is until a newer one takes its place, not used. A measurement that
     `reason_not_to_keep` is used but not stored. An emulated link is not part of what is stored, it is put in front of
     the stored machine.
+
+    Args:
+        device: as for `measure_hardware`.
+        link: as for `measure_hardware`.
+        progress: as for `measure_hardware`.
+        has_fewer_threads: than `kvoffload profile` would measure, which therefore is no advice.
 
     Raises:
         ProfileError: the stored file is damaged or of another schema version; names it.
@@ -128,16 +139,20 @@ def load_or_measure(
     path = profile_path(machine_key(device))
     profile = _stored(device)
     if profile is None:
-        logger.warning("measuring this machine once, up to 20 s")
+        if has_fewer_threads:
+            threads = counted(torch.get_num_threads(), "thread")
+            logger.warning("measuring this machine with %s for this run, about 10 s", threads)
+        else:
+            logger.warning("measuring this machine once, up to 20 s")
         began = time.perf_counter()
         profile = measure_hardware(device, EmulatedLink() if device.type == "cpu" else "auto", progress=progress)
         try:
             if doubt := reason_not_to_keep(profile):
-                logger.warning(
-                    "not stored, since %s: it will be repeated, or run `kvoffload profile` while nothing else runs "
-                    "(--force keeps what it measures in any case)",
-                    doubt,
+                advice = (
+                    ": it will be repeated, or run `kvoffload profile` while nothing else runs (--force keeps what it "
+                    "measures in any case)"
                 )
+                logger.warning("not stored, since %s%s", doubt, "" if has_fewer_threads else advice)
             else:
                 path = store(profile)
                 logger.info("measured in %.1f s, stored in %s", time.perf_counter() - began, path)

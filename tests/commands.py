@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,8 @@ def run_badly(*arguments: object) -> str:
     assert result.stderr.count("\n") == 1
     assert "Traceback" not in result.stderr
     return result.stderr
+
+
+def table_words(text: str) -> Counter[str]:
+    """What stands in the tables of an output, except their headers."""
+    return Counter(word for line in text.splitlines() if line.startswith("│") for word in line.split() if word != "│")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from commands import cache_fixture as cache_fixture
 from commands import model_fixture as model_fixture
-from commands import run_badly, run_well
+from commands import run_badly, run_well, table_words
 from configs import CONFIGS, LLAMA_2_7B
+
+from kvoffload.profiler import report
 
 
 def test_plan_recommends_and_compares(model: Path) -> None:
@@ -24,6 +27,26 @@ def test_plan_never_cuts_the_name_of_a_way(model: Path) -> None:
     text = run_well("plan", "--model", model, *arguments)
     for way in ("sub-batches", "offload", "full transfer", "paper's schedule"):
         assert f"│ {way} " in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 110, 160])
+@pytest.mark.parametrize(
+    "options", [[], ["--price-per-hour", 2], ["--price-per-hour", 2, "--grid-g-per-kwh", 300, "--sweep", "1,64:8,1024"]]
+)
+def test_plan_cuts_no_figure_on_a_narrow_terminal(
+    width: int, options: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--config", CONFIGS / "llama-2-7b.json", "--hardware", "a100-40gb-pcie4", "--batch", 64, *options]
+    monkeypatch.setattr(report, "WIDTH", 1000)
+    wide = run_well("plan", *arguments)
+    assert wide.count("TTFT") == 1
+    monkeypatch.setattr(report, "WIDTH", width)
+    narrow = run_well("plan", *arguments)
+    assert "…" not in narrow
+    figures = Counter({word: number for word, number in table_words(wide).items() if word[0].isdigit()})
+    assert figures.total() >= 44
+    assert figures <= table_words(narrow)
+    assert max(len(line) for line in narrow.splitlines() if line[0] in "┏┃┡│└") <= width
 
 
 def test_plan_groups_long_numbers_and_names_one_block_one() -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import RECORDED, run, run_badly, run_well
+from commands import RECORDED, run, run_badly, run_well, table_words
 from commands import cache_fixture as cache_fixture
 from commands import model_fixture as model_fixture
 from configs import CONFIGS, LLAMA_2_13B
@@ -14,6 +14,7 @@ from toys import MODELS
 
 from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.model_shape import dimensions_from_config
+from kvoffload.profiler import report
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -44,6 +45,21 @@ def test_the_command_works_for_every_configuration(name: str) -> None:
     assert "decode: one token of 4 sequences at a context of 512" in table
     assert "weights in 8 bits" in table
     assert "of 80 GB device memory: " in table
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+@pytest.mark.parametrize("kv_on_host", [0, 0.5])
+def test_no_figure_is_cut_on_a_narrow_terminal(width: int, kv_on_host: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--config", CONFIGS / "llama-2-7b.json", "--hardware", "a100-40gb-pcie4", "--batch", 64]
+    arguments += ["--kv-on-host", kv_on_host]
+    monkeypatch.setattr(report, "WIDTH", 1000)
+    wide = run_well("roofline", *arguments)
+    monkeypatch.setattr(report, "WIDTH", width)
+    narrow = run_well("roofline", *arguments)
+    assert "…" not in narrow
+    assert "1.99e+03" in table_words(wide)
+    assert table_words(wide) <= table_words(narrow)
+    assert max(map(len, narrow.splitlines())) <= width
 
 
 def test_the_command_takes_bits_and_a_host_share(tmp_path: Path) -> None:

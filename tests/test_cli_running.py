@@ -1,4 +1,4 @@
-"""`kvoffload generate` and `kvoffload custom-generate`, up to where a model would be loaded."""
+"""`kvoffload generate`, `demo` and `custom-generate`, up to where a model would be loaded or answer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import RECORDED, run, run_badly, run_well
+import torch
+from commands import DISTURBANCE, RECORDED, run, run_badly, run_well
+from commands import cache_fixture as cache_fixture
 from commands import model_fixture as model_fixture
 from configs import LLAMA_2_7B
 
@@ -38,6 +40,30 @@ def test_a_folder_without_a_tokenizer_is_told_as_such(kind: str, model: Path, mo
     assert "cannot load" in run("generate", "hi", "--model", model).stderr
 
 
+def test_the_demo_measures_for_this_run_and_gives_no_advice_that_cannot_help(
+    model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from kvoffload import chat
+
+    def answer(*args: object, **options: object) -> None:
+        raise ConfigError("not today")
+
+    monkeypatch.setattr(chat, "load", lambda *args: (None, None))
+    monkeypatch.setattr(chat, "answer", answer)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setitem(DISTURBANCE, "other_cpu_load_fraction", 0.62)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert run("demo", "--model", model).exit_code == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert caplog.messages == [
+        "measuring this machine with 1 thread for this run, about 10 s",
+        "not stored, since other work kept 0.62 of the CPUs busy (at most 0.25 may be)",
+    ]
+
+
 def test_custom_generate_writes_the_options_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = run_well("custom-generate", tmp_path, "--split", "0.5", "--device-gib", "min", "--link-gb-per-s", "2")
     path = tmp_path / "custom_generate" / "generate.py"
@@ -46,11 +72,26 @@ def test_custom_generate_writes_the_options_it_was_given(tmp_path: Path, monkeyp
     written: dict[str, Any] = {}
     exec(path.read_text(), written)
     assert written["OPTIONS"] == {"split": 0.5, "device_gib": "min", "link": {"h2d_gb_per_s": 2.0}}
-    found = json.loads(run_well("custom-generate", tmp_path, "--hardware", "a100-40gb-pcie4", "--json"))
+    found = json.loads(run_well("custom-generate", tmp_path, "--hardware", "a100-40gb-pcie4", "--force", "--json"))
     assert found == {"path": str(path), "options": {"profile": "a100-40gb-pcie4"}}
     monkeypatch.chdir(RECORDED.parent)  # a call may come from another folder
-    found = json.loads(run_well("custom-generate", tmp_path, "--hardware", RECORDED.name, "--json"))
+    found = json.loads(run_well("custom-generate", tmp_path, "--hardware", RECORDED.name, "--force", "--json"))
     assert found["options"] == {"profile": str(RECORDED)}
+
+
+def test_custom_generate_overwrites_what_a_user_edited_only_by_force(tmp_path: Path) -> None:
+    arguments = ["custom-generate", tmp_path, "--split", "0.5"]
+    run_well(*arguments)
+    path = tmp_path / "custom_generate" / "generate.py"
+    written = path.read_text()
+    run_well(*arguments)
+    assert f"{path} has other options or was edited" in run_badly("custom-generate", tmp_path, "--split", "0.25")
+    assert path.read_text() == written
+    path.write_text(written.replace("0.5", "0.75"))
+    assert "write it anew with --force" in run_badly(*arguments)
+    assert "0.75" in path.read_text()
+    run_well(*arguments, "--force")
+    assert path.read_text() == written
 
 
 def test_custom_generate_says_which_option_is_wrong(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_options_written_anew_hold_from_the_next_call_on(folder: Path, sessions:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     for split in ("transfer", 0.5):
         config = OffloadConfig(split=split, block_tokens=4, profile="a100-40gb-pcie4", link=FAST_LINK)
-        custom_generate.write(folder, config)
+        custom_generate.write(folder, config, force=True)
         model.generate(prompt(2), custom_generate=str(folder), trust_remote_code=True, **COMMON)
         assert sessions[-1].config == config
 
@@ -225,7 +225,7 @@ def test_a_file_of_somebody_else_stays(content: bytes, tmp_path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"generate\.py is not from kvoffload: choose another folder, or remove it"):
-        custom_generate.write(tmp_path)
+        custom_generate.write(tmp_path, force=True)
     assert path.read_bytes() == content
 
 

@@ -54,6 +54,7 @@ def custom_generate(
     host_gib: HostGib = "auto",
     hardware: Annotated[str, typer.Option(help="A preset, a profile file, or 'auto' for the machine.")] = "auto",
     link_gb_per_s: LinkSpeed = None,
+    force: Annotated[bool, typer.Option("--force", help="Also over one with other options, or edited.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a custom_generate/ folder: transformers, and tools that call it, then generate through kvoffload."""
@@ -72,7 +73,7 @@ def custom_generate(
 
     from kvoffload.custom_generate import write
 
-    path = write(folder, config)
+    path = write(folder, config, force=force)
     if as_json:
         print_json({"path": str(path), "options": config.to_json()})
         return
