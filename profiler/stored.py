@@ -199,7 +199,7 @@ def _stored(device: torch.device) -> HardwareProfile | None:
     if profile.key != key:
         _tell_stale(path, profile.key, key)
     elif profile.method != METHOD:
-        logger.warning("stored profile %s is stale: an earlier release measured other things by its names", path)
+        logger.warning("stored profile %s is stale: an earlier release measured it in another way", path)
     else:
         return profile
     return None
