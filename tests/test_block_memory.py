@@ -88,9 +88,10 @@ def test_nothing_is_reserved_where_all_blocks_are_resident(memory: BlockMemory) 
     assert reserved(memory) == {"kv": 0, "activation": 0}
 
 
-def test_a_prompt_that_rows_share_is_reserved_once(memory: BlockMemory) -> None:
-    memory.reserve(placement(max_tokens=20, prompt_tokens=13), SHAPES, ROWS, prompt_copies=2)
-    assert reserved(memory)["kv"] == (6 * ROWS // 2 + 4 * ROWS) * 2 * KV.num_bytes
+@pytest.mark.parametrize("copies", [2, 3])
+def test_a_prompt_that_rows_share_is_reserved_once(copies: int, memory: BlockMemory) -> None:
+    memory.reserve(placement(max_tokens=20, prompt_tokens=13), SHAPES, 6, copies)  # 6 blocks of the prompt, 4 others
+    assert reserved(memory)["kv"] == (6 * 6 // copies + 4 * 6) * 2 * KV.num_bytes
 
 
 def test_extents_double_where_the_length_is_not_known(memory: BlockMemory) -> None:
