@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from kvoffload.cache import OffloadedCache
-from kvoffload.errors import ConfigError
+from kvoffload.errors import ConfigError, KVOffloadError
 from kvoffload.hf.first_tokens import FirstTokens, Measure
+from kvoffload.hf.hybrid_layer import OffloadedHybridLayer, offloaded
 from kvoffload.hf.layer import OffloadedLayer
 from kvoffload.hf.masks import MaskReader
-from kvoffload.hf.models import offloadable_layers
 from kvoffload.layer import CacheLayer
 from kvoffload.units import counted
 
@@ -54,7 +54,7 @@ class OffloadedHFCache(DynamicCache):
         model: the model it is for.
         session: whom to ask before the first update.
         core: the offloaded layers.
-        modules: attention module per layer index.
+        modules: by the index of each offloaded layer, in order, its self-attention module where that is known.
         is_compiled: whether the model's forward is; ours then runs between its graphs.
     """
 
@@ -63,7 +63,7 @@ class OffloadedHFCache(DynamicCache):
         model: PreTrainedModel,
         session: CacheOwner,
         core: OffloadedCache,
-        modules: dict[int, nn.Module],
+        modules: dict[int, nn.Module | None],
         *,
         is_compiled: bool = False,
     ) -> None:
@@ -80,8 +80,8 @@ class OffloadedHFCache(DynamicCache):
                 cache.warn_later_not_recomputable(position)
 
         core.not_recomputable = not_recomputable
-        for position, layer_idx in enumerate(offloadable_layers(model)):
-            layer = OffloadedLayer(self, core.layers[position], modules.get(layer_idx))
+        for position, (layer_idx, module) in enumerate(modules.items()):
+            layer = offloaded(self.layers[layer_idx], self, core.layers[position], module)
             if is_compiled:
                 for name in ("update", "get_seq_length", "get_mask_sizes"):
                     vars(layer)[name] = torch.compiler.disable(getattr(layer, name))
@@ -89,7 +89,8 @@ class OffloadedHFCache(DynamicCache):
 
     @property
     def _others(self) -> list[Any]:
-        return [layer for layer in self.layers if not isinstance(layer, OffloadedLayer)]
+        found: list[Any] = [layer for layer in self.layers if not isinstance(layer, OffloadedLayer)]
+        return found + [layer.state for layer in self.layers if isinstance(layer, OffloadedHybridLayer)]
 
     @property
     def other_device_bytes(self) -> int:
@@ -134,6 +135,17 @@ class OffloadedHFCache(DynamicCache):
                 f"this cache holds {counted(self.core.rows, 'row')} and is given tokens for {rows} (beams counted): "
                 "take a session.new_cache(), or change its rows first (batch_repeat_interleave, batch_select_indices)"
             )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedHFCache:
+        """Refused: its tokens are in host memory and in flight.
+
+        Raises:
+            KVOffloadError: always.
+        """
+        raise KVOffloadError(
+            "an offloaded cache cannot be copied with copy.deepcopy: give the common prompt to a session.new_cache() "
+            "for each continuation, or continue one and crop it back (cache.crop(-n) removes the newest n tokens)"
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Cached tokens of a layer."""
