@@ -129,7 +129,7 @@ def test_a_model_whose_generate_is_that_of_an_inner_one_names_it() -> None:
             text_config=text,
             num_query_tokens=4,
         )
-    )
+    ).eval()
     with pytest.raises(UnsupportedModelError, match=r"calls that of its language_model.*offload\(model\.language_"):
         kvoffload.offload(blip, config())
     ids = prompt(1, 9)

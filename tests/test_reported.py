@@ -55,16 +55,16 @@ def tiny(kind: str, **more: Any) -> PreTrainedModel:
     return loud(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
-def same(model: PreTrainedModel, ids: torch.Tensor = IDS, ways: dict[str, OffloadConfig] = WAYS, **more: Any) -> None:
-    """Offloaded generation equals the plain one, in every way, and something came from the host."""
+def same(model: PreTrainedModel, ids: torch.Tensor = IDS, *, is_long: bool = True, **more: Any) -> None:
+    """Offloaded generation equals the plain one, in every way, and something of a long text came from the host."""
     call: dict[str, Any] = {**RUN, **more}
     wanted = model.generate(ids, **call)
-    for name, config in ways.items():
+    for name, config in WAYS.items():
         with kvoffload.offload(model, config) as session:
             found = model.generate(ids, **call)
         assert torch.equal(found, wanted), name
         assert session.stats is not None
-        assert session.stats.h2d_bytes > 0, name
+        assert session.stats.h2d_bytes > 0 or not is_long, name
 
 
 def longrope(original: int) -> dict[str, Any]:
@@ -119,6 +119,7 @@ def mllama() -> PreTrainedModel:
     return loud(transformers.MllamaForConditionalGeneration(config).float())
 
 
+@pytest.mark.filterwarnings("ignore:`hidden_state` is deprecated:FutureWarning")  # inside Mllama, in 5.17
 def test_layers_of_cross_attention_keep_the_cache_of_transformers() -> None:
     model, mask = mllama(), torch.ones_like(IDS)
     same(model, attention_mask=mask)
@@ -194,7 +195,8 @@ def test_a_window_wider_than_the_positions_is_a_full_cache() -> None:
 @pytest.mark.parametrize("original", [20, 43], ids=["in the prompt", "while decoding"])
 def test_a_text_that_grows_past_the_original_length_of_longrope(original: int, more: dict[str, Any]) -> None:
     """There transformers drops the cache and begins anew, with other rotations of all tokens."""
-    same(tiny("phi3", **longrope(original)), **more)
+    is_long = original == 20  # up to 5.22 transformers begins anew with the newest token alone
+    same(tiny("phi3", **longrope(original)), is_long=is_long, **more)
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------

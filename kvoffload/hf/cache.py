@@ -14,8 +14,8 @@ from transformers.cache_utils import DynamicCache
 from kvoffload.cache import OffloadedCache
 from kvoffload.errors import ConfigError, KVOffloadError
 from kvoffload.hf.first_tokens import FirstTokens, Measure
-from kvoffload.hf.hybrid_layer import OffloadedHybridLayer, offloaded
 from kvoffload.hf.layer import OffloadedLayer
+from kvoffload.hf.layer_beside import LayerBeside, offloaded
 from kvoffload.hf.masks import MaskReader
 from kvoffload.layer import CacheLayer
 from kvoffload.units import counted
@@ -89,8 +89,12 @@ class OffloadedHFCache(DynamicCache):
 
     @property
     def _others(self) -> list[Any]:
-        found: list[Any] = [layer for layer in self.layers if not isinstance(layer, OffloadedLayer)]
-        return found + [layer.state for layer in self.layers if isinstance(layer, OffloadedHybridLayer)]
+        return [layer for layer in self.layers if not isinstance(layer, OffloadedLayer)]
+
+    @property
+    def _beside(self) -> list[Any]:
+        """Layers of transformers that hold what of ours is neither K nor V."""
+        return [layer.beside for layer in self.layers if isinstance(layer, LayerBeside)]
 
     @property
     def other_device_bytes(self) -> int:
@@ -161,7 +165,7 @@ class OffloadedHFCache(DynamicCache):
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         removed = min(-tokens_to_remove, self.core.layers[0].num_tokens)
-        for layer in self._others:
+        for layer in (*self._others, *self._beside):
             layer.crop(tokens_to_remove)
         with torch.no_grad():
             self.core.crop(removed)
@@ -185,6 +189,8 @@ class OffloadedHFCache(DynamicCache):
         self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def _select(self, indices: torch.Tensor) -> None:
+        for layer in self._beside:
+            layer.reorder_cache(indices)
         with torch.no_grad():
             self.core.select_rows(indices)
 
@@ -195,7 +201,7 @@ class OffloadedHFCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget everything."""
-        for layer in self._others:
+        for layer in (*self._others, *self._beside):
             layer.reset()
         self.core.reset()
         self.session.forget(self)
@@ -205,5 +211,5 @@ class OffloadedHFCache(DynamicCache):
         if not self.is_closed:
             self.is_closed = True
             self.core.reset()
-            for layer in self._others:
+            for layer in (*self._others, *self._beside):
                 layer.reset()

@@ -9,14 +9,10 @@ from typing import Any
 
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import (
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-)
+from transformers.cache_utils import DynamicCache
 
 from kvoffload.errors import UnsupportedModelError
+from kvoffload.hf.layer_beside import grows
 
 # Parts of the path of attention over something else than the tokens before: an encoder's states, an image's.
 OTHER_ATTENTION = ("cross", "encoder_attn", "encdec", "perceiver", "resampler")
@@ -75,6 +71,11 @@ def check_supported(model: Any) -> None:
             f"{name} keeps its state in a way of its own instead of a cache of transformers: use plain generate()"
         )
     if not offloadable_layers(model):
+        if own := _layers_of_its_own(model):
+            raise UnsupportedModelError(
+                f"{name} caches in layers of its own kind ({', '.join(own)}), which hold something else than keys and "
+                "values of every token: use plain generate()"
+            )
         raise UnsupportedModelError(
             f"{name} has no attention layer with an unbounded cache (only sliding-window, linear or stateful layers); "
             "its cache does not grow, use plain generate()"
@@ -121,18 +122,18 @@ def offloadable_layers(model: PreTrainedModel) -> list[int]:
     return [
         idx
         for idx, layer in enumerate(layers)
-        if _grows(layer, positions) and idx not in shared and idx not in elsewhere
+        if grows(layer, positions) and idx not in shared and idx not in elsewhere
     ]
+
+
+def _layers_of_its_own(model: PreTrainedModel) -> list[str]:
+    """Kinds of cache layers that a model brings itself."""
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return sorted({type(one).__name__ for one in layers if type(one).__module__ != DynamicCache.__module__})
 
 
 def _has_dynamic_cache(model: Any) -> bool:
     return bool(model._supports_default_dynamic_cache())
-
-
-def _grows(layer: Any, positions: int | None) -> bool:
-    if type(layer) is DynamicSlidingWindowLayer:
-        return isinstance(positions, int) and layer.sliding_window >= positions
-    return type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 
 
 def _kv_producers(config: Any, num_layers: int) -> set[int]:
