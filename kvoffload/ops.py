@@ -49,7 +49,7 @@ def segment_attention(q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, **options
     Raises:
         ValueError: if shapes, dtypes, strides or devices do not fit.
     """
-    if q.is_cpu:
+    if not _on_gpu(q):
         cpu_attention.segment_attention(q, kv, out, lse, **options)
         return
     with torch.cuda.device_of(q):
@@ -89,9 +89,13 @@ def linear_into(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         torch.addmm(bias, x, weight.t(), out=out)
 
 
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
 def _triton(name: str, tensor: Tensor) -> Any:
     """The module of a Triton kernel, or None if it cannot do this tensor: on a CUDA device that is warned of, once."""
-    if not tensor.is_cuda:
+    if not _on_gpu(tensor):
         return None
     try:
         module = importlib.import_module(f"kvoffload.kernels.{name}")
