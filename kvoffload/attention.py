@@ -42,12 +42,13 @@ def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tup
     shares = max(1, job.num_activation_chunks)  # so that a long recomputation never keeps the ring full
     if job.num_activation_chunks == 0:
         resident.place(1)
-    for chunk, data in engine.arriving(job):
+    for chunk, room in engine.arriving(job):
         tokens = len(chunk.blocks) * cache.placement.block_tokens
         rows = chunk.blocks[0].rows
-        stored = layer.row_shapes["activation"].view(data, tokens, rows)
+        row = layer.row_shapes["activation"]
+        stored = room.view(row.dtype, (tokens, rows, row.width))
         out = _tokens(landing, chunk.landing_offset, tokens, rows, shape)
-        engine.backend.compute(reads=(data,), writes=(out,))
+        engine.backend.compute(reads=(stored,), writes=(out,))
         layer.recompute_into(chunk.first_block, chunk.blocks[0], stored, out)
         resident.place(1 / shares)
     resident.place(1)

@@ -99,6 +99,7 @@ def counting() -> Iterator[Counter[str]]:
         stream=lambda stream: contextlib.nullcontext(),
         synchronize=lambda device=None: None,
         get_device_name=lambda device=None: "nothing",
+        current_device=lambda: -1,  # that of tensors on the CPU
     ):
         yield calls
 
@@ -213,7 +214,10 @@ def measure(rounds: int = ROUNDS) -> HostTime:
     layer_s -= (own_s["plain, many layers"] - own_s["plain"]) / num_layers + FEW_CHUNKS * chunk_s["kv"]
     step_s = found["few kv"].seconds - own_s["plain"] - FEW_LAYERS * (layer_s + FEW_CHUNKS * chunk_s["kv"])
     return HostTime(
-        *(1e6 * seconds for seconds in (chunk_s["kv"], chunk_s["activation"], layer_s, step_s)),
+        kv_chunk_us=1e6 * chunk_s["kv"],
+        activation_chunk_us=1e6 * chunk_s["activation"],
+        layer_us=1e6 * layer_s,
+        step_us=1e6 * step_s,
         kv_chunk_calls=calls["kv"],
         activation_chunk_calls=calls["activation"],
     )
