@@ -25,6 +25,7 @@ from kvoffload.backend import Backend
 from kvoffload.chunks import Chunk
 from kvoffload.positions import PositionTable
 from kvoffload.profiler.trials import Trials, time_trials
+from kvoffload.room import Room
 from kvoffload.store import Block
 from kvoffload.transfer import TransferEngine
 from kvoffload.types import Form
@@ -52,8 +53,8 @@ def measure_host_s_per_chunk(backend: Backend, *, forms: tuple[Form, ...] = _BOT
         began = time.thread_time()
         for _ in range(n):
             job = engine.begin(cache, layer, in_layer_buffer=False)
-            for chunk, data in engine.arriving(job):
-                layer.use(chunk, data)
+            for chunk, room in engine.arriving(job):
+                layer.use(chunk, room)
             engine.finish_current()
         took_s = time.thread_time() - began
         backend.synchronize()
@@ -100,12 +101,12 @@ class _StandInChunks:
     def expects_another_step(self) -> bool:
         return True
 
-    def use(self, chunk: Chunk, data: torch.Tensor) -> None:
+    def use(self, chunk: Chunk, room: Room) -> None:
         """What a decode step does with a chunk, on hardly any numbers."""
-        self._backend.compute(reads=(data,))
+        kv = room.view(torch.float32, (self._tokens, 1, 2 * WIDTH))
+        self._backend.compute(reads=(kv,))
         first_position = chunk.first_block * self._tokens
         with torch.no_grad():
-            kv = data.view(torch.float32).view(self._tokens, 1, 2 * WIDTH)
             if chunk.form == "activation":
                 activation, kv = kv[:, 0, :WIDTH], self._scratch
                 cos, sin = self._embeddings(first_position)

@@ -20,7 +20,7 @@ import contextlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -189,7 +189,7 @@ class HostTime(NamedTuple):
 
 def measure(rounds: int = ROUNDS) -> HostTime:
     """All four, with what each chunk calls."""
-    cases = {
+    cases: dict[str, Callable[[], Steps]] = {
         "few kv": lambda: offloaded_steps(FEW_LAYERS, FEW_CHUNKS, "transfer"),
         "many kv": lambda: offloaded_steps(FEW_LAYERS, MANY_CHUNKS, "transfer"),
         "few activation": lambda: offloaded_steps(FEW_LAYERS, FEW_CHUNKS, "recompute"),
