@@ -9,7 +9,7 @@ from models import make_model
 from kvoffload import OffloadConfig
 from kvoffload.backend import EmulatedBackend
 from kvoffload.measured_rates import MeasuredRates
-from kvoffload.model_shape import shape_from_config
+from kvoffload.model.shape import model_shape
 from kvoffload.sizing import Geometry, choose_sizes
 from kvoffload.types import Rates
 
@@ -40,7 +40,7 @@ def test_only_what_was_measured_is_replaced_and_only_by_a_newer_measurement() ->
 
 @pytest.mark.parametrize("is_segmented", [True, False])
 def test_a_chunk_is_timed_once_and_a_link_of_given_speed_never(is_segmented: bool) -> None:
-    shape = shape_from_config(make_model("llama").config)
+    shape = model_shape(make_model("llama").config)
     geometry = Geometry(
         num_offloaded_layers=3,
         rows=2,
