@@ -1,8 +1,8 @@
 """Layers that hold more than K and V: these are offloaded, what else there is stays with transformers' own layer.
 
-Owns which layers of transformers grow and can be offloaded, and where ours and theirs meet in one object: the state of
-layers with attention and a recurrence (Falcon-H1, Zamba2), the index keys of sparse attention (DeepSeek-V3.2, GLM-5).
-Theirs never sees K or V, so that its methods for rows, crops and resets change the rest alone.
+Owns where ours and theirs meet in one object: the state of layers with attention and a recurrence (Falcon-H1, Zamba2),
+the index keys of sparse attention (DeepSeek-V3.2, GLM-5). Theirs never sees K or V, so that its methods for rows, crops
+and resets change the rest alone.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import torch
 from torch import nn
 from transformers.cache_utils import (
     DynamicIndexedLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
 )
@@ -70,18 +68,6 @@ class HybridLayer(LayerBeside, LinearAttentionCacheLayerMixin):
         """A crop will follow each forward."""
         self.beside.activate_past_recording()
         self.record_past = True
-
-
-def grows(theirs: Any, positions: int | None) -> bool:
-    """Whether a layer of transformers caches K and V of every token.
-
-    Args:
-        theirs: the layer.
-        positions: tokens that the model has positions for, if it says so; a window as wide as that never closes.
-    """
-    if type(theirs) is DynamicSlidingWindowLayer:
-        return isinstance(positions, int) and theirs.sliding_window >= positions
-    return type(theirs) in (DynamicLayer, LinearAttentionAndFullAttentionLayer, DynamicIndexedLayer)
 
 
 def offloaded(theirs: Any, owner: OffloadedHFCache, core: CacheLayer, module: nn.Module | None) -> OffloadedLayer:

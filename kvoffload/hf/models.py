@@ -12,7 +12,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from kvoffload.errors import UnsupportedModelError
-from kvoffload.hf.layer_beside import grows
+from kvoffload.model.cache_layers import cache_layers
 
 # Parts of the path of attention over something else than the tokens before: an encoder's states, an image's.
 OTHER_ATTENTION = ("cross", "encoder_attn", "encdec", "perceiver", "resampler")
@@ -114,16 +114,9 @@ def offloadable_layers(model: PreTrainedModel) -> list[int]:
     """
     if not _has_dynamic_cache(model):
         return []
-    config = model.config.get_text_config(decoder=True)
-    layers = DynamicCache(config=config).layers
-    shared = _kv_producers(config, len(layers))
-    positions = getattr(config, "max_position_embeddings", None)
     elsewhere = _layers_of_other_attention(model)
-    return [
-        idx
-        for idx, layer in enumerate(layers)
-        if grows(layer, positions) and idx not in shared and idx not in elsewhere
-    ]
+    caches = cache_layers(model.config)
+    return [idx for idx, cache in enumerate(caches) if cache.is_offloadable and idx not in elsewhere]
 
 
 def _layers_of_its_own(model: PreTrainedModel) -> list[str]:
@@ -134,16 +127,6 @@ def _layers_of_its_own(model: PreTrainedModel) -> list[str]:
 
 def _has_dynamic_cache(model: Any) -> bool:
     return bool(model._supports_default_dynamic_cache())
-
-
-def _kv_producers(config: Any, num_layers: int) -> set[int]:
-    """Layers whose K/V later layers use (gemma3n): they keep a cache of their own on the device."""
-    num_shared = getattr(config, "num_kv_shared_layers", 0) or 0
-    if not num_shared:
-        return set()
-    first_shared = config.num_hidden_layers - num_shared
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return {max(idx for idx in range(first_shared) if types[idx] == kind) for kind in set(types[:first_shared])}
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:

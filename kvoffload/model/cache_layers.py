@@ -30,6 +30,7 @@ def cache_layers(config: Any, positions: int | None = None) -> tuple[LayerCache,
     found = [_translated(layer) for layer in DynamicCache(config=text).layers]
     num_layers = max(len(found), int(getattr(text, "num_hidden_layers", 0) or 0))
     modes = _sharing_modes(text, num_layers)
+    is_shared = "reuse" in modes  # else nobody reads what is stored for others
     kinds = list(getattr(text, "layer_types", None) or [])
     limit = positions or positions_of(text)
     result = []
@@ -40,8 +41,8 @@ def cache_layers(config: Any, positions: int | None = None) -> tuple[LayerCache,
             is_bounded = idx < len(kinds) and "sliding" in kinds[idx]
             cache = LayerCache("shared", int(getattr(text, "sliding_window", 0) or 0) if is_bounded else 0)
         elif modes[idx] == "store":
-            cache = cache._replace(is_lent=True)
-        if limit and cache.window_tokens >= limit:
+            cache = cache._replace(is_lent=is_shared)
+        if limit and cache.window_tokens >= limit and not cache.has_state:
             cache = cache._replace(kind="grows" if cache.kind == "window" else cache.kind, window_tokens=0)
         result.append(cache)
     return tuple(result)
@@ -55,15 +56,15 @@ def positions_of(text: Any) -> int | None:
 
 def _translated(layer: Any) -> LayerCache:
     """One layer of a `DynamicCache`. What is derived from a layer of transformers keeps more than that."""
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+    from transformers import cache_utils
 
-    keeps_state = isinstance(layer, LinearAttentionCacheLayerMixin)
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        has_state = type(layer) is not DynamicSlidingWindowLayer
-        return LayerCache("window", int(layer.sliding_window), has_state=has_state)
-    if isinstance(layer, DynamicLayer):
-        return LayerCache("grows", has_state=type(layer) is not DynamicLayer)
-    return LayerCache("state" if keeps_state else "none")
+    found = LayerCache("state" if isinstance(layer, cache_utils.LinearAttentionCacheLayerMixin) else "none")
+    if isinstance(layer, cache_utils.DynamicSlidingWindowLayer):
+        has_state = type(layer) is not cache_utils.DynamicSlidingWindowLayer
+        found = LayerCache("window", int(layer.sliding_window), has_state=has_state)
+    elif isinstance(layer, cache_utils.DynamicLayer):
+        found = LayerCache("grows", has_state=type(layer) is not cache_utils.DynamicLayer)
+    return found._replace(is_own_kind=type(layer).__module__ != cache_utils.__name__)
 
 
 def _sharing_modes(text: Any, num_layers: int) -> list[str | None]:

@@ -26,11 +26,12 @@ class LayerCache(NamedTuple):
     window_tokens: int = 0  # of a layer with a window, also where it reads another's cache; else 0
     has_state: bool = False  # keeps something else beside K and V
     is_lent: bool = False  # later layers read it as well
+    is_own_kind: bool = False  # a class that the model brings itself: what else it does is not known
 
     @property
     def is_offloadable(self) -> bool:
         """Whether K and V grow with every token and belong to this layer alone."""
-        return self.kind == "grows" and not self.has_state and not self.is_lent
+        return self.kind == "grows" and not self.is_lent and not self.is_own_kind
 
 
 class KV(NamedTuple):
