@@ -71,7 +71,8 @@ def _sharing_modes(text: Any, num_layers: int) -> list[str | None]:
     """Per layer "store" where later layers read its cache, "reuse" where it reads an earlier one's."""
     modes = getattr(text, "kv_sharing_modes", None)
     if modes is not None and len(modes) == num_layers:
-        return list(modes)
+        # transformers 5.24 says "store" also where no layer of the model reads it
+        return list(modes) if "reuse" in modes else [None] * num_layers
     found: list[str | None] = [None] * num_layers
     num_shared = int(getattr(text, "num_kv_shared_layers", 0) or 0)
     if not 0 < num_shared < num_layers:

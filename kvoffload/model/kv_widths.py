@@ -136,12 +136,17 @@ def _forward(model: Any, text_config: Any, note: Callable[[int, KV], None]) -> N
         return update(keys, values, layer_idx, *args, **kwargs)
 
     vars(cache)["update"] = telling
-    takes = inspect.signature(model.forward).parameters
+    takes = argument_names(model)
     name = next((one for one in ("past_key_values", "cache", "cache_params") if one in takes), "past_key_values")
     model.config.pad_token_id = None  # some look for it among the tokens, which have no values
     ids = torch.zeros(1, 3, dtype=torch.long, device="meta")
     with torch.no_grad():
         model.eval()(input_ids=ids, use_cache=True, **{name: cache})
+
+
+def argument_names(model: nn.Module) -> Sequence[str]:
+    """What its forward takes."""
+    return tuple(inspect.signature(model.forward).parameters)
 
 
 def _pass_by_experts(model: nn.Module) -> None:
