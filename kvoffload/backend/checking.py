@@ -165,6 +165,13 @@ class CheckingBackend(Backend):
     def span_seconds(self, name: str) -> float:
         return self.inner.span_seconds(name)
 
+    def spans(self, name: str) -> Pace:
+        return self.inner.spans(name)
+
+    @property
+    def starved_s(self) -> float:  # type: ignore[override]
+        return self.inner.starved_s
+
     def pace(self, name: str) -> Pace:
         return self.inner.pace(name)
 

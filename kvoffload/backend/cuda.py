@@ -16,6 +16,7 @@ import contextlib
 import logging
 import mmap
 import os
+import time
 import warnings
 import weakref
 from collections import defaultdict, deque
@@ -55,6 +56,9 @@ class CudaBackend(Backend):
         self._pending: dict[str, deque[tuple[Any, Any, int]]] = defaultdict(deque)  # (start, end, bytes or amount)
         self._totals: dict[str, LinkUse] = defaultdict(lambda: LinkUse(0, 0.0, 0))
         self._recording: deque[tuple[Lane, Any, Any, int]] = deque(maxlen=MAX_RECORDED)  # (lane, start, end, bytes)
+        self.starved_s = 0.0
+        self._looked_at_s: float | None = None
+        self._last_event: Any = None  # in the compute queue, at the last look
         self._recording_since: Any = None  # the event that recorded times count from
         # By address. Memory must not be freed while it is pinned, also where nobody calls `close`.
         self._pinned: dict[int, torch.Tensor] = {}
@@ -113,14 +117,32 @@ class CudaBackend(Backend):
         self._note(direction, start, end, src.numel() * src.element_size())
         return end
 
+    def _look(self) -> None:
+        """Count the time since the last look in this forward as idle if the device has nothing to do.
+
+        It waits for its host. Half of it, where it is only through with all that was issued before the last look: it
+        works as fast as its host can ask, and how much of the time that took nobody knows. A device that waits for the
+        link has that to do.
+        """
+        now_s = time.perf_counter()
+        if self._looked_at_s is None:
+            pass  # between forwards the host waits for the device as well
+        elif torch.cuda.current_stream(self.device).query():
+            self.starved_s += now_s - self._looked_at_s
+        elif self._last_event is not None and self._last_event.query():
+            self.starved_s += (now_s - self._looked_at_s) / 2
+        self._looked_at_s = now_s
+
     def compute_waits(self, event: Any) -> None:
+        self._look()
         # The stretch between the two records is what the compute stream lost by waiting.
         span = self.start_span("exposed_wait")
         torch.cuda.current_stream(self.device).wait_event(event)
-        self.end_span(span)
+        self._last_event = self.end_span(span)
 
     def release(self, *buffers: torch.Tensor) -> Any:
-        event = torch.cuda.Event()
+        self._look()
+        event = self._last_event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
         return event
 
@@ -134,15 +156,16 @@ class CudaBackend(Backend):
     def start_span(self, name: str) -> tuple[str, Any]:
         return name, self._timed_event()
 
-    def end_span(self, span: tuple[str, Any], amount: int = 0) -> None:
+    def end_span(self, span: tuple[str, Any], amount: int = 0) -> Any:
         name, start = span
         end = self._timed_event()
         self._note(name, start, end, 0)
         if amount and not start.query():  # all of it was queued before the device came to it
             self._keep(_paced(name), start, end, amount)
+        return end
 
     def _note(self, name: str, start: Any, end: Any, num_bytes: int) -> None:
-        if self.is_recording:
+        if self.is_recording and name in _LANES:
             self._recording.append((_LANES[name], start, end, num_bytes))
         self._keep(name, start, end, num_bytes)
 
@@ -154,6 +177,10 @@ class CudaBackend(Backend):
     def span_seconds(self, name: str) -> float:
         self._harvest(name)
         return self._totals[name].busy_s
+
+    def spans(self, name: str) -> Pace:
+        self._harvest(name)
+        return Pace(self._totals[name].copies, self._totals[name].busy_s)
 
     def pace(self, name: str) -> Pace:
         self._harvest(_paced(name))
@@ -202,6 +229,7 @@ class CudaBackend(Backend):
         return found
 
     def mark(self, lane: Lane) -> None:
+        self._looked_at_s = None
         if self.is_recording:
             event = self._timed_event()
             self._recording.append((lane, event, event, 0))
