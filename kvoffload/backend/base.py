@@ -186,6 +186,11 @@ class Backend(ABC):
         finally:
             self.end_span(span, amount)
 
+    @property
+    def kept_host_bytes(self) -> int:
+        """Host memory that is kept for sessions to come, and that `allocate_host` takes before any other."""
+        return 0
+
     def free_device(self, buffer: torch.Tensor) -> None:
         """Declare that the caller drops this buffer: its memory is reused in the order of compute."""
         self.compute(writes=(buffer,))

@@ -111,6 +111,10 @@ class CheckingBackend(Backend):
             buffer.fill_(255)
         return buffer
 
+    @property
+    def kept_host_bytes(self) -> int:
+        return self.inner.kept_host_bytes
+
     def release_host(self, buffer: HostBuffer) -> None:
         self.inner.release_host(buffer)
 
