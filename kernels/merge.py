@@ -1,7 +1,8 @@
 """Triton: partial attention results merged into accumulated ones, and written out at the end.
 
 The same kernel merges one segment's result that someone else computed and the parts into which `segment_attention.py`
-splits a segment. Works in float32; see `reference.merge_` for the arithmetic.
+splits a segment: a program for each row, which takes many parts at once, since there are many where there are few rows.
+Works in float32; see `reference.merge_` for the arithmetic.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from kvoffload.kernels import checks
 from kvoffload.kernels.sizes import divided_up, power_of_2
 
 _BLOCK_ELEMENTS = 2048  # of `out` per program
+_PARTS_ELEMENTS = 4096  # of parts that a program takes at once
 _MAX_HEAD_DIM = 2048
 
 
@@ -50,8 +52,7 @@ def merge_parts(
     if not rows:
         return
     block_dim = power_of_2(head_dim)
-    block_rows = max(1, _BLOCK_ELEMENTS // block_dim)
-    _merge_kernel[(divided_up(rows, block_rows),)](
+    _merge_kernel[(rows,)](
         out,
         lse,
         part_out,
@@ -60,7 +61,7 @@ def merge_parts(
         num_parts,
         int(is_first),
         HEAD_DIM=head_dim,
-        BLOCK_ROWS=block_rows,
+        BLOCK_PARTS=max(1, _PARTS_ELEMENTS // block_dim),
         BLOCK_DIM=block_dim,
     )
 
@@ -114,27 +115,39 @@ def _merge_kernel(
     num_parts: tl.tensor,
     is_first: tl.tensor,
     HEAD_DIM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     dim = tl.arange(0, BLOCK_DIM)
-    inside = row < rows
-    both = inside[:, None] & (dim < HEAD_DIM)[None, :]
-    place = row.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
+    acc = tl.zeros((1, BLOCK_DIM), tl.float32)
+    highest = tl.full((1,), float("-inf"), tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    for first in range(0, num_parts, BLOCK_PARTS):
+        part = first + tl.arange(0, BLOCK_PARTS)
+        part_row = part.to(tl.int64) * rows + row
+        part_lse = tl.load(part_lse_ptr + part_row, mask=part < num_parts, other=float("-inf"))
+        both = (part < num_parts)[:, None] & (dim < HEAD_DIM)[None, :]
+        part_out = tl.load(part_out_ptr + part_row[:, None] * HEAD_DIM + dim[None, :], mask=both, other=0.0)
+        new_highest = tl.maximum(highest, tl.max(part_lse, 0))
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # nothing so far: all weights 0, not NaN
+        weights = tl.exp(part_lse - base)
+        shrink = tl.exp(highest - base)
+        acc = acc * shrink[:, None] + tl.sum(weights[:, None] * part_out, 0)[None, :]
+        total = total * shrink + tl.sum(weights, 0)
+        highest = new_highest
+    nothing = total == 0.0
+    part_out = acc / tl.where(nothing, 1.0, total)[:, None]
+    part_lse = tl.where(nothing, float("-inf"), highest + tl.log(total))
     # what is there may be anything if this is the first, so it is not even read
-    keep = inside & (is_first == 0)
-    out = tl.load(out_ptr + place, mask=both & keep[:, None], other=0.0)
-    lse = tl.load(lse_ptr + row, mask=keep, other=float("-inf"))
-    part_rows = rows.to(tl.int64)
-    for _ in range(num_parts):
-        part_out = tl.load(part_out_ptr + place, mask=both, other=0.0)
-        part_lse = tl.load(part_lse_ptr + row, mask=inside, other=float("-inf"))
-        out, lse = merged(out, lse, part_out, part_lse)
-        part_out_ptr += part_rows * HEAD_DIM
-        part_lse_ptr += part_rows
-    tl.store(out_ptr + place, out, mask=both)
-    tl.store(lse_ptr + row, lse, mask=inside)
+    keep = is_first == 0
+    place = row[:, None] * HEAD_DIM + dim[None, :]
+    is_dim = (dim < HEAD_DIM)[None, :]
+    out = tl.load(out_ptr + place, mask=is_dim & keep, other=0.0)
+    lse = tl.load(lse_ptr + row, mask=keep & (row < rows), other=float("-inf"))
+    out, lse = merged(out, lse, part_out, part_lse)
+    tl.store(out_ptr + place, out, mask=is_dim)
+    tl.store(lse_ptr + row, lse)
 
 
 @triton.jit(do_not_specialize=["rows", "q_tokens"])

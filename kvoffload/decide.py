@@ -337,6 +337,14 @@ class Decider:
         # The plan is for the mean length; at the full one only the form that was asked for first may fit.
         return corrected if corrected.fits_on_host else replace(decision, inputs=inputs)
 
+    def note_gap(self, decision: Decision, between_steps_s: float | None) -> None:
+        """What passed between the attention of two real steps corrects the gap that was assumed.
+
+        Where the device is the CPU the gap is part of its work, and is left as it is.
+        """
+        if decision.inputs is not None and not self.backend.emulated:
+            self.measured.take_gap(between_steps_s, decision.inputs.rates)
+
     def replan(self, decision: Decision, stored_kv_blocks: int, stored_activation_blocks: int) -> Decision:
         """The plan for blocks still to come, at the rates measured so far and with the blocks there are.
 

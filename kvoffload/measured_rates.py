@@ -47,6 +47,7 @@ class MeasuredRates:
         self.recompute_s_per_row_token: float | None = None
         self.attention_s_per_row_token: float | None = None
         self.h2d_bytes_per_s: float | None = None
+        self.gap_s: float | None = None
         self._was_timed = False
 
     def take(
@@ -60,8 +61,15 @@ class MeasuredRates:
         self.h2d_bytes_per_s = h2d_bytes_per_s or self.h2d_bytes_per_s
         self.attention_s_per_row_token = attention_s_per_row_token or self.attention_s_per_row_token
 
+    def take_gap(self, between_steps_s: float | None, rates: Rates) -> None:
+        """What passes between two steps, less what a device does in it at these rates: the host's time."""
+        if between_steps_s is not None:
+            self.gap_s = max(0.0, between_steps_s - rates.head_s - rates.dense_s)
+
     def correct(self, rates: Rates, rows: int) -> Rates:
         """`rates` with what has been measured."""
+        if self.gap_s is not None:
+            rates = replace(rates, gap_s=self.gap_s)
         if self.recompute_s_per_row_token is not None:
             rates = replace(rates, recompute_s_per_token=self.recompute_s_per_row_token * rows)
         if self.attention_s_per_row_token is not None:

@@ -92,7 +92,8 @@ class MemoryLimits:
         """The cap on host memory, of which the session holds so much already: what its pool may grow to."""
         if self._config.host_gib != "auto":
             return int(float(self._config.host_gib) * GIB)
-        return int(HOST_SHARE * system_memory.available_bytes()) + held_bytes
+        available_bytes = system_memory.available_bytes() + self._backend.kept_host_bytes
+        return int(HOST_SHARE * available_bytes) + held_bytes
 
     def full_host_cap_bytes(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int:
         """The cap as if every row stored every block: beams share those of their prompt."""

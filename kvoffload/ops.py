@@ -78,7 +78,11 @@ def rope_(keys: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def linear_into(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """`out = x @ weight.T + bias` without a copy, also where `out` is a strided view.
+    """`out = x @ weight.T + bias`, also where `out` is a strided view.
+
+    Without a bias no copy is made. A GPU's library adds a bias within the product only where the result is contiguous:
+    into a strided one it would copy the bias to every row first, and read that again. There the product gets memory of
+    its own and is copied: as much moves, and the result is the model's own to the last bit.
 
     Args:
         x: [m, k].
@@ -88,6 +92,8 @@ def linear_into(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """
     if bias is None:
         torch.mm(x, weight.t(), out=out)
+    elif x.is_cuda and not out.is_contiguous():
+        out.copy_(torch.nn.functional.linear(x, weight, bias))
     else:
         torch.addmm(bias, x, weight.t(), out=out)
 

@@ -26,6 +26,8 @@ class _Readings(NamedTuple):
     h2d: LinkUse
     recompute_s: float
     wait_s: float
+    starved_s: float
+    gaps: Pace  # between steps
     recompute: Pace  # in tokens of rows
     attention: Pace
 
@@ -35,6 +37,8 @@ class _Readings(NamedTuple):
             h2d=backend.link_use("h2d"),
             recompute_s=backend.span_seconds("recompute"),
             wait_s=backend.span_seconds("exposed_wait"),
+            starved_s=backend.starved_s,
+            gaps=backend.spans("gap"),
             recompute=backend.pace("recompute"),
             attention=backend.pace("attention"),
         )
@@ -75,6 +79,7 @@ class Run:
         self._start = _Readings.of(backend)
         self._decode: _Readings | None = None  # at the first decode step
         self._window: tuple[_Readings, int] | None = None  # readings and forwards at its start
+        self._settled_gaps = Pace(0, 0.0)  # before the steps that count
         self._recomputed_before = 0
         self._forwards: list[float] = []  # start of each forward
         self._num_prefill_forwards = 0
@@ -120,6 +125,7 @@ class Run:
             self._prefill_peak_bytes = self._engine.take_peak()
         elif self._window is None and len(self._forwards) > self._num_prefill_forwards + SETTLING_STEPS:
             self._open_window()
+            self._settled_gaps = self._backend.spans("gap")
 
     def _open_window(self) -> None:
         self._window = (_Readings.of(self._backend), len(self._forwards) - 1)
@@ -144,8 +150,22 @@ class Run:
             now.attention.since(start.attention),
         )
 
-    def finish(self, plan: Plan, pool: HostPool) -> GenerationStats:
-        """The statistics, once `generate()` has returned."""
+    @property
+    def between_steps_s(self) -> float | None:
+        """From the last attention of a step to the first of the next, on the device; None until a few have passed."""
+        if self._window is None:
+            return None
+        gaps, before = self._backend.spans("gap"), self._settled_gaps
+        return gaps.since(before) if gaps.amount - before.amount >= MIN_WINDOW_STEPS else None
+
+    def finish(self, plan: Plan, pool: HostPool, gap_s: float | None = None) -> GenerationStats:
+        """The statistics, once `generate()` has returned.
+
+        Args:
+            plan: it ran with.
+            pool: of the session.
+            gap_s: that a device waited for its host between two steps; None where that is not known.
+        """
         assert self.cache is not None
         self._backend.mark("end")
         if self._decode is None:
@@ -158,7 +178,10 @@ class Run:
         wall_s = decode[-1] - decode[0]
         end, decode_start = _Readings.of(backend), self._decode
         link = None if decode_start is None else end.h2d.since(decode_start.h2d)
-        decode_wait_s = end.wait_s - (0.0 if decode_start is None else decode_start.wait_s)
+        idle_s = 0.0
+        if decode_start is not None:
+            idle_s = end.wait_s - decode_start.wait_s + end.starved_s - decode_start.starved_s
+            idle_s += (gap_s or 0.0) * (end.gaps.amount - decode_start.gaps.amount)
         new_tokens = core.layers[0].num_tokens + 1 - self.prompt_tokens
         p50 = statistics.median(steps) if steps else None
         predicted = plan.predicted_step_s or None
@@ -177,7 +200,7 @@ class Run:
             recompute_s=end.recompute_s - self._start.recompute_s,
             recomputed_tokens=self.recomputed_tokens,
             exposed_wait_s=end.wait_s - self._start.wait_s,
-            device_busy_fraction=1 - min(1.0, decode_wait_s / wall_s) if wall_s > 0 else None,
+            device_busy_fraction=1 - min(1.0, idle_s / wall_s) if wall_s > 0 else None,
             plan=plan,
             predicted_step_s=predicted,
             fraction_of_bound=predicted / p50 if predicted and p50 else None,

@@ -220,7 +220,8 @@ class Session:
             output = original(*args, **kwargs)
             if self._run.cache is not None:
                 decision = self._decisions[self._run.cache]
-                self.stats = self._run.finish(decision.plan, self.pool)
+                self.decider.note_gap(decision, self._run.between_steps_s)
+                self.stats = self._run.finish(decision.plan, self.pool, self.decider.measured.gap_s)
             if hf.returned_cache(output) is self._run.cache:
                 self._run.owns_cache = False  # the caller has it now
             return output
@@ -401,6 +402,7 @@ class Session:
         rates = run.rates_if_surprised(decision.plan.predicted_step_s)
         if rates is not None:
             self.decider.measured.take(*rates)
+        self.decider.note_gap(decision, run.between_steps_s)
         self._decisions.replan(cache)
 
     def _before_layers(self) -> None:

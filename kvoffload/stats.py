@@ -32,7 +32,7 @@ class GenerationStats:
     recompute_s: float
     recomputed_tokens: int  # sum over steps, layers and rows
     exposed_wait_s: float  # time compute waited for the link
-    device_busy_fraction: float | None  # share of the decode time in which compute did not wait for the link
+    device_busy_fraction: float | None  # share of the decode time in which compute waited for neither link nor host
     plan: Plan
     predicted_step_s: float | None
     fraction_of_bound: float | None  # predicted over measured median step: 1 is the bound of the cost model

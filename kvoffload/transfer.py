@@ -113,6 +113,7 @@ class TransferEngine:
         self._current: Job | None = None  # begun and not finished; the first of the jobs
         self._cache: CacheSource | None = None
         self._next_position = 0
+        self._gap: object | None = None  # the span from a step's last attention to the next one's first
         self.last_h2d: Event | None = None
         self.num_issued_chunks = 0
 
@@ -242,6 +243,9 @@ class TransferEngine:
             head = self._new_job(in_layer_buffer)
         if head.buffer is not None:
             head.buffer.take_over(self.backend)
+        if self._gap is not None:
+            self.backend.end_span(self._gap)
+            self._gap = None
         self._current = head
         self._pump()
         return head
@@ -295,6 +299,8 @@ class TransferEngine:
         if job.buffer is not None:
             job.buffer.released = self.backend.release(job.buffer.bytes)
             job.buffer.written = None  # compute has waited for it
+        if self._cache is not None and job.layer is self._cache.sources[-1]:
+            self._gap = self.backend.start_span("gap")
         self._pump()
 
     def drop(self) -> None:
@@ -311,8 +317,7 @@ class TransferEngine:
             slot.released = self.backend.release(slot.room.bytes)
             slot.is_busy = False
         self._jobs.clear()
-        self._current = None
-        self._cache = None
+        self._current = self._cache = self._gap = None
 
     def forget(self, cache: CacheSource) -> None:
         """Drop what was prefetched for a cache that goes away; that of another stays."""

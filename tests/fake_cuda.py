@@ -34,6 +34,8 @@ from fake_cuda_tensors import DEVICE, CudaTensor, Memory, each_tensor, inner
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from kvoffload.backend import pinned
+
 NAME = "NVIDIA Fake"
 PAGE_BYTES = 4096
 SUCCESS, INVALID_VALUE, OUT_OF_MEMORY, ALREADY_REGISTERED, NOT_REGISTERED = 0, 1, 2, 712, 713
@@ -275,13 +277,16 @@ def _indexed(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def fake_cuda(*policies: Policy, total_bytes: int = 2**34, speeds: Speeds | None = None) -> Iterator[FakeCuda]:
+def fake_cuda(
+    *policies: Policy, total_bytes: int = 2**34, speeds: Speeds | None = None, keeps_pinned: bool = False
+) -> Iterator[FakeCuda]:
     """PyTorch as if it had a CUDA device, and a second one that nobody may touch.
 
     Args:
         policies: "lazy" or "eager" for each stream that is made, in turn.
         total_bytes: device memory.
         speeds: of device, link and host: then `time` tells the time of the fake. None: nothing takes any time.
+        keeps_pinned: whether pinned memory is kept from one session to the next; never from one fake to the next.
     """
     clock = None if speeds is None else Clock(speeds)
     fake = FakeCuda(*policies, total_bytes=total_bytes, clock=clock)
@@ -297,6 +302,7 @@ def fake_cuda(*policies: Policy, total_bytes: int = 2**34, speeds: Speeds | None
         "_cuda_memoryStats": fake.statistics,
         "_cuda_resetPeakMemoryStats": fake.reset_peak,
         "_cuda_emptyCache": lambda: fake.streams.count("empty_cache"),
+        "_host_emptyCache": lambda: fake.streams.count("empty host cache"),
         "_cuda_getMemoryFraction": lambda device: fake.memory.fraction,
         "_cuda_setMemoryFraction": fake.set_fraction,
         "_cuda_getCurrentRawStream": lambda device: fake.streams.current,
@@ -326,11 +332,16 @@ def fake_cuda(*policies: Policy, total_bytes: int = 2**34, speeds: Speeds | None
         patch.setattr(torch, "Generator", Generator)
         patch.setattr(torch, "Stream", Stream)
         interpret_kernels(patch)
+        if not keeps_pinned:
+            patch.setattr(pinned, "KEPT_SHARE", 0.0)
         if clock is not None:
             clock.install(patch)
         torch.__future__.set_swap_module_params_on_conversion(True)  # parameters become wrappers
         try:
             with activated(fake.streams), _Index(fake), _Mode(fake):
-                yield fake
+                try:
+                    yield fake
+                finally:
+                    pinned.free_pinned()
         finally:
             torch.__future__.set_swap_module_params_on_conversion(swaps)

@@ -45,7 +45,7 @@ class Event(RealEvent):  # type: ignore[misc]
     def query(self) -> bool:
         clock = active().clock
         if clock is None or self._stream is None:
-            return self._stream is None or self._at_s is not None
+            return self._stream is None or (self._at_s is not None and not active().is_delayed)
         if self._due_s > clock.host_s:
             return False
         self._complete()
@@ -152,7 +152,8 @@ class Stream(RealStream):  # type: ignore[misc]
         return event
 
     def query(self) -> bool:
-        return not self._queue
+        clock = active().clock
+        return not self._queue if clock is None else clock.free_s[self.stream_id] <= clock.host_s
 
     def synchronize(self) -> None:
         active().count("Stream.synchronize")
@@ -179,6 +180,7 @@ class Streams:
 
     def __init__(self, *policies: Policy, clock: Clock | None = None) -> None:
         self.clock = clock
+        self.is_delayed = False  # where nothing takes any time: a delay lasts until something is waited for
         self.policies = policies or ("lazy",)
         self.all: list[Stream] = []
         self.current = 0
@@ -226,6 +228,7 @@ class Streams:
 
     def synchronize(self) -> None:
         self.count("synchronize")
+        self.is_delayed = False
         for stream in self.all:
             stream._run()
         if self.clock is not None:
@@ -235,6 +238,7 @@ class Streams:
         """What `torch.cuda._sleep` launches, at a clock of 2 GHz."""
         self.count("delay")
         self.run()
+        self.is_delayed = self.clock is None
         self.launch(lambda clock: cycles / 2e9)
 
     def exchange_device(self, device: int) -> int:

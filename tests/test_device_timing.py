@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import runpy
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +19,17 @@ from fake_cuda import FakeCuda
 from fake_cuda_clock import Speeds
 from fake_cuda_kernels import use_twins
 from fake_cuda_tensors import DEVICE
+from models import make_model
 
+from kvoffload import HardwareProfile, OffloadConfig, offload
 from kvoffload.backend import CudaBackend
 from kvoffload.bench import PRESETS, Lab, rates
 from kvoffload.kernels import tiles
 from kvoffload.profiler import compute, host
 from kvoffload.profiler.link import measure_link
 from kvoffload.profiler.workbench import Workbench
+from kvoffload.session import Session
+from kvoffload.types import Rates
 
 ROOT = Path(__file__).parents[1]
 SPEEDS = Speeds(launch_s=80e-6, wait_s=30e-6, memory_bytes_per_s=50e9, flops_per_s=4e12, link_bytes_per_s=5e9)
@@ -133,6 +138,66 @@ def test_a_step_that_waits_for_its_host_is_the_hosts_and_not_the_heads(
     slow = replace(found, host_s_per_layer=0.0)
     assert lab.bound_s("planned", found) == pytest.approx(step_s, rel=0.2)
     assert lab.bound_s("planned", slow) < 0.5 * step_s
+
+
+FAST_HOST = Speeds(launch_s=1e-6, memory_bytes_per_s=1e9, flops_per_s=1e12, link_bytes_per_s=50e9)
+
+
+def _run(speeds: Speeds, monkeypatch: pytest.MonkeyPatch, pause_s: float = 0.0, split: Any = "transfer") -> Session:
+    """A generation on a device of these speeds, with a pause of the host after each token."""
+    use_twins(monkeypatch)
+
+    def pause(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        time.sleep(pause_s)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    with fake_cuda.fake_cuda("lazy", speeds=speeds):
+        model: Any = make_model("opt", hidden_size=64, ffn_dim=64, word_embed_proj_dim=64).cuda()
+        ids = torch.randint(3, 90, (2, 45), device="cuda")
+        preset = HardwareProfile.preset("a100-40gb-pcie4")
+        profile = replace(preset, device_copy_bytes_per_s=speeds.memory_bytes_per_s)
+        config = OffloadConfig(split=split, block_tokens=8, chunk_blocks=2, device_gib="min", profile=profile)
+        with offload(model, config) as session:
+            model.generate(ids, max_new_tokens=14, do_sample=False, stopping_criteria=[pause])
+    return session
+
+
+def test_a_device_that_waits_for_its_host_is_not_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = []
+    for changes in ({"memory_bytes_per_s": 2e7}, {"launch_s": 200e-6, "memory_bytes_per_s": 1e12}):
+        speeds = replace(FAST_HOST, **changes)
+        stats = _run(speeds, monkeypatch).stats
+        assert stats is not None
+        assert stats.device_busy_fraction is not None
+        busy.append(stats.device_busy_fraction)
+        assert stats.exposed_wait_s < 0.1 * sum(stats.decode_step_s)  # neither waits for the link
+    assert busy[0] > 0.8
+    assert busy[1] < 0.4
+
+
+def test_the_gap_between_steps_is_that_of_real_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    assumed_s = HardwareProfile.preset("a100-40gb-pcie4").gap_s
+    for pause_s in (0.0, 3 * assumed_s):
+        session = _run(FAST_HOST, monkeypatch, pause_s)
+        gap_s = session.decider.measured.gap_s
+        assert gap_s is not None
+        assert 0.9 * pause_s <= gap_s < pause_s + 0.75 * assumed_s
+        rates = Rates(
+            h2d_activation_bytes_per_s=1.0,
+            h2d_kv_bytes_per_s=1.0,
+            recompute_s_per_token=0.0,
+            attention_s_per_token=0.0,
+            dense_s=0.0,
+            gap_s=assumed_s,
+        )
+        assert session.decider.measured.correct(rates, 1).gap_s == gap_s
+
+
+def test_a_link_without_pinned_memory_is_not_called_pinned(device: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _lab(monkeypatch).link_name == "measured pinned 5.000 GB/s"
+    device.lockable_bytes = 0
+    with pytest.warns(UserWarning, match="could not pin"):
+        assert _lab(monkeypatch).link_name.startswith("measured pageable ")
 
 
 def test_rows_of_the_kernels(device: FakeCuda) -> None:

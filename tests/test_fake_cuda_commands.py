@@ -21,6 +21,7 @@ from fake_cuda import FakeCuda
 from fake_cuda_kernels import use_twins
 
 from kvoffload import measured_rates, measured_run
+from kvoffload.backend import clock
 from kvoffload.bench import PRESETS, Lab, Preset, ablation, campaign, cells, decode, lab, rates
 from kvoffload.bench.cells import Cell
 from kvoffload.bench.rows import load
@@ -73,6 +74,7 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeCuda
         monkeypatch.setattr(energy, name, value)
     monkeypatch.setattr(trials, "MAX_UNCERTAINTY_FRACTION", 10.0)  # nothing here is steady
     monkeypatch.setattr(measured_rates, "CHECK_BUDGET_S", 0.01)
+    monkeypatch.setattr(clock, "LEAST_CALLS", 1)  # nothing takes any time here
     monkeypatch.setattr(decode, "MAX_TRIES", 1)
     monkeypatch.setattr(ablation, "_busy_cores", contextlib.nullcontext)
     monkeypatch.setattr(lab, "step_s_without_cache", functools.cache(rates.step_s_without_cache))
@@ -227,6 +229,7 @@ def test_the_benchmark_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, shape in script.ON_CUDA.items()
     }
     timed = script.timed
+    monkeypatch.setattr(clock, "LEAST_CALLS", 1)
     monkeypatch.setitem(scope, "ON_CUDA", shapes)
     monkeypatch.setitem(scope, "timed", lambda call, device, repeats: timed(call, device, 1))
     with fake_cuda.fake_cuda() as fake:

@@ -123,6 +123,37 @@ def test_many_parts_at_once(implementation: Any) -> None:
         torch.testing.assert_close(lse, wanted_lse, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("head_dim", [80, 128, 2048])
+@pytest.mark.parametrize("num_parts", [2, 64, 70])
+def test_parts_of_a_long_segment_are_merged_by_a_program_for_each_row(
+    head_dim: int, num_parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels, shape = interpreted("merge"), (1, 1, 32 if head_dim < 2048 else 2, head_dim)
+    grids: list[tuple[int, ...]] = []
+    kernel = kernels._merge_kernel
+
+    class Launch:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(kernels, "_merge_kernel", Launch())
+    parts = [accumulators(shape, seed, 0.4) for seed in range(num_parts)]
+    part_out, part_lse = (torch.stack(side) for side in zip(*parts, strict=True))
+    part_out[:, ..., 0, :], part_lse[:, ..., 0] = 0.0, -torch.inf  # of a query that attended to nothing
+    out, lse = (torch.full(size, torch.nan) for size in (shape, shape[:3]))
+    kernels.merge_parts(out, lse, part_out, part_lse, num_parts=num_parts, is_first=True)
+    assert grids == [shape[2:3]]
+    weights = part_lse.double().softmax(0).nan_to_num(0.0)
+    eps = torch.finfo(torch.float32).eps
+    assert distance(out, (part_out.double() * weights[..., None]).sum(0)) <= 4 * eps * float(part_out.abs().max())
+    assert distance(lse, part_lse.double().logsumexp(0)) <= 4 * eps * float(part_lse.nan_to_num(neginf=0).abs().max())
+    assert not out[..., 0, :].any()
+    part_out[1, ..., 1, :] = torch.nan
+    kernels.merge_parts(out, lse, part_out, part_lse, num_parts=num_parts, is_first=True)
+    assert out[..., 1, :].isnan().all()
+
+
 def check_finish(finish: Callable[..., None], shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     out, lse = accumulators(shape, 0, 0.3, device)
     sinks = torch.randn(shape[2], generator=torch.Generator().manual_seed(1)).to(device)

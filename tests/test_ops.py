@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import fake_cuda
 import pytest
 import torch
 from attention_cases import Case, gpu, make, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvoffload import ops
 from kvoffload.kernels import cpu_attention, reference
@@ -90,6 +92,35 @@ def test_a_torch_without_the_operator_takes_the_twin(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cpu_attention, "_FLASH", None)
     found = run(cpu_attention.segment_attention, case, data)
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+class Operations(TorchDispatchMode):
+    """Notes which operations run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bias_never_goes_into_a_strided_product_of_a_gpu(dtype: torch.dtype) -> None:
+    with fake_cuda.fake_cuda():
+        x, weight, bias, out = (torch.randn(size, dtype=dtype).cuda() for size in ((6, 8), (4, 8), (4,), (6, 10)))
+        wanted = torch.nn.functional.linear(x, weight, bias)
+        for view, has_bias, operations in (
+            (out[:, 3:7], True, ["aten.addmm.default", "aten.copy_.default"]),
+            (out[:, 3:7], False, ["aten.mm.out"]),
+            (torch.empty_like(wanted), True, ["aten.addmm.out"]),
+        ):
+            with Operations() as ran:
+                ops.linear_into(x, weight, bias if has_bias else None, view)
+            assert [name for name in ran.names if "mm" in name or "copy" in name] == operations
+            if has_bias:
+                assert torch.equal(view.cpu(), wanted.cpu())  # the model's own to the last bit
 
 
 @gpu

@@ -5,6 +5,7 @@ from kvoffload.backend.checking import CheckingBackend, RaceError
 from kvoffload.backend.clock import DeviceClock, Stretch
 from kvoffload.backend.cuda import CudaBackend
 from kvoffload.backend.emulated import EmulatedBackend
+from kvoffload.backend.pinned import free_pinned
 
 __all__ = [
     "Backend",
@@ -17,4 +18,5 @@ __all__ = [
     "Pace",
     "RaceError",
     "Stretch",
+    "free_pinned",
 ]

@@ -66,6 +66,7 @@ class Backend(ABC):
     link_name: str
     emulated: bool
     has_clock = False  # whether `time_copies` reads that of the device
+    starved_s = 0.0  # that the device had nothing to do within forwards, as seen at every chunk; a CPU never has
     is_recording = False  # whether stretches are kept one by one, for `recorded`
 
     @abstractmethod
@@ -116,6 +117,10 @@ class Backend(ABC):
     @abstractmethod
     def span_seconds(self, name: str) -> float:
         """Total time of the completed stretches of that name; never blocks."""
+
+    def spans(self, name: str) -> Pace:
+        """How many spans of that name have completed, and their total time; never blocks."""
+        return Pace(0, self.span_seconds(name))
 
     def pace(self, name: str) -> Pace:
         """What was done in the completed spans of that name that give an amount; never blocks.
@@ -180,6 +185,11 @@ class Backend(ABC):
             yield
         finally:
             self.end_span(span, amount)
+
+    @property
+    def kept_host_bytes(self) -> int:
+        """Host memory that is kept for sessions to come, and that `allocate_host` takes before any other."""
+        return 0
 
     def free_device(self, buffer: torch.Tensor) -> None:
         """Declare that the caller drops this buffer: its memory is reused in the order of compute."""

@@ -111,6 +111,10 @@ class CheckingBackend(Backend):
             buffer.fill_(255)
         return buffer
 
+    @property
+    def kept_host_bytes(self) -> int:
+        return self.inner.kept_host_bytes
+
     def release_host(self, buffer: HostBuffer) -> None:
         self.inner.release_host(buffer)
 
@@ -164,6 +168,13 @@ class CheckingBackend(Backend):
 
     def span_seconds(self, name: str) -> float:
         return self.inner.span_seconds(name)
+
+    def spans(self, name: str) -> Pace:
+        return self.inner.spans(name)
+
+    @property
+    def starved_s(self) -> float:  # type: ignore[override]
+        return self.inner.starved_s
 
     def pace(self, name: str) -> Pace:
         return self.inner.pace(name)

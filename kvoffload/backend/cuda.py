@@ -5,10 +5,7 @@ at the time of the call. Nothing here synchronises except `synchronize` and `clo
 that are read only once they have completed. Events cost the host microseconds, so of many stretches only some are timed
 (sampling.py); all of them while recording.
 
-Pinned memory is pageable memory registered with `cudaHostRegister`: PyTorch's pinned allocator rounds each
-allocation up to a power of two, which for a cache of tens of gigabytes is far from the truth. CUDA pins whole pages and
-none of them twice, so every buffer has pages of its own; and it keeps the error of a failed call for whoever asks next,
-which is PyTorch at its next kernel.
+Pinned memory comes from `pinned`, and goes back there when a backend is closed.
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ import contextlib
 import logging
 import mmap
 import os
+import time
 import warnings
 import weakref
 from collections import defaultdict, deque
@@ -28,6 +26,7 @@ import torch
 
 from kvoffload.backend.base import LANE_OF, MAX_RECORDED, Backend, HostBuffer, LinkUse, Pace
 from kvoffload.backend.clock import DeviceClock, Stretch
+from kvoffload.backend.pinned import make_pages, pin, pool_of, unpin
 from kvoffload.backend.sampling import Sampler
 from kvoffload.timeline import Lane, Span
 from kvoffload.units import gb
@@ -59,8 +58,12 @@ class CudaBackend(Backend):
         self._samplers: dict[str, Sampler] = defaultdict(Sampler)
         self._totals: dict[str, LinkUse] = defaultdict(lambda: LinkUse(0, 0.0, 0))
         self._recording: deque[tuple[Lane, Any, Any, int]] = deque(maxlen=MAX_RECORDED)  # (lane, start, end, bytes)
+        self.starved_s = 0.0
+        self._looked_at_s: float | None = None
+        self._last_event: Any = None  # in the compute queue
         self._recording_since: Any = None  # the event that recorded times count from
         # By address. Memory must not be freed while it is pinned, also where nobody calls `close`.
+        self._pool = pool_of(self.device)
         self._pinned: dict[int, torch.Tensor] = {}
         self._unpin_all = weakref.finalize(self, _unpin_all, self._pinned, self.device)
         self._unpin_all.atexit = False  # the driver may be gone by then
@@ -68,17 +71,18 @@ class CudaBackend(Backend):
 
     def allocate_host(self, num_bytes: int) -> HostBuffer:
         whole_bytes = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        with torch.inference_mode(False), _near(self.device):
-            room = torch.empty(whole_bytes + mmap.PAGESIZE, dtype=torch.uint8)
-            first = -room.data_ptr() % mmap.PAGESIZE
-            pages = room[first : first + whole_bytes]
-            pages.zero_()  # touch every page here, so that it lands on the node of the device
-            code = int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), whole_bytes, 0))
-            tensor = pages[:num_bytes]
+        pages = self._pool.take(whole_bytes)
+        code = 0
+        if pages is None:
+            with _near(self.device):
+                pages = make_pages(whole_bytes)
+                code = pin(pages, self.device)
+                if code and self._pool.kept_bytes:  # it may be what is kept that leaves no room
+                    self._pool.free()
+                    code = pin(pages, self.device)
         if code == 0:
             self._pinned[pages.data_ptr()] = pages
-            return HostBuffer(tensor, whole_bytes)
-        _forget_last_error(self.device)
+            return HostBuffer(pages[:num_bytes], pages.numel())
         if not self._warned_pageable:
             self._warned_pageable = True
             warnings.warn(
@@ -86,13 +90,16 @@ class CudaBackend(Backend):
                 "which is slower. Raise the limit on locked memory (ulimit -l) or lower host_gib.",
                 stacklevel=2,
             )
-        return HostBuffer(tensor, 0)
+        return HostBuffer(pages[:num_bytes], 0)
 
     def release_host(self, buffer: HostBuffer) -> None:
-        address = buffer.tensor.data_ptr()
-        if address in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(address)
-            del self._pinned[address]
+        pages = self._pinned.pop(buffer.tensor.data_ptr(), None)
+        if pages is not None:
+            unpin(pages)
+
+    @property
+    def kept_host_bytes(self) -> int:
+        return self._pool.kept_bytes
 
     def allocate_device(self, num_bytes: int) -> torch.Tensor:
         with torch.inference_mode(False):
@@ -121,7 +128,24 @@ class CudaBackend(Backend):
         self._note(direction, start, end, num_bytes, weight)
         return end
 
+    def _look(self) -> None:
+        """Count the time since the last look in this forward as idle if the device has nothing to do.
+
+        It waits for its host. Half of it, where it is only through with all that was issued before the last look: it
+        works as fast as its host can ask, and how much of the time that took nobody knows. A device that waits for the
+        link has that to do.
+        """
+        now_s = time.perf_counter()
+        if self._looked_at_s is None:
+            pass  # between forwards the host waits for the device as well
+        elif torch.cuda.current_stream(self.device).query():
+            self.starved_s += now_s - self._looked_at_s
+        elif self._last_event is not None and self._last_event.query():
+            self.starved_s += (now_s - self._looked_at_s) / 2
+        self._looked_at_s = now_s
+
     def compute_waits(self, event: Any) -> None:
+        self._look()
         stream = torch.cuda.current_stream(self.device)
         weight = self._samplers["exposed_wait"].weight(at_once=self.is_recording)
         if not weight:
@@ -134,7 +158,7 @@ class CudaBackend(Backend):
         self._note("exposed_wait", start, end, 0, weight)
 
     def release(self, *buffers: torch.Tensor) -> Any:
-        event = torch.cuda.Event()
+        event = self._last_event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
         return event
 
@@ -159,7 +183,7 @@ class CudaBackend(Backend):
             self._keep(_paced(name), start, end, amount, 1.0)
 
     def _note(self, name: str, start: Any, end: Any, num_bytes: int, weight: float) -> None:
-        if self.is_recording:
+        if self.is_recording and name in _LANES:
             self._recording.append((_LANES[name], start, end, num_bytes))
         self._keep(name, start, end, num_bytes, weight)
 
@@ -171,6 +195,10 @@ class CudaBackend(Backend):
     def span_seconds(self, name: str) -> float:
         self._harvest(name)
         return self._totals[name].busy_s
+
+    def spans(self, name: str) -> Pace:
+        self._harvest(name)
+        return Pace(self._totals[name].copies, self._totals[name].busy_s)
 
     def pace(self, name: str) -> Pace:
         self._harvest(_paced(name))
@@ -219,6 +247,7 @@ class CudaBackend(Backend):
         return found
 
     def mark(self, lane: Lane) -> None:
+        self._looked_at_s = None
         if self.is_recording:
             event = self._timed_event()
             self._recording.append((lane, event, event, 0))
@@ -230,7 +259,10 @@ class CudaBackend(Backend):
         return event
 
     def close(self) -> None:
-        self._unpin_all()
+        if self._unpin_all.detach() is not None:
+            torch.cuda.synchronize(self.device)
+            while self._pinned:
+                self._pool.give(self._pinned.popitem()[1])
 
 
 def _paced(name: str) -> str:
@@ -241,20 +273,13 @@ def _paced(name: str) -> str:
 def _unpin_all(pinned: dict[int, torch.Tensor], device: torch.device) -> None:
     """Give memory back to the system once nothing uses it any more."""
     torch.cuda.synchronize(device)
-    for address in pinned:
-        torch.cuda.cudart().cudaHostUnregister(address)
-    pinned.clear()
-
-
-def _forget_last_error(device: torch.device) -> None:
-    """Let a kernel of no consequence report the error that CUDA keeps of a failed call."""
-    with contextlib.suppress(RuntimeError):
-        torch.zeros(1, device=device)
+    while pinned:
+        unpin(pinned.popitem()[1])
 
 
 @contextlib.contextmanager
 def _near(device: torch.device) -> Iterator[None]:
-    """Run on the CPUs of the device's NUMA node, where the system tells which these are."""
+    """Run this thread on the CPUs of the device's NUMA node, where the system tells which these are."""
     try:
         properties: Any = torch.cuda.get_device_properties(device)
         bus = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"

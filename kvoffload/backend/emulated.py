@@ -221,7 +221,7 @@ class EmulatedBackend(Backend):
         if amount:
             before = self._paces[name]
             self._paces[name] = Pace(before.amount + amount, before.seconds + now - began)
-        if self.is_recording:
+        if self.is_recording and name in LANE_OF:
             self._recording.append(Span(LANE_OF[name], began, now))
 
     def span_seconds(self, name: str) -> float:

@@ -10,6 +10,9 @@ Timeline of one cell:
                 rates of this process | `repeats` timed runs | rates again        ours only
                 `repeats` timed runs                                              the others
 
+On a GPU ours come first, and what a provider leaves cached is given back before the next one: PyTorch keeps the pinned
+memory of transformers' offloaded cache for ever, which would be missing in what others may pin.
+
 Whatever cannot run is a row that says why: the plan's reason, a missing tool, or memory that ran out.
 """
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import math
 import statistics
@@ -27,6 +31,7 @@ from typing import Any
 
 import torch
 
+from kvoffload.backend import free_pinned
 from kvoffload.bench import rows
 from kvoffload.bench.cells import GB, Cell
 from kvoffload.bench.external import External
@@ -118,7 +123,7 @@ def _run_cell(
         _run_providers(cell, providers, profile, path, settings, tell)
     finally:
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            _release_cached(keeps_ours=False)
 
 
 def _run_providers(
@@ -143,11 +148,28 @@ def _run_providers(
         rows.save(path, [rows.skipped(BENCH, one.name, cell.name, config, link, why) for one in providers])
         return
     with _memory_cap(cell, lab.device):
-        for provider in providers:
+        ordered = in_order(providers, lab.device)
+        for idx, provider in enumerate(ordered):
             found = _measured(provider, bed, reference, settings)
+            if lab.device.type == "cuda":
+                _release_cached(keeps_ours=any(isinstance(one, Ours) for one in ordered[idx + 1 :]))
             rows.save(path, found)
             if found[0]["metric"] != rows.SKIPPED:
                 tell(f"{cell.name}: {_line(provider, found)}")
+
+
+def in_order(providers: Sequence[Provider], device: torch.device) -> list[Provider]:
+    """Ours first on a GPU, else as they come."""
+    return sorted(providers, key=lambda one: device.type == "cuda" and not isinstance(one, Ours))
+
+
+def _release_cached(*, keeps_ours: bool) -> None:
+    """Give back device and pinned memory that nobody uses any more, and unless `keeps_ours` what our sessions keep."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch._C._host_emptyCache()
+    if not keeps_ours:
+        free_pinned()
 
 
 def _measured(provider: Provider, bed: Bed, reference: Outcome, settings: Settings) -> list[rows.Row]:

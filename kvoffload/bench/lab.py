@@ -55,6 +55,7 @@ class Lab:
         self.chunk_blocks = 2 if preset.is_emulated else 1
         self.link: EmulatedLink | Literal["auto"] = "auto"
         self.bytes_per_s = 0.0
+        self._is_pinned = True
         self._set_link()
 
     @property
@@ -65,7 +66,7 @@ class Lab:
     @property
     def link_name(self) -> str:
         """The link as rows name it."""
-        kind = "emulated" if self.preset.is_emulated else "measured pinned"
+        kind = "emulated" if self.preset.is_emulated else "measured pinned" if self._is_pinned else "measured pageable"
         return f"{kind} {self.bytes_per_s / 1e9:.3f} GB/s"
 
     def _set_link(self) -> None:
@@ -73,7 +74,7 @@ class Lab:
         beta_x = preset.batch * self.shape.activation_row_bytes
         if not preset.is_emulated:
             backend = CudaBackend(self.device)
-            self.bytes_per_s = _copy_rate(backend, self.chunk_tokens * beta_x)
+            self.bytes_per_s, self._is_pinned = _copy_rate(backend, self.chunk_tokens * beta_x)
             backend.close()
             return
         gamma_r = self.recompute_s_per_token()
@@ -203,8 +204,11 @@ def _is_segmented(mode: str) -> bool:
     return mode != "kvpr" and mode not in WHOLE_LAYER_MODES  # the paper puts whole layers together
 
 
-def _copy_rate(backend: Backend, num_bytes: int) -> float:
-    """Of copies from the backend's host memory, back to back; from and to a ring as the engine's."""
+def _copy_rate(backend: Backend, num_bytes: int) -> tuple[float, bool]:
+    """Of copies from the backend's host memory, back to back, and whether that is pinned.
+
+    From and to a ring as the engine's.
+    """
     host, device = backend.allocate_host(4 * num_bytes), backend.allocate_device(4 * num_bytes)
     host.tensor.zero_()
     turns = itertools.cycle(zip(device.split(num_bytes), host.tensor.split(num_bytes), strict=True))
@@ -216,7 +220,7 @@ def _copy_rate(backend: Backend, num_bytes: int) -> float:
         return copies.seconds / LEAST_CALLS
 
     stretch()  # warm-up
-    return num_bytes / statistics.median(stretch() for _ in range(3))
+    return num_bytes / statistics.median(stretch() for _ in range(3)), host.pinned_bytes > 0
 
 
 @contextlib.contextmanager
