@@ -72,6 +72,22 @@ def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tup
     return all_keys.permute(1, 2, 0, 3), all_values.permute(1, 2, 0, 3)
 
 
+def read_back(layer: CacheLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """All cached K and V of a layer, [rows, heads, tokens, dim], in memory of their own; between two forwards.
+
+    Every block crosses the link or is recomputed, as in a decode step of this layer; what was prefetched is dropped.
+    """
+    shape, device = layer.shape, layer.cache.engine.backend.device
+    assert shape is not None
+    rows = layer.cache.rows
+    keys = torch.empty(rows, shape.key_heads, 0, shape.key_dim, dtype=shape.dtype, device=device)
+    values = torch.empty(rows, shape.value_heads, 0, shape.value_dim, dtype=shape.dtype, device=device)
+    with torch.no_grad():
+        keys, values = (part.clone() for part in assemble(layer, keys, values))
+    layer.cache.engine.finish_current()
+    return keys, values
+
+
 class ResidentRun(NamedTuple):
     """Consecutive resident blocks of one form, contiguous on the device."""
 

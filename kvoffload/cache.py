@@ -101,8 +101,8 @@ class OffloadedCache:
             self.account()
         elif self._claimed_copies > 1 and not rows_are_alike(new, self._claimed_copies):
             raise UnsupportedModelError(
-                "sequences of one prompt are stored once, but a layer has other K and V for each: give generate() "
-                "past_key_values=session.new_cache(), which stores all of them"
+                "sequences of one prompt are stored once, but a layer has other K and V for each: give generate() a "
+                "session.new_cache(), which stores all of them"
             )
         return self._claimed_copies
 

@@ -87,6 +87,12 @@ class Decisions:
                 raise
             self._lay_out(cache, rows, copies, prompt_tokens, max_tokens)
 
+    def start_anew(self, cache: hf.OffloadedHFCache) -> None:
+        """Empty a cache and decide for the same rows and length again; its prompt is all that it held, row by row."""
+        geometry, num_tokens = self._decisions[cache].geometry, cache.core.layers[0].num_tokens
+        cache.reset()
+        self.lay_out_as_before(cache, geometry.rows, 1, num_tokens, geometry.max_tokens)
+
     def prefill_chunk_tokens(self, cache: hf.OffloadedHFCache, prompt_tokens: int) -> int | None:
         """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole."""
         geometry = self._decisions[cache].geometry

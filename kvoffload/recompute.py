@@ -49,18 +49,19 @@ class GenericRecompute:
     Args:
         module: the attention module.
         shape: of its K/V.
+        cache_name: the name that its forward has for a cache.
     """
 
-    def __init__(self, module: nn.Module, shape: KVShape) -> None:
-        self._module, self._shape = module, shape
+    def __init__(self, module: nn.Module, shape: KVShape, cache_name: str) -> None:
+        self._module, self._shape, self._cache_name = module, shape, cache_name
 
     def __call__(self, activation: torch.Tensor, embeddings: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         kwargs: dict[str, Any] = {"position_embeddings": embeddings} if embeddings else {}
+        kwargs[self._cache_name] = _CapturingCache(out, self._shape)
         hidden_states = activation.transpose(0, 1).contiguous()  # [rows, tokens, hidden]
-        cache = _CapturingCache(out, self._shape)
         with torch.no_grad():
             try:
-                self._module.forward(hidden_states=hidden_states, attention_mask=None, past_key_values=cache, **kwargs)
+                self._module.forward(hidden_states=hidden_states, attention_mask=None, **kwargs)
             except _Captured:
                 return
         raise TypeError(f"{type(self._module).__name__} did not update its cache")
@@ -111,6 +112,8 @@ def choose(
     embeddings: tuple[torch.Tensor, ...],
     keys: torch.Tensor,
     values: torch.Tensor,
+    *,
+    cache_name: str,
 ) -> Recompute | None:
     """The fastest path that reproduces K and V of real tokens, or None.
 
@@ -124,6 +127,7 @@ def choose(
         activation: its input, [rows, tokens, hidden].
         embeddings: position embeddings of these tokens, each [rows or 1, tokens, width].
         keys: what it computed from that, [rows, heads, tokens, dim]; values likewise.
+        cache_name: the name that the module's forward has for a cache.
     """
     tokens = activation.shape[1]
     order = torch.arange(tokens, -1, -1, device=activation.device).clamp(max=tokens - 1)  # backwards, the last twice
@@ -132,7 +136,7 @@ def choose(
     wanted = torch.empty(*x.shape[:2], shape.width, dtype=shape.dtype, device=x.device)
     for place, given in zip(shape.split(wanted), (keys, values), strict=True):
         place.copy_(given.permute(2, 0, 1, 3).index_select(0, order))
-    generic = GenericRecompute(module, shape)
+    generic = GenericRecompute(module, shape, cache_name)
     if not reproduces(generic, x, embeddings, wanted, shape):
         return None
     if FastRecompute.applies_to(module, x.dtype) and shape.dtype == x.dtype:

@@ -9,13 +9,11 @@ engine's buffers for it, belong to `decisions`.
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -41,13 +39,13 @@ from kvoffload.timeline import Timeline, assemble
 from kvoffload.transfer import TransferEngine
 
 logger = logging.getLogger(__name__)
-SHADOWED = ("generate", "_prepare_cache_for_generation")
 
 
 class Session:
     """See `kvoffload.offload`."""
 
     def __init__(self, model: Any, config: OffloadConfig, backend: Backend | None = None) -> None:
+        hf.check_release()
         self.model = hf.unwrap(model)
         hf.check_supported(self.model)
         if "_kvoffload_session" in vars(self.model):
@@ -71,14 +69,13 @@ class Session:
         self.pool = HostPool(self.backend, self.decider.limits.host_cap_bytes(), self._progress.update)
         self._lock = threading.Lock()
         self._run: Run | None = None
-        self._foreign_depth = 0
         self._records_timeline = False  # from the next generate() on
         self._has_timeline = False
         self._caches: weakref.WeakSet[hf.OffloadedHFCache] = weakref.WeakSet()
         self._abandoned: deque[OffloadedCache] = deque()  # of caches that nobody holds any more
         self._hooks = hf.ModelHooks(
             self.model,
-            is_foreign_forward_allowed=self._may_run_without_us,
+            self._layer_indices,
             on_forward=self._before_forward,
             on_layers=self._before_layers,
         )
@@ -96,15 +93,15 @@ class Session:
             num_layers=len(self._layer_indices),
             offers_segments=self.offers_segments,
         )
-        self._shadowed = {name: vars(self.model)[name] for name in SHADOWED if name in vars(self.model)}
-        self._originals: dict[str, Callable[..., Any]] = {name: getattr(self.model, name) for name in SHADOWED}
-
-        @functools.wraps(self._originals["generate"])
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            return self._generate(*args, **kwargs)
-
-        vars(self.model)["generate"] = generate
-        vars(self.model)["_prepare_cache_for_generation"] = self._prepare_cache
+        self._shadows = hf.Shadows(
+            self.model,
+            {
+                "generate": self._generate,
+                "_prepare_cache_for_generation": self._prepare_cache,
+                "prepare_inputs_for_generation": self._prepare_inputs,
+                **dict.fromkeys(hf.CONTINUOUS_BATCHING, _refuse_continuous_batching),
+            },
+        )
         vars(self.model)["_kvoffload_session"] = self
 
     # ---- life cycle ----------------------------------------------------------------------------------------------
@@ -125,9 +122,7 @@ class Session:
         self._hooks.remove()
         if self._segment_attention is not None:
             self._segment_attention.remove()
-        for name in SHADOWED:
-            del vars(self.model)[name]
-        vars(self.model).update(self._shadowed)
+        self._shadows.remove()
         del vars(self.model)["_kvoffload_session"]
         try:
             for cache in list(self._caches):
@@ -139,7 +134,7 @@ class Session:
             self.pool.close()
 
     def new_cache(self) -> hf.OffloadedHFCache:
-        """An empty cache for a custom loop or several turns; pass it as `past_key_values`.
+        """An empty cache for a custom loop or several turns; pass it as `cache` (`past_key_values` up to 5.23).
 
         Raises:
             KVOffloadError: the session is closed.
@@ -154,7 +149,8 @@ class Session:
             num_layers=len(self._layer_indices),
             rows=0,
         )
-        cache = hf.OffloadedHFCache(self.model, self, core, self._hooks.modules, is_compiled=self._hooks.is_compiled)
+        modules = {idx: self._hooks.modules.get(idx) for idx in self._layer_indices}
+        cache = hf.OffloadedHFCache(self.model, self, core, modules, is_compiled=self._hooks.is_compiled)
         # Python may collect a cache in the middle of a step of another, or in another thread: only take a note then.
         weakref.finalize(cache, self._abandoned.append, core)
         reference = weakref.ref(cache)  # the core must not keep the cache alive
@@ -203,9 +199,9 @@ class Session:
     # ---- generate ------------------------------------------------------------------------------------------------
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        original = self._originals["generate"]
+        original = self._shadows.originals["generate"]
         if getattr(kwargs.get("generation_config"), "is_assistant", False):
-            return self._generate_as_assistant(original, args, kwargs)
+            return original(*args, **kwargs)  # the model drafts for itself (early exit), with transformers' cache
         if not self._lock.acquire(blocking=False):
             raise KVOffloadError(
                 "a generate() of this model is running already (from another thread, or from inside itself); "
@@ -222,7 +218,7 @@ class Session:
             if self._run.cache is not None:
                 decision = self._decisions[self._run.cache]
                 self.stats = self._run.finish(decision.plan, self.pool)
-            if getattr(output, "past_key_values", None) is self._run.cache:
+            if hf.returned_cache(output) is self._run.cache:
                 self._run.owns_cache = False  # the caller has it now
             return output
         except BaseException:
@@ -244,17 +240,6 @@ class Session:
             finally:
                 self._lock.release()
 
-    def _generate_as_assistant(self, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The model drafts for itself (early exit): its drafts use transformers' cache."""
-        self._foreign_depth += 1
-        try:
-            return original(*args, **kwargs)
-        finally:
-            self._foreign_depth -= 1
-
-    def _may_run_without_us(self) -> bool:
-        return self._run is None or self._foreign_depth > 0 or self._run.thread != threading.get_ident()
-
     def _prepare_cache(
         self,
         generation_config: Any,
@@ -264,7 +249,7 @@ class Session:
         max_cache_length: int,
     ) -> Any:
         if generation_config.is_assistant:
-            original = self._originals["_prepare_cache_for_generation"]
+            original = self._shadows.originals["_prepare_cache_for_generation"]
             return original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         if generation_config.use_cache is False:
             raise ConfigError("use_cache=False leaves nothing to offload: call generate() outside the session")
@@ -277,7 +262,7 @@ class Session:
         assert run is not None
         began = time.perf_counter()
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        cache = model_kwargs.get("past_key_values")
+        cache = hf.given_cache((), model_kwargs)
         if cache is None:
             cache = self.new_cache()
             run.owns_cache = True
@@ -290,7 +275,7 @@ class Session:
                 generation_config.prefill_chunk_size = chunk
         elif not isinstance(cache, hf.OffloadedHFCache) or cache.session is not self:
             raise ConfigError(
-                f"past_key_values is a {type(cache).__name__} that does not belong to this session: "
+                f"generate() was given a {type(cache).__name__} that does not belong to this session: "
                 "use session.new_cache(), or call generate() outside the session"
             )
         else:
@@ -299,9 +284,25 @@ class Session:
             vars(cache)["_is_user_defined"] = True  # what transformers does to a cache it is given
             if cache in self._decisions:
                 self._decisions.prolong(cache, max_cache_length)
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[hf.generation_name()] = cache
         run.setup_s += time.perf_counter() - began
         return None
+
+    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Put back a cache of ours that the model drops, as LongRoPE does beyond the original length.
+
+        There transformers begins anew with the whole text and no cache, since every token is rotated differently; ours
+        begins anew as well.
+        """
+        inputs = self._shadows.originals["prepare_inputs_for_generation"](*args, **kwargs)
+        run, cache = self._run, hf.given_cache(args, kwargs)
+        is_ours = run is not None and isinstance(cache, hf.OffloadedHFCache) and cache is run.cache
+        if is_ours and hf.given_cache((), inputs) is None:
+            if cache.core.layers[0].num_tokens:
+                logger.info("the model starts its cache anew beyond its original length")
+                self._decisions.start_anew(cache)
+            inputs[hf.generation_name()] = cache
+        return inputs
 
     # ---- what a cache asks -------------------------------------------------------------------------------------------
 
@@ -411,6 +412,13 @@ def _prompt_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         if isinstance(value, torch.Tensor) and value.dim() >= 2:
             return value.shape[1]
     return 0
+
+
+def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> Any:
+    raise ConfigError(
+        "continuous batching (generate_batch, cache_implementation='paged') has a paged cache of its own: call it "
+        "outside the session, or generate() without it"
+    )
 
 
 def _make_backend(device: torch.device, config: OffloadConfig) -> Backend:

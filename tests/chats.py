@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from modes import PROMPT_TOKENS, padded_prompt, prompt
+from modes import PROMPT_TOKENS, given, padded_prompt, prompt
 from transformers import PreTrainedModel
 
 
@@ -30,7 +30,7 @@ class Chat:
             ids, mask = padded_prompt(rows, tokens, seed).values()
         self.mask = torch.cat([self.mask, mask], 1)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -tokens:]
-        out = self.model(ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache)
+        out = self.model(ids, attention_mask=self.mask, position_ids=positions, **given(self.cache))
         self.logits.append(out.logits[:, -1])
 
     def go_on(self, steps: int) -> None:

@@ -16,8 +16,8 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from models import RECOMPUTABLE, TRANSFERRED, make_model
-from modes import MODES, Mode, Outcome, outcome, plain_cache, prompt
+from models import GPTJ_IS_LIKE_OTHERS, RECOMPUTABLE, TRANSFERRED, make_model
+from modes import MODES, Mode, Outcome, given, outcome, plain_cache, prompt
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvoffload import EmulatedLink, HardwareProfile, OffloadConfig, decide
 from kvoffload.backend import Backend, CheckingBackend, EmulatedBackend
 from kvoffload.config import GIB
-from kvoffload.hf import OffloadedHFCache, offloadable_layers
+from kvoffload.hf import OffloadedHFCache, given_cache, offloadable_layers
 from kvoffload.hf.models import attention_modules
 from kvoffload.measured_rates import MeasuredRates
 from kvoffload.model_shape import shape_from_config
@@ -40,7 +40,7 @@ FAST_LINK = EmulatedLink(h2d_gb_per_s=LINK_GB_PER_S)
 
 ARCHITECTURES = [*RECOMPUTABLE, *TRANSFERRED]
 # Attention of these runs over whole layers: it is written into their modules, or has K and V of different sizes.
-WHOLE_LAYER = ("deepseek_v3", "gptj", "bloom", "mpt")
+WHOLE_LAYER = ("deepseek_v3", "bloom", "mpt", *(() if GPTJ_IS_LIKE_OTHERS else ("gptj",)))
 SPLITS: tuple[Literal["transfer", "recompute", "auto"] | float, ...] = ("transfer", "recompute", 0.5, "auto")
 DEVICES = ("min", "half", "auto")
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -118,7 +118,7 @@ def row_bytes(model: PreTrainedModel) -> RowBytes:
     """As transformers' own cache holds them."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     with torch.no_grad():
-        model(prompt(1, 2), past_key_values=cache)
+        model(prompt(1, 2), **given(cache))
     layer = cache.layers[offloadable_layers(model)[0]]
     kv = (layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel()) * layer.keys.element_size()
     return RowBytes(kv, model.config.get_text_config(decoder=True).hidden_size * layer.keys.element_size())
@@ -267,7 +267,7 @@ class Observer:
         self._handle = model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def _before(self, module: Any, args: Any, kwargs: Any) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(args, kwargs)
         if not isinstance(cache, OffloadedHFCache) or not cache.core.layers[0].num_tokens:
             return
         self.block_tokens = bt = cache.core.placement.block_tokens

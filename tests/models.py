@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.gptj.modeling_gptj import GPTJAttention
 
 BASE: dict[str, Any] = {
     "hidden_size": 48,
@@ -68,14 +70,17 @@ RECOMPUTABLE: dict[str, dict[str, Any]] = {
         "n_shared_experts": 1,
         "first_k_dense_replace": 1,
     },
+    "gpt_neox": {"num_key_value_heads": 4},
 }
 # Architectures whose K/V are always transferred.
 TRANSFERRED: dict[str, dict[str, Any]] = {
-    "gpt_neox": {"num_key_value_heads": 4},
-    "gptj": {"n_embd": 48, "n_layer": 3, "n_head": 4, "rotary_dim": 8, "n_positions": 256},
     "bloom": {"n_layer": 3, "n_head": 4},
     "mpt": {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 256},
 }
+# Up to 5.23 GPT-J's attention looks up its rotations itself and computes attention in its own code.
+GPTJ: dict[str, Any] = {"n_embd": 48, "n_layer": 3, "n_head": 4, "rotary_dim": 8, "n_positions": 256}
+GPTJ_IS_LIKE_OTHERS = "position_embeddings" in inspect.signature(GPTJAttention.forward).parameters
+(RECOMPUTABLE if GPTJ_IS_LIKE_OTHERS else TRANSFERRED)["gptj"] = GPTJ
 # Models with other layers beside attention, or whose layers share K and V; where transformers keeps these, we do too.
 OTHERS: dict[str, dict[str, Any]] = {
     "gemma3n_text": {  # the last two layers read the K/V of earlier ones

@@ -13,6 +13,7 @@ import torch
 from models import make_model
 from transformers import DynamicCache, PreTrainedModel
 
+from kvoffload import hf
 from kvoffload.hf import OffloadedHFCache
 
 PROMPT_TOKENS, NEW_TOKENS = 37, 12
@@ -166,7 +167,7 @@ def multi_turn(shape: Shape) -> Mode:
         assert new_cache is not None
         cache, tokens, outputs = new_cache(), prompt(shape.rows, shape.prompt_tokens, shape.seed), []
         for turn in range(TURNS):
-            outputs.append(model.generate(tokens, past_key_values=cache, **{**COMMON, "max_new_tokens": TURN_TOKENS}))
+            outputs.append(model.generate(tokens, **given(cache), **{**COMMON, "max_new_tokens": TURN_TOKENS}))
             more = prompt(shape.rows, TURN_PROMPT_TOKENS, seed=shape.seed + turn + 1)
             tokens = torch.cat([outputs[-1].sequences, more], dim=1)
         return outputs
@@ -187,7 +188,7 @@ def returned_cache(shape: Shape) -> Mode:
         tokens = torch.cat([first.sequences, more], dim=1)
         added = torch.ones(shape.rows, TURN_TOKENS + TURN_PROMPT_TOKENS, dtype=torch.long)
         mask = torch.cat([inputs["attention_mask"], added], dim=1)
-        second = model.generate(tokens, attention_mask=mask, past_key_values=first.past_key_values, **options)
+        second = model.generate(tokens, attention_mask=mask, **given(hf.returned_cache(first)), **options)
         return [first, second]
 
     return Mode(run, shape.rows, shape.rows, shape.prompt_tokens + TURN_TOKENS - 1)
@@ -226,6 +227,11 @@ MODES: dict[str, Mode] = {name: kind(SHAPES.get(name, Shape())) for name, kind i
 def plain_cache(model: PreTrainedModel) -> DynamicCache:
     """What the model caches in without us."""
     return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def given(cache: Any) -> dict[str, Any]:
+    """The argument by which generate() and models of the installed release are given a cache."""
+    return {hf.generation_name(): cache}
 
 
 def emptied(cache: Any) -> Any:

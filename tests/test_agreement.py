@@ -10,7 +10,7 @@ import torch
 from comparing import config
 from matrix import TOLERANCE, checking_backend
 from models import make_model
-from modes import COMMON, plain_cache, prompt
+from modes import COMMON, given, plain_cache, prompt
 from transformers import PreTrainedModel
 
 from kvoffload import UnsupportedModelError
@@ -35,7 +35,7 @@ def steps(model: Any, cache: Any, tokens: torch.Tensor, count: int = 14) -> list
     logits = []
     with torch.no_grad():
         for _ in range(count):
-            logits.append(model(tokens, past_key_values=cache).logits[:, -1])
+            logits.append(model(tokens, **given(cache)).logits[:, -1])
             tokens = logits[-1].argmax(-1, keepdim=True)
     return logits
 
@@ -105,7 +105,7 @@ def test_weights_that_change_between_two_turns_are_refused_or_transferred(
         with torch.no_grad():
             tokens = prompt(2, 21)
             for turn in range(2):
-                output = model.generate(tokens, past_key_values=cache, **COMMON)
+                output = model.generate(tokens, **given(cache), **COMMON)
                 logits += output.logits
                 tokens = torch.cat([output.sequences, prompt(2, first_tokens - 1, seed=3)], 1)
                 weight.mul_(1.5 if turn == 0 else 1 / 1.5)
@@ -181,7 +181,7 @@ def test_sequences_of_one_prompt_that_differ_from_a_later_layer_on_are_not_store
     with Session(model, config(split), checking_backend()) as session:
         with pytest.raises(UnsupportedModelError, match="new_cache"):
             play()
-        assert_same(play(past_key_values=session.new_cache()), wanted)
+        assert_same(play(**given(session.new_cache())), wanted)
 
 
 # ---- the parts ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from chats import Chat
 from matrix import FAST_LINK, TOLERANCE, Cell, check_cell, checking_backend, distance, profile, row_bytes
 from models import make_model
-from modes import COMMON, MODES, Outcome, outcome, plain_cache, prompt
+from modes import COMMON, MODES, Outcome, given, outcome, plain_cache, prompt
 from transformers import PreTrainedModel
 
 from kvoffload import OffloadConfig, decide, store
@@ -460,7 +460,7 @@ def test_layers_with_more_embeddings_than_the_first_are_transferred(
     with Session(model, config(), checking_backend()) as session:
         cache = session.new_cache()
         with pytest.warns(UserWarning, match=r"cannot be recomputed from its input \(layer 1\)"):
-            found = outcome([model.generate(prompt(2), past_key_values=cache, **COMMON)])
+            found = outcome([model.generate(prompt(2), **given(cache), **COMMON)])
         assert [{block.form for block in layer.blocks} for layer in cache.core.layers] == [
             {"activation"},
             {"kv"},

@@ -1,66 +1,134 @@
-"""What we rely on of transformers, and what it relies on of a cache: the same at both ends of the supported range.
+"""What we rely on of transformers, and what it relies on of a cache: the same over the whole range of releases.
 
-Run with the oldest release as tests/test_matrix.py says. A release that changes one of these needs a look at hf.py and
-session.py before its version is allowed in setup.py.
+`scripts/test --oldest` and `--latest` run these with the oldest release of the range and with the registry's newest.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from matrix import FAST_LINK, checking_backend, profile
 from models import make_model
-from modes import plain_cache, prompt
-from transformers import GenerationMixin
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from modes import given, plain_cache, prompt
+from packaging.version import Version
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM
 
-from kvoffload import OffloadConfig
-from kvoffload.hf import OffloadedHFCache, OffloadedLayer
+import kvoffload
+from kvoffload import OffloadConfig, UnsupportedModelError
+from kvoffload.hf import contract
+from kvoffload.hf.arguments import generation_name, given_cache, name_of_cache
+from kvoffload.hf.contract import PROMISES, Promise, check_release
 from kvoffload.session import Session
 
 
-def public(cls: type) -> set[str]:
-    return {name for name in vars(cls) if not name.startswith("_") and callable(getattr(cls, name))}
+@pytest.mark.parametrize("promise", PROMISES, ids=[promise.name for promise in PROMISES])
+def test_the_installed_release_keeps_a_promise(promise: Promise) -> None:
+    assert promise.holds()
 
 
-def test_the_release_is_in_the_supported_range() -> None:
-    assert (5, 17) <= tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24)
+def test_a_release_of_the_tested_range_goes_without_a_word() -> None:
+    for version in ("5.17.0", "5.20.2", "5.24.0", "5.24.7"):
+        check_release(version)
 
 
-def test_generate_prepares_its_cache_as_the_session_expects() -> None:
-    names = list(inspect.signature(GenerationMixin._prepare_cache_for_generation).parameters)
-    ours = list(inspect.signature(Session._prepare_cache).parameters)
-    assert (
-        names
-        == ours
-        == [
-            "self",
-            "generation_config",
-            "model_kwargs",
-            "generation_mode",
-            "batch_size",
-            "max_cache_length",
-        ]
-    )
+@pytest.mark.parametrize("version", ["5.25.0", "6.0.0", "5.16.1", "5.25.0.dev0"])
+def test_a_release_that_was_not_tested_but_keeps_the_promises_works_with_one_warning(version: str) -> None:
+    with pytest.warns(UserWarning, match=f"tested with transformers 5.17 to 5.24, and this is {version}") as seen:
+        check_release(version)
+    assert len(seen) == 1
 
 
-def test_every_method_of_a_growing_layer_is_answered_by_ours() -> None:
-    for_the_whole_cache = {"crop", "reorder_cache", "batch_repeat_interleave", "batch_select_indices"}
-    wanted = public(CacheLayerMixin) | public(DynamicLayer)
-    assert wanted - public(OffloadedLayer) <= for_the_whole_cache
-    assert for_the_whole_cache <= public(OffloadedHFCache)
+# What a release may move, and the word of the promise that it breaks.
+MOVED: dict[str, tuple[str, Any, str, Any]] = {
+    "_prepare_cache_for_generation": (
+        *("_prepare_cache_for_generation", GenerationMixin, "_prepare_cache_for_generation"),
+        lambda self, generation_config, model_kwargs: None,
+    ),
+    "the cache of generate": (
+        *("prepare_inputs_for_generation", GenerationMixin, "prepare_inputs_for_generation"),
+        lambda self, input_ids, memory: None,
+    ),
+    "the cache of attention": (
+        *("attention modules", LlamaAttention, "forward"),
+        lambda self, hidden_states, position_embeddings, memory: None,
+    ),
+    "a new method of layers": ("methods of DynamicLayer", DynamicLayer, "compact", lambda self: None),
+    "an argument of update": (
+        *("arguments of update", DynamicLayer, "update"),
+        lambda self, key_states, value_states, positions: None,
+    ),
+    "get_decoder": ("get_decoder", PreTrainedModel, "get_decoder", None),
+}
 
 
-def test_layers_are_asked_in_ways_that_ours_are_prepared_for() -> None:
-    for name in ("update", "get_mask_sizes", "get_seq_length"):
-        theirs = list(inspect.signature(getattr(DynamicLayer, name)).parameters)
-        ours = list(inspect.signature(getattr(OffloadedLayer, name)).parameters)
-        assert ours == theirs, name
-    assert {"activate_past_recording", "get_query_offset", "get_max_length"} <= public(Cache)
+@pytest.mark.parametrize("moved", MOVED)
+def test_a_release_that_moved_something_is_refused_and_says_what(moved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    word, owner, name, value = MOVED[moved]
+    if value is None:
+        monkeypatch.delattr(owner, name)
+    else:
+        monkeypatch.setattr(owner, name, value, raising=False)
+    with pytest.raises(UnsupportedModelError, match=r"6\.0\.0 moved what .*5\.17 to 5\.24.*<5\.25") as error:
+        check_release("6.0.0")
+    assert word in str(error.value)
+
+
+def test_offload_checks_the_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "TESTED", (Version("5.0"), Version("5.1")))
+    with pytest.warns(UserWarning, match="what it relies on is still there"):
+        kvoffload.offload(make_model("llama")).close()
+
+
+def test_the_session_prepares_caches_with_the_arguments_of_transformers() -> None:
+    assert tuple(inspect.signature(Session._prepare_cache).parameters) == contract.PREPARE_CACHE
+
+
+# ---- names of the cache ----------------------------------------------------------------------------------------------
+
+
+def test_a_cache_is_found_under_any_of_its_names_by_name_or_position() -> None:
+    assert [given_cache((), {name: 1}) for name in ("cache", "past_key_values", "layer_past")] == [1, 1, 1]
+    assert given_cache((0, 5), {}, ("x", "layer_past")) == 5
+    assert given_cache((0,), {"cache": None, "past_key_values": 7}, ("x", "cache")) == 7
+    assert given_cache((0, 5), {}, ("x", "mask")) is None
+
+
+def test_a_method_says_by_which_name_it_takes_its_cache() -> None:
+    assert name_of_cache(lambda hidden_states, layer_past: None) == "layer_past"
+    assert name_of_cache(lambda hidden_states, **kwargs: None) is None
+    assert name_of_cache(LlamaForCausalLM.forward) == generation_name()
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_both_spellings_serve_where_the_release_takes_them(name: str) -> None:
+    """generate(), a model and its decoder; a release without a spelling refuses it itself, with or without us."""
+    model, tokens = make_model("llama"), prompt(2)
+    takes_it = name == generation_name() or generation_name() == "cache"
+    options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers on its older spelling
+        if not takes_it:
+            with pytest.raises(ValueError, match=name):
+                model.generate(tokens, **{name: plain_cache(model)}, **options)
+            return
+        wanted = model.generate(tokens, **options)
+        config = OffloadConfig(split=0.5, link=FAST_LINK, profile=profile(), device_gib="min", block_tokens=4)
+        with Session(model, config, checking_backend()) as session:
+            assert torch.equal(model.generate(tokens, **{name: session.new_cache()}, **options), wanted)
+            assert session.stats is not None
+            assert session.stats.h2d_bytes > 0
+            cache, before = session.new_cache(), session.num_forwards
+            logits = model(tokens, **{name: cache}).logits
+            assert session.num_forwards == before + 1
+            assert torch.equal(logits[:, -1].argmax(-1), wanted[:, tokens.shape[1]])
+            model.model(wanted[:, tokens.shape[1] :][:, :1], **{name: cache})
+            assert cache.get_seq_length() == tokens.shape[1] + 1
 
 
 def answers(cache: Any) -> dict[str, Any]:
@@ -91,12 +159,12 @@ def test_our_cache_answers_as_transformers_own(architecture: str) -> None:
         assert answers(ours) == answers(theirs)
         for tokens in (21, 1, 5):
             for cache in (ours, theirs):
-                model(prompt(2, tokens), past_key_values=cache)
+                model(prompt(2, tokens), **given(cache))
             assert answers(ours) == answers(theirs)
         ours, theirs = session.new_cache(), plain_cache(model)
         for cache in (ours, theirs):
             cache.activate_past_recording()
-            model(prompt(2, 30), past_key_values=cache)
+            model(prompt(2, 30), **given(cache))
             cache.crop(-4)
         found, wanted = answers(ours), answers(theirs)
         assert all(found.pop("records"))
@@ -109,7 +177,7 @@ def test_a_positive_crop_has_no_meaning_any_more() -> None:
     config = OffloadConfig(split=0.5, link=FAST_LINK, profile=profile())
     with Session(model, config, checking_backend()) as session, torch.no_grad():
         cache = session.new_cache()
-        model(prompt(2, 19), past_key_values=cache)
+        model(prompt(2, 19), **given(cache))
         with pytest.raises(ValueError, match="minus the number of tokens to remove, got 3"):
             cache.crop(3)
         cache.crop(torch.tensor(-3))  # as transformers 5.17 counts rejected candidates

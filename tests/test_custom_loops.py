@@ -14,12 +14,13 @@ import torch
 from chats import Chat
 from matrix import FAST_LINK, TOLERANCE, checking_backend, distance, profile
 from models import make_model
-from modes import COMMON, emptied, outcome, plain_cache, prompt
+from modes import COMMON, emptied, given, outcome, plain_cache, prompt
 from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 from kvoffload import OffloadConfig, UnsupportedModelError
 from kvoffload.config import GIB
+from kvoffload.hf import given_cache
 from kvoffload.session import Session
 
 Play = Callable[[Callable[[], Any]], list[torch.Tensor]]
@@ -102,13 +103,13 @@ def test_room_for_resident_blocks_that_comes_back_is_not_used(
 
     def play(new_cache: Callable[[], Any]) -> list[torch.Tensor]:
         cache = new_cache()
-        logits = [model(prompt(2, 9), past_key_values=cache).logits[:, -1]]
+        logits = [model(prompt(2, 9), **given(cache)).logits[:, -1]]
         cache.batch_repeat_interleave(2)
         if crops:
             cache.crop(-3)
-        logits.append(model(prompt(4, 8, seed=2), past_key_values=cache).logits[:, -1])
+        logits.append(model(prompt(4, 8, seed=2), **given(cache)).logits[:, -1])
         cache.batch_select_indices(torch.tensor([0, 2]))
-        logits += [model(prompt(2, 2, seed=3 + i), past_key_values=cache).logits[:, -1] for i in range(8)]
+        logits += [model(prompt(2, 2, seed=3 + i), **given(cache)).logits[:, -1] for i in range(8)]
         return logits
 
     compare(model, play, split, attention, device_gib=(150_000 if attention == "auto" else 400_000) / GIB)
@@ -121,9 +122,9 @@ def test_resident_blocks_of_fewer_rows_behind_those_of_more(split: Any, attentio
 
     def play(new_cache: Callable[[], Any]) -> list[torch.Tensor]:
         cache = new_cache()
-        logits = [model(prompt(3, 13), past_key_values=cache).logits[:, -1]]
+        logits = [model(prompt(3, 13), **given(cache)).logits[:, -1]]
         cache.batch_select_indices(torch.tensor([2]))
-        logits += [model(prompt(1, 9, seed=i), past_key_values=cache).logits[:, -1] for i in range(20)]
+        logits += [model(prompt(1, 9, seed=i), **given(cache)).logits[:, -1] for i in range(20)]
         return logits
 
     device_gib = (150_000 if attention == "auto" else 400_000) / GIB
@@ -137,7 +138,7 @@ def test_a_cache_is_reset_and_used_with_other_rows(rows: int, attention: Any, mo
         cache, logits = new_cache(), []
         for batch in (2, rows):
             for tokens in (21, 1, 1):
-                logits.append(model(prompt(batch, tokens), past_key_values=cache).logits[:, -1])
+                logits.append(model(prompt(batch, tokens), **given(cache)).logits[:, -1])
             cache = emptied(cache)
         return logits
 
@@ -154,11 +155,11 @@ def test_the_decoder_alone_with_a_mask_that_the_caller_writes_over(
 
     def play(new_cache: Callable[[], Any]) -> list[torch.Tensor]:
         cache, mask = new_cache(), torch.ones(2, 1, 1, 22, dtype=torch.bool)
-        logits = [decoder(prompt(2, 21), past_key_values=cache).last_hidden_state[:, -1]]
+        logits = [decoder(prompt(2, 21), **given(cache)).last_hidden_state[:, -1]]
         for step in range(6):
             mask = torch.cat([mask, torch.ones(2, 1, 1, 1, dtype=torch.bool)], 3) if step else mask
             mask[:, :, :, step] = False
-            out = decoder(prompt(2, 1, seed=step), attention_mask=mask, past_key_values=cache)
+            out = decoder(prompt(2, 1, seed=step), attention_mask=mask, **given(cache))
             logits.append(out.last_hidden_state[:, -1])
         return logits
 
@@ -201,11 +202,11 @@ def test_a_step_that_failed_in_its_first_layer_can_be_tried_again(
 
     with torch.no_grad():
         plain = plain_cache(model)
-        model(prompt(2), past_key_values=plain)
-        wanted = model(prompt(2, 1), past_key_values=plain).logits
+        model(prompt(2), **given(plain))
+        wanted = model(prompt(2, 1), **given(plain)).logits
         with Session(model, config("recompute", attention), checking_backend()) as session:
             cache = session.new_cache()
-            model(prompt(2), past_key_values=cache)
+            model(prompt(2), **given(cache))
             with monkeypatch.context() as patch:
 
                 def out_of_memory(*args: Any) -> None:
@@ -213,13 +214,13 @@ def test_a_step_that_failed_in_its_first_layer_can_be_tried_again(
 
                 patch.setattr(CacheLayer, "recompute_into", out_of_memory)
                 with pytest.raises(torch.OutOfMemoryError):
-                    model(prompt(2, 1), past_key_values=cache)
+                    model(prompt(2, 1), **given(cache))
             assert (model(prompt(2, 9)).logits - model(prompt(2, 9)).logits).abs().max() == 0  # without our cache
-            found = model(prompt(2, 1), past_key_values=cache).logits
+            found = model(prompt(2, 1), **given(cache)).logits
             assert (found - wanted).abs().max().item() <= TOLERANCE
             for step in range(9):  # the failed try left no position behind: later blocks are rotated by their own
                 ids = prompt(2, 1, seed=step)
-                error = model(ids, past_key_values=cache).logits - model(ids, past_key_values=plain).logits
+                error = model(ids, **given(cache)).logits - model(ids, **given(plain)).logits
                 assert error.abs().max().item() <= TOLERANCE, f"step {step}"
 
 
@@ -227,7 +228,7 @@ def test_buffers_that_could_not_be_made_are_made_for_the_next_cache(model: PreTr
     with torch.no_grad(), Session(model, config("transfer", "auto"), checking_backend()) as session:
         first, plain = session.new_cache(), plain_cache(model)
         for cache in (first, plain):
-            model(prompt(2), past_key_values=cache)
+            model(prompt(2), **given(cache))
         allocate = session.backend.allocate_device
 
         def fail(num_bytes: int) -> Any:
@@ -235,10 +236,10 @@ def test_buffers_that_could_not_be_made_are_made_for_the_next_cache(model: PreTr
 
         session.backend.allocate_device = fail  # type: ignore[method-assign]
         with pytest.raises(torch.OutOfMemoryError):
-            model(prompt(5, 60), past_key_values=session.new_cache())
+            model(prompt(5, 60), **given(session.new_cache()))
         session.backend.allocate_device = allocate  # type: ignore[method-assign]
-        wanted = model(prompt(2, 1), past_key_values=plain).logits
-        assert (model(prompt(2, 1), past_key_values=first).logits - wanted).abs().max().item() <= TOLERANCE
+        wanted = model(prompt(2, 1), **given(plain)).logits
+        assert (model(prompt(2, 1), **given(first)).logits - wanted).abs().max().item() <= TOLERANCE
 
 
 # ---- other callers ---------------------------------------------------------------------------------------------------
@@ -276,8 +277,8 @@ def attends_twice(self: Any, hidden_states: torch.Tensor, position_embeddings: A
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
     q, k, v = (proj(hidden_states).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
     q, k = modeling_llama.apply_rotary_pos_emb(q, k, *position_embeddings)
-    if kwargs.get("past_key_values") is not None:
-        k, v = kwargs["past_key_values"].update(k, v, self.layer_idx)
+    if (cache := given_cache((), kwargs)) is not None:
+        k, v = cache.update(k, v, self.layer_idx)
     attend = modeling_llama.ALL_ATTENTION_FUNCTIONS.get_interface(
         self.config._attn_implementation, modeling_llama.eager_attention_forward
     )
@@ -299,10 +300,10 @@ def test_a_module_that_attends_twice_gets_whole_layers() -> None:
             cache = session.new_cache()
             for layer in twice.model.layers:
                 del layer.self_attn.forward
-            twice(prompt(2), past_key_values=cache)
+            twice(prompt(2), **given(cache))
             twice.model.layers[0].self_attn.forward = types.MethodType(attends_twice, twice.model.layers[0].self_attn)
             with pytest.raises(UnsupportedModelError, match="attends twice in one forward"):
-                twice(prompt(2, 1), past_key_values=cache)
+                twice(prompt(2, 1), **given(cache))
     assert distance(found, wanted) <= TOLERANCE
 
 
@@ -312,9 +313,9 @@ def test_a_module_that_attends_twice_gets_whole_layers() -> None:
 def test_what_a_prefill_is_staged_in_goes_when_decoding_begins(model: PreTrainedModel) -> None:
     with torch.no_grad(), Session(model, config("transfer", "auto"), checking_backend()) as session:
         cache = session.new_cache()
-        model(prompt(2, 60), past_key_values=cache)
+        model(prompt(2, 60), **given(cache))
         assert session.engine.held_bytes["stages"] > 0
-        model(prompt(2, 1), past_key_values=cache)
+        model(prompt(2, 1), **given(cache))
         assert "stages" not in session.engine.held_bytes
         model.generate(prompt(2, 60), **{**COMMON, "max_new_tokens": 1})
         assert "stages" not in session.engine.held_bytes
@@ -353,7 +354,7 @@ def test_layers_with_other_numbers_of_heads_than_the_first(heads: tuple[int, ...
 
     def play(new_cache: Callable[[], Any]) -> list[torch.Tensor]:
         cache = new_cache()
-        logits = [model(prompt(2, 41), past_key_values=cache).logits[:, -1]]
-        return logits + [model(prompt(2, 1, seed=i), past_key_values=cache).logits[:, -1] for i in range(9)]
+        logits = [model(prompt(2, 41), **given(cache)).logits[:, -1]]
+        return logits + [model(prompt(2, 1, seed=i), **given(cache)).logits[:, -1] for i in range(9)]
 
     compare(model, play, split, attention)

@@ -23,6 +23,7 @@ from matrix import (
     config_for,
     model_for,
 )
+from models import GPTJ_IS_LIKE_OTHERS
 from modes import MODES, plain_cache
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -189,7 +190,7 @@ def recording(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 # Attention of these is written into their modules; the test above sees what they read.
-WITHOUT_ATTENTION_FUNCTIONS = ("gptj", "bloom", "mpt")
+WITHOUT_ATTENTION_FUNCTIONS = ("bloom", "mpt", *(() if GPTJ_IS_LIKE_OTHERS else ("gptj",)))
 
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in WITHOUT_ATTENTION_FUNCTIONS])

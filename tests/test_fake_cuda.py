@@ -20,6 +20,7 @@ from fake_cuda_kernels import use_twins
 from fake_cuda_streams import Event, RealEvent, RealStream, Stream
 from fake_cuda_tensors import DEVICE
 from models import make_model
+from modes import given
 
 import kvoffload
 from kvoffload.backend import CudaBackend, cuda
@@ -295,8 +296,8 @@ def test_turns_and_a_prefill_in_chunks(device: FakeCuda) -> None:
     expected = _generate(model, more)
     with kvoffload.offload(model, kvoffload.OffloadConfig(split=0.5, **SMALL)) as session:
         cache = session.new_cache()
-        _equal(_generate(model, ids, past_key_values=cache, prefill_chunk_size=16), first)
-        assert test_gpu._distance(_generate(model, more, past_key_values=cache), expected) <= TOLERANCE
+        _equal(_generate(model, ids, **given(cache), prefill_chunk_size=16), first)
+        assert test_gpu._distance(_generate(model, more, **given(cache)), expected) <= TOLERANCE
         assert session.stats is not None
         assert session.stats.h2d_bytes > 0
 

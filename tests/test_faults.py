@@ -17,7 +17,7 @@ from faults import nothing_is_left as nothing_is_left
 from faults import wanted_fixture as wanted_fixture
 from matrix import TOLERANCE, checking_backend, distance
 from models import make_model
-from modes import COMMON, MODES, Outcome, outcome, prompt
+from modes import COMMON, MODES, Outcome, given, outcome, prompt
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
@@ -86,9 +86,9 @@ def test_a_cache_given_to_a_generate_that_failed_is_not_used_again(model: PreTra
     with kvoffload.offload(model, config()) as session:
         cache = session.new_cache()
         with pytest.raises(Planted):
-            generate(model, past_key_values=cache, logits_processor=[failing_at(3, Planted)])
+            generate(model, **given(cache), logits_processor=[failing_at(3, Planted)])
         with torch.no_grad(), pytest.raises(KVOffloadError, match=r"is over: take a new_cache\(\)"):
-            model(prompt(3, 1), past_key_values=cache)
+            model(prompt(3, 1), **given(cache))
         check_after(session, model, wanted)
 
 
@@ -221,9 +221,9 @@ def test_a_cache_outlives_its_session_only_to_say_so(model: PreTrainedModel) -> 
     with kvoffload.offload(model, config()) as session:
         cache = session.new_cache()
         with torch.no_grad():
-            model(prompt(2), past_key_values=cache)
+            model(prompt(2), **given(cache))
     with torch.no_grad(), pytest.raises(KVOffloadError, match=r"is over: take a new_cache\(\)"):
-        model(prompt(2, 1), past_key_values=cache)
+        model(prompt(2, 1), **given(cache))
     with pytest.raises(KVOffloadError, match=r"closed: call kvoffload\.offload\(model\) again"):
         session.new_cache()
     session.close()  # a second time does nothing
@@ -234,8 +234,8 @@ def test_closing_in_the_middle_of_a_custom_loop(model: PreTrainedModel) -> None:
     session = Session(model, config(link=EmulatedLink(h2d_gb_per_s=0.01)), None)
     cache = session.new_cache()
     with torch.no_grad():
-        model(prompt(2), past_key_values=cache)
-        model(prompt(2, 1), past_key_values=cache)
+        model(prompt(2), **given(cache))
+        model(prompt(2, 1), **given(cache))
     session.close()
     assert session.pool.slab_bytes == 0
     assert session.engine.held_bytes == {}

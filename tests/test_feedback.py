@@ -9,7 +9,7 @@ import pytest
 import torch
 from matrix import profile
 from models import make_model
-from modes import prompt
+from modes import given, prompt
 
 from kvoffload import EmulatedLink, OffloadConfig, cost, planner
 from kvoffload.backend import EmulatedBackend
@@ -46,7 +46,7 @@ def play(at_step: int, new_speed_gb_per_s: float, split: Any = "auto") -> tuple[
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **given(cache),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             stopping_criteria=[after_each_token],

@@ -5,8 +5,8 @@ so that every pair of values of any two factors occurs in some cell (`matrix.pai
 architecture, mode, split and device budget is behind the marker `slow`. Every cell runs on a `CheckingBackend`, so an
 unordered access to any buffer fails it as well, whatever the timing was.
 
-With the oldest supported transformers: `pip install --target SIDE transformers==5.17.0`, then `PYTHONPATH=SIDE
-scripts/test -m "not slow" tests/test_{matrix,exactness,modes,wrapped_models,callbacks,session_caches}.py`.
+With another release of transformers: `scripts/test --release 5.17.0 tests/test_matrix.py`, and likewise for exactness,
+modes, wrapped_models, callbacks and session_caches.
 """
 
 from __future__ import annotations

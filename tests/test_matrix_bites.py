@@ -29,7 +29,7 @@ from modes import MODES, outcome
 
 from kvoffload import OffloadConfig
 from kvoffload.backend import EmulatedBackend
-from kvoffload.hf import OffloadedHFCache
+from kvoffload.hf import OffloadedHFCache, given_cache
 from kvoffload.positions import PositionTable
 from kvoffload.session import Session
 
@@ -52,7 +52,7 @@ def error_after(architecture: str, split: str, damage: Damage | None) -> float:
         done = []
 
         def before(module: Any, args: Any, kwargs: Any) -> None:
-            cache = kwargs["past_key_values"]
+            cache = given_cache((), kwargs)
             if cache.core.layers[0].num_tokens and not done:
                 session.backend.synchronize()
                 session.engine.drop()  # what was prefetched is still right

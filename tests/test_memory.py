@@ -13,7 +13,7 @@ import pytest
 import torch
 from matrix import FAST_LINK, profile, row_bytes
 from models import make_model
-from modes import COMMON, prompt
+from modes import COMMON, given, prompt
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -244,11 +244,11 @@ def test_no_tensor_of_a_decode_step_over_segments_is_as_long_as_the_cache(path: 
         with Session(long, config, EmulatedBackend(FAST_LINK)) as session, torch.no_grad():
             cache = session.new_cache()
             for _ in range(tokens // 512):
-                long(prompt(1, 512), past_key_values=cache)
-            long(prompt(1, 1), past_key_values=cache)
+                long(prompt(1, 512), **given(cache))
+            long(prompt(1, 1), **given(cache))
             with LiveTensors() as live:
                 for _ in range(3):
-                    long(prompt(1, 1), past_key_values=cache)
+                    long(prompt(1, 1), **given(cache))
             peaks[tokens] = live.peak_bytes + session.engine.take_peak()
     growth = (peaks[8192] - peaks[1024]) / (8192 - 1024)  # bytes per cached token
     if path == "auto":

@@ -15,7 +15,7 @@ from faults import nothing_is_left as nothing_is_left
 from faults import wanted_fixture as wanted_fixture
 from matrix import TOLERANCE, distance
 from models import make_model
-from modes import MODES, Outcome, outcome, prompt
+from modes import MODES, Outcome, given, outcome, prompt
 from transformers import PreTrainedModel
 
 import kvoffload
@@ -78,7 +78,7 @@ def test_host_memory_that_runs_out_while_decoding(model: PreTrainedModel, wanted
 
     def loop(cache: Any) -> None:
         for step in range(1000):
-            model(prompt(3, 5, seed=step), past_key_values=cache)
+            model(prompt(3, 5, seed=step), **given(cache))
 
     with kvoffload.offload(model, config(host_gib=800_000 / 2**30)) as session:
         message = (
@@ -126,7 +126,7 @@ def test_a_further_turn_that_the_host_cap_does_not_hold_is_refused_before_its_fi
     options = {"block_tokens": 4, "chunk_blocks": 1, "host_gib": 3 * 300 * 3 * 384 / 2**30}
     with kvoffload.offload(model, config(split="transfer", **options)) as session:
         cache = session.new_cache()
-        call = {"past_key_values": cache, "do_sample": False}
+        call = {**given(cache), "do_sample": False}
         ids = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, **call)
         before = session.num_forwards
         with pytest.raises(HostMemoryError, match="raise host_gib"):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from matrix import checking_backend, profile
 from models import RECOMPUTABLE, TRANSFERRED, make_model
-from modes import plain_cache
+from modes import given, plain_cache
 from transformers import PreTrainedModel
 
 from kvoffload import EmulatedLink, OffloadConfig
@@ -123,7 +123,7 @@ def _model(name: str) -> PreTrainedModel:
 def _outputs(model: PreTrainedModel, call: Call, new_cache: Any) -> list[Any]:
     """What each turn generates; without further turns the cache is `generate`'s own."""
     ids, mask, options, found = call.ids.masked_fill(call.mask == 0, 0), call.mask, dict(call.options), list[Any]()
-    cache = {"past_key_values": new_cache()} if call.added_tokens else {}
+    cache = given(new_cache()) if call.added_tokens else {}
     for added in [*call.added_tokens, None]:
         torch.manual_seed(7)
         common = {"pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}

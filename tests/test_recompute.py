@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import RECOMPUTABLE, TRANSFERRED, make_model
+from modes import given
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -15,6 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import kvoffload
 from kvoffload import OffloadConfig, ops
 from kvoffload.hf import attention_modules, offloadable_layers
+from kvoffload.hf.arguments import name_of_cache
 from kvoffload.recompute import FastRecompute, GenericRecompute, choose
 from kvoffload.tail import KVShape
 
@@ -31,19 +33,19 @@ class Seen:
     def __init__(self, model: PreTrainedModel, rows: int = 2, tokens: int = 11, layer: int | None = None) -> None:
         idx = offloadable_layers(model)[0] if layer is None else layer
         self.module = attention_modules(model)[idx]
-        given: dict[str, Any] = {}
+        seen: dict[str, Any] = {}
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            given.update(kwargs, hidden_states=kwargs.get("hidden_states", args[0] if args else None))
+            seen.update(kwargs, hidden_states=kwargs.get("hidden_states", args[0] if args else None))
 
         handle = self.module.register_forward_pre_hook(before, with_kwargs=True)
         cache = DynamicCache(config=model.config)
         ids = torch.randint(3, 96, (rows, tokens), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            model(ids, past_key_values=cache)
+            model(ids, **given(cache))
         handle.remove()
-        self.activation: torch.Tensor = given["hidden_states"].detach()
-        self.embeddings = tuple(part.detach() for part in given.get("position_embeddings") or ())
+        self.activation: torch.Tensor = seen["hidden_states"].detach()
+        self.embeddings = tuple(part.detach() for part in seen.get("position_embeddings") or ())
         cached: Any = cache.layers[idx]
         self.keys, self.values = cached.keys, cached.values
         self.shape = KVShape(
@@ -51,7 +53,15 @@ class Seen:
         )
 
     def choose(self) -> Any:
-        return choose(self.module, self.shape, self.activation, self.embeddings, self.keys, self.values)
+        return choose(
+            self.module,
+            self.shape,
+            self.activation,
+            self.embeddings,
+            self.keys,
+            self.values,
+            cache_name=name_of_cache(self.module.forward) or "cache",
+        )
 
 
 @pytest.mark.parametrize("architecture", RECOMPUTABLE)
@@ -65,13 +75,15 @@ def test_what_cannot_be_reproduced_is_not_recomputed(architecture: str) -> None:
     assert Seen(make_model(architecture)).choose() is None
 
 
-@pytest.mark.parametrize("path", [FastRecompute, GenericRecompute])
+@pytest.mark.parametrize("path", ["fast", "generic"])
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (2, 11), (5, 3)])
-def test_both_paths_write_keys_and_values_where_a_transfer_would_have(path: Any, rows: int, tokens: int) -> None:
+def test_both_paths_write_keys_and_values_where_a_transfer_would_have(path: str, rows: int, tokens: int) -> None:
     seen = Seen(make_model("llama"), rows, tokens)
     buffer = torch.full((tokens + 2, rows, seen.shape.width), torch.nan)
     out = buffer[1:-1]
-    path(seen.module, seen.shape)(seen.activation.transpose(0, 1).contiguous(), seen.embeddings, out)
+    name = name_of_cache(seen.module.forward) or "cache"
+    ways = {"fast": FastRecompute(seen.module, seen.shape), "generic": GenericRecompute(seen.module, seen.shape, name)}
+    ways[path](seen.activation.transpose(0, 1).contiguous(), seen.embeddings, out)
     keys, values = seen.shape.split(out)
     torch.testing.assert_close(keys.permute(1, 2, 0, 3), seen.keys, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(values.permute(1, 2, 0, 3), seen.values, atol=1e-6, rtol=1e-5)

@@ -17,9 +17,17 @@ from faults import nothing_is_left as nothing_is_left
 from faults import wanted_fixture as wanted_fixture
 from matrix import TOLERANCE, distance, kvoffload_threads, profile
 from models import make_model
-from modes import COMMON, Outcome, outcome, plain_cache, prompt
+from modes import COMMON, Outcome, given, outcome, plain_cache, prompt
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    PreTrainedModel,
+)
 
 import kvoffload
 from kvoffload import ConfigError, EmulatedLink, KVOffloadError, OffloadConfig, ProfileError, UnsupportedModelError
@@ -75,28 +83,66 @@ def test_a_model_on_several_devices_is_refused(model: PreTrainedModel) -> None:
         check_supported(half)
 
 
-def test_a_cache_that_the_model_drops_is_refused() -> None:
-    """Phi-3 with LongRoPE starts a new cache where a context passes its original length."""
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 6,
-        "long_factor": [2.0] * 6,
-        "original_max_position_embeddings": 43,
-    }
-    phi3 = make_model("phi3", rope_parameters=rope, original_max_position_embeddings=43)
-    with kvoffload.offload(phi3, config()):
-        phi3.generate(prompt(1), **{**COMMON, "max_new_tokens": 4})
-        with pytest.raises(UnsupportedModelError, match=r"without the offloaded cache .*use plain generate\(\)"):
-            phi3.generate(prompt(1), **COMMON)
-    assert phi3.generate(prompt(1), **COMMON).sequences.shape[1] > 43
+def test_attention_that_is_not_given_the_cache_of_its_model_is_refused(model: PreTrainedModel) -> None:
+    module = model.model.layers[1].self_attn
+
+    def drop(module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, **given(None)}
+
+    with kvoffload.offload(model, config()):
+        handle = module.register_forward_pre_hook(drop, with_kwargs=True, prepend=True)
+        try:
+            with pytest.raises(UnsupportedModelError, match="LlamaAttention of layer 1 was not: its forward drops"):
+                model.generate(prompt(1), **COMMON)
+        finally:
+            handle.remove()
+        model.generate(prompt(1), **COMMON)
+
+
+@pytest.mark.parametrize("call", ["generate", "generate_batch", "init_continuous_batching"])
+def test_continuous_batching_is_refused_before_any_work(model: PreTrainedModel, call: str) -> None:
+    more = {"cache_implementation": "paged", "max_new_tokens": 2} if call == "generate" else {}
+    with (
+        kvoffload.offload(model, config()),
+        pytest.raises(ConfigError, match="paged cache of its own: call it outside"),
+    ):
+        getattr(model, call)(inputs=prompt(1), **more)
+
+
+def test_prefix_tuning_is_refused_as_such() -> None:
+    from peft import PrefixTuningConfig, TaskType, get_peft_model
+
+    tuned = get_peft_model(make_model("llama"), PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3))
+    with pytest.raises(UnsupportedModelError, match=r"prefix tuning gives every call a cache of its own.*LoRA"):
+        kvoffload.offload(tuned, config())
+
+
+def test_a_model_whose_generate_is_that_of_an_inner_one_names_it() -> None:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    former = {**vision, "vocab_size": 32, "encoder_hidden_size": 32}
+    text = {"model_type": "opt", "hidden_size": 48, "word_embed_proj_dim": 48, "ffn_dim": 64, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "vocab_size": 96, "max_position_embeddings": 256}
+    blip = Blip2ForConditionalGeneration(
+        Blip2Config(
+            vision_config={**vision, "image_size": 16, "patch_size": 8},
+            qformer_config=former,
+            text_config=text,
+            num_query_tokens=4,
+        )
+    ).eval()
+    with pytest.raises(UnsupportedModelError, match=r"calls that of its language_model.*offload\(model\.language_"):
+        kvoffload.offload(blip, config())
+    ids = prompt(1, 9)
+    wanted = blip.language_model.generate(ids, max_new_tokens=4, do_sample=False)
+    with kvoffload.offload(blip.language_model, config()):
+        assert torch.equal(blip.language_model.generate(ids, max_new_tokens=4, do_sample=False), wanted)
 
 
 def test_gradients_are_refused(model: PreTrainedModel) -> None:
     with kvoffload.offload(model, config()) as session:
         cache = session.new_cache()
         with pytest.raises(UnsupportedModelError, match=r"gradients .*torch\.no_grad\(\)"):
-            model(prompt(1), past_key_values=cache)
+            model(prompt(1), **given(cache))
 
 
 # ---- options that make no sense --------------------------------------------------------------------------------------
@@ -172,8 +218,8 @@ def test_a_cache_of_someone_else(model: PreTrainedModel, wanted: Outcome) -> Non
     with kvoffload.offload(other, config()) as theirs, kvoffload.offload(model, config()) as ours:
         for cache in (plain_cache(model), theirs.new_cache()):
             with no_forward(model), pytest.raises(ConfigError, match=r"does not belong to .*use session\.new_cache"):
-                generate(model, past_key_values=cache)
-        found = outcome([generate(model, past_key_values=ours.new_cache())])
+                generate(model, **given(cache))
+        found = outcome([generate(model, **given(ours.new_cache()))])
     assert distance(found, wanted) <= TOLERANCE
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from matrix import FAST_LINK, TOLERANCE, checking_backend, distance, profile
 from models import make_model
-from modes import COMMON, outcome, plain_cache, prompt
+from modes import COMMON, given, outcome, plain_cache, prompt
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -117,9 +117,7 @@ def test_a_chat_whose_second_turn_is_padded_too(architecture: str, split: Any, w
             ids = prompt(2, tokens, seed=turn) * new_mask
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             for _ in range(5):
-                out = chatting(
-                    ids, attention_mask=mask, position_ids=positions[:, -ids.shape[1] :], past_key_values=cache
-                )
+                out = chatting(ids, attention_mask=mask, position_ids=positions[:, -ids.shape[1] :], **given(cache))
                 logits.append(out.logits[:, -1])
                 ids = out.logits[:, -1:].argmax(-1)
                 mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
@@ -163,11 +161,11 @@ def compare(model: PreTrainedModel, forward: Any) -> Session:
             if new_cache is None:
                 with Session(model, config(0.5), checking_backend()) as session:
                     cache = session.new_cache()
-                    model(prompt(2, 21), past_key_values=cache)
+                    model(prompt(2, 21), **given(cache))
                     results.append(forward(model, cache))
             else:
                 cache = new_cache()
-                model(prompt(2, 21), past_key_values=cache)
+                model(prompt(2, 21), **given(cache))
                 results.append(forward(model, cache))
     assert (results[0] - results[1]).abs().max().item() <= TOLERANCE
     return session
@@ -183,7 +181,7 @@ def test_a_mask_that_is_more_than_causal_takes_whole_layers(
     allowed[..., 21:] = torch.ones(q_tokens, q_tokens, dtype=torch.bool).tril()
 
     def forward(model: PreTrainedModel, cache: Any) -> torch.Tensor:
-        return model(prompt(2, q_tokens, seed=3), attention_mask=allowed, past_key_values=cache).logits
+        return model(prompt(2, q_tokens, seed=3), attention_mask=allowed, **given(cache)).logits
 
     if q_tokens == 1:  # one query: any mask is a set of positions
         compare(model, forward)
@@ -198,14 +196,14 @@ def test_a_mask_that_is_more_than_causal_takes_whole_layers(
 def test_a_bias_in_the_mask_takes_whole_layers(model: PreTrainedModel, watch: Watch) -> None:
     bias = torch.randn(2, 1, 1, 22, generator=torch.Generator().manual_seed(5))
     with pytest.warns(UserWarning, match="a bias, a mask that is more than causal"):
-        compare(model, lambda m, cache: m(prompt(2, 1, seed=3), attention_mask=bias, past_key_values=cache).logits)
+        compare(model, lambda m, cache: m(prompt(2, 1, seed=3), attention_mask=bias, **given(cache)).logits)
     assert watch.num_calls == 0
 
 
 def test_an_argument_that_is_not_known_takes_whole_layers(model: PreTrainedModel, watch: Watch) -> None:
     def forward(model: PreTrainedModel, cache: Any) -> torch.Tensor:
         bias = torch.randn(1, 4, 1, 22, generator=torch.Generator().manual_seed(2))
-        return model(prompt(2, 1), past_key_values=cache, position_bias=bias).logits
+        return model(prompt(2, 1), **given(cache), position_bias=bias).logits
 
     with pytest.warns(UserWarning, match="whole layers are put together"):
         compare(model, forward)
@@ -217,7 +215,7 @@ def test_segments_again_after_a_call_over_whole_layers(model: PreTrainedModel, w
         logits = []
         for step in range(9):
             bias = torch.zeros(1, 4, 1, 22 + step) + step if step % 3 == 1 else None
-            logits.append(model(prompt(2, 1, seed=step), past_key_values=cache, position_bias=bias).logits)
+            logits.append(model(prompt(2, 1, seed=step), **given(cache), position_bias=bias).logits)
         return torch.cat(logits)
 
     with warnings.catch_warnings():
@@ -291,10 +289,10 @@ def test_attention_that_stops_coming_to_us_is_an_error(model: PreTrainedModel) -
     """Else it would see the new tokens alone."""
     with Session(model, config(), checking_backend()) as session, torch.no_grad():
         cache = session.new_cache()
-        model(prompt(2, 21), past_key_values=cache)
+        model(prompt(2, 21), **given(cache))
         model.set_attn_implementation("sdpa")
         with pytest.raises(UnsupportedModelError, match="attended without its cached tokens"):
-            model(prompt(2, 1), past_key_values=cache)
+            model(prompt(2, 1), **given(cache))
     assert model.config._attn_implementation == "sdpa"
     model.generate(prompt(2), **COMMON)
 

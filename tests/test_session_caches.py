@@ -12,7 +12,7 @@ import torch
 from comparing import SPLITS, config
 from matrix import TOLERANCE, FixedRates, checking_backend, distance, row_bytes
 from models import make_model
-from modes import MODES, PROMPT_TOKENS, Outcome, emptied, outcome, plain_cache, prompt
+from modes import MODES, PROMPT_TOKENS, Outcome, emptied, given, outcome, plain_cache, prompt
 from transformers import PreTrainedModel
 
 from kvoffload import ConfigError, attention, segments
@@ -30,7 +30,7 @@ def greedy_loop(model: PreTrainedModel, cache: Any, tokens: torch.Tensor, steps:
     logits, new = [], tokens
     with torch.no_grad():
         for _ in range(steps):
-            out = model(new, past_key_values=cache, use_cache=True)
+            out = model(new, **given(cache), use_cache=True)
             logits.append(out.logits[:, -1])
             new = logits[-1].argmax(-1, keepdim=True)
             tokens = torch.cat([tokens, new], dim=1)
@@ -44,9 +44,9 @@ def test_other_rows_than_are_cached_are_refused_and_the_cache_goes_on(split: Any
         cache = session.new_cache()
         found = greedy_loop(model, cache, prompt(2), 6)
         with torch.no_grad(), pytest.raises(ConfigError, match=r"holds 2 rows and is given tokens for 3.*new_cache"):
-            model(prompt(3)[:, :1], past_key_values=cache)
+            model(prompt(3)[:, :1], **given(cache))
         with pytest.raises(ConfigError, match=r"holds 2 rows and is given tokens for 6 \(beams counted\)"):
-            model.generate(prompt(2, 99), past_key_values=cache, num_beams=3, max_new_tokens=2)  # type: ignore[operator]
+            model.generate(prompt(2, 99), **given(cache), num_beams=3, max_new_tokens=2)  # type: ignore[operator]
         rest = greedy_loop(model, cache, found.logits[-1].argmax(-1, keepdim=True), 6)
     assert distance(Outcome([], [*found.logits, *rest.logits]), Outcome([], wanted.logits)) <= TOLERANCE
 
@@ -83,7 +83,7 @@ def test_a_cache_follows_every_change_of_its_rows_and_length(split: Any, model: 
         logits: list[torch.Tensor] = []
 
         def step(tokens: torch.Tensor) -> None:
-            logits.append(model(tokens, past_key_values=cache, use_cache=True).logits[:, -1])
+            logits.append(model(tokens, **given(cache), use_cache=True).logits[:, -1])
 
         step(prompt(3))
         step(prompt(3, 9, seed=2))
@@ -168,12 +168,12 @@ def test_a_prompt_that_many_rows_continue(split: Any, device_gib: Any, model: Pr
     """Rows repeated after the first tokens: every buffer must grow, and resident blocks were made for fewer rows."""
 
     def play(cache: Any) -> list[torch.Tensor]:
-        logits = [model(prompt(2, 9), past_key_values=cache).logits[:, -1]]
+        logits = [model(prompt(2, 9), **given(cache)).logits[:, -1]]
         cache.batch_repeat_interleave(5)
         for step, tokens in enumerate((7, 7, 7, 1)):
-            logits.append(model(prompt(10, tokens, seed=step), past_key_values=cache).logits[:, -1])
+            logits.append(model(prompt(10, tokens, seed=step), **given(cache)).logits[:, -1])
         cache.crop(-9)
-        logits.append(model(prompt(10, 1), past_key_values=cache).logits[:, -1])
+        logits.append(model(prompt(10, 1), **given(cache)).logits[:, -1])
         return logits
 
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_a_cache_goes_in_and_out_of_inference_mode(split: Any, device_gib: Any, 
         for step in range(12):
             with torch.inference_mode() if with_inference_mode and step % 3 == 0 else torch.no_grad():
                 tokens = 9 if step == 0 else 1 + step % 5
-                logits.append(model(prompt(2, tokens, seed=step), past_key_values=cache).logits[:, -1])
+                logits.append(model(prompt(2, tokens, seed=step), **given(cache)).logits[:, -1])
                 cache.reorder_cache(torch.tensor([1, 0]))
             if step == 7:
                 cache.crop(-6)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from matrix import prompt
 from models import make_model
+from modes import given
 from placements import LONG, placed, random_placement
 
 import kvoffload
@@ -199,7 +200,7 @@ def custom_loop(session: Session, steps: int = 3) -> None:
     ids, cache = prompt(4, 64), session.new_cache()
     with torch.inference_mode():
         for _ in range(steps):
-            ids = session.model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            ids = session.model(ids, **given(cache), use_cache=True).logits[:, -1:].argmax(-1)
     session.backend.synchronize()
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from matrix import FAST_LINK, TOLERANCE, profile
 from models import make_model
-from modes import COMMON, MODES, emptied, outcome, plain_cache, prompt
+from modes import COMMON, MODES, emptied, given, outcome, plain_cache, prompt
 from test_layering import ALLOWED
 from transformers import PreTrainedModel
 
@@ -182,11 +182,11 @@ def cropping(model: PreTrainedModel, new_cache: Callable[[], Any] | None) -> lis
     for first, removed in ((37, 2), (37, 6), (38, 19), (36, 1), (30, 30)):
         cache = new_cache()
         tokens = prompt(2, first)
-        model(tokens, past_key_values=cache)
+        model(tokens, **given(cache))
         cache.crop(-removed)
         # With nothing left, new blocks are written before anything is asked for that would drop what was prefetched.
         for step, more in enumerate((1, 9, 1, 1) if removed < first else (23, 1, 1, 1)):
-            logits.append(model(prompt(2, more, seed=step), past_key_values=cache).logits[:, -1])
+            logits.append(model(prompt(2, more, seed=step), **given(cache)).logits[:, -1])
             if step == 2:
                 cache.crop(-7)
     return logits
@@ -200,7 +200,7 @@ def two_caches(model: PreTrainedModel, new_cache: Callable[[], Any] | None) -> l
     for step in range(6):
         for idx, cache in enumerate(caches):
             tokens = prompt(2, 33 + 7 * idx if step == 0 else 1, seed=10 * step + idx)
-            logits.append(model(tokens, past_key_values=cache).logits[:, -1])
+            logits.append(model(tokens, **given(cache)).logits[:, -1])
     return logits
 
 
@@ -211,10 +211,10 @@ def one_then_another(model: PreTrainedModel, new_cache: Callable[[], Any] | None
     for seed in range(3):
         cache = new_cache()
         for step, tokens in enumerate((37, 1, 1)):
-            logits.append(model(prompt(2, tokens, seed=seed), past_key_values=cache).logits[:, -1])
+            logits.append(model(prompt(2, tokens, seed=seed), **given(cache)).logits[:, -1])
             if step == 1 and seed == 1:
                 cache = emptied(cache)
-                logits.append(model(prompt(2, 40, seed=9), past_key_values=cache).logits[:, -1])
+                logits.append(model(prompt(2, 40, seed=9), **given(cache)).logits[:, -1])
         del cache
     return logits
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from modes import given
 
 from kvoffload.backend import CheckingBackend, EmulatedBackend, RaceError
 from kvoffload.backend.base import HostBuffer
@@ -68,7 +69,7 @@ def _generate(model: Any, cache: WholeLayerCache | None) -> Any:
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **given(cache),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         return_dict_in_generate=True,

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from kvoffload import hf
 from kvoffload.api import offload
 from kvoffload.backend import Backend, CudaBackend, EmulatedBackend
 from kvoffload.bench.cells import Cell
@@ -230,9 +231,8 @@ class WholeLayerBothWays(Decoder):
             cache = WholeLayerCache(lab.model, backend, max_tokens, row_bytes, writes_back=self.writes_back)
             _watch_peak(lab.device)
             started_s = time.perf_counter()
-            tokens, logits, group = bed.generate(
-                new_tokens, started_s=started_s, keeps_logits=keeps_logits, past_key_values=cache
-            )
+            options: dict[str, Any] = {hf.generation_name(): cache}
+            tokens, logits, group = bed.generate(new_tokens, started_s=started_s, keeps_logits=keeps_logits, **options)
             total_s = time.perf_counter() - started_s
             backend.synchronize()
             return Outcome(

@@ -4,22 +4,31 @@ Owns what is attached to a user's model and takes it off again. Nothing is patch
 modules of one model, methods are shadowed on one instance.
 """
 
+from kvoffload.hf.arguments import generation_name, given_cache, returned_cache
 from kvoffload.hf.cache import OffloadedHFCache
+from kvoffload.hf.contract import check_release
 from kvoffload.hf.first_tokens import FirstTokens, Measure
 from kvoffload.hf.hooks import ModelHooks
 from kvoffload.hf.interface import SegmentAttention
 from kvoffload.hf.layer import OffloadedLayer
 from kvoffload.hf.models import attention_modules, check_supported, offloadable_layers, unwrap
+from kvoffload.hf.shadows import CONTINUOUS_BATCHING, Shadows
 
 __all__ = [
+    "CONTINUOUS_BATCHING",
     "FirstTokens",
     "Measure",
     "ModelHooks",
     "OffloadedHFCache",
     "OffloadedLayer",
     "SegmentAttention",
+    "Shadows",
     "attention_modules",
+    "check_release",
     "check_supported",
+    "generation_name",
+    "given_cache",
     "offloadable_layers",
+    "returned_cache",
     "unwrap",
 ]

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from kvoffload.cache import OffloadedCache
-from kvoffload.errors import ConfigError
+from kvoffload.errors import ConfigError, KVOffloadError
 from kvoffload.hf.first_tokens import FirstTokens, Measure
 from kvoffload.hf.layer import OffloadedLayer
+from kvoffload.hf.layer_beside import LayerBeside, offloaded
 from kvoffload.hf.masks import MaskReader
-from kvoffload.hf.models import offloadable_layers
 from kvoffload.layer import CacheLayer
 from kvoffload.units import counted
 
@@ -54,7 +54,7 @@ class OffloadedHFCache(DynamicCache):
         model: the model it is for.
         session: whom to ask before the first update.
         core: the offloaded layers.
-        modules: attention module per layer index.
+        modules: by the index of each offloaded layer, in order, its self-attention module where that is known.
         is_compiled: whether the model's forward is; ours then runs between its graphs.
     """
 
@@ -63,7 +63,7 @@ class OffloadedHFCache(DynamicCache):
         model: PreTrainedModel,
         session: CacheOwner,
         core: OffloadedCache,
-        modules: dict[int, nn.Module],
+        modules: dict[int, nn.Module | None],
         *,
         is_compiled: bool = False,
     ) -> None:
@@ -80,8 +80,8 @@ class OffloadedHFCache(DynamicCache):
                 cache.warn_later_not_recomputable(position)
 
         core.not_recomputable = not_recomputable
-        for position, layer_idx in enumerate(offloadable_layers(model)):
-            layer = OffloadedLayer(self, core.layers[position], modules.get(layer_idx))
+        for position, (layer_idx, module) in enumerate(modules.items()):
+            layer = offloaded(self.layers[layer_idx], self, core.layers[position], module)
             if is_compiled:
                 for name in ("update", "get_seq_length", "get_mask_sizes"):
                     vars(layer)[name] = torch.compiler.disable(getattr(layer, name))
@@ -90,6 +90,11 @@ class OffloadedHFCache(DynamicCache):
     @property
     def _others(self) -> list[Any]:
         return [layer for layer in self.layers if not isinstance(layer, OffloadedLayer)]
+
+    @property
+    def _beside(self) -> list[Any]:
+        """Layers of transformers that hold what of ours is neither K nor V."""
+        return [layer.beside for layer in self.layers if isinstance(layer, LayerBeside)]
 
     @property
     def other_device_bytes(self) -> int:
@@ -135,6 +140,17 @@ class OffloadedHFCache(DynamicCache):
                 "take a session.new_cache(), or change its rows first (batch_repeat_interleave, batch_select_indices)"
             )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedHFCache:
+        """Refused: its tokens are in host memory and in flight.
+
+        Raises:
+            KVOffloadError: always.
+        """
+        raise KVOffloadError(
+            "an offloaded cache cannot be copied with copy.deepcopy: give the common prompt to a session.new_cache() "
+            "for each continuation, or continue one and crop it back (cache.crop(-n) removes the newest n tokens)"
+        )
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Cached tokens of a layer."""
         return super().get_seq_length(layer_idx)
@@ -149,7 +165,7 @@ class OffloadedHFCache(DynamicCache):
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         removed = min(-tokens_to_remove, self.core.layers[0].num_tokens)
-        for layer in self._others:
+        for layer in (*self._others, *self._beside):
             layer.crop(tokens_to_remove)
         with torch.no_grad():
             self.core.crop(removed)
@@ -173,6 +189,8 @@ class OffloadedHFCache(DynamicCache):
         self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def _select(self, indices: torch.Tensor) -> None:
+        for layer in self._beside:
+            layer.reorder_cache(indices)
         with torch.no_grad():
             self.core.select_rows(indices)
 
@@ -183,7 +201,7 @@ class OffloadedHFCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget everything."""
-        for layer in self._others:
+        for layer in (*self._others, *self._beside):
             layer.reset()
         self.core.reset()
         self.session.forget(self)
@@ -193,5 +211,5 @@ class OffloadedHFCache(DynamicCache):
         if not self.is_closed:
             self.is_closed = True
             self.core.reset()
-            for layer in self._others:
+            for layer in (*self._others, *self._beside):
                 layer.reset()

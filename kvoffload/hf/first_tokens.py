@@ -16,6 +16,7 @@ from torch import nn
 from kvoffload import recompute
 from kvoffload.agreement import Recompute
 from kvoffload.carried import CarriedPositions, PositionLayout, rows_are_equal
+from kvoffload.hf.arguments import name_of_cache
 from kvoffload.layer import CacheLayer
 from kvoffload.positions import INDEX_BYTES
 from kvoffload.tail import KVShape
@@ -99,12 +100,17 @@ def way_to_recompute(
     """
     if module is None or activation is None or embeddings is None:
         return None
+    cache_name = name_of_cache(module.forward)
+    if cache_name is None:
+        return None
     if embeddings and core.layout is None and isinstance(core.cache.positions, CarriedPositions):
         return None  # no place for its position embeddings
     n = slice(-VERIFIED_TOKENS, None)
     parts = tuple(part[:, n] for part in embeddings)
     shape = KVShape.of(keys, values)
-    return recompute.choose(module, shape, activation[:, n], parts, keys[:, :, n], values[:, :, n])
+    return recompute.choose(
+        module, shape, activation[:, n], parts, keys[:, :, n], values[:, :, n], cache_name=cache_name
+    )
 
 
 def prepare_measurement(

@@ -6,7 +6,7 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvoffload.errors import UnsupportedModelError
+from kvoffload.hf.arguments import argument, given_cache
 from kvoffload.hf.cache import OffloadedHFCache
 from kvoffload.hf.layer import OffloadedLayer
 from kvoffload.hf.models import attention_modules, is_compiled
@@ -24,7 +25,7 @@ class ModelHooks:
 
     Args:
         model: the model.
-        is_foreign_forward_allowed: whether a forward with another cache is fine now.
+        layer_indices: of its offloaded layers.
         on_forward: called before each forward of the model with a cache of ours.
         on_layers: called when such a forward, or one of the decoder alone, comes to the first offloaded layer.
     """
@@ -32,16 +33,18 @@ class ModelHooks:
     def __init__(
         self,
         model: PreTrainedModel,
+        layer_indices: Sequence[int],
         *,
-        is_foreign_forward_allowed: Callable[[], bool],
         on_forward: Callable[[OffloadedHFCache], None],
         on_layers: Callable[[], None],
     ) -> None:
-        self.modules = attention_modules(model)
-        self._allowed = is_foreign_forward_allowed
+        modules = attention_modules(model)
+        self.modules = {idx: modules[idx] for idx in layer_indices if idx in modules}
         self._on_forward = on_forward
         self._on_layers = on_layers
         self._handles: list[Any] = []
+        self._model_names = list(inspect.signature(model.forward).parameters)
+        self._with_ours: set[int] = set()  # threads in a forward of the model that was given a cache of ours
         # Attention modules in a forward, per thread (others may run the model without us), and the layer each feeds.
         self._running: dict[tuple[int, nn.Module], weakref.ref[OffloadedLayer]] = {}
         self.is_compiled = is_compiled(model)
@@ -58,6 +61,7 @@ class ModelHooks:
             self._handles.append(module.register_forward_pre_hook(wrap(before), with_kwargs=True))
             self._handles.append(module.register_forward_hook(wrap(after), with_kwargs=True))
         self._handles.append(model.register_forward_pre_hook(wrap(self._before_model), with_kwargs=True))
+        self._handles.append(model.register_forward_hook(wrap(self._after_model), always_call=True))
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -72,28 +76,24 @@ class ModelHooks:
         return None if reference is None else reference()
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(args, kwargs, self._model_names)
         if isinstance(cache, OffloadedHFCache):
+            self._with_ours.add(threading.get_ident())
             self._on_forward(cache)
 
-    def _make_hooks(self, layer_idx: int, names: list[str]) -> tuple[Any, Any]:
-        def argument(name: str, args: Any, kwargs: Any) -> Any:
-            if name in kwargs:
-                return kwargs[name]
-            position = names.index(name) if name in names else len(args)
-            return args[position] if position < len(args) else None
+    def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._with_ours.discard(threading.get_ident())
 
+    def _make_hooks(self, layer_idx: int, names: list[str]) -> tuple[Any, Any]:
         def our_layer(args: Any, kwargs: Any) -> OffloadedLayer | None:
-            cache = argument("past_key_values", args, kwargs)
-            if cache is None:
-                cache = argument("layer_past", args, kwargs)
+            cache = given_cache(args, kwargs, names)
             if not isinstance(cache, OffloadedHFCache):
-                if not self._allowed():
+                if threading.get_ident() in self._with_ours:
                     raise UnsupportedModelError(
-                        f"the model ran layer {layer_idx} without the offloaded cache it was given (some models drop "
-                        "their cache when a context grows past a limit); use plain generate() for this call"
+                        f"the model was given an offloaded cache, but {type(self.modules[layer_idx]).__name__} of "
+                        f"layer {layer_idx} was not: its forward drops or copies the cache; use plain generate()"
                     )
-                return None
+                return None  # a forward of its own, with a cache of transformers or none
             if layer_idx >= len(cache.layers):
                 return None  # it reads what an earlier layer cached, and has no cache of its own
             layer = cache.layers[layer_idx]
@@ -106,7 +106,11 @@ class ModelHooks:
                 if layer.core.position == 0:
                     self._on_layers()
                 activation = kwargs.get("hidden_states", args[0] if args else None)
-                layer.capture(activation, argument("position_embeddings", args, kwargs))
+                layer.capture(
+                    activation,
+                    argument("position_embeddings", args, kwargs, names),
+                    argument("attention_mask", args, kwargs, names),
+                )
                 self._running[threading.get_ident(), module] = weakref.ref(layer)
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

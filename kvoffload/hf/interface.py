@@ -7,6 +7,7 @@ function that was selected before. Masks are made as before, too.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,12 +23,25 @@ from kvoffload.hf.hooks import ModelHooks
 TAKES_OVER_FROM = ("sdpa", "eager")  # others ask for a kernel by name
 
 
+class _AsBefore:
+    """What a name of ours means once its session is over, for configurations that were copied meanwhile."""
+
+    def __init__(self, original: str) -> None:
+        self._original = original
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The attention function that was selected before ours."""
+        function = _function(module, self._original)
+        assert function is not None
+        return function(module, *args, **kwargs)
+
+
 class SegmentAttention:
     """One model's attention function; see `install`."""
 
     def __init__(self, model: PreTrainedModel, hooks: ModelHooks, original: str) -> None:
         self._hooks, self._original = hooks, original
-        self.name = f"kvoffload_{id(self):x}_{original}"
+        self.name = _free_name(original)
         ALL_ATTENTION_FUNCTIONS.register(self.name, self)
         ALL_MASK_ATTENTION_FUNCTIONS.register(self.name, ALL_MASK_ATTENTION_FUNCTIONS[original])
         self._configs = _configs(model, original)
@@ -46,12 +60,11 @@ class SegmentAttention:
         return cls(model, hooks, original)
 
     def remove(self) -> None:
-        """Select what was selected before, and forget the name."""
+        """Select what was selected before; the name stays as another one for that, until the next session takes it."""
         for config in self._configs:
             if config._attn_implementation_internal == self.name:
                 config._attn_implementation_internal = self._original
-        for interface in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-            type(interface)._global_mapping.pop(self.name, None)
+        ALL_ATTENTION_FUNCTIONS.register(self.name, _AsBefore(self._original))
 
     def __call__(
         self,
@@ -63,7 +76,7 @@ class SegmentAttention:
         **kwargs: Any,
     ) -> Any:
         """As transformers defines attention functions: query, key, value [rows, heads, tokens, head_dim]."""
-        original = _eager(module) if self._original == "eager" else ALL_ATTENTION_FUNCTIONS[self._original]
+        original = _function(module, self._original)
         assert original is not None
         layer = self._hooks.layer_of(module)
         if layer is None or not layer.awaits_attention:
@@ -71,6 +84,20 @@ class SegmentAttention:
                 layer.refuse_more_attention(module)
             return original(module, query, key, value, attention_mask, **kwargs)
         return layer.attend(original, module, query, key, value, attention_mask, kwargs)
+
+
+def _free_name(original: str) -> str:
+    """A name of ours that no session uses; one that stays behind is taken again."""
+    for number in itertools.count():
+        name = f"kvoffload_{number}_{original}"
+        if not isinstance(ALL_ATTENTION_FUNCTIONS.get(name), SegmentAttention):
+            return name
+    raise AssertionError  # there is always a next number
+
+
+def _function(module: nn.Module, name: str) -> Callable[..., Any] | None:
+    """The function of a name, for a module."""
+    return _eager(module) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
 
 
 def _eager(module: nn.Module) -> Callable[..., Any] | None:

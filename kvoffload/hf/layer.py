@@ -18,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvoffload import attention, segments
 from kvoffload.agreement import Probe
-from kvoffload.errors import UnsupportedModelError
+from kvoffload.errors import KVOffloadError, UnsupportedModelError
 from kvoffload.hf.attention_call import asks_for_own_attention, can_segment, question
 from kvoffload.hf.first_tokens import FirstTokens, prepare_measurement, settle_position_layout, way_to_recompute
 from kvoffload.hf.masks import Padding
@@ -43,18 +43,58 @@ class OffloadedLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     is_croppable = True
+    dtype: Any
+    device: Any
 
     def __init__(self, owner: OffloadedHFCache, core: CacheLayer, module: nn.Module | None) -> None:
+        self.core = core  # first: what transformers sets below may be kept there
         super().__init__()  # type: ignore[no-untyped-call]
         self._owner = weakref.ref(owner)  # a cycle would keep the cache, and its memory, until the next collection
-        self.core = core
         self._module = module
         self._activation: torch.Tensor | None = None  # input of the attention module in this forward
         self._embeddings: tuple[torch.Tensor, ...] | None = ()  # None: of a kind that cannot be stored
+        self._mask: Any = None  # that the attention module was called with
         self._is_in_module = False
         self._generation = 0  # number of the `generate()` that cached the newest tokens
         self._pending: _Update | None = None  # to be cached once its attention has run
         self._was_attended: Literal["", "without", "with cached tokens"] = ""  # in this forward
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """All cached keys, [rows, heads, tokens, dim], put together on the device anew at every access.
+
+        Slow: the whole layer crosses the link or is recomputed. None where nothing is cached. A copy: changing it
+        changes nothing. Raises KVOffloadError in the middle of a forward.
+        """
+        found = self._read_back()
+        return None if found is None else found[0]
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        self._refuse_assignment(value)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """All cached values; as `keys`."""
+        found = self._read_back()
+        return None if found is None else found[1]
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        self._refuse_assignment(value)
+
+    def _read_back(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        owner, core = self._owner(), self.core
+        if owner is None or owner.is_closed or not core.num_tokens:
+            return None
+        owner.session.check_usable(owner)
+        if any(isinstance(layer, OffloadedLayer) and layer._is_in_module for layer in owner.layers):
+            raise KVOffloadError("K and V of an offloaded cache can be read between two forwards only")
+        return attention.read_back(core)
+
+    def _refuse_assignment(self, value: torch.Tensor | None) -> None:
+        if value is not None:  # transformers says None when it makes a layer
+            raise KVOffloadError("K and V of an offloaded cache cannot be replaced: take a session.new_cache()")
 
     @property
     def record_past(self) -> bool:
@@ -65,8 +105,9 @@ class OffloadedLayer(CacheLayerMixin):
     def record_past(self, value: bool) -> None:
         self.core.cache.is_recording = value
 
-    def capture(self, activation: torch.Tensor, embeddings: Any) -> None:
+    def capture(self, activation: torch.Tensor, embeddings: Any, mask: Any) -> None:
         """Remember what the attention module was called with."""
+        self._mask = mask
         self._activation, self._is_in_module, self._pending, self._was_attended = activation, True, None, ""
         if embeddings is None:
             self._embeddings = ()
@@ -150,7 +191,8 @@ class OffloadedLayer(CacheLayerMixin):
         owner, core = self._owner(), self.core
         assert update is not None and owner is not None
         self._was_attended = "with cached tokens" if core.num_tokens else "without"
-        untouched = _same(key, update.keys) and _same(value, update.values)
+        given_mask, self._mask = self._mask, None
+        untouched = _same(key, update.keys) and _same(value, update.values) and _is_mask(mask, given_mask)
         is_known = can_segment(module, query, key, value, kwargs)
         with torch.no_grad():
             if core.shape is None:
@@ -161,7 +203,7 @@ class OffloadedLayer(CacheLayerMixin):
                 self._prepare(update, is_segmented=is_segmented)
             elif not untouched:
                 raise UnsupportedModelError(
-                    f"{type(module).__name__} changes K or V after caching them in some calls only; "
+                    f"{type(module).__name__} changes K, V or its mask after caching them in some calls only; "
                     "use OffloadConfig(attention='whole_layer')"
                 )
             elif not core.num_tokens:
@@ -300,6 +342,15 @@ class OffloadedLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Nothing: the engine does that."""
+
+
+def _is_mask(mask: Any, given: Any) -> bool:
+    """Whether a mask is the one that the module was given, and not made of what it took from the cache."""
+    if mask is None or given is None:
+        return mask is given
+    if not isinstance(mask, torch.Tensor) or not isinstance(given, torch.Tensor):
+        return mask is given
+    return _same(mask, given) or (mask.shape == given.shape and torch.equal(mask, given.to(mask.dtype)))
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -1,22 +1,39 @@
-"""Which models can be offloaded, and where their attention is."""
+"""Which models can be offloaded, and where their self-attention is."""
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from kvoffload.errors import UnsupportedModelError
+from kvoffload.hf.layer_beside import grows
+
+# Parts of the path of attention over something else than the tokens before: an encoder's states, an image's.
+OTHER_ATTENTION = ("cross", "encoder_attn", "encdec", "perceiver", "resampler")
 
 
 def unwrap(model: Any) -> PreTrainedModel:
-    """The transformers model inside compiled and PEFT wrappers."""
+    """The transformers model inside compiled and PEFT wrappers.
+
+    Raises:
+        UnsupportedModelError: an adapter that gives attention a prefix of K and V (prefix tuning).
+    """
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif hasattr(model, "get_base_model"):
+            kind = getattr(getattr(model, "active_peft_config", None), "peft_type", "")
+            if getattr(kind, "value", kind) == "PREFIX_TUNING":
+                raise UnsupportedModelError(
+                    "prefix tuning gives every call a cache of its own that holds the trained prefix, in place of the "
+                    "offloaded one: use plain generate(), or an adapter that is part of the weights (LoRA)"
+                )
             model = model.get_base_model()
         else:
             inner: PreTrainedModel = model
@@ -34,6 +51,12 @@ def check_supported(model: Any) -> None:
             f"{type(model).__name__} is not a transformers model with generate(); pass an AutoModelForCausalLM"
         )
     name = type(model).__name__
+    inner = inner_generator(model)
+    if inner is not None:
+        raise UnsupportedModelError(
+            f"generate() of {name} calls that of its {inner}, which holds the cache: offload that one, "
+            f"kvoffload.offload(model.{inner}), and call model.generate() as before"
+        )
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder-only models can be offloaded")
     devices = {str(p.device) for p in model.parameters()}
@@ -43,22 +66,74 @@ def check_supported(model: Any) -> None:
             f"{name} is spread over {', '.join(sorted(devices | placed))}; load it on one device, "
             "for example with device_map={'': 0}"
         )
+    if not _has_dynamic_cache(model):
+        raise UnsupportedModelError(
+            f"{name} keeps its state in a way of its own instead of a cache of transformers: use plain generate()"
+        )
     if not offloadable_layers(model):
+        if own := _layers_of_its_own(model):
+            raise UnsupportedModelError(
+                f"{name} caches in layers of its own kind ({', '.join(own)}), which hold something else than keys and "
+                "values of every token: use plain generate()"
+            )
         raise UnsupportedModelError(
             f"{name} has no attention layer with an unbounded cache (only sliding-window, linear or stateful layers); "
             "its cache does not grow, use plain generate()"
         )
 
 
+def inner_generator(model: Any) -> str | None:
+    """The attribute whose `generate()` a model's own one calls, as composite models of vision and text do."""
+    own = type(model).generate
+    if own is GenerationMixin.generate:
+        return None
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(own))))
+    except (OSError, TypeError, SyntaxError):  # no source at hand
+        return None
+    called = [
+        ast.unparse(node.func.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "generate"
+    ]
+    if any(name.startswith("super(") for name in called):
+        return None  # which is the one that holds the cache
+    for name in called:
+        found: Any = model
+        for part in name.removeprefix("self.").split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, PreTrainedModel) and found is not model:
+            return name.removeprefix("self.")
+    return None
+
+
 def offloadable_layers(model: PreTrainedModel) -> list[int]:
-    """Indices of the layers whose cache grows without bound and is read by no other layer."""
-    supports: Any = model._supports_default_dynamic_cache
-    if not supports():
+    """Indices of the layers of self-attention whose cache grows without bound and is read by no other layer.
+
+    A window that is at least as wide as the model has positions never closes: its layer grows as well.
+    """
+    if not _has_dynamic_cache(model):
         return []
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers
     shared = _kv_producers(config, len(layers))
-    return [idx for idx, layer in enumerate(layers) if type(layer) is DynamicLayer and idx not in shared]
+    positions = getattr(config, "max_position_embeddings", None)
+    elsewhere = _layers_of_other_attention(model)
+    return [
+        idx
+        for idx, layer in enumerate(layers)
+        if grows(layer, positions) and idx not in shared and idx not in elsewhere
+    ]
+
+
+def _layers_of_its_own(model: PreTrainedModel) -> list[str]:
+    """Kinds of cache layers that a model brings itself."""
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return sorted({type(one).__name__ for one in layers if type(one).__module__ != DynamicCache.__module__})
+
+
+def _has_dynamic_cache(model: Any) -> bool:
+    return bool(model._supports_default_dynamic_cache())
 
 
 def _kv_producers(config: Any, num_layers: int) -> set[int]:
@@ -72,12 +147,26 @@ def _kv_producers(config: Any, num_layers: int) -> set[int]:
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The attention module of each layer index."""
-    found: dict[int, nn.Module] = {}
-    for _, module in model.named_modules():
-        idx = getattr(module, "layer_idx", None)
-        if isinstance(idx, int) and "attention" in type(module).__name__.lower():
-            found[idx] = module  # inner modules come after outer ones
+    """The self-attention module of each layer of the decoder, by layer index; innermost where they are nested."""
+    return {idx: module for idx, (_, module) in _attention(model, is_self=True).items()}
+
+
+def _layers_of_other_attention(model: PreTrainedModel) -> set[int]:
+    """Layers that attend only to something else than the tokens before them."""
+    return set(_attention(model, is_self=False)) - set(_attention(model, is_self=True))
+
+
+def _attention(model: PreTrainedModel, *, is_self: bool) -> dict[int, tuple[str, nn.Module]]:
+    """Path and module of one attention of each layer: to the tokens before, or to something else."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for path, module in model.get_decoder().named_modules():
+        idx, kind = getattr(module, "layer_idx", None), type(module).__name__.lower()
+        if not isinstance(idx, int) or "attention" not in kind:
+            continue
+        if any(word in part for part in (*path.lower().split("."), kind) for word in OTHER_ATTENTION) == is_self:
+            continue
+        if idx not in found or path.startswith(f"{found[idx][0]}."):  # inner modules come after outer ones
+            found[idx] = (path, module)
     return found
 
 

@@ -1,0 +1,93 @@
+"""Layers that hold more than K and V: these are offloaded, what else there is stays with transformers' own layer.
+
+Owns which layers of transformers grow and can be offloaded, and where ours and theirs meet in one object: the state of
+layers with attention and a recurrence (Falcon-H1, Zamba2), the index keys of sparse attention (DeepSeek-V3.2, GLM-5).
+Theirs never sees K or V, so that its methods for rows, crops and resets change the rest alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import (
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+from kvoffload.hf.layer import OffloadedLayer
+from kvoffload.layer import CacheLayer
+
+if TYPE_CHECKING:
+    from kvoffload.hf.cache import OffloadedHFCache
+
+
+class LayerBeside(OffloadedLayer):
+    """An offloaded layer with one of transformers for the rest.
+
+    Args:
+        theirs: an unused layer of transformers; whatever ours lacks is looked up there.
+    """
+
+    def __init__(self, owner: OffloadedHFCache, core: CacheLayer, module: nn.Module | None, theirs: Any) -> None:
+        self.beside = theirs
+        super().__init__(owner, core, module)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "beside":  # not made yet
+            raise AttributeError(name)
+        return getattr(self.beside, name)
+
+
+class HybridLayer(LayerBeside, LinearAttentionCacheLayerMixin):
+    """A layer with attention and a recurrent state."""
+
+    is_compileable = False
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Where the state can be put back as it was."""
+        return bool(self.beside.is_croppable)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: shapes are learnt from the first tokens."""
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Of the state."""
+        state: torch.Tensor = self.beside.update_conv_state(*args, **kwargs)
+        return state
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Of the state."""
+        state: torch.Tensor = self.beside.update_recurrent_state(*args, **kwargs)
+        return state
+
+    def activate_past_recording(self) -> None:
+        """A crop will follow each forward."""
+        self.beside.activate_past_recording()
+        self.record_past = True
+
+
+def grows(theirs: Any, positions: int | None) -> bool:
+    """Whether a layer of transformers caches K and V of every token.
+
+    Args:
+        theirs: the layer.
+        positions: tokens that the model has positions for, if it says so; a window as wide as that never closes.
+    """
+    if type(theirs) is DynamicSlidingWindowLayer:
+        return isinstance(positions, int) and theirs.sliding_window >= positions
+    return type(theirs) in (DynamicLayer, LinearAttentionAndFullAttentionLayer, DynamicIndexedLayer)
+
+
+def offloaded(theirs: Any, owner: OffloadedHFCache, core: CacheLayer, module: nn.Module | None) -> OffloadedLayer:
+    """Ours in the place of a layer of transformers that grows."""
+    if isinstance(theirs, LinearAttentionAndFullAttentionLayer):
+        return HybridLayer(owner, core, module, theirs)
+    if isinstance(theirs, DynamicIndexedLayer):
+        return LayerBeside(owner, core, module, theirs)
+    return OffloadedLayer(owner, core, module)
