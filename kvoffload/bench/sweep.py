@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from kvoffload import hf
 from kvoffload.api import offload
 from kvoffload.bench.tiny_models import FIRST_TOKEN, VOCABULARY, tiny_model
 from kvoffload.config import EmulatedLink, OffloadConfig
@@ -101,10 +102,11 @@ def _lookup(model: PreTrainedModel, new_cache: Any) -> list[Any]:
 
 
 def _turns(model: PreTrainedModel, new_cache: Callable[[], Any] | None) -> list[Any]:
-    given = {} if new_cache is None else {"past_key_values": new_cache()}
+    name = hf.generation_name()
+    given = {} if new_cache is None else {name: new_cache()}
     first = _call(model, prompt(), max_new_tokens=TURN_TOKENS, **given)
     tokens = torch.cat([first.sequences, prompt(tokens=TURN_TOKENS, seed=2)], dim=1)
-    given = given or {"past_key_values": first.past_key_values}
+    given = given or {name: hf.returned_cache(first)}
     return [first, _call(model, tokens, max_new_tokens=TURN_TOKENS, **given)]
 
 
