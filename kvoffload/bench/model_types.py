@@ -40,6 +40,8 @@ GEMMA_ASSISTANT = {
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
+# Their windows are of their first release; in later ones there is none.
+NO_WINDOW = {"sliding_window": None}
 SHARED = {  # the last two layers read the K and V of the two before
     "num_hidden_layers": 6,
     "layer_types": ["sliding_attention", "full_attention"] * 3,
@@ -99,12 +101,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "xdrope_section": [2, 2, 2, 2]},
         }
     },
+    "idefics2": {"text_config": NO_WINDOW},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "kyutai_speech_to_text": {"codec_config": {"upsample_groups": 64}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"head_dim": 16, "qk_head_dim": 32},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
-    "ministral": {"head_dim": 16},
+    "ministral": {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "mistral": NO_WINDOW,
+    "mistral3": {"text_config": NO_WINDOW},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}, "text_config": {"rope_scaling_layers": [0, 2]}},
     "muse_spark": {"audio_config": {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]}},
     "nemo_speechlm": {"text_config": NEMOTRON_H},

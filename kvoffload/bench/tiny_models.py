@@ -150,6 +150,9 @@ def _shrunk(kind: type[PreTrainedConfig], changes: Mapping[str, Any], tokens: _T
             values[name] = HEADS if value == heads else min(value, KV_HEADS)
         elif isinstance(value, (int, list, tuple)):
             values[name] = _number(name, value, tokens)
+    window, positions = _get(default, "sliding_window"), _get(default, "max_position_embeddings")
+    if isinstance(window, int) and isinstance(positions, int) and window >= positions:
+        values["sliding_window"] = POSITIONS  # as there, it never closes
     if "is_decoder" in values and not default.is_encoder_decoder:
         values["is_decoder"] = True
     if layers:
