@@ -9,9 +9,11 @@ how much memory may be taken (`memory_limits`), the timing (`measured_rates`), n
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from kvoffload import planner
 from kvoffload.backend import Backend
@@ -283,16 +285,22 @@ class Decider:
 
     # ---- checked, not believed -----------------------------------------------------------------------------------
 
-    def measure_chunk(self, decision: Decision, prepare: Callable[[int], Callable[[], None]]) -> Decision:
+    def measure_chunk(
+        self,
+        decision: Decision,
+        prepare: Callable[[int], Callable[[], None]],
+        ring: Callable[[], Sequence[torch.Tensor]] = tuple,
+    ) -> Decision:
         """Time one chunk both ways and plan again with what was measured.
 
         Args:
             decision: made from the profile.
             prepare: returns the recomputation of that many tokens of all rows of one layer.
+            ring: returns slots that lie idle.
         """
         if decision.inputs is None or not decision.placement.may_change:
             return decision
-        self.measured.time_chunk(self.backend, self.shape, decision.geometry, decision.sizes, prepare)
+        self.measured.time_chunk(self.backend, self.shape, decision.geometry, decision.sizes, prepare, ring())
         rates = self.measured.correct(decision.inputs.rates, decision.geometry.rows)
         inputs = replace(decision.inputs, rates=rates)
         plan = planner.solve(inputs)

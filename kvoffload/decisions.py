@@ -192,7 +192,7 @@ class Decisions:
 
     def measure_chunk(self, cache: hf.OffloadedHFCache, prepare: hf.Measure) -> None:
         """Time one chunk both ways, and plan with what was measured."""
-        self._change(cache, self._decider.measure_chunk(self._decisions[cache], prepare))
+        self._change(cache, self._decider.measure_chunk(self._decisions[cache], prepare, self._engine.idle_slots))
 
     def replan(self, cache: hf.OffloadedHFCache) -> None:
         """Plan the blocks still to come at the rates measured so far."""

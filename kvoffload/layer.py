@@ -242,8 +242,9 @@ class CacheLayer:
             embeddings = self.cache.positions.read(self.streams, start, stop, block.rows, block.row_step)
         span = self.cache.engine.backend.start_span("recompute")
         self.recompute(activation, embeddings, out)
-        self.cache.engine.backend.end_span(span)
-        self.cache.recomputed_tokens += stored.shape[0] * block.rows
+        row_tokens = stored.shape[0] * block.rows
+        self.cache.engine.backend.end_span(span, row_tokens)
+        self.cache.recomputed_tokens += row_tokens
 
     # ---- from the tail to blocks ---------------------------------------------------------------------------------
 

@@ -1,25 +1,43 @@
 """Rates of one model as they were seen on this machine; they replace the profile's.
 
 Owns what was measured, and timing one chunk both ways before the first prefill: recomputation, attention and, on a real
-link, its speed. Does not own the profile, and does not read the decode steps that correct these rates later (`run`).
+link, its speed. Does not own the profile, the clock (`backend.clock` shows one stretch and what makes it valid), nor
+the decode steps that correct these rates later (`run`).
+
+Timeline of one rate, within a third of the budget of the check:
+
+    a stretch of least calls twice: warm-up, and an estimate from which the calls of a stretch follow
+    stretches, at least 5, at most 25
+
+What makes it valid, beside what makes a stretch valid: trials agree (`profiler.trials`). On a device whose profile was
+timed as well as this, a number that is not certain is no reason to drop the profile's.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-import statistics
+import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from kvoffload import ops
-from kvoffload.backend import Backend
+from kvoffload.backend import Backend, DeviceClock, Stretch
+from kvoffload.backend.clock import LEAST_CALLS
+from kvoffload.profiler.trials import summarize
 from kvoffload.sizing import Geometry, Sizes
 from kvoffload.types import ModelShape, Rates
 
+logger = logging.getLogger(__name__)
+
 CHECK_BUDGET_S = 0.6  # for timing both ways before the first prefill
+STRETCH_S = 1e-3
+MOST_CALLS = 64  # in one stretch
+_PATTERN_NUMBERS = 2**18
 
 
 class MeasuredRates:
@@ -29,11 +47,18 @@ class MeasuredRates:
         self.recompute_s_per_row_token: float | None = None
         self.attention_s_per_row_token: float | None = None
         self.h2d_bytes_per_s: float | None = None
+        self._was_timed = False
 
-    def take(self, recompute_s_per_row_token: float | None, h2d_bytes_per_s: float | None) -> None:
+    def take(
+        self,
+        recompute_s_per_row_token: float | None,
+        h2d_bytes_per_s: float | None,
+        attention_s_per_row_token: float | None = None,
+    ) -> None:
         """Newer measurements; None where there is none."""
         self.recompute_s_per_row_token = recompute_s_per_row_token or self.recompute_s_per_row_token
         self.h2d_bytes_per_s = h2d_bytes_per_s or self.h2d_bytes_per_s
+        self.attention_s_per_row_token = attention_s_per_row_token or self.attention_s_per_row_token
 
     def correct(self, rates: Rates, rows: int) -> Rates:
         """`rates` with what has been measured."""
@@ -54,6 +79,7 @@ class MeasuredRates:
         geometry: Geometry,
         sizes: Sizes,
         prepare: Callable[[int], Callable[[], None]],
+        ring: Sequence[torch.Tensor] = (),
     ) -> None:
         """Time one chunk both ways, if that was not done for this model; waits for the device.
 
@@ -63,43 +89,69 @@ class MeasuredRates:
             geometry: of the cache.
             sizes: of its chunks.
             prepare: returns the recomputation of that many tokens of all rows of one layer.
+            ring: idle slots, whose bytes may be overwritten, for chunks of K and V; without them memory is taken.
         """
-        if self.recompute_s_per_row_token is not None:
+        if self._was_timed or self.recompute_s_per_row_token is not None:
             return
+        self._was_timed = True
         tokens = sizes.block_tokens * sizes.chunk_blocks
-        backend.synchronize()  # what is timed runs alone, in a layer buffer that nothing else uses
         row_tokens = tokens * geometry.rows
-        self.recompute_s_per_row_token = _time(backend, prepare(tokens)) / row_tokens
-        attend = _prepare_attention(backend, shape, geometry, sizes)
-        self.attention_s_per_row_token = _time(backend, attend) / row_tokens
-        if not backend.emulated:
-            self.h2d_bytes_per_s = _time_link(backend, tokens * geometry.kv_bytes_per_token)
+        backend.synchronize()  # what is timed runs alone, in a layer buffer that nothing else uses
+        clock, chunks = DeviceClock(backend.device), _kv_chunks(backend, shape, geometry, sizes, ring)
+        # What is computed counts as slow as four of five trials find it, not as the median: recomputing a little too
+        # much costs several times what recomputing a little too little does.
+        recompute_s, attention_s = (
+            _seconds(functools.partial(clock.time, work), clock.least_calls, is_trusted=backend.emulated, share=0.8)
+            for work in (prepare(tokens), _prepare_attention(shape, geometry, chunks))
+        )
+        self.take(
+            None if recompute_s is None else recompute_s / row_tokens,
+            None if backend.emulated else _time_link(backend, chunks),
+            None if attention_s is None else attention_s / row_tokens,
+        )
 
 
-def _prepare_attention(backend: Backend, shape: ModelShape, geometry: Geometry, sizes: Sizes) -> Callable[[], None]:
-    """Attention of one query per row over the tokens of a chunk, laid out as a step finds them.
+def _kv_chunks(
+    backend: Backend, shape: ModelShape, geometry: Geometry, sizes: Sizes, ring: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """K and V of chunks, [tokens, rows, 2, heads, head_dim] each: as many as the ring has, so that none is in a cache.
 
-    Where that is free of cost, on the CPU, over as many chunks in turn as the ring has: in no cache near the core.
+    Without a ring that lies idle as many on the CPU, where memory for them is free of cost, and one elsewhere. Filled
+    with random numbers: zeros draw less power. The user's generator is left alone.
     """
-    tokens, rows = sizes.block_tokens * sizes.chunk_blocks, geometry.rows
+    tokens = sizes.block_tokens * sizes.chunk_blocks
+    size = (tokens, geometry.rows, 2, shape.num_kv_heads, shape.head_dim)
     dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[shape.kv_itemsize_bytes]
-    device = backend.device
-    num_chunks = sizes.num_slots if backend.emulated and geometry.is_segmented else 1
-    ring = torch.zeros(num_chunks, tokens, rows, 2, shape.num_kv_heads, shape.head_dim, dtype=dtype, device=device)
-    query = torch.zeros(rows, 1, shape.num_heads, shape.head_dim, dtype=dtype, device=device)
+    num_bytes = math.prod(size) * dtype.itemsize
+    if geometry.is_segmented and ring and ring[0].numel() >= num_bytes:
+        chunks = [slot[:num_bytes].view(dtype).view(size) for slot in ring]
+    else:
+        num_chunks = sizes.num_slots if backend.emulated and geometry.is_segmented else 1
+        chunks = list(torch.empty(num_chunks, *size, dtype=dtype, device=backend.device).unbind(0))
+    generator = torch.Generator(device=backend.device)
+    generator.manual_seed(0)
+    pattern = torch.randn(_PATTERN_NUMBERS, generator=generator, device=backend.device).to(dtype)
+    for chunk in chunks:
+        for part in chunk.view(-1).split(_PATTERN_NUMBERS):
+            part.copy_(pattern[: part.numel()])
+    return chunks
+
+
+def _prepare_attention(shape: ModelShape, geometry: Geometry, chunks: list[torch.Tensor]) -> Callable[[], None]:
+    """Attention of one query per row over the next chunk at each call, laid out as a step finds it."""
+    tokens, dtype, device = len(chunks[0]), chunks[0].dtype, chunks[0].device
+    query = torch.ones(geometry.rows, 1, shape.num_heads, shape.head_dim, dtype=dtype, device=device)
     if geometry.is_segmented:
         out, lse = torch.zeros_like(query, dtype=torch.float32), query.new_zeros(query.shape[:3], dtype=torch.float)
-        chunks = itertools.cycle(ring.unbind(0))
+        turns = itertools.cycle(chunks)
 
         def attend_next() -> None:
-            kv = next(chunks)
             ops.segment_attention(
-                query, kv, out, lse, scale=1.0, is_first=False, first_position=0, query_position=tokens
+                query, next(turns), out, lse, scale=1.0, is_first=False, first_position=0, query_position=tokens
             )
 
         return attend_next
-    kv = ring[0]
-    keys, values = (kv[:, :, half].permute(1, 2, 0, 3) for half in range(2))
+    keys, values = (chunks[0][:, :, half].permute(1, 2, 0, 3) for half in range(2))
     attend = torch.nn.functional.scaled_dot_product_attention
     grouped = shape.num_heads != shape.num_kv_heads
 
@@ -109,34 +161,45 @@ def _prepare_attention(backend: Backend, shape: ModelShape, geometry: Geometry, 
     return run
 
 
-def _time(backend: Backend, function: Callable[[], None]) -> float:
-    """Duration that four of five trials keep, within a third of the budget of the check.
+def _time_link(backend: Backend, chunks: list[torch.Tensor]) -> float | None:
+    """Bytes per second of a chunk from memory that the backend pins; None where the trials disagree."""
+    slots = [chunk.view(-1).view(torch.uint8) for chunk in chunks]
+    num_bytes = slots[0].numel()
+    host = backend.allocate_host(num_bytes)
+    turns = itertools.cycle(slots)
+    backend.synchronize()  # compute used the slots
 
-    Not the median: recomputing a little too much costs several times what recomputing a little too little does.
+    def queue() -> None:
+        backend.copy_to_device(next(turns), host.tensor, [])
+
+    def stretch(n: int) -> Stretch:
+        return backend.time_copies(queue, n, ("h2d",), is_pageable=not host.pinned_bytes)
+
+    try:
+        seconds = _seconds(stretch, LEAST_CALLS, share=0.5)
+    finally:
+        backend.release_host(host)
+    return None if seconds is None else num_bytes / seconds
+
+
+def _seconds(
+    stretch: Callable[[int], Stretch], least_calls: int, *, share: float, is_trusted: bool = False
+) -> float | None:
+    """Duration of one call that `share` of the trials keep, within a third of the budget of the check.
+
+    None where the trials disagree, unless they are trusted in any case.
     """
-    function()
-    backend.synchronize()
+    stretch(least_calls)
+    estimate_s = max(1e-9, stretch(least_calls).seconds / least_calls)
+    n = max(least_calls, min(MOST_CALLS, math.ceil(STRETCH_S / estimate_s)))
     samples: list[float] = []
     began = time.perf_counter()
     while len(samples) < 5 or (len(samples) < 25 and time.perf_counter() - began < CHECK_BUDGET_S / 3):
-        start = time.perf_counter()
-        function()
-        backend.synchronize()
-        samples.append(time.perf_counter() - start)
-    return statistics.quantiles(samples, n=5)[-1]
-
-
-def _time_link(backend: Backend, num_bytes: int) -> float:
-    """Bytes per second of a chunk of that size from pinned memory."""
-    host = backend.allocate_host(num_bytes)
-    device = backend.allocate_device(num_bytes)
-    fresh = backend.release()
-    backend.copy_to_device(device, host.tensor, [fresh])
-    backend.synchronize()
-    start = time.perf_counter()
-    for _ in range(3):
-        backend.copy_to_device(device, host.tensor, [])
-    backend.synchronize()
-    rate = 3 * num_bytes / (time.perf_counter() - start)
-    backend.release_host(host)
-    return rate
+        samples.append(stretch(n).seconds / n)
+    trials = summarize(samples)
+    if not (is_trusted or trials.is_valid):
+        logger.info(
+            "trials of %.3g s disagree by %.2f: the profile's rate stays", trials.seconds, trials.spread_fraction
+        )
+        return None
+    return sorted(samples)[min(len(samples) - 1, round(share * len(samples)))]

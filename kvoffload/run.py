@@ -13,7 +13,7 @@ import time
 from typing import NamedTuple
 
 from kvoffload import hf
-from kvoffload.backend import Backend, LinkUse
+from kvoffload.backend import Backend, LinkUse, Pace
 from kvoffload.stats import GenerationStats
 from kvoffload.store import HostPool
 from kvoffload.transfer import TransferEngine
@@ -26,6 +26,8 @@ class _Readings(NamedTuple):
     h2d: LinkUse
     recompute_s: float
     wait_s: float
+    recompute: Pace  # in tokens of rows
+    attention: Pace
 
     @classmethod
     def of(cls, backend: Backend) -> _Readings:
@@ -33,6 +35,8 @@ class _Readings(NamedTuple):
             h2d=backend.link_use("h2d"),
             recompute_s=backend.span_seconds("recompute"),
             wait_s=backend.span_seconds("exposed_wait"),
+            recompute=backend.pace("recompute"),
+            attention=backend.pace("attention"),
         )
 
 
@@ -46,6 +50,7 @@ class StepRates(NamedTuple):
 
     recompute_s_per_row_token: float | None
     h2d_bytes_per_s: float | None
+    attention_s_per_row_token: float | None
 
 
 class Run:
@@ -69,7 +74,7 @@ class Run:
         self._began = time.perf_counter()
         self._start = _Readings.of(backend)
         self._decode: _Readings | None = None  # at the first decode step
-        self._window: tuple[_Readings, int, int] | None = None  # readings, forwards and recomputed tokens at its start
+        self._window: tuple[_Readings, int] | None = None  # readings and forwards at its start
         self._recomputed_before = 0
         self._forwards: list[float] = []  # start of each forward
         self._num_prefill_forwards = 0
@@ -117,26 +122,26 @@ class Run:
             self._open_window()
 
     def _open_window(self) -> None:
-        self._window = (_Readings.of(self._backend), len(self._forwards) - 1, self.recomputed_tokens)
+        self._window = (_Readings.of(self._backend), len(self._forwards) - 1)
 
     def rates_if_surprised(self, predicted_step_s: float) -> StepRates | None:
-        """What the link and recomputation did in the steps since the last call, if these were not as predicted.
+        """What link, recomputation and attention did in the steps since the last call, if these were not as predicted.
 
         None while there are too few of them, or within `MAX_PREDICTION_ERROR_FRACTION` of the prediction.
         """
         if self._window is None or len(self._forwards) - 1 - self._window[1] < MIN_WINDOW_STEPS:
             return None
-        start, first_forward, recomputed_before = self._window
+        start, first_forward = self._window
         self._open_window()
         step_s = statistics.median(b - a for a, b in itertools.pairwise(self._forwards[first_forward:]))
         if predicted_step_s and abs(step_s / predicted_step_s - 1) <= MAX_PREDICTION_ERROR_FRACTION:
             return None
         now = _Readings.of(self._backend)
-        recomputed, use = self.recomputed_tokens - recomputed_before, now.h2d.since(start.h2d)
-        seconds = now.recompute_s - start.recompute_s
+        use = now.h2d.since(start.h2d)
         return StepRates(
-            seconds / recomputed if recomputed and seconds else None,
+            now.recompute.since(start.recompute),
             use.copied_bytes / use.busy_s if use.busy_s > 0 else None,
+            now.attention.since(start.attention),
         )
 
     def finish(self, plan: Plan, pool: HostPool) -> GenerationStats:

@@ -58,9 +58,9 @@ def attend(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor, question
         rows = layer.row_shapes[chunk.form].view(data, len(chunk.blocks) * block_tokens, chunk.blocks[0].rows)
         engine.backend.compute(reads=(data,))
         if chunk.form == "kv":
-            answer.add(rows, chunk.first_block)
+            answer.add(rows, chunk.first_block, is_sampled=chunk is job.chunks[0])
         else:
-            answer.add_recomputed(rows, chunk.first_block)
+            answer.add_recomputed(rows, chunk.first_block, is_sampled=chunk is job.chunks[0])
     attend_resident(1)  # what rounding left, or all of it
     answer.add_newest(keys, values)
     return answer.finish()
@@ -77,7 +77,7 @@ class _Answer:
         self._lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         self._is_first = True
 
-    def add_recomputed(self, stored: torch.Tensor, first_block: int) -> None:
+    def add_recomputed(self, stored: torch.Tensor, first_block: int, *, is_sampled: bool = False) -> None:
         """Attend to blocks stored as activations, [tokens, rows, width], which are on the device."""
         layer, backend = self._layer, self._layer.cache.engine.backend
         tokens, rows = stored.shape[:2]
@@ -86,15 +86,16 @@ class _Answer:
         kv = layer.row_shapes["kv"].view(scratch, tokens, rows)
         layer.recompute_into(first_block, layer.blocks[first_block], stored, kv)
         backend.compute(reads=(scratch,))
-        self.add(kv, first_block)
+        self.add(kv, first_block, is_sampled=is_sampled)
 
-    def add(self, kv: torch.Tensor, first_block: int) -> None:
-        """Attend to stored blocks, [tokens, stored rows, width]."""
+    def add(self, kv: torch.Tensor, first_block: int, *, is_sampled: bool = False) -> None:
+        """Attend to stored blocks, [tokens, stored rows, width]; `is_sampled`: this chunk is timed for the layer."""
         block_tokens = self._layer.cache.placement.block_tokens
         table = self._layer.cache.row_table.table
         if table is not None:
             table = table[first_block : first_block + kv.shape[0] // block_tokens]
-        self._attend(kv, first_block * block_tokens, table)
+        is_step = self._question.query.shape[1] == 1
+        self._attend(kv, first_block * block_tokens, table, is_sampled=is_sampled and is_step)
 
     def add_newest(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Attend to the tail and the new tokens, [rows, heads, tokens, head_dim]."""
@@ -103,9 +104,12 @@ class _Answer:
         newest = tail.with_new(NewTokens(keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)))
         self._attend(newest, self._layer.num_stored_tokens, None)
 
-    def _attend(self, kv: torch.Tensor, first_position: int, row_table: torch.Tensor | None) -> None:
+    def _attend(
+        self, kv: torch.Tensor, first_position: int, row_table: torch.Tensor | None, *, is_sampled: bool = False
+    ) -> None:
         shape, question = self._shape, self._question
-        with self._layer.cache.engine.backend.recording("attention"):
+        row_tokens = kv.shape[0] * question.query.shape[0] if is_sampled else 0
+        with self._layer.cache.engine.backend.sampling("attention", row_tokens):
             ops.segment_attention(
                 question.query,
                 kv.view(*kv.shape[:2], 2, shape.key_heads, shape.key_dim),

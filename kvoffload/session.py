@@ -397,7 +397,7 @@ class Session:
             return
         rates = run.rates_if_surprised(decision.plan.predicted_step_s)
         if rates is not None:
-            self.decider.measured.take(rates.recompute_s_per_row_token, rates.h2d_bytes_per_s)
+            self.decider.measured.take(*rates)
         self._decisions.replan(cache)
 
     def _before_layers(self) -> None:

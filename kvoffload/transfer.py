@@ -184,6 +184,13 @@ class TransferEngine:
         self.backend.compute(writes=(room,))
         return room
 
+    def idle_slots(self) -> list[torch.Tensor]:
+        """The ring, to time attention and copies in while nothing is in flight; synchronise before and after."""
+        assert not self._jobs
+        slots = [slot.bytes for slot in self._slots]
+        self.backend.compute(writes=slots)
+        return slots
+
     def gather_buffer(self, num_bytes: int) -> torch.Tensor:
         """The third layer buffer, in which beams find their rows in logical order; used by compute alone."""
         if self._gathered is None or self._gathered.numel() < num_bytes:

@@ -116,7 +116,7 @@ def _gemm(bench: Workbench, dtype: torch.dtype, deadline: float) -> list[Timed]:
                 break
             if last is not None:
                 expected_s = max(last.seconds, 2 * m * n * k / best_flops_per_s)  # multiply-add
-                if expected_s > MAX_GEMM_S or time.perf_counter() + 5 * expected_s > weight_deadline:
+                if expected_s > MAX_GEMM_S or time.perf_counter() + bench.num_calls * expected_s > weight_deadline:
                     break
             product = product_work(bench, dtype, m, n, k)
             budget_s = max(0.0, weight_deadline - time.perf_counter()) / len(ROWS)
@@ -173,7 +173,7 @@ def time_attention(bench: Workbench, works: dict[int, Callable[[], None]], deadl
     """
     points: list[Timed] = []
     for size, work in works.items():
-        if points and time.perf_counter() + 5 * points[-1].seconds * size / points[-1].x[0] > deadline:
+        if points and time.perf_counter() + bench.num_calls * points[-1].seconds * size / points[-1].x[0] > deadline:
             break
         budget_s = max(0.0, deadline - time.perf_counter()) / len(works)
         points.append(bench.time((float(size),), f"attention over {size} bytes", work, budget_s))

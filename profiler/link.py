@@ -8,19 +8,21 @@ line through a curve (`Curve.line`).
 Timeline of one point (one way, one size):
 
     host buffer of several times the size, touched, and pinned where the backend can      not timed
-    burst(n):  clock | queue n copies back to back from rotating sources | wait | clock   n copies, one wait
+    burst(n):  queue n copies back to back from rotating sources, as the backend times them   n copies, one wait
 
 and for both at once a copy in each direction is queued in turn; its seconds are those until both have arrived. From
 pageable memory a CUDA copy holds the host until it is staged, so that both directions take turns: as they would in the
 runtime, whose copies are queued by one thread as well.
 
-What makes it valid: copies are queued back to back, as the engine queues chunks, so the cost of starting a copy
+What makes it valid: a backend with a clock of its own has them all queued before the first begins, so that no launch is
+timed (`backend.clock`); copies are queued back to back, as the engine queues chunks, so the cost of starting a copy
 overlaps with the copy before it exactly as far as it does at work; sources rotate through a buffer larger than a CPU
 cache, so they come from memory; the medians of at least three trials agree (see `trials`).
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -30,7 +32,8 @@ import torch
 
 from kvoffload.backend import Backend
 from kvoffload.backend.base import HostBuffer
-from kvoffload.profiler.trials import better, time_trials
+from kvoffload.backend.clock import LEAST_CALLS
+from kvoffload.profiler.trials import better, least_calls, time_trials
 from kvoffload.types import Curve, Point
 
 logger = logging.getLogger(__name__)
@@ -93,7 +96,7 @@ def measure_link(
         device_memory.zero_()
         backend.synchronize()
         for idx, way in enumerate(ways):
-            copier = _Copier(backend, way, host.tensor, device_memory, clock)
+            copier = _Copier(backend, way, host.tensor, device_memory, clock, is_pageable=not host.pinned_bytes)
             deadline = began + budget_s * (idx + 1) / len(ways)
             ending = " pageable" if pageable else ""
             points = _points(copier, f"{way}{ending}", sizes_bytes, deadline, max_copy_s, noisy)
@@ -124,8 +127,10 @@ class _Copier:
         host: torch.Tensor,
         device_memory: torch.Tensor,
         clock: Callable[[], float],
+        *,
+        is_pageable: bool = False,
     ) -> None:
-        self.backend, self.way, self.clock = backend, way, clock
+        self.backend, self.way, self.clock, self.is_pageable = backend, way, clock, is_pageable
         middle = host.numel() // 2
         self.sources, self.destinations = (host[:middle], host[middle:]) if way == "both" else (host, host)
         self.landing, self.leaving = device_memory.chunk(2)
@@ -133,35 +138,40 @@ class _Copier:
 
     def burst(self, size: int, n: int) -> float:
         """Seconds until `n` copies of `size` bytes (of that many in either direction) have arrived."""
-        began = self.clock()
-        for _ in range(n):
+
+        def queue() -> None:
             self._next = (self._next + 1) % (self.sources.numel() // size)
             part = slice(self._next * size, (self._next + 1) * size)
             if self.way != "d2h":
                 self.backend.copy_to_device(self.landing[:size], self.sources[part], ())
             if self.way != "h2d":
                 self.backend.copy_to_host(self.destinations[part], self.leaving[:size], ())
-        self.backend.synchronize()
-        return self.clock() - began
+
+        ways: dict[Way, tuple[Literal["h2d", "d2h"], ...]] = {"h2d": ("h2d",), "d2h": ("d2h",), "both": ("h2d", "d2h")}
+        found = self.backend.time_copies(queue, n, ways[self.way], is_pageable=self.is_pageable, clock=self.clock)
+        return found.seconds
 
 
 def _points(
     copier: _Copier, what: str, sizes_bytes: tuple[int, ...], deadline: float, max_copy_s: float, noisy: list[str]
 ) -> tuple[Point, ...]:
     points: list[Point] = []
+    least = LEAST_CALLS if copier.backend.has_clock and not copier.is_pageable else 1
+    num_copies = least_calls(least)
     for idx, size in enumerate(sizes_bytes):
         if points:
             expected_s = points[-1].seconds * size / points[-1].x[0]
-            if expected_s > max_copy_s or copier.clock() + 5 * expected_s > deadline:
+            if expected_s > max_copy_s or copier.clock() + num_copies * expected_s > deadline:
                 break
         budget_s = max(0.0, deadline - copier.clock()) / 2 / (len(sizes_bytes) - idx)
 
         def burst(n: int, size: int = size) -> float:
             return copier.burst(size, n)
 
-        trials = time_trials(burst, trial_s=TRIAL_S, budget_s=budget_s)
-        if not trials.is_valid and copier.clock() + 5 * trials.seconds < deadline:
-            trials = better(trials, time_trials(burst, trial_s=TRIAL_S, budget_s=budget_s))
+        timed = functools.partial(time_trials, burst, trial_s=TRIAL_S, budget_s=budget_s, least_burst=least)
+        trials = timed()
+        if not trials.is_valid and copier.clock() + num_copies * trials.seconds < deadline:
+            trials = better(trials, timed())
         points.append(Point((float(size),), trials.seconds, trials.spread_fraction))
         logger.debug("%s %d bytes: %.3g s, spread %.2f", what, size, trials.seconds, trials.spread_fraction)
         if not trials.is_valid:

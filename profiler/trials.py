@@ -3,8 +3,8 @@
 Owns the protocol every measuring file shares. Does not own a clock: the caller's `burst` does the work `n` times
 and says how long that took (wall clock on a CPU or for a link, CUDA events on a GPU).
 
-    burst(1)          warm-up: page faults, library initialisation, clocks; thrown away
-    burst(1)          estimate, from which n follows so that one trial is long against the clock's resolution
+    burst(least)      warm-up: page faults, library initialisation, clocks; thrown away
+    burst(least)      estimate, from which n follows so that one trial is long against the clock's resolution
     burst(n) x 3..51  trials, as many as the time allows
 
 Trials are as short as the clock permits: when the system gives a core to other work for some milliseconds, many short
@@ -47,7 +47,12 @@ class Trials(NamedTuple):
 
 
 def time_trials(
-    burst: Callable[[int], float], *, trial_s: float = 2e-3, budget_s: float = 0.15, max_burst: int = 256
+    burst: Callable[[int], float],
+    *,
+    trial_s: float = 2e-3,
+    budget_s: float = 0.15,
+    max_burst: int = 256,
+    least_burst: int = 1,
 ) -> Trials:
     """Time `burst` as the module docstring describes.
 
@@ -56,10 +61,11 @@ def time_trials(
         trial_s: least length of one trial.
         budget_s: time for all trials; `MIN_TRIALS` are made whatever they take.
         max_burst: most repetitions in one trial.
+        least_burst: fewest of them: where the clock is that of a device, and each repetition has to be launched.
     """
-    burst(1)
-    estimate_s = max(burst(1), 1e-9)
-    n = max(1, min(max_burst, round(trial_s / estimate_s)))
+    burst(least_burst)
+    estimate_s = max(burst(least_burst) / least_burst, 1e-9)
+    n = max(least_burst, min(max_burst, round(trial_s / estimate_s)))
     samples: list[float] = []
     left_s = budget_s
     while len(samples) < MAX_TRIALS:
@@ -69,6 +75,11 @@ def time_trials(
         if left_s < took_s and len(samples) >= MIN_TRIALS:
             break
     return summarize(samples)
+
+
+def least_calls(least_burst: int = 1) -> int:
+    """Repetitions that `time_trials` makes at the least."""
+    return (2 + MIN_TRIALS) * least_burst
 
 
 def better(one: Trials, other: Trials) -> Trials:

@@ -8,9 +8,10 @@ Timeline of one point:
     operands are views into one pool of random numbers larger than the caches            not timed
     burst(n):  clock | the operation n times, each on other operands of the pool | clock
 
-The clock is the wall clock on a CPU (PyTorch's CPU operations are synchronous) and a pair of CUDA events on a GPU,
-read after the second has completed. What makes it valid:
+The clock is `backend.clock`'s: the wall clock on a CPU, a pair of CUDA events behind a delay on a GPU. What makes it
+valid:
 
+- on a GPU all n were queued, eight of them at the least, before the first ran, so no launch is timed;
 - decoding reads every weight and every cached token once per step, so an operand still in a cache from the trial
   before would promise a rate that no step sees: hence the rotation;
 - numbers are random, since zeros draw less power and clock higher;
@@ -29,12 +30,14 @@ from typing import NamedTuple
 
 import torch
 
-from kvoffload.profiler.trials import Trials, better, time_trials
+from kvoffload.backend import DeviceClock
+from kvoffload.profiler.trials import Trials, better, least_calls, time_trials
 from kvoffload.types import Curve, Point
 
 logger = logging.getLogger(__name__)
 
-TRIAL_S = {"cpu": 2e-5, "cuda": 2e-3}  # CUDA events and launches need longer stretches than the wall clock
+TRIAL_S = {"cpu": 2e-5, "cuda": 1e-3}  # CUDA events need longer stretches than the wall clock
+MAX_BURST = {"cpu": 512, "cuda": 128}  # a GPU's queue holds about a thousand launches, an operation takes one to five
 MAX_ROUNDS = 4
 
 
@@ -70,6 +73,8 @@ class Workbench:
         seed = torch.randn(2**18, generator=generator, device=device, dtype=torch.float32).to(dtype)
         self.pool = seed.repeat(max(1, pool_bytes // dtype.itemsize // seed.numel()))
         self._offset = 0
+        self.clock = DeviceClock(device)
+        self.num_calls = least_calls(self.clock.least_calls)  # of the operation, to time one point
         self.after_point: Callable[[], None] = lambda: None
 
     def take(self, *shape: int) -> torch.Tensor:
@@ -85,24 +90,18 @@ class Workbench:
 
     def seconds(self, work: Callable[[], object], n: int) -> float:
         """Duration of `n` calls of `work` on the device."""
-        if self.device.type != "cuda":
-            began = time.perf_counter()
-            for _ in range(n):
-                work()
-            return time.perf_counter() - began
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(n):
-            work()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3  # milliseconds
+        return self.clock.time(work, n).seconds
 
     def time(self, x: tuple[float, ...], what: str, work: Callable[[], object], budget_s: float) -> Timed:
         """Time `work` at the size `x`."""
         trial_s = TRIAL_S[self.device.type]
-        trials = time_trials(lambda n: self.seconds(work, n), trial_s=trial_s, budget_s=budget_s, max_burst=512)
+        trials = time_trials(
+            lambda n: self.seconds(work, n),
+            trial_s=trial_s,
+            budget_s=budget_s,
+            max_burst=MAX_BURST[self.device.type],
+            least_burst=self.clock.least_calls,
+        )
         logger.debug("%s: %.3g s, spread %.2f", what, trials.seconds, trials.spread_fraction)
         self.after_point()
         return Timed(x, what, work, trials)
@@ -113,7 +112,7 @@ class Workbench:
         for _ in range(MAX_ROUNDS - 1):
             for idx in pending:
                 old = timed[idx]
-                if time.perf_counter() + 8 * old.seconds < deadline:
+                if time.perf_counter() + (3 + self.num_calls) * old.seconds < deadline:
                     again = self.time(old.x, old.what, old.work, 0.05)
                     timed[idx] = old._replace(trials=better(old.trials, again.trials))
             pending = [idx for idx in pending if not timed[idx].trials.is_valid]

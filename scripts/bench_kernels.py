@@ -6,16 +6,15 @@ scripts/bench_kernels.py --json -
 Attention of one query token per sequence over the cached tokens, chunk by chunk, in GB/s of K and V read: ours, torch's
 attention over all tokens at once (heads apart, as transformers has them, and in our order), and a copy of as many bytes
 on the device, of which half are read and half written. Recomputation of one chunk in TFLOP/s: two matrix products into
-strided halves and the rotation, the fused kernel for the keys, and bare `torch.mm`. On a CUDA device times are between
-two events on the stream after a warm-up; on a CPU the shapes are small and the clock is the host's.
+strided halves and the rotation, the fused kernel for the keys, and bare `torch.mm`. On a CUDA device each time is that
+of eight calls between two events, all queued before the first ran (`kvoffload/backend/clock.py`), after a warm-up; on a
+CPU the shapes are small and the clock is the host's.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from kvoffload import ops
+from kvoffload.backend import DeviceClock
 from kvoffload.bench import rows
 from kvoffload.cli.terminal import script
 from kvoffload.errors import ConfigError
@@ -74,22 +74,11 @@ Sample = tuple[str, str, str, list[float]]  # provider, metric, unit, samples
 
 
 def timed(call: Callable[[], object], device: str, repeats: int) -> list[float]:
-    """Seconds of each of some calls, after three that are not counted."""
-    for _ in range(3):
-        call()
-    if device == "cpu":
-        times = [time.perf_counter()]
-        for _ in range(repeats):
-            call()
-            times.append(time.perf_counter())
-        return [after - before for before, after in itertools.pairwise(times)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        call()
-        event.record()
-    torch.cuda.synchronize()
-    return [before.elapsed_time(after) * 1e-3 for before, after in itertools.pairwise(events)]
+    """Seconds of one call, of each of some stretches after three that are not counted."""
+    clock = DeviceClock(torch.device(device))
+    n = clock.least_calls
+    seconds = [clock.time(call, n).seconds / n for _ in range(3 + repeats)]
+    return seconds[3:]
 
 
 def attention(shape: Shape, dtype: torch.dtype, device: str, repeats: int) -> Iterator[Sample]:

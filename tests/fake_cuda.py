@@ -1,8 +1,9 @@
-"""A CUDA device that is not there: its memory is the CPU's, its streams are lists of copies, its clock is the host's.
+"""A CUDA device that is not there: its memory is the CPU's, its streams are lists of copies.
 
 Stands below PyTorch's own Python of `torch.cuda`, so that the code above runs as on a real device: its handling of
 devices and indices, the CUDA backend, the benchmarks and their scripts, and the kernels, interpreted. Owns operations,
-pinning and what of PyTorch is replaced; `fake_cuda_tensors`, `fake_cuda_streams` and `fake_cuda_kernels` own the rest.
+pinning and what of PyTorch is replaced; `fake_cuda_tensors`, `fake_cuda_streams`, `fake_cuda_kernels` and
+`fake_cuda_clock` own the rest.
 
     tensor      a wrapper that says "cuda:0" around a CPU tensor; an operation on it and a CPU tensor of one dimension
                 or more fails, as on a device, and results of operations on wrappers are wrappers
@@ -11,6 +12,8 @@ pinning and what of PyTorch is replaced; `fake_cuda_tensors`, `fake_cuda_streams
                 is "lazy", until something needs it: an event behind it, a synchronisation, the next operation there.
                 So whoever reads or writes too early finds the old bytes, whatever the timing
     pinning     whole pages, each at most once; a failed call is the "last error" that the next operation raises
+
+    time        the host's, and nothing takes any; or arithmetic by given speeds, see `fake_cuda_clock`
 
 It proves nothing about speed, numerics or the order of compute; tests/test_gpu.py does that on a device.
 """
@@ -24,6 +27,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_cuda_clock import Clock, Speeds
 from fake_cuda_kernels import interpret_kernels
 from fake_cuda_streams import Event, Policy, Stream, Streams, activated
 from fake_cuda_tensors import DEVICE, CudaTensor, Memory, each_tensor, inner
@@ -70,11 +74,12 @@ class FakeCuda:
     Args:
         policies: of the streams in the order they are made, repeated.
         total_bytes: device memory.
+        clock: see `Streams`.
     """
 
-    def __init__(self, *policies: Policy, total_bytes: int) -> None:
+    def __init__(self, *policies: Policy, total_bytes: int, clock: Clock | None = None) -> None:
         self.memory = Memory(total_bytes)
-        self.streams = Streams(*policies)
+        self.streams = Streams(*policies, clock=clock)
         self.registered: dict[int, int] = {}  # address -> bytes
         self.lockable_bytes: int | None = None
         self.last_error: str | None = None
@@ -105,15 +110,22 @@ class FakeCuda:
         args, kwargs = inner((args, kwargs))
         if packet is _aten.copy_ and (plain or self.streams.is_lazy):
             self.streams.count("copy" if plain else "device copy")
+            num_bytes = args[0].numel() * args[0].element_size()
+            self.streams.launch(
+                lambda clock: num_bytes / clock.speeds.link_bytes_per_s if plain else clock.speeds.operation_s(args[:2])
+            )
             is_blocking = bool(plain) and not (kwargs.get("non_blocking") or args[2:] == (True,))
             self.streams.copy(lambda: func(*args, **kwargs), is_blocking=is_blocking)
             return given[0]
         self.streams.run()
         if wrappers and (packet is _aten._local_scalar_dense or not on_device):
             self.streams.count("device to host, blocking")
+            self.streams.host_waits_for_current()
         if packet is _aten.histc:  # the CPU's wants floating point
             args = (args[0].float(), *args[1:])
         found = func(*args, **kwargs)
+        if on_device and not (func.is_view or packet in NO_KERNELS):
+            self._launch(packet, args, kwargs, found)
 
         def wrapped(tensor: torch.Tensor) -> torch.Tensor:
             if id(tensor) in inner_of:
@@ -130,7 +142,18 @@ class FakeCuda:
         self.streams.run()
         args, kwargs = inner((args, kwargs))
         with _disable_current_modes():
-            return CudaTensor(func(*args, **kwargs), self.memory)
+            found = func(*args, **kwargs)
+            self._launch(None, args, kwargs, found)
+            return CudaTensor(found, self.memory)
+
+    def _launch(self, packet: Any, args: Any, kwargs: dict[str, Any], found: Any) -> None:
+        given: dict[int, torch.Tensor] = {}
+        each_tensor(lambda one: given.setdefault(id(one), one), (args, kwargs, found))
+        if packet in (_aten.mm, _aten.addmm):
+            x, weight = args[-2:]
+            self.streams.launch(lambda clock: clock.speeds.product_s(x, weight, found))
+        else:
+            self.streams.launch(lambda clock: clock.speeds.operation_s(given.values()))
 
     def index(self, func: Any, tensor: CudaTensor, *args: Any) -> Any:
         """`tensor[index]` and `tensor[index] = value`."""
@@ -252,14 +275,16 @@ def _indexed(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def fake_cuda(*policies: Policy, total_bytes: int = 2**34) -> Iterator[FakeCuda]:
+def fake_cuda(*policies: Policy, total_bytes: int = 2**34, speeds: Speeds | None = None) -> Iterator[FakeCuda]:
     """PyTorch as if it had a CUDA device, and a second one that nobody may touch.
 
     Args:
         policies: "lazy" or "eager" for each stream that is made, in turn.
         total_bytes: device memory.
+        speeds: of device, link and host: then `time` tells the time of the fake. None: nothing takes any time.
     """
-    fake = FakeCuda(*policies, total_bytes=total_bytes)
+    clock = None if speeds is None else Clock(speeds)
+    fake = FakeCuda(*policies, total_bytes=total_bytes, clock=clock)
     cudart = SimpleNamespace(
         cudaHostRegister=fake.host_register, cudaHostUnregister=fake.host_unregister, cudaMemGetInfo=fake.get_free
     )
@@ -268,6 +293,7 @@ def fake_cuda(*policies: Policy, total_bytes: int = 2**34) -> Iterator[FakeCuda]
         "_cuda_setDevice": fake.streams.exchange_device,
         "_cuda_getDeviceCount": lambda: 2,
         "_cuda_synchronize": fake.streams.synchronize,
+        "_cuda_sleep": fake.streams.delay,
         "_cuda_memoryStats": fake.statistics,
         "_cuda_resetPeakMemoryStats": fake.reset_peak,
         "_cuda_emptyCache": lambda: fake.streams.count("empty_cache"),
@@ -300,6 +326,8 @@ def fake_cuda(*policies: Policy, total_bytes: int = 2**34) -> Iterator[FakeCuda]
         patch.setattr(torch, "Generator", Generator)
         patch.setattr(torch, "Stream", Stream)
         interpret_kernels(patch)
+        if clock is not None:
+            clock.install(patch)
         torch.__future__.set_swap_module_params_on_conversion(True)  # parameters become wrappers
         try:
             with activated(fake.streams), _Index(fake), _Mode(fake):

@@ -27,6 +27,8 @@ class _Twins:
             each_tensor(given.append, (args, kwargs))
             _on_the_device(given)
             active().run()
+            tensors = [inner(one) for one in given]
+            active().launch(lambda clock: clock.speeds.operation_s(tensors))
             args, kwargs = inner((args, kwargs))
             with _disable_current_modes():
                 getattr(reference, operation)(*args, **kwargs)
@@ -55,8 +57,10 @@ def interpret_kernels(patch: pytest.MonkeyPatch) -> None:
     launch = GridExecutor.__call__
 
     def on_device(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _on_the_device(one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor))
+        given = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+        _on_the_device(given)
         active().run()
+        active().launch(lambda clock: clock.speeds.operation_s(inner(given)))
         args, kwargs = inner((args, kwargs))
         with _disable_current_modes():
             return launch(self, *args, **kwargs)

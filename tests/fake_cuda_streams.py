@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
+from fake_cuda_clock import Clock
 from fake_cuda_tensors import DEVICE
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -29,16 +30,26 @@ class Event(RealEvent):  # type: ignore[misc]
         self._has_timing = enable_timing
         self._stream: Stream | None = None
         self._at_s: float | None = None  # when it completed
+        self._due_s = 0.0  # when the device comes to it, where that has a clock
 
     def record(self, stream: Any = None) -> None:
         self._stream, self._at_s = stream or torch.cuda.current_stream(), None
+        clock = active().clock
+        if clock is not None:
+            self._due_s = clock.event_s(self._stream.stream_id)
         self._stream._add(("record", self))
 
     def wait(self, stream: Any = None) -> None:
         (stream or torch.cuda.current_stream()).wait_event(self)
 
     def query(self) -> bool:
-        return self._stream is None or self._at_s is not None
+        clock = active().clock
+        if clock is None or self._stream is None:
+            return self._stream is None or self._at_s is not None
+        if self._due_s > clock.host_s:
+            return False
+        self._complete()
+        return True
 
     def _complete(self) -> None:
         """Run what it is behind; one that was never recorded is no wait."""
@@ -48,12 +59,17 @@ class Event(RealEvent):  # type: ignore[misc]
     def synchronize(self) -> None:
         active().count("Event.synchronize")
         self._complete()
+        clock = active().clock
+        if clock is not None:
+            clock.host_waits(self._due_s)
 
     def elapsed_time(self, end_event: Any) -> float:
         if not (self._has_timing and end_event._has_timing):
             raise ValueError("Both events must be created with argument 'enable_timing=True'.")
         if self._at_s is None or end_event._at_s is None:
             raise RuntimeError("CUDA error: device not ready: an event has not completed, or was never recorded")
+        if active().clock is not None:
+            return (end_event._due_s - self._due_s) * 1e3
         return (end_event._at_s - self._at_s) * 1e3
 
 
@@ -122,6 +138,9 @@ class Stream(RealStream):  # type: ignore[misc]
 
     def wait_event(self, event: Any) -> None:
         active().log.append((self.stream_id, "waits"))
+        clock = active().clock
+        if clock is not None:
+            clock.stream_waits(self.stream_id, event._due_s)
         self._add(("wait", event))
 
     def wait_stream(self, stream: Any) -> None:
@@ -138,6 +157,9 @@ class Stream(RealStream):  # type: ignore[misc]
     def synchronize(self) -> None:
         active().count("Stream.synchronize")
         self._run()
+        clock = active().clock
+        if clock is not None:
+            clock.host_waits(clock.free_s[self.stream_id])
 
 
 def _stream_of_another_device() -> Stream:
@@ -152,9 +174,11 @@ class Streams:
 
     Args:
         policies: of the streams in the order they are made, repeated.
+        clock: tells what takes how long; None: the host's, and nothing takes any time.
     """
 
-    def __init__(self, *policies: Policy) -> None:
+    def __init__(self, *policies: Policy, clock: Clock | None = None) -> None:
+        self.clock = clock
         self.policies = policies or ("lazy",)
         self.all: list[Stream] = []
         self.current = 0
@@ -183,6 +207,16 @@ class Streams:
         self.all[self.current]._add(("copy", what))
         if is_blocking:
             self.run()
+            self.host_waits_for_current()
+
+    def launch(self, seconds: Callable[[Clock], float]) -> None:
+        """Something that takes that long on the current one."""
+        if self.clock is not None:
+            self.clock.launch(self.current, seconds(self.clock))
+
+    def host_waits_for_current(self) -> None:
+        if self.clock is not None:
+            self.clock.host_waits(self.clock.free_s[self.current])
 
     def run(self) -> None:
         """Everything that was queued on the current one."""
@@ -194,6 +228,14 @@ class Streams:
         self.count("synchronize")
         for stream in self.all:
             stream._run()
+        if self.clock is not None:
+            self.clock.host_waits()
+
+    def delay(self, cycles: int) -> None:
+        """What `torch.cuda._sleep` launches, at a clock of 2 GHz."""
+        self.count("delay")
+        self.run()
+        self.launch(lambda clock: cycles / 2e9)
 
     def exchange_device(self, device: int) -> int:
         if device < 0:  # a `torch.cuda.device` that is to change nothing

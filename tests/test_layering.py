@@ -70,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "recompute": _LAYER_3 | {"tail", "agreement"},
     "segments": _LAYER_4,
     "hf": _LAYER_4 | {"segments"},
-    "measured_rates": _LAYER_2,
+    "measured_rates": _LAYER_2 | {"profiler"},
     "memory_limits": _LAYER_2,
     "decide": _LAYER_4 | {"measured_rates", "memory_limits"},
     "run": _LAYER_5,

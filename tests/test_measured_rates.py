@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import fake_cuda
 import pytest
-from matrix import FAST_LINK, FixedRates
+import torch
+from fake_cuda import FakeCuda
+from fake_cuda_clock import Speeds
+from fake_cuda_kernels import use_twins
+from fake_cuda_tensors import DEVICE
+from matrix import FAST_LINK, FixedRates, profile
 from models import make_model
 
+import kvoffload
 from kvoffload import OffloadConfig
-from kvoffload.backend import EmulatedBackend
+from kvoffload.backend import Backend, CheckingBackend, CudaBackend, EmulatedBackend
 from kvoffload.measured_rates import MeasuredRates
 from kvoffload.model_shape import shape_from_config
-from kvoffload.sizing import Geometry, choose_sizes
-from kvoffload.types import Rates
+from kvoffload.sizing import Geometry, Sizes, choose_sizes
+from kvoffload.transfer import TransferEngine
+from kvoffload.types import ModelShape, Rates
 
 PROFILED = Rates(
     h2d_activation_bytes_per_s=1e9,
@@ -36,29 +50,133 @@ def test_only_what_was_measured_is_replaced_and_only_by_a_newer_measurement() ->
     measured.take(6e-6, None)
     found = measured.correct(PROFILED, rows=1)
     assert (found.recompute_s_per_token, found.h2d_kv_bytes_per_s) == (6e-6, 7e9)
+    measured.take(None, None, 9e-6)
+    assert measured.correct(PROFILED, rows=2).attention_s_per_token == 1.8e-5
 
 
-@pytest.mark.parametrize("is_segmented", [True, False])
-def test_a_chunk_is_timed_once_and_a_link_of_given_speed_never(is_segmented: bool) -> None:
+def layout(is_segmented: bool, **sizes: Any) -> tuple[ModelShape, Geometry, Sizes]:
+    """Of a small model with room for a few chunks."""
     shape = shape_from_config(make_model("llama").config)
     geometry = Geometry(
         num_offloaded_layers=3,
         rows=2,
-        max_tokens=64,
+        max_tokens=1024,
         kv_row_bytes=shape.kv_row_bytes,
         activation_row_bytes=shape.activation_row_bytes,
         is_segmented=is_segmented,
     )
-    config = OffloadConfig(block_tokens=4, chunk_blocks=3)
-    sizes = choose_sizes(geometry, config, keeps_activations=True, device_bytes=None, rates=None)
-    prepared = []
+    config = OffloadConfig(**{"block_tokens": 4, "chunk_blocks": 3} | sizes)
+    return shape, geometry, choose_sizes(geometry, config, keeps_activations=True, device_bytes=None, rates=None)
+
+
+@pytest.mark.parametrize("is_segmented", [True, False])
+def test_a_chunk_is_timed_once_and_a_link_of_given_speed_never(is_segmented: bool) -> None:
+    shape, geometry, sizes = layout(is_segmented)
+    prepared: list[int] = []
     measured, backend = MeasuredRates(), EmulatedBackend(FAST_LINK)
-    try:
+
+    def prepare(tokens: int) -> Any:
+        prepared.append(tokens)
+        return lambda: None
+
+    with contextlib.closing(backend):
         for known in (measured, measured, FixedRates(shape.kv_row_bytes, shape.activation_row_bytes)):
-            known.time_chunk(backend, shape, geometry, sizes, lambda tokens: prepared.append(tokens) or (lambda: None))
-    finally:
-        backend.close()
+            known.time_chunk(backend, shape, geometry, sizes, prepare)
     assert prepared == [12]
     assert measured.recompute_s_per_row_token is not None
     assert measured.attention_s_per_row_token is not None
     assert measured.h2d_bytes_per_s is None
+
+
+def test_steps_that_are_not_as_predicted_measure_all_three_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MeasuredRates, "time_chunk", lambda *args: None)
+    model, ids = make_model("opt"), torch.randint(3, 90, (2, 48))
+    config = OffloadConfig(
+        link=FAST_LINK, profile=profile(0.001), device_gib="min", block_tokens=4, chunk_blocks=2, split="auto"
+    )
+    with kvoffload.offload(model, config) as session:
+        model.generate(ids, max_new_tokens=24, do_sample=False)
+        measured = session.decider.measured
+        assert session.stats is not None
+    assert session.stats.recomputed_tokens > 0
+    for one in (measured.recompute_s_per_row_token, measured.attention_s_per_row_token, measured.h2d_bytes_per_s):
+        assert one is not None
+        assert one > 0
+
+
+# ---- a device whose launches take longer than its work -----------------------------------------------------------
+
+SPEEDS = Speeds(launch_s=80e-6, wait_s=30e-6, memory_bytes_per_s=5e9, link_bytes_per_s=3e9)
+CHUNK: dict[str, Any] = {"block_tokens": 64, "chunk_blocks": 4, "slots": 3}
+WORK_BYTES = 2**16  # of what stands for a recomputation, 13 us
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    use_twins(monkeypatch)
+    with fake_cuda.fake_cuda("lazy", speeds=SPEEDS) as fake:
+        yield fake
+
+
+def time_chunk(backend: Backend, is_segmented: bool, *, in_ring: bool = True, work: Any = None) -> MeasuredRates:
+    """What is measured of a layout, with `work` for the recomputation."""
+    shape, geometry, sizes = layout(is_segmented, **CHUNK)
+    engine, measured = TransferEngine(backend), MeasuredRates()
+    slots = {"slot_bytes": sizes.slot_bytes, "num_slots": sizes.num_slots, "buffer_bytes": sizes.buffer_bytes}
+    engine.configure(**slots, d2h_slot_bytes=sizes.d2h_slot_bytes, scratch_bytes=sizes.scratch_bytes)
+    room = torch.empty(WORK_BYTES, dtype=torch.uint8, device=backend.device)
+    ring = engine.idle_slots() if in_ring else []
+    measured.time_chunk(backend, shape, geometry, sizes, lambda tokens: work or (lambda: room.fill_(1)), ring)
+    engine.close()
+    return measured
+
+
+@pytest.mark.parametrize("is_segmented", [True, False])
+@pytest.mark.parametrize("in_ring", [True, False])
+def test_no_rate_has_launches_or_waits_in_it(device: FakeCuda, is_segmented: bool, in_ring: bool) -> None:
+    shape, geometry, sizes = layout(is_segmented, **CHUNK)
+    with contextlib.closing(CudaBackend(DEVICE)) as backend:
+        measured = time_chunk(backend, is_segmented, in_ring=in_ring)
+    row_tokens = sizes.block_tokens * sizes.chunk_blocks * geometry.rows
+    kv_s = row_tokens * shape.kv_row_bytes / SPEEDS.memory_bytes_per_s
+    assert kv_s < SPEEDS.launch_s  # a launch takes longer
+    assert measured.recompute_s_per_row_token is not None
+    assert measured.attention_s_per_row_token is not None
+    assert measured.recompute_s_per_row_token * row_tokens == pytest.approx(
+        WORK_BYTES / SPEEDS.memory_bytes_per_s, rel=0.05
+    )
+    assert measured.attention_s_per_row_token * row_tokens == pytest.approx(kv_s, rel=0.05)
+    assert measured.h2d_bytes_per_s == pytest.approx(SPEEDS.link_bytes_per_s, rel=0.05)
+    assert device.registered == {}
+
+
+def test_attention_and_copies_take_turns_through_the_ring_in_order_of_events(device: FakeCuda) -> None:
+    with contextlib.closing(CheckingBackend(CudaBackend(DEVICE))) as backend:
+        before = torch.random.get_rng_state()
+        reads: list[int] = []
+        copy = backend.copy_to_device
+        backend.copy_to_device = lambda dst, *rest: (reads.append(dst.data_ptr()), copy(dst, *rest))[1]  # type: ignore
+        time_chunk(backend, is_segmented=True)
+        assert torch.equal(torch.random.get_rng_state(), before)
+    assert len(set(reads)) == CHUNK["slots"]
+
+
+def test_trials_that_disagree_leave_the_profile_as_it_is(device: FakeCuda) -> None:
+    room, calls = torch.empty(2**22, dtype=torch.uint8, device="cuda"), itertools.count()
+
+    def work() -> None:
+        stretch_idx = next(calls) // 8
+        room[: 2 ** (20 + stretch_idx % 3)].fill_(1)
+
+    with contextlib.closing(CudaBackend(DEVICE)) as backend:
+        measured = time_chunk(backend, is_segmented=True, work=work)
+    assert measured.recompute_s_per_row_token is None
+    assert measured.correct(PROFILED, rows=4).recompute_s_per_token == PROFILED.recompute_s_per_token
+    assert measured.attention_s_per_row_token is not None
+
+
+def test_a_cpu_whose_trials_disagree_is_measured_all_the_same() -> None:
+    pauses = itertools.cycle([0.0, 4e-3])
+    with contextlib.closing(EmulatedBackend(FAST_LINK)) as backend:
+        measured = time_chunk(backend, is_segmented=True, work=lambda: time.sleep(next(pauses)))
+    assert measured.recompute_s_per_row_token is not None

@@ -1,8 +1,20 @@
 """Where copies and compute are ordered: CUDA streams, an emulated link, or a checker around either."""
 
-from kvoffload.backend.base import Backend, Event, LinkUse
+from kvoffload.backend.base import Backend, Event, LinkUse, Pace
 from kvoffload.backend.checking import CheckingBackend, RaceError
+from kvoffload.backend.clock import DeviceClock, Stretch
 from kvoffload.backend.cuda import CudaBackend
 from kvoffload.backend.emulated import EmulatedBackend
 
-__all__ = ["Backend", "CheckingBackend", "CudaBackend", "EmulatedBackend", "Event", "LinkUse", "RaceError"]
+__all__ = [
+    "Backend",
+    "CheckingBackend",
+    "CudaBackend",
+    "DeviceClock",
+    "EmulatedBackend",
+    "Event",
+    "LinkUse",
+    "Pace",
+    "RaceError",
+    "Stretch",
+]

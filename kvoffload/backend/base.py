@@ -8,12 +8,14 @@ always recorded when it is created, so nobody can wait for one that has not been
 from __future__ import annotations
 
 import contextlib
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 
+from kvoffload.backend.clock import Stretch
 from kvoffload.timeline import Lane, Span
 
 Event = Any  # a torch.cuda.Event, or the event type of the backend that made it
@@ -38,6 +40,18 @@ class LinkUse(NamedTuple):
         )
 
 
+class Pace(NamedTuple):
+    """Spans of compute in which the device did not wait for the host, and what was done in them."""
+
+    amount: int
+    seconds: float
+
+    def since(self, earlier: Pace) -> float | None:
+        """Seconds of one unit between two readings; None where nothing was done."""
+        amount = self.amount - earlier.amount
+        return (self.seconds - earlier.seconds) / amount if amount else None
+
+
 class HostBuffer(NamedTuple):
     """Host memory the link can read and write."""
 
@@ -51,6 +65,7 @@ class Backend(ABC):
     device: torch.device
     link_name: str
     emulated: bool
+    has_clock = False  # whether `time_copies` reads that of the device
     is_recording = False  # whether stretches are kept one by one, for `recorded`
 
     @abstractmethod
@@ -95,12 +110,44 @@ class Backend(ABC):
         """Begin a timed stretch of compute; give the result to `end_span`."""
 
     @abstractmethod
-    def end_span(self, span: Any) -> None:
-        """End the stretch begun by `start_span`."""
+    def end_span(self, span: Any, amount: int = 0) -> None:
+        """End the stretch begun by `start_span`, in which so much was done, for `pace`; 0: that is not counted."""
 
     @abstractmethod
     def span_seconds(self, name: str) -> float:
         """Total time of the completed stretches of that name; never blocks."""
+
+    def pace(self, name: str) -> Pace:
+        """What was done in the completed spans of that name that give an amount; never blocks.
+
+        Left out are those that the device had begun before all of them was queued: they have launches in them.
+        """
+        return Pace(0, 0.0)
+
+    def time_copies(
+        self,
+        queue: Callable[[], object],
+        n: int,
+        ways: Sequence[Literal["h2d", "d2h"]],
+        *,
+        is_pageable: bool = False,
+        clock: Callable[[], float] | None = None,
+    ) -> Stretch:
+        """`n` times the copies that `queue` queues, in a row, until all have arrived; waits for all queues.
+
+        Args:
+            queue: queues them.
+            n: how often.
+            ways: of the copies.
+            is_pageable: they come from or go to memory that is not pinned, so that each may hold the host.
+            clock: seconds, where the device has no clock of its own; None: that of the machine.
+        """
+        clock = clock or time.perf_counter
+        began = clock()
+        for _ in range(n):
+            queue()
+        self.synchronize()
+        return Stretch(clock() - began, True)
 
     @abstractmethod
     def start_recording(self) -> None:
@@ -120,15 +167,19 @@ class Backend(ABC):
 
     def recording(self, name: str) -> contextlib.AbstractContextManager[None]:
         """A span that is taken only while recording, for stretches whose totals nobody needs."""
-        return self._recorded_span(name) if self.is_recording else _NOT_RECORDING
+        return self.sampling(name, 0)
+
+    def sampling(self, name: str, amount: int) -> contextlib.AbstractContextManager[None]:
+        """A span in which so much is done; of amount 0 it is taken only while recording."""
+        return self._span(name, amount) if amount or self.is_recording else _NOT_RECORDING
 
     @contextlib.contextmanager
-    def _recorded_span(self, name: str) -> Iterator[None]:
+    def _span(self, name: str, amount: int) -> Iterator[None]:
         span = self.start_span(name)
         try:
             yield
         finally:
-            self.end_span(span)
+            self.end_span(span, amount)
 
     def free_device(self, buffer: torch.Tensor) -> None:
         """Declare that the caller drops this buffer: its memory is reused in the order of compute."""

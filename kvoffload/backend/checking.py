@@ -10,12 +10,13 @@ Idea: happens-before race detection with vector clocks (Mattern 1989; FastTrack,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from kvoffload.backend.base import Backend, HostBuffer, LinkUse, Queue
+from kvoffload.backend.base import Backend, HostBuffer, LinkUse, Pace, Queue
+from kvoffload.backend.clock import Stretch
 from kvoffload.timeline import Lane, Span
 
 Clock = dict[Queue, int]
@@ -54,6 +55,7 @@ class CheckingBackend(Backend):
         self.device = inner.device
         self.link_name = inner.link_name
         self.emulated = inner.emulated
+        self.has_clock = inner.has_clock
         self.poison = poison
         self.num_checked = 0
         self._clocks: dict[Queue, Clock] = {q: {"compute": 0, "h2d": 0, "d2h": 0} for q in ("compute", "h2d", "d2h")}
@@ -92,8 +94,8 @@ class CheckingBackend(Backend):
         """Begin a new operation in `queue`, ordered behind `after`."""
         clock = self._clocks[queue]
         for event in after:
-            for other, time in event.clock.items():
-                clock[other] = max(clock[other], time)
+            for other, moment in event.clock.items():
+                clock[other] = max(clock[other], moment)
         clock[queue] += 1
 
     def _event(self, queue: Queue, inner: Any) -> CheckedEvent:
@@ -157,11 +159,27 @@ class CheckingBackend(Backend):
     def start_span(self, name: str) -> Any:
         return self.inner.start_span(name)
 
-    def end_span(self, span: Any) -> None:
-        self.inner.end_span(span)
+    def end_span(self, span: Any, amount: int = 0) -> None:
+        self.inner.end_span(span, amount)
 
     def span_seconds(self, name: str) -> float:
         return self.inner.span_seconds(name)
+
+    def pace(self, name: str) -> Pace:
+        return self.inner.pace(name)
+
+    def time_copies(
+        self,
+        queue: Callable[[], object],
+        n: int,
+        ways: Sequence[Literal["h2d", "d2h"]],
+        *,
+        is_pageable: bool = False,
+        clock: Callable[[], float] | None = None,
+    ) -> Stretch:
+        found = self.inner.time_copies(queue, n, ways, is_pageable=is_pageable, clock=clock)
+        self.synchronize()
+        return found
 
     def start_recording(self) -> None:
         self.inner.start_recording()

@@ -19,13 +19,14 @@ import os
 import warnings
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from kvoffload.backend.base import LANE_OF, MAX_RECORDED, Backend, HostBuffer, LinkUse
+from kvoffload.backend.base import LANE_OF, MAX_RECORDED, Backend, HostBuffer, LinkUse, Pace
+from kvoffload.backend.clock import DeviceClock, Stretch
 from kvoffload.timeline import Lane, Span
 from kvoffload.units import gb
 
@@ -43,13 +44,15 @@ class CudaBackend(Backend):
     """
 
     emulated = False
+    has_clock = True
 
     def __init__(self, device: torch.device) -> None:
         # with an index: some functions of `torch.cuda` ask for one
         self.device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
         self.link_name = torch.cuda.get_device_name(self.device)
         self._streams = {"h2d": torch.cuda.Stream(self.device), "d2h": torch.cuda.Stream(self.device)}
-        self._pending: dict[str, deque[tuple[Any, Any, int]]] = defaultdict(deque)  # (start, end, bytes)
+        self._clock = DeviceClock(self.device)
+        self._pending: dict[str, deque[tuple[Any, Any, int]]] = defaultdict(deque)  # (start, end, bytes or amount)
         self._totals: dict[str, LinkUse] = defaultdict(lambda: LinkUse(0, 0.0, 0))
         self._recording: deque[tuple[Lane, Any, Any, int]] = deque(maxlen=MAX_RECORDED)  # (lane, start, end, bytes)
         self._recording_since: Any = None  # the event that recorded times count from
@@ -131,13 +134,19 @@ class CudaBackend(Backend):
     def start_span(self, name: str) -> tuple[str, Any]:
         return name, self._timed_event()
 
-    def end_span(self, span: tuple[str, Any]) -> None:
+    def end_span(self, span: tuple[str, Any], amount: int = 0) -> None:
         name, start = span
-        self._note(name, start, self._timed_event(), 0)
+        end = self._timed_event()
+        self._note(name, start, end, 0)
+        if amount and not start.query():  # all of it was queued before the device came to it
+            self._keep(_paced(name), start, end, amount)
 
     def _note(self, name: str, start: Any, end: Any, num_bytes: int) -> None:
         if self.is_recording:
             self._recording.append((_LANES[name], start, end, num_bytes))
+        self._keep(name, start, end, num_bytes)
+
+    def _keep(self, name: str, start: Any, end: Any, num_bytes: int) -> None:
         self._pending[name].append((start, end, num_bytes))
         if len(self._pending[name]) > MAX_OPEN_MEASUREMENTS:
             self._harvest(name)
@@ -145,6 +154,24 @@ class CudaBackend(Backend):
     def span_seconds(self, name: str) -> float:
         self._harvest(name)
         return self._totals[name].busy_s
+
+    def pace(self, name: str) -> Pace:
+        self._harvest(_paced(name))
+        total = self._totals[_paced(name)]
+        return Pace(total.copied_bytes, total.busy_s)
+
+    def time_copies(
+        self,
+        queue: Callable[[], object],
+        n: int,
+        ways: Sequence[Literal["h2d", "d2h"]],
+        *,
+        is_pageable: bool = False,
+        clock: Callable[[], float] | None = None,
+    ) -> Stretch:
+        if is_pageable:  # such a copy returns when it has been staged, so none can be queued ahead
+            return super().time_copies(queue, n, ways, clock=clock)
+        return self._clock.time(queue, n, [self._streams[way] for way in ways])
 
     def _harvest(self, name: str) -> None:
         """Add up the measurements whose end has completed."""
@@ -187,6 +214,11 @@ class CudaBackend(Backend):
 
     def close(self) -> None:
         self._unpin_all()
+
+
+def _paced(name: str) -> str:
+    """Under which name the spans are kept that a pace is made of."""
+    return f"{name}, queued ahead"
 
 
 def _unpin_all(pinned: dict[int, torch.Tensor], device: torch.device) -> None:

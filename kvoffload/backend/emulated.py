@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from kvoffload.backend.base import LANE_OF, MAX_RECORDED, Backend, HostBuffer, LinkUse
+from kvoffload.backend.base import LANE_OF, MAX_RECORDED, Backend, HostBuffer, LinkUse, Pace
 from kvoffload.config import EmulatedLink
 from kvoffload.timeline import Lane, Span
 
@@ -169,6 +169,7 @@ class EmulatedBackend(Backend):
             "d2h": _Direction("d2h", _per_s(d2h), link.latency_s),
         }
         self._spans: dict[str, float] = defaultdict(float)
+        self._paces: dict[str, Pace] = defaultdict(lambda: Pace(0, 0.0))
         self._recording: deque[Span] = deque(maxlen=MAX_RECORDED)
         self._recording_since = 0.0
         self._closed = False
@@ -213,15 +214,21 @@ class EmulatedBackend(Backend):
     def start_span(self, name: str) -> tuple[str, float]:
         return name, time.perf_counter()
 
-    def end_span(self, span: tuple[str, float]) -> None:
+    def end_span(self, span: tuple[str, float], amount: int = 0) -> None:
         name, began = span
         now = time.perf_counter()
         self._spans[name] += now - began
+        if amount:
+            before = self._paces[name]
+            self._paces[name] = Pace(before.amount + amount, before.seconds + now - began)
         if self.is_recording:
             self._recording.append(Span(LANE_OF[name], began, now))
 
     def span_seconds(self, name: str) -> float:
         return self._spans[name]
+
+    def pace(self, name: str) -> Pace:
+        return self._paces[name]
 
     def start_recording(self) -> None:
         self.synchronize()

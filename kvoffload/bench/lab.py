@@ -7,7 +7,8 @@ here and now. Does not own what is run (`decode`, `providers`).
 from __future__ import annotations
 
 import contextlib
-import time
+import itertools
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -16,8 +17,9 @@ import torch
 
 from kvoffload import cost, planner
 from kvoffload.backend import Backend, CudaBackend
+from kvoffload.backend.clock import LEAST_CALLS
 from kvoffload.bench.presets import Preset, make_model
-from kvoffload.bench.rates import attention_s_per_token, recompute_s_per_token, step_s_without_cache
+from kvoffload.bench.rates import attention_s_per_token, forward_s, recompute_s_per_token, step_s_without_cache
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.errors import ConfigError
 from kvoffload.hardware_profile import HardwareProfile
@@ -104,12 +106,17 @@ class Lab:
         is_segmented = _is_segmented(mode)
         chunk_bytes = self.chunk_tokens * self.preset.batch * self.shape.activation_row_bytes
         idle_s = chunk_bytes / self.bytes_per_s if mode == "sequential" else 0.0
+        step_s = step_s_without_cache(self.model, self.ids)
+        # On a CPU the host's time is the device's. A GPU works while its host asks for more, and a step takes the
+        # longer of both: what the host took for the whole step is the host's, at least where that was the longer.
+        is_cpu = self.preset.is_emulated
         return Rates(
             h2d_activation_bytes_per_s=self.bytes_per_s,
             h2d_kv_bytes_per_s=self.bytes_per_s,
             dense_s=0.0,
-            # dense parts and host time of a step, in one piece
-            head_s=step_s_without_cache(self.model, self.ids),
+            # dense parts of a step, in one piece
+            head_s=step_s if is_cpu else forward_s(self.model, self.ids),
+            host_s_per_layer=0.0 if is_cpu else step_s / self.preset.layers,
             recompute_s_per_token=self.recompute_s_per_token(idle_s, is_segmented=is_segmented),
             attention_s_per_token=attention_s_per_token(
                 self.preset, self.device, self.chunk_tokens, idle_s=idle_s, is_segmented=is_segmented
@@ -197,15 +204,19 @@ def _is_segmented(mode: str) -> bool:
 
 
 def _copy_rate(backend: Backend, num_bytes: int) -> float:
-    host, device = backend.allocate_host(num_bytes), backend.allocate_device(num_bytes)
-    for count in (2, 8):
-        backend.synchronize()
-        start = time.perf_counter()
-        for _ in range(count):
-            backend.copy_to_device(device, host.tensor, [])
-        backend.synchronize()
-        rate = count * num_bytes / (time.perf_counter() - start)
-    return rate
+    """Of copies from the backend's host memory, back to back; from and to a ring as the engine's."""
+    host, device = backend.allocate_host(4 * num_bytes), backend.allocate_device(4 * num_bytes)
+    host.tensor.zero_()
+    turns = itertools.cycle(zip(device.split(num_bytes), host.tensor.split(num_bytes), strict=True))
+
+    def stretch() -> float:
+        copies = backend.time_copies(
+            lambda: backend.copy_to_device(*next(turns), []), LEAST_CALLS, ("h2d",), is_pageable=not host.pinned_bytes
+        )
+        return copies.seconds / LEAST_CALLS
+
+    stretch()  # warm-up
+    return num_bytes / statistics.median(stretch() for _ in range(3))
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 Owns the timing of recomputation, of attention and of a step without a cache, each through the code that the runtime
 runs. Does not own what is made of them (`decode`).
 
-Timeline of one rate: two calls to warm up, then calls for its share of a second, the device synchronised after each;
-the median counts. Operands rotate through a ring of chunks, as they arrive in the runtime: they are in no cache.
+Timeline of one rate: two stretches to warm up, then stretches for its share of a second (`backend.clock`: on a GPU of
+eight calls, without a launch in them); the median counts. Operands rotate through a ring of chunks, as they arrive in
+the runtime: they are in no cache.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvoffload import hf, ops, recompute
+from kvoffload.backend import DeviceClock
 from kvoffload.bench.presets import Preset
 from kvoffload.bench.watch import Stamp
 from kvoffload.tail import KVShape
@@ -95,30 +97,36 @@ def attention_s_per_token(
 
 
 def step_s_without_cache(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    """A whole decode step of generate() with next to no cache: dense parts, head, sampling and host time."""
+    """A whole decode step of generate() with next to no cache: dense parts, head, sampling and host time.
+
+    On a GPU the longer of what the device and what the host does for it.
+    """
     times: list[float] = []
     generating: Any = model
     generating.generate(ids[:, :2], max_new_tokens=14, do_sample=False, stopping_criteria=[Stamp(times)])
     return statistics.median(after - before for before, after in itertools.pairwise(times[2:]))
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device; a CPU's operations have ended when they return."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def forward_s(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """What the device does for one token of every sequence without a cache: dense parts and head.
+
+    One forward is hundreds of launches, about as many as a GPU's queue holds: each is a stretch of its own.
+    """
+    clock, calling = DeviceClock(ids.device), model.__call__
+    with torch.no_grad():
+        samples = [clock.time(lambda: calling(ids[:, :1], use_cache=False), 1).seconds for _ in range(7)]
+    return statistics.median(samples[2:])
 
 
 def _median_s(function: Callable[[], Any], device: torch.device, budget_s: float, idle_s: float = 0.0) -> float:
     with torch.no_grad():
+        clock = DeviceClock(device)
+        n = clock.least_calls
         for _ in range(2):
-            function()
-        synchronize(device)
+            clock.time(function, n)
         samples: list[float] = []
         began = time.perf_counter()
         while len(samples) < 5 or time.perf_counter() - began < budget_s:
             time.sleep(idle_s)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            samples.append(time.perf_counter() - start)
+            samples.append(clock.time(function, n).seconds / n)
     return statistics.median(samples)
