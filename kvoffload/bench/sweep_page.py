@@ -104,5 +104,6 @@ def _reasons(one: Row) -> dict[str, str]:
     for reason, cells in found.items():
         for name, word in names.items():
             reason = reason.replace(name, word) if name else reason
-        general[reason.removeprefix("refused: ").removeprefix("plain: ")] = cells
+        reason = reason.replace("plain: ", "transformers: ", 1) if reason.startswith("plain: ") else reason
+        general[reason.removeprefix("refused: ")] = cells
     return general
