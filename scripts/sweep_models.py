@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from kvoffload.bench import sweep, sweep_page, sweep_rows, sweep_run
+from kvoffload.bench import sweep_cells, sweep_page, sweep_rows, sweep_run
 from kvoffload.bench.rows import Row
 from kvoffload.bench.tiny_models import model_types
 from kvoffload.cli.terminal import script
@@ -45,7 +45,7 @@ def main(
         write(page_path, sweep_rows.load(csv_path), csv_path, check=check)
         return
     known = model_types()
-    names = [name.strip() for name in types.split(",") if name.strip()] or list(sweep.QUICK if quick else known)
+    names = [name.strip() for name in types.split(",") if name.strip()] or list(sweep_cells.QUICK if quick else known)
     if unknown := [name for name in names if name not in known]:
         raise typer.BadParameter(f"--types: this transformers has no text model type {', '.join(unknown)}")
     sweep_rows.check(csv_path)
@@ -59,10 +59,10 @@ def main(
             sweep_rows.save(csv_path, [row])
             forms[row["form"]] += 1
             if row["form"] == "short":
-                progress.console.print(f"{row['model_type']}: {row['reasons']}", markup=False)
+                progress.console.print(f"{row['model_type']}: {sweep_rows.shortcomings(row)}", markup=False)
             progress.update(task, advance=1, description=row["model_type"])
 
-        cells = sweep.QUICK_CELLS if quick else sweep.CELLS
+        cells = sweep_cells.QUICK_CELLS if quick else sweep_cells.CELLS
         sweep_run.run(waiting, on_row, cells=cells, jobs=jobs, limit_s=limit_s)
     print(", ".join(f"{count} {form}" for form, count in forms.most_common()) or "nothing to do")
 

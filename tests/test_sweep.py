@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from kvoffload import segments
 from kvoffload.bench import sweep
-from kvoffload.bench.sweep import MODES, QUICK, QUICK_CELLS, SPLITS, WAYS, Outcome, compare, distance, judge
+from kvoffload.bench.sweep import Outcome, compare, distance, judge
+from kvoffload.bench.sweep_cells import MODES, QUICK, QUICK_CELLS, SPLITS, WAYS
 from kvoffload.bench.sweep_rows import form_of
 from kvoffload.bench.tiny_models import model_types, tiny_model
 from kvoffload.errors import UnsupportedModelError
@@ -58,6 +60,20 @@ def test_a_small_fault_that_changes_no_token_is_inexact(monkeypatch: pytest.Monk
     found = one(lambda output: output * (1 + 1e-4), monkeypatch)
     assert found.outcome == "inexact"
     assert found.error > sweep.TOLERANCE
+
+
+def test_what_transformers_itself_differs_by_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "_control", lambda *args: 1e-3)
+    assert one(lambda output: output * (1 + 1e-4), monkeypatch).outcome == "equal"
+
+
+def test_the_control_is_rounding_alone_and_changes_nothing_for_good() -> None:
+    model, update = tiny_model("llama"), DynamicLayer.update
+    model.generation_config.eos_token_id = None
+    wanted = sweep._plain(model, "greedy")
+    assert 0 < sweep._control(model, "greedy", wanted) < sweep.TOLERANCE
+    assert model.config._attn_implementation == "sdpa"
+    assert DynamicLayer.update is update
 
 
 def test_nothing_changed_is_equal_and_came_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from test_sweep_rows import report
 
-from kvoffload.bench.sweep import CELLS, Report, Verdict
+from kvoffload.bench.sweep import Report, Verdict
+from kvoffload.bench.sweep_cells import CELLS
 from kvoffload.bench.sweep_page import page
 from kvoffload.bench.sweep_rows import row_of
 

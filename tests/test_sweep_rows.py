@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from kvoffload.bench import sweep_rows
-from kvoffload.bench.sweep import CELLS, MODES, Report, Verdict
+from kvoffload.bench.sweep import Report, Verdict
+from kvoffload.bench.sweep_cells import CELLS, MODES
 from kvoffload.errors import ConfigError
 
 EQUAL = {cell: Verdict("equal", h2d_bytes=100, recomputed_tokens=int(cell[1] == "recompute")) for cell in CELLS}
@@ -24,6 +25,14 @@ def test_a_row_has_one_word_where_all_splits_agree_and_one_for_each_where_not() 
     assert row["beams"] == "transfer:equal recompute:equal half:wrong auto:equal"
     assert (row["form"], row["error"], row["host_bytes"], row["distinct_tokens"]) == ("short", "0.3", "100", "9")
     assert tuple(row) == sweep_rows.COLUMNS
+
+
+def test_shortcomings_are_modes_and_reasons_and_nothing_else() -> None:
+    refused, wrong, error = Verdict("refused", "so"), Verdict("wrong"), Verdict("error", "IndexError: x")
+    row = sweep_rows.row_of(report(beams__half=refused, turns__half=wrong, greedy__unpaced=error))
+    splits = "transfer:equal recompute:equal half:wrong auto:equal"
+    assert sweep_rows.shortcomings(row) == f"turns: {splits}; unpaced: error; error: IndexError: x"
+    assert sweep_rows.shortcomings(sweep_rows.row_of(report(beams__half=refused))) == ""
 
 
 def test_the_form_says_what_became_of_a_type() -> None:

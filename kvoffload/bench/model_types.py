@@ -1,8 +1,57 @@
-"""What single model types need to be shrunk, beside the rules for all (`tiny_models`)."""
+"""To what the fields of configurations shrink: rules by their names, and what single model types need beside these.
+
+Owns names and numbers only. How they are applied is in `tiny_models`.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+WIDTH = 64  # of the hidden state, and of whatever else is wide
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+LAYERS, OTHER_LAYERS = 4, 2  # of the decoder (more where it has more kinds), and of towers
+VOCABULARY, POSITIONS, WINDOW, EXPERTS = 96, 256, 16, 4
+FIRST_TOKEN = 24  # of prompts: those below are special to some model type
+LOUDNESS = 3.0  # weights times that (embeddings apart), so that tokens differ
+
+# The first that matches a field's whole name says what a whole number shrinks to, unless it is smaller already.
+RULES: tuple[tuple[str, int], ...] = (
+    (r".*(num|n)_(\w+_)?heads(_per_layer)?|n_head|(\w+_)?attention_heads|num_sliding_attention_heads", HEADS),
+    (r"(\w+_)?(head_dim|headdim|d_head|dim_head|head_size|kv_channels)|d_kv|\w*_d_head", HEAD_DIM),
+    (r"qk_(nope|rope)_head_dim|v_head_dim", HEAD_DIM),
+    (r"rotary_dim", HEAD_DIM // 2),
+    (r"num_hidden_layers|n_layers?|num_layers|(num_)?(de|en)coder_layers", LAYERS),
+    (r"depth|(\w+_)?(num_)?(hidden_|global_)?layers|num_blocks|resampler_depth", OTHER_LAYERS),
+    (r"(\w+_)?(num|n)_(\w+_)?experts|num_local_experts|zero_expert_num", EXPERTS),
+    (r"(\w+_)?(experts_per_tok|experts_per_token|top_?k|moe_k)(_experts|_blocks)?|moe_topk|index_topk", 2),
+    (r"n_group|topk_group|num_expert_group|n_shared_experts|(moe_)?num_shared_experts", 1),
+    (r"first_k_dense_replace|num_dense_layers|num_nextn_predict_layers", 1),
+    (r"(\w+_)?vocab_size(\w*)|encoder_hash_byte_group_vocab", VOCABULARY),
+    (r"(\w+_)?(sliding_window|window|window_size|window_len|attention_chunk_size)|local_attention", WINDOW),
+    (r"sliding_window_size|keep_window_size|\w+_attn_chunk_length", WINDOW),
+    (r"(\w+_)?max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|seq_len", POSITIONS),
+    (r"context_length|max_(source|target)_positions|(mamba_)?chunk_size", POSITIONS),
+    (r".*(_size|_dims?|_rank|_width|_channels?|_dim\w*)|dim|d_model|d_ff|dff|d_inner|n_embd|n_inner|dim_ff", WIDTH),
+    (r"intermediate_size_mlp|(hidden|out)_features|num_(centroids|(position_)?embeddings|embeds)", WIDTH),
+)
+KV_HEADS_OF = {  # fields that count key and value heads, and those that count the heads they serve
+    "num_key_value_heads": "num_attention_heads",
+    "num_kv_heads": "num_attention_heads",
+    "kv_n_heads": "n_heads",
+    "num_query_groups": "num_attention_heads",
+    "swa_num_key_value_heads": "swa_num_attention_heads",
+    "linear_num_key_heads": "linear_num_value_heads",
+}
+# What looks like a width and is none.
+KEPT = re.compile(
+    r".*(image|patch|kernel|merge|crop|tile|pool|batch|grid|stride|window_kernel|hop|step|feature|pruning|group)\w*_size"
+    r"|patch_\w+|in_channels|num_channels|audio_channels|out_channels|conv_L_cache|(\w+_)?conv_kernel\w*|num_image_tokens"
+    r"|\w+_(source|rope|scaling|attention)_layers|n_window\w*|input_(dim|feat_size)|num_mel_bins|mel_dim"
+    r"|video_patch_dim|type_vocab_size|acoustic_\w+"
+)
+# Numbers of special tokens.
+TOKEN = re.compile(r".*_(id|index)(_list)?")
 
 
 def _rope(*sections: int, **more: Any) -> dict[str, Any]:

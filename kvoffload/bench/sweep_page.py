@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from kvoffload.bench.rows import Row
-from kvoffload.bench.sweep import MODES, NEW_TOKENS, PROMPT_TOKENS, SPLITS, TOLERANCE
+from kvoffload.bench.sweep import TOLERANCE
+from kvoffload.bench.sweep_cells import MODES, NEW_TOKENS, PROMPT_TOKENS, SPLITS
 
 HEAD = """# Models
 

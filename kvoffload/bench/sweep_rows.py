@@ -17,7 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from kvoffload.bench.rows import Row, commit, versions
-from kvoffload.bench.sweep import MODES, SPLITS, Report, Verdict
+from kvoffload.bench.sweep import Report, Verdict
+from kvoffload.bench.sweep_cells import MODES, SPLITS
 from kvoffload.errors import ConfigError
 
 SCHEMA = "1"
@@ -70,6 +71,13 @@ def form_of(report: Report) -> str:
     if "equal" not in outcomes:
         return "refused"
     return "recomputable" if any(verdict.recomputed_tokens for verdict in found.values()) else "transferred"
+
+
+def shortcomings(row: Row) -> str:
+    """What is wrong with a type, in one line; empty where nothing is."""
+    columns = [name for name in (*MODES, "whole_layer", "unpaced") if any(word in row[name] for word in SHORT)]
+    reasons = [reason for reason in json.loads(row["reasons"]) if reason.startswith(SHORT)]
+    return "; ".join([*(f"{name}: {row[name]}" for name in columns), *reasons])
 
 
 def _outcomes(found: dict[str, Verdict]) -> str:

@@ -16,7 +16,8 @@ import torch
 import transformers
 
 from kvoffload.bench.rows import Row
-from kvoffload.bench.sweep import CELLS, Report, Verdict, judge
+from kvoffload.bench.sweep import Report, Verdict, judge
+from kvoffload.bench.sweep_cells import CELLS
 from kvoffload.bench.sweep_rows import row_of
 
 LIMIT_S = 180.0  # for one type
