@@ -10,7 +10,7 @@ from setuptools import setup
 
 RUNTIME = [
     "torch>=2.11",
-    "transformers>=5.17,<6",  # tested up to the release in kvoffload/hf/contract.py; a later one is checked when it is used
+    "transformers>=5.17,<6",  # a release that was not tested is checked when it is used: kvoffload/hf/contract.py
     'triton; sys_platform == "linux"',  # kernels; no bound, each torch release brings the version it fits
     "pulp>=3.0,<4",  # states the planner's linear program
     "highspy>=1.10,<2",  # solves it

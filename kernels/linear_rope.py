@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvoffload.kernels import checks
+from kvoffload.kernels.sizes import divided_up, power_of_2
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 256
@@ -36,12 +37,12 @@ def linear_rope(x: Tensor, weight: Tensor, bias: Tensor | None, keys: Tensor, co
     if not keys.numel():
         return
     m, hidden = x.shape
-    block_half = max(16, triton.next_power_of_2(head_dim // 2))
+    block_half = max(16, power_of_2(head_dim // 2))
     full_size = x.element_size() == 4  # without tensor cores, smaller tiles for the same registers
-    block_m = min(32 if full_size else 128, max(16, triton.next_power_of_2(m)))
-    block_k = min(16 if full_size else 64, max(16, triton.next_power_of_2(hidden)))
+    block_m = min(32 if full_size else 128, max(16, power_of_2(m)))
+    block_k = min(16 if full_size else 64, max(16, power_of_2(hidden)))
     one_row = cos.shape[1] == 1
-    _linear_rope_kernel[(triton.cdiv(m, block_m) * heads,)](
+    _linear_rope_kernel[(divided_up(m, block_m) * heads,)](
         x,
         weight,
         bias,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvoffload.kernels import checks
+from kvoffload.kernels.sizes import divided_up, power_of_2
 
 _BLOCK_ELEMENTS = 2048  # of `out` per program
 _MAX_HEAD_DIM = 2048
@@ -48,9 +49,9 @@ def merge_parts(
     rows, head_dim = lse.numel(), out.shape[-1]
     if not rows:
         return
-    block_dim = triton.next_power_of_2(head_dim)
+    block_dim = power_of_2(head_dim)
     block_rows = max(1, _BLOCK_ELEMENTS // block_dim)
-    _merge_kernel[(triton.cdiv(rows, block_rows),)](
+    _merge_kernel[(divided_up(rows, block_rows),)](
         out,
         lse,
         part_out,
@@ -71,9 +72,9 @@ def finish(out: Tensor, lse: Tensor, result: Tensor, sinks: Tensor | None = None
     rows = lse.numel()
     if not rows:
         return
-    block_dim = triton.next_power_of_2(head_dim)
+    block_dim = power_of_2(head_dim)
     block_rows = max(1, _BLOCK_ELEMENTS // block_dim)
-    _finish_kernel[(triton.cdiv(rows, block_rows),)](
+    _finish_kernel[(divided_up(rows, block_rows),)](
         out,
         lse,
         result,

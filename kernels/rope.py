@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvoffload.kernels import checks
+from kvoffload.kernels.sizes import divided_up, power_of_2
 
 _BLOCK_ELEMENTS = 2048  # pairs of numbers per program and step
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,10 +33,10 @@ def rope_(keys: Tensor, cos: Tensor, sin: Tensor) -> None:
     if not keys.numel():
         return
     half = cos.shape[2] // 2
-    block_half = triton.next_power_of_2(half)
-    block_heads = min(triton.next_power_of_2(heads), max(1, _BLOCK_ELEMENTS // block_half))
+    block_half = power_of_2(half)
+    block_heads = min(power_of_2(heads), max(1, _BLOCK_ELEMENTS // block_half))
     one_row = cos.shape[1] == 1
-    _rope_kernel[(tokens * rows, triton.cdiv(heads, block_heads))](
+    _rope_kernel[(tokens * rows, divided_up(heads, block_heads))](
         keys,
         cos,
         sin,

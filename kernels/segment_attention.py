@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvoffload.kernels import checks, tiles
 from kvoffload.kernels.merge import merge_parts, merged
+from kvoffload.kernels.sizes import divided_up, power_of_2
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 256
@@ -69,7 +70,7 @@ def segment_attention(
         return
     groups = q_heads // kv_heads
     tile = tiles.tile(head_dim, q.element_size(), q_tokens * groups)
-    num_tiles = triton.cdiv(q_tokens * groups, tile.rows)
+    num_tiles = divided_up(q_tokens * groups, tile.rows)
     programs = batch * kv_heads * num_tiles
     parts, part_tokens = tiles.split(tokens, tile.block_tokens, programs, tiles.processors(q.device))
     to_out, to_lse = out, lse
@@ -101,7 +102,7 @@ def segment_attention(
         HEAD_DIM=head_dim,
         TILE_ROWS=tile.rows,
         BLOCK_TOKENS=tile.block_tokens,
-        BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_DIM=max(16, power_of_2(head_dim)),
         MERGE=parts == 1 and not is_first,
         ONE_ROW=block_tokens % tile.block_tokens == 0,
         # fetching the row first takes a stage before each that it leads to

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 
 from kvoffload.layer import CacheLayer
-from kvoffload.store import Block
 from kvoffload.tail import KVShape
 from kvoffload.types import Form
 
@@ -42,12 +41,13 @@ def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tup
     shares = max(1, job.num_activation_chunks)  # so that a long recomputation never keeps the ring full
     if job.num_activation_chunks == 0:
         resident.place(1)
-    for chunk, data in engine.arriving(job):
+    for chunk, room in engine.arriving(job):
         tokens = len(chunk.blocks) * cache.placement.block_tokens
         rows = chunk.blocks[0].rows
-        stored = layer.row_shapes["activation"].view(data, tokens, rows)
+        row = layer.row_shapes["activation"]
+        stored = room.view(row.dtype, (tokens, rows, row.width))
         out = _tokens(landing, chunk.landing_offset, tokens, rows, shape)
-        engine.backend.compute(reads=(data,), writes=(out,))
+        engine.backend.compute(reads=(stored,), writes=(out,))
         layer.recompute_into(chunk.first_block, chunk.blocks[0], stored, out)
         resident.place(1 / shares)
     resident.place(1)
@@ -106,7 +106,8 @@ class ResidentBlocks:
 
     def __init__(self, layer: CacheLayer, max_blocks: int | None = None) -> None:
         self._layer = layer
-        self._count = next((i for i, block in enumerate(layer.blocks) if block.resident is None), len(layer.blocks))
+        self._runs = layer.resident_runs()
+        self._count = len(self._runs)
         self._max_blocks = max_blocks or max(1, self._count)
         self._taken = 0
         self._due = 0.0
@@ -117,7 +118,7 @@ class ResidentBlocks:
         self._due = min(float(self._count), self._due + share * self._count)
         while self._taken < round(self._due):
             first, idx = blocks[self._taken], self._taken
-            length = _run_length(blocks[idx : min(round(self._due), idx + self._max_blocks)])
+            length = min(self._runs[idx], round(self._due) - idx, self._max_blocks)
             assert first.resident is not None
             shape = (length * block_tokens, first.rows, first.resident.shape[2])
             self._taken += length
@@ -144,18 +145,6 @@ class _ResidentPlacing:
             else:
                 layer.recompute_into(run.first_block, layer.blocks[run.first_block], run.data, out)
             self._offset += tokens * rows * shape.row_bytes
-
-
-def _run_length(blocks: list[Block]) -> int:
-    """How many resident blocks from the first on are of one form, of equal rows and contiguous."""
-    first = blocks[0]
-    assert first.resident is not None
-    for idx, block in enumerate(blocks):
-        address = first.resident.data_ptr() + idx * first.num_bytes
-        is_like_first = (block.form, block.rows) == (first.form, first.rows)  # fewer rows leave gaps between blocks
-        if block.resident is None or not is_like_first or block.resident.data_ptr() != address:
-            return idx
-    return len(blocks)
 
 
 def _tokens(buffer: torch.Tensor, offset: int, tokens: int, rows: int, shape: KVShape) -> torch.Tensor:

@@ -62,6 +62,23 @@ def chunks_of(
     return [next(by_form[is_activation]) for is_activation in order]
 
 
+def resident_runs(blocks: Sequence[Block]) -> Sequence[int]:
+    """Of each block on the device, which are the first, how many from it on are of one form, equal rows and contiguous.
+
+    Args:
+        blocks: all of a layer.
+    """
+    count = next((i for i, block in enumerate(blocks) if block.resident is None), len(blocks))
+    runs = [1] * count
+    for idx in range(count - 2, -1, -1):
+        block, following = blocks[idx], blocks[idx + 1]
+        assert block.resident is not None and following.resident is not None
+        is_alike = (block.form, block.rows) == (following.form, following.rows)  # fewer rows leave gaps between blocks
+        if is_alike and block.resident.data_ptr() + block.num_bytes == following.resident.data_ptr():
+            runs[idx] = runs[idx + 1] + 1
+    return runs
+
+
 def _follows(block: Block, next_block: Block) -> bool:
     """Whether the second block's bytes start where the first one's end."""
     assert block.host is not None and next_block.host is not None

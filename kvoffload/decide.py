@@ -24,7 +24,16 @@ from kvoffload.measured_rates import MeasuredRates
 from kvoffload.memory_limits import MemoryLimits, check_full_host
 from kvoffload.placement import Placement, reserved_blocks
 from kvoffload.rates import least_chunk_bytes, rates_from_profile
-from kvoffload.sizing import Geometry, Sizes, choose_sizes, grown, split_to_plan, uncapped_sizes
+from kvoffload.sizing import (
+    LEAST_GAP_S,
+    Geometry,
+    Sizes,
+    choose_sizes,
+    chunks_may_be_recomputed,
+    grown,
+    split_to_plan,
+    uncapped_sizes,
+)
 from kvoffload.types import ModelShape, Plan, PlanInputs, Rates
 
 logger = logging.getLogger(__name__)
@@ -95,6 +104,7 @@ class Decider:
         shape: of the model.
         backend: of the session.
         profile: asked for only when a prediction is wanted; None from it means the link has no known speed.
+        stored: asked for otherwise, where the link is real: what is known of it without measuring, or None.
     """
 
     def __init__(
@@ -103,11 +113,13 @@ class Decider:
         shape: ModelShape,
         backend: Backend,
         profile: Callable[[], HardwareProfile],
+        stored: Callable[[], HardwareProfile | None] = lambda: None,
     ) -> None:
         self.config = config
         self.shape = shape
         self.backend = backend
         self._profile = profile
+        self._stored = (lambda: None) if backend.emulated else stored
         self.limits = MemoryLimits(config, shape, backend)
         self.measured = MeasuredRates()
 
@@ -161,10 +173,14 @@ class Decider:
             InfeasiblePlanError, HostMemoryError: before any token, with the numbers.
         """
         config, fixed_split = self.config, 0.0 if not can_recompute else split_to_plan(self.config, geometry)
-        profile = self._profile() if self._wants_profile else None
+        profile = self._profile() if self._wants_profile else self._stored()
         rates: Rates | None = None
+        recomputes = fixed_split != 0
+        if not self.backend.emulated:
+            geometry = replace(geometry, least_gap_s=LEAST_GAP_S)
+            recomputes = chunks_may_be_recomputed(self.config, geometry)
         if profile is not None:
-            least = least_chunk_bytes(profile, self.shape, recomputes=fixed_split != 0)
+            least = least_chunk_bytes(profile, self.shape, recomputes=recomputes)
             geometry = replace(geometry, least_chunk_bytes=least)
         elif self.backend.emulated:  # no copy is too small, only the host's time per chunk counts
             least = max(MIN_SEGMENT_BYTES, MIN_SEGMENT_ROWS * geometry.kv_row_bytes)

@@ -12,7 +12,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kvoffload import datasheet
 from kvoffload.errors import ProfileError
@@ -41,7 +41,8 @@ class HardwareProfile:
     `h2d` and `d2h` are None for an unpaced emulated link: it has no bandwidth, and `split="auto"` then transfers. Plans
     are made with the attributes; `curves` holds what else was measured (the names are those below, and
     `host_attention_<dtype>`, x = bytes of K/V in host memory), and `all_quantities` every scalar with its unit, spread
-    and provenance.
+    and provenance. Of a GPU's host the time per chunk is that of chunks of both forms in turn, and
+    `host_s_per_activation_chunk` and `host_s_per_kv_chunk` that of either.
 
         both                                       a copy in each direction at once, x = bytes of either
         h2d_pageable, d2h_pageable, both_pageable  the same three from host memory that is not pinned
@@ -112,6 +113,11 @@ class HardwareProfile:
         if label is not None and label.value == value:
             return label
         return Quantity(value=value, unit=unit, provenance="assumed")
+
+    def host_s_per_chunk_of(self, form: Literal["kv", "activation"]) -> float:
+        """Host seconds to issue a chunk of a form; of any chunk, where the forms were not timed apart."""
+        found = self.quantities.get(f"host_s_per_{form}_chunk")
+        return self.host_s_per_chunk if found is None else found.value
 
     def all_quantities(self) -> dict[str, Quantity]:
         """Every scalar by its name: attributes, the lines through the copies of the link, and what else there is."""

@@ -19,7 +19,7 @@ import torch
 from kvoffload.agreement import Probe, Recompute, reproduces, sampled
 from kvoffload.block_memory import BlockMemory
 from kvoffload.carried import CarriedPositions, PositionLayout
-from kvoffload.chunks import Chunk, chunks_of
+from kvoffload.chunks import Chunk, chunks_of, resident_runs
 from kvoffload.placement import Kind, Placement, Run, next_runs
 from kvoffload.positions import PositionTable
 from kvoffload.store import Block, HostPool, RowTable
@@ -80,6 +80,7 @@ class CacheLayer:
         self._memory = BlockMemory(cache.pool)
         self._reopened: Kind | None = None  # what the block was that a crop made partial
         self._chunks: tuple[int, Sequence[Chunk]] = (-1, ())
+        self._resident_runs: tuple[int, Sequence[int]] = (-1, ())
 
     # ---- what is cached ------------------------------------------------------------------------------------------
 
@@ -126,6 +127,12 @@ class CacheLayer:
             )
             self._chunks = (self.version, chunks)
         return self._chunks[1]
+
+    def resident_runs(self) -> Sequence[int]:
+        """Of each block on the device (the first ones), how many from it on are of one form and contiguous."""
+        if self._resident_runs[0] != self.version:
+            self._resident_runs = (self.version, resident_runs(self.blocks))
+        return self._resident_runs[1]
 
     # ---- growing -------------------------------------------------------------------------------------------------
 

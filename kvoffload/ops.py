@@ -8,6 +8,7 @@ operations, so each is called with that of its tensors as the current one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import warnings
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from kvoffload.kernels import cpu_attention, reference
+
+_NOTHING_TO_DO = contextlib.nullcontext()
 
 
 class _Required(TypedDict):
@@ -49,28 +52,28 @@ def segment_attention(q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, **options
     Raises:
         ValueError: if shapes, dtypes, strides or devices do not fit.
     """
-    if q.is_cpu:
+    if not _on_gpu(q):
         cpu_attention.segment_attention(q, kv, out, lse, **options)
         return
-    with torch.cuda.device_of(q):
+    with _on_its_device(q):
         (_triton("segment_attention", q) or reference).segment_attention(q, kv, out, lse, **options)
 
 
 def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
     """Merge the attention over some tokens into that over others, in place; see `reference.merge_`."""
-    with torch.cuda.device_of(out):
+    with _on_its_device(out):
         (_triton("merge", out) or reference).merge_(out, lse, part_out, part_lse)
 
 
 def finish(out: Tensor, lse: Tensor, result: Tensor, sinks: Tensor | None = None) -> None:
     """Write the attention of all segments into `result`, after the sinks took their share; see `reference.finish`."""
-    with torch.cuda.device_of(out):
+    with _on_its_device(out):
         (_triton("merge", out) or reference).finish(out, lse, result, sinks)
 
 
 def rope_(keys: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Rotary position embedding of keys `[tokens, rows, heads, head_dim]` in place; see `reference.rope_`."""
-    with torch.cuda.device_of(keys):
+    with _on_its_device(keys):
         (_triton("rope", keys) or reference).rope_(keys, cos, sin)
 
 
@@ -89,19 +92,38 @@ def linear_into(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         torch.addmm(bias, x, weight.t(), out=out)
 
 
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
 def _triton(name: str, tensor: Tensor) -> Any:
     """The module of a Triton kernel, or None if it cannot do this tensor: on a CUDA device that is warned of, once."""
-    if not tensor.is_cuda:
+    if not _on_gpu(tensor):
         return None
-    try:
-        module = importlib.import_module(f"kvoffload.kernels.{name}")
-    except ImportError as error:
-        _warn_once(f"{error}: attention and rotary embedding run unfused")
+    module = _module(name)
+    if module is None:
         return None
     if reason := module.unsupported(tensor):
         _warn_once(f"kernels/{name}.py cannot do {reason}: it runs unfused")
         return None
     return module
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    """A module of kernels, None where Triton cannot be imported; looked up once, as that takes microseconds."""
+    try:
+        return importlib.import_module(f"kvoffload.kernels.{name}")
+    except ImportError as error:
+        _warn_once(f"{error}: attention and rotary embedding run unfused")
+        return None
+
+
+def _on_its_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A tensor's device as the current one, on which kernels are launched; nothing to do where it is."""
+    if not _on_gpu(tensor) or tensor.get_device() == torch.cuda.current_device():
+        return _NOTHING_TO_DO
+    return torch.cuda.device_of(tensor)
 
 
 @functools.cache

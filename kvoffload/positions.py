@@ -25,13 +25,15 @@ class _Stream:
     """One captured tensor over all tokens.
 
     `table` [capacity, width] holds vectors, `index` [capacity, rows or 1] says which one a token of a row has;
-    `pending` holds what has not been stored yet, each [rows or 1, tokens, width].
+    `pending` holds what has not been stored yet, each [rows or 1, tokens, width]. While rows were alike the vectors are
+    those of the tokens in their order (`is_sequence`), and are read as they lie.
     """
 
     table: torch.Tensor | None = None
     index: torch.Tensor | None = None
     num_vectors: int = 0
     num_stored: int = 0
+    is_sequence: bool = True
     pending: list[torch.Tensor] = field(default_factory=list)
     num_pending: int = 0
 
@@ -50,7 +52,9 @@ class _Stream:
         if rows == 1 or bool((new == new[:, :1]).all()):
             vectors = new[:, 0]
             index = torch.arange(tokens, device=new.device).unsqueeze(1)
+            self.is_sequence = self.is_sequence and self.num_vectors == self.num_stored
         else:
+            self.is_sequence = False
             vectors, flat = new.reshape(tokens * rows, -1).unique(dim=0, return_inverse=True)
             index = flat.view(tokens, rows)
         self.table = _with_room(self.table, self.num_vectors, vectors, vectors.shape[1], capacity_tokens)
@@ -74,6 +78,8 @@ class _Stream:
     def read(self, tokens: slice | Sequence[int], rows: int, row_step: int) -> torch.Tensor:
         """[rows or 1, tokens, width] of stored tokens; every `row_step`-th logical row."""
         assert self.table is not None and self.index is not None
+        if self.is_sequence and isinstance(tokens, slice):
+            return self.table[tokens].unsqueeze(0)
         index = self.index[tokens]
         if index.shape[1] > 1:
             index = index[:, : rows * row_step : row_step]
@@ -217,6 +223,8 @@ class PositionTable(PositionStore):
             if stream.num_stored + stream.num_pending > num_tokens:
                 stream.store(self._capacity_tokens)
                 stream.num_stored = num_tokens
+                if stream.is_sequence:
+                    stream.num_vectors = num_tokens
 
     def restore(self, start: int, stop: int, columns: torch.Tensor) -> None:
         for stream in self._streams:

@@ -10,7 +10,7 @@ import math
 
 from kvoffload.errors import ProfileError
 from kvoffload.hardware_profile import HardwareProfile
-from kvoffload.types import ModelShape, Rates
+from kvoffload.types import Form, ModelShape, Rates
 
 CHUNK_SPEED_FRACTION = 0.95
 HOST_TIME_FRACTION = 0.25  # of a chunk's copy, that the host may take to issue the chunk
@@ -89,8 +89,8 @@ def least_chunk_bytes(profile: HardwareProfile, shape: ModelShape, *, recomputes
     """K/V bytes of the smallest chunk that keeps link, recomputation and host out of each other's way.
 
     That is a power of two at which the link and the GEMM of recomputation reach `CHUNK_SPEED_FRACTION` of their speed
-    at `LARGEST_CHUNK_BYTES`, and the host's time per chunk is at most `HOST_TIME_FRACTION` of the copy's; where the
-    device is the CPU, and has to do both, at most what the fraction leaves.
+    at `LARGEST_CHUNK_BYTES`, and the host's time for a chunk of either form is at most `HOST_TIME_FRACTION` of that
+    form's copy; where the device is the CPU, and has to do both, at most what the fraction leaves of the copy of K/V.
 
     Args:
         profile: the machine.
@@ -99,10 +99,16 @@ def least_chunk_bytes(profile: HardwareProfile, shape: ModelShape, *, recomputes
     """
 
     host_fraction = 1 - CHUNK_SPEED_FRACTION if profile.emulated_link else HOST_TIME_FRACTION
+    row_bytes: dict[Form, int] = {"kv": shape.kv_row_bytes}
+    if recomputes and not profile.emulated_link:
+        row_bytes["activation"] = shape.activation_row_bytes
 
     def is_fast(num_bytes: int) -> bool:
-        if profile.h2d is not None and profile.host_s_per_chunk > host_fraction * profile.h2d.seconds(num_bytes):
-            return False
+        for form, form_bytes in row_bytes.items():
+            copied_bytes = num_bytes * form_bytes / shape.kv_row_bytes
+            copy_s = math.inf if profile.h2d is None else profile.h2d.seconds(copied_bytes)
+            if profile.host_s_per_chunk_of(form) > host_fraction * copy_s:
+                return False
         rates = [] if profile.h2d is None else [profile.h2d.rate]
         if recomputes:
             n, k = shape.num_kv_heads * shape.head_dim, shape.hidden_size

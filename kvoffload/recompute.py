@@ -102,7 +102,7 @@ class FastRecompute:
             ops.linear_into(flat, self._values.weight, self._values.bias, flat_out[:, self._shape.key_width :])
             if embeddings:
                 cos, sin = (part.transpose(0, 1) for part in embeddings)  # [tokens, rows or 1, rotary_dim]
-                ops.rope_(self._shape.split(out)[0], cos, sin)
+                ops.rope_(self._shape.keys_of(out), cos, sin)
 
 
 def choose(

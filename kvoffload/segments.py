@@ -50,17 +50,21 @@ def attend(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor, question
     def attend_resident(share: float = 1 / shares) -> None:
         for run in resident.due(share):
             if run.form == "kv":
-                answer.add(run.data, run.first_block)
+                answer.add(run.data.view(answer.layout(*run.data.shape[:2])[1]), run.first_block)
             else:
                 answer.add_recomputed(run.data, run.first_block)
 
-    for chunk, data in engine.arriving(job, between=attend_resident):
-        rows = layer.row_shapes[chunk.form].view(data, len(chunk.blocks) * block_tokens, chunk.blocks[0].rows)
-        engine.backend.compute(reads=(data,))
+    for chunk, room in engine.arriving(job, between=attend_resident):
+        tokens, rows, is_sampled = len(chunk.blocks) * block_tokens, chunk.blocks[0].rows, chunk is job.chunks[0]
         if chunk.form == "kv":
-            answer.add(rows, chunk.first_block, is_sampled=chunk is job.chunks[0])
+            kv = room.view(*answer.layout(tokens, rows))
+            engine.backend.compute(reads=(kv,))
+            answer.add(kv, chunk.first_block, is_sampled=is_sampled)
         else:
-            answer.add_recomputed(rows, chunk.first_block, is_sampled=chunk is job.chunks[0])
+            row = layer.row_shapes["activation"]
+            stored = room.view(row.dtype, (tokens, rows, row.width))
+            engine.backend.compute(reads=(stored,))
+            answer.add_recomputed(stored, chunk.first_block, is_sampled=is_sampled)
     attend_resident(1)  # what rounding left, or all of it
     answer.add_newest(keys, values)
     return answer.finish()
@@ -77,19 +81,24 @@ class _Answer:
         self._lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         self._is_first = True
 
+    def layout(self, tokens: int, rows: int) -> tuple[torch.dtype, tuple[int, ...]]:
+        """How attention reads K and V: [tokens, rows, 2, heads, head_dim]."""
+        shape = self._shape
+        return shape.dtype, (tokens, rows, 2, shape.key_heads, shape.key_dim)
+
     def add_recomputed(self, stored: torch.Tensor, first_block: int, *, is_sampled: bool = False) -> None:
         """Attend to blocks stored as activations, [tokens, rows, width], which are on the device."""
         layer, backend = self._layer, self._layer.cache.engine.backend
         tokens, rows = stored.shape[:2]
-        scratch = layer.cache.engine.scratch[: tokens * rows * self._shape.row_bytes]
-        backend.compute(writes=(scratch,))
-        kv = layer.row_shapes["kv"].view(scratch, tokens, rows)
+        scratch = layer.cache.engine.scratch
+        kv = scratch.view(self._shape.dtype, (tokens, rows, self._shape.width))
+        backend.compute(writes=(kv,))
         layer.recompute_into(first_block, layer.blocks[first_block], stored, kv)
-        backend.compute(reads=(scratch,))
-        self.add(kv, first_block, is_sampled=is_sampled)
+        backend.compute(reads=(kv,))
+        self.add(scratch.view(*self.layout(tokens, rows)), first_block, is_sampled=is_sampled)
 
     def add(self, kv: torch.Tensor, first_block: int, *, is_sampled: bool = False) -> None:
-        """Attend to stored blocks, [tokens, stored rows, width]; `is_sampled`: this chunk is timed for the layer."""
+        """Attend to stored blocks, as `layout` says; `is_sampled`: this chunk is timed for the layer."""
         block_tokens = self._layer.cache.placement.block_tokens
         table = self._layer.cache.row_table.table
         if table is not None:
@@ -102,17 +111,17 @@ class _Answer:
         tail = self._layer.tail
         assert tail is not None
         newest = tail.with_new(NewTokens(keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)))
-        self._attend(newest, self._layer.num_stored_tokens, None)
+        self._attend(newest.view(self.layout(*newest.shape[:2])[1]), self._layer.num_stored_tokens, None)
 
     def _attend(
         self, kv: torch.Tensor, first_position: int, row_table: torch.Tensor | None, *, is_sampled: bool = False
     ) -> None:
-        shape, question = self._shape, self._question
+        question = self._question
         row_tokens = kv.shape[0] * question.query.shape[0] if is_sampled else 0
         with self._layer.cache.engine.backend.sampling("attention", row_tokens):
             ops.segment_attention(
                 question.query,
-                kv.view(*kv.shape[:2], 2, shape.key_heads, shape.key_dim),
+                kv,
                 self._out,
                 self._lse,
                 scale=question.scale,

@@ -30,7 +30,7 @@ from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.layer import CacheLayer
 from kvoffload.model_shape import shape_from_config
 from kvoffload.placement import Placement
-from kvoffload.profiler.stored import resolve_profile
+from kvoffload.profiler.stored import find_stored, resolve_profile
 from kvoffload.progress import AllocationProgress
 from kvoffload.run import Run
 from kvoffload.stats import GenerationStats
@@ -64,7 +64,7 @@ class Session:
         self.engine = TransferEngine(self.backend, overlap=config.overlap, schedule=config.schedule)
         text_config = self.model.config.get_text_config(decoder=True)
         shape = shape_from_config(text_config, self.model.dtype)
-        self.decider = Decider(config, shape, self.backend, self._load_profile)
+        self.decider = Decider(config, shape, self.backend, self._load_profile, self._find_profile)
         self._progress = AllocationProgress()
         self.pool = HostPool(self.backend, self.decider.limits.host_cap_bytes(), self._progress.update)
         self._lock = threading.Lock()
@@ -189,6 +189,11 @@ class Session:
     def _load_profile(self) -> HardwareProfile:
         if self._profile is None:
             self._profile = resolve_profile(self.config.profile, device=self.backend.device, link=self.config.link)
+        return self._profile
+
+    def _find_profile(self) -> HardwareProfile | None:
+        if self._profile is None:
+            self._profile = find_stored(self.backend.device)
         return self._profile
 
     def _reap(self) -> None:

@@ -6,6 +6,7 @@ Owns the sizes that do not depend on where blocks live; the planner owns that.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from kvoffload.config import OffloadConfig
@@ -15,11 +16,12 @@ from kvoffload.units import counted, gib
 
 TARGET_CHUNK_BYTES = 32 * 2**20  # K/V of a chunk: large enough for full link and GEMM rate on GPUs measured by others
 MIN_CHUNK_BYTES = 2**20  # K/V of a chunk: below this the host's time per chunk shows, and nothing is gained
-SEGMENT_CHUNK_BYTES = 4 * 2**20  # the same where attention takes chunks one by one and nothing was measured
 MIN_CHUNKS_PER_LAYER = 8  # finer than this the first and last chunk of a layer no longer matter
 MAX_BLOCK_TOKENS = 64
 MIN_BLOCK_TOKENS = 8
 MAX_SLOTS = 16
+LEAST_GAP_S = 5e-3  # between two steps, that the ring of a real link covers: sampling and a user's callbacks take it
+UNKNOWN_H2D_BYTES_PER_S = 50e9  # of a real link that nobody measured: PCIe 5.0 x16, a slower one's ring covers more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,8 @@ class Geometry:
     beams: int = 1
     other_device_bytes: int = 0  # layers that stay on the device
     is_segmented: bool = False  # attention takes chunks one by one: no layer buffers, and kv chunks use the ring
-    least_chunk_bytes: int = SEGMENT_CHUNK_BYTES  # K/V of a chunk that keeps link and GEMM fast, see cost
+    least_chunk_bytes: int = TARGET_CHUNK_BYTES  # K/V of a chunk that keeps link and GEMM fast, see cost
+    least_gap_s: float = 0.0  # that the ring covers, whatever else it is for; 0 on an emulated link
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -106,6 +109,10 @@ def choose_sizes(
             f"at least {gib(smallest.fixed_device_bytes)} on the device ({_describe(smallest)}), device_gib allows "
             f"{gib(device_bytes)}: raise device_gib, or lower the batch or max_new_tokens"
         )
+    if geometry.least_gap_s:  # a real link, on which small chunks are slow: first fewer of them, then smaller ones
+        for candidate in _smaller(sizes, geometry, config, keeps_activations):
+            if candidate.fixed_device_bytes <= device_bytes:
+                return candidate
     best = smallest
     for slots in range(smallest.num_slots, sizes.num_slots + 1):  # as much of comfort as fits
         candidate = _with(
@@ -119,6 +126,27 @@ def choose_sizes(
         if candidate.fixed_device_bytes <= device_bytes:
             best = candidate
     return best
+
+
+def _smaller(sizes: Sizes, geometry: Geometry, config: OffloadConfig, keeps_activations: bool) -> Iterator[Sizes]:
+    """The same blocks in ever smaller rings, then in ever smaller chunks; what the user fixed stays."""
+    chunk_blocks, slots = sizes.chunk_blocks, sizes.num_slots
+    fewest = 1 + _at_work(geometry)
+    while True:
+        if config.slots == "auto" and config.schedule == "pipelined" and slots > fewest:
+            slots -= 1
+        elif config.chunk_blocks == "auto" and chunk_blocks > 1:
+            chunk_blocks //= 2
+        else:
+            return
+        yield _with(
+            geometry,
+            config,
+            keeps_activations,
+            block_tokens=sizes.block_tokens,
+            chunk_blocks=chunk_blocks,
+            num_slots=slots,
+        )
 
 
 def smallest_sizes(geometry: Geometry, config: OffloadConfig, *, keeps_activations: bool) -> Sizes:
@@ -165,11 +193,13 @@ def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: b
     else:
         row_bytes = _slot_row_bytes(geometry, keeps_activations)
         slot_bytes = block_tokens * chunk_blocks * geometry.rows * row_bytes
-        # One chunk being filled and one being recomputed, beside what arrives in the meantime. With kv chunks in the
-        # ring as well one more: two of a kind in a row would make the link wait where link and device are balanced.
-        at_work = 3 if geometry.is_segmented else 2
+        at_work = _at_work(geometry)
         num_slots = at_work + (1 if rates is None else math.ceil(_ring_bytes(geometry, rates) / slot_bytes))
         num_slots = min(MAX_SLOTS, num_slots)
+        if geometry.least_gap_s:  # then whatever arrives in it, which is not more than there is
+            rate = UNKNOWN_H2D_BYTES_PER_S if rates is None else rates.h2d_kv_bytes_per_s
+            num_slots = max(num_slots, at_work + math.ceil(rate * geometry.least_gap_s / slot_bytes))
+            num_slots = min(num_slots, at_work + geometry.num_offloaded_layers * chunks_per_layer)
     return _with(
         geometry,
         config,
@@ -178,6 +208,15 @@ def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: b
         chunk_blocks=chunk_blocks,
         num_slots=num_slots,
     )
+
+
+def _at_work(geometry: Geometry) -> int:
+    """Slots that are in use, beside what arrives in the meantime: one being filled and one being recomputed.
+
+    With kv chunks in the ring as well one more: two of a kind in a row would make the link wait where link and device
+    are balanced.
+    """
+    return 3 if geometry.is_segmented else 2
 
 
 def _ring_bytes(geometry: Geometry, rates: Rates) -> float:
@@ -223,6 +262,18 @@ def split_to_plan(config: OffloadConfig, geometry: Geometry) -> float | None:
     """
     is_smaller = geometry.stored_activation_row_bytes < geometry.kv_row_bytes
     return config.fixed_split if is_smaller or config.fixed_split is not None else 0.0
+
+
+def chunks_may_be_recomputed(config: OffloadConfig, geometry: Geometry) -> bool:
+    """Whether chunks are made large enough to recompute fast.
+
+    Over a real link as a free split's are, whatever the split: so that figures of different splits compare, and a small
+    chunk is slow there in any case. On an emulated link where some are.
+    """
+    split = split_to_plan(config, geometry)
+    if geometry.least_gap_s:
+        split = split_to_plan(replace(config, split="auto"), geometry)
+    return split != 0
 
 
 def _slot_row_bytes(geometry: Geometry, keeps_activations: bool) -> int:

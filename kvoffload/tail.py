@@ -48,9 +48,12 @@ class KVShape(NamedTuple):
 
     def split(self, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V `[tokens, rows, heads, dim]` as views of `[tokens, rows, width]`."""
-        keys = data[..., : self.key_width].unflatten(-1, (self.key_heads, self.key_dim))
-        values = data[..., self.key_width :].unflatten(-1, (self.value_heads, self.value_dim))
-        return keys, values
+        values = data[..., self.key_width :].view(*data.shape[:-1], self.value_heads, self.value_dim)
+        return self.keys_of(data), values
+
+    def keys_of(self, data: torch.Tensor) -> torch.Tensor:
+        """The K of `split`."""
+        return data[..., : self.key_width].view(*data.shape[:-1], self.key_heads, self.key_dim)
 
 
 class RowShape(NamedTuple):

@@ -28,6 +28,7 @@ import torch
 
 from kvoffload.backend import Backend, Event
 from kvoffload.chunks import Chunk
+from kvoffload.room import Room
 from kvoffload.store import Block
 from kvoffload.types import Schedule
 from kvoffload.write_back import D2HSlot, WriteBack
@@ -53,7 +54,7 @@ class CacheSource(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    bytes: torch.Tensor
+    room: Room
     released: Event  # compute is done with it
     is_busy: bool = False  # holds a chunk that compute has not released
 
@@ -63,6 +64,10 @@ class LayerBuffer(D2HSlot):
     """Device memory for one layer's whole K/V in stored row order, or for what a layer stores during a prefill."""
 
     released: Event = field(kw_only=True)
+
+    def empty(self) -> None:
+        """Hold no memory any more."""
+        self.bytes = self.bytes[:0].clone()
 
 
 @dataclass(slots=True, eq=False)
@@ -100,7 +105,7 @@ class TransferEngine:
         self._slots: list[_Slot] = []
         self._buffers: list[LayerBuffer] = []
         self._gathered: torch.Tensor | None = None
-        self._scratch: torch.Tensor | None = None
+        self._scratch: Room | None = None
         self.write_back = WriteBack(backend)
         self.stage_limit_bytes: int | None = None  # what both stages together may take
         self._next_slot = self._next_buffer = 0
@@ -119,9 +124,9 @@ class TransferEngine:
         """Make the ring, the two layer buffers, the D2H slots and the scratch exactly that large."""
         self.drop()
         self.release_stages()
-        if [slot.bytes.numel() for slot in self._slots] != [slot_bytes] * num_slots:
-            slots = self._replace("slots", self._slots, num_slots, slot_bytes)
-            self._slots = [_Slot(data, released=self.backend.release()) for data in slots]
+        if [slot.room.bytes.numel() for slot in self._slots] != [slot_bytes] * num_slots:
+            slots = self._replace("slots", [slot.room for slot in self._slots], num_slots, slot_bytes)
+            self._slots = [_Slot(Room(data), released=self.backend.release()) for data in slots]
         if [buffer.bytes.numel() for buffer in self._buffers] != [buffer_bytes] * 2:
             for buffer in self._buffers:
                 buffer.take_over(self.backend)
@@ -130,19 +135,19 @@ class TransferEngine:
         self.account("d2h_slots", 0)
         self.write_back.configure(d2h_slot_bytes)
         self.account("d2h_slots", 2 * d2h_slot_bytes)
-        if self._scratch is None or self._scratch.numel() != scratch_bytes:
+        if self._scratch is None or self._scratch.bytes.numel() != scratch_bytes:
             self._scratch = None
             self.account("scratch", scratch_bytes)
-            self._scratch = self.backend.allocate_device(scratch_bytes)
+            self._scratch = Room(self.backend.allocate_device(scratch_bytes))
         self._next_slot = self._next_buffer = 0
 
     def _replace(
-        self, purpose: str, old: Sequence[_Slot | LayerBuffer], count: int, num_bytes: int
+        self, purpose: str, old: Sequence[Room | LayerBuffer], count: int, num_bytes: int
     ) -> list[torch.Tensor]:
         """New buffers of one purpose; the old ones go first, so that both never exist at once."""
         for holder in old:
             self.backend.free_device(holder.bytes)
-            holder.bytes = holder.bytes[:0].clone()
+            holder.empty()
         self.account(purpose, 0)
         made = [self.backend.allocate_device(num_bytes) for _ in range(count)]
         self.account(purpose, num_bytes * count)
@@ -164,15 +169,15 @@ class TransferEngine:
         """Layer buffers of at least that size, for caches whose maximum length was not known."""
         if self._buffers[0].bytes.numel() < num_bytes:
             self.configure(
-                slot_bytes=self._slots[0].bytes.numel() if self._slots else 0,
+                slot_bytes=self._slots[0].room.bytes.numel() if self._slots else 0,
                 num_slots=len(self._slots),
                 buffer_bytes=max(num_bytes, 2 * self._buffers[0].bytes.numel()),
                 d2h_slot_bytes=self.write_back.slot_bytes,
-                scratch_bytes=0 if self._scratch is None else self._scratch.numel(),
+                scratch_bytes=0 if self._scratch is None else self._scratch.bytes.numel(),
             )
 
     @property
-    def scratch(self) -> torch.Tensor:
+    def scratch(self) -> Room:
         """Memory that compute alone uses: for K and V of a recomputed chunk."""
         assert self._scratch is not None
         return self._scratch
@@ -180,14 +185,14 @@ class TransferEngine:
     def measuring_room(self) -> torch.Tensor:
         """Where recomputation writes in a step, to time it while nothing is in flight; synchronise before and after."""
         assert not self._jobs
-        room = self._buffers[0].bytes if self._buffers[0].bytes.numel() else self.scratch
+        room = self._buffers[0].bytes if self._buffers[0].bytes.numel() else self.scratch.bytes
         self.backend.compute(writes=(room,))
         return room
 
     def idle_slots(self) -> list[torch.Tensor]:
         """The ring, to time attention and copies in while nothing is in flight; synchronise before and after."""
         assert not self._jobs
-        slots = [slot.bytes for slot in self._slots]
+        slots = [slot.room.bytes for slot in self._slots]
         self.backend.compute(writes=slots)
         return slots
 
@@ -250,8 +255,8 @@ class TransferEngine:
             self._next_position = 0
         self._pump()
 
-    def arriving(self, job: Job, between: Callable[[], None] = lambda: None) -> Iterator[tuple[Chunk, torch.Tensor]]:
-        """Chunks in order of transfer, each in its slot on the device when yielded.
+    def arriving(self, job: Job, between: Callable[[], None] = lambda: None) -> Iterator[tuple[Chunk, Room]]:
+        """Chunks in order of transfer, each at the beginning of its slot on the device when yielded.
 
         With a layer buffer only activation chunks: kv chunks land there by themselves, all of them by the end. The
         caller issues what it does with a chunk before asking for the next; `between` is called when a chunk's slot can
@@ -274,9 +279,8 @@ class TransferEngine:
             self.backend.compute_waits(job.ready[gate])
             slot = job.slots[idx]
             if slot is not None:
-                data = slot.bytes[: chunk.source.numel()]
-                yield chunk, data
-                slot.released = self.backend.release(data)
+                yield chunk, slot.room
+                slot.released = self.backend.release(slot.room.part(chunk.source.numel()))
                 slot.is_busy = False
                 self._pump()
                 between()
@@ -304,7 +308,7 @@ class TransferEngine:
                 job.buffer.take_over(self.backend)
                 job.buffer.released = self.backend.release(job.buffer.bytes)
         for slot in busy:
-            slot.released = self.backend.release(slot.bytes)
+            slot.released = self.backend.release(slot.room.bytes)
             slot.is_busy = False
         self._jobs.clear()
         self._current = None
@@ -332,13 +336,15 @@ class TransferEngine:
         if not self.overlap or self._cache is None:
             return
         while True:
-            job = next((job for job in self._jobs if len(job.ready) < len(job.chunks)), None)
-            if job is not None:
-                if not self._issue(job):
-                    return
-            elif self._may_look_ahead():
-                self._new_job()
+            for job in self._jobs:
+                if len(job.ready) < len(job.chunks):
+                    break
             else:
+                if not self._may_look_ahead():
+                    return
+                self._new_job()
+                continue
+            if not self._issue(job):
                 return
 
     def _may_look_ahead(self) -> bool:
@@ -355,18 +361,20 @@ class TransferEngine:
     def _issue(self, job: Job) -> bool:
         """Queue the next copy of `job`; False if its slot is still in use."""
         chunk = job.chunks[len(job.ready)]
-        num_bytes = chunk.source.numel()
         slot: _Slot | None = None
-        after = [chunk.blocks[-1].written]  # blocks are written in order, so the last is enough
         if chunk.form == "activation" or job.buffer is None:
             slot = self._slots[self._next_slot]
             if slot.is_busy:
                 return False
             slot.is_busy = True
+        num_bytes = chunk.source.numel()
+        after = [chunk.blocks[-1].written]  # blocks are written in order, so the last is enough
+        if slot is not None:
             self._next_slot = (self._next_slot + 1) % len(self._slots)
-            target = slot.bytes[:num_bytes]
+            target = slot.room.part(num_bytes)
             after.append(slot.released)
         else:
+            assert job.buffer is not None
             start = chunk.landing_offset
             target = job.buffer.bytes[start : start + num_bytes]
             after.append(job.buffer.released)

@@ -19,7 +19,14 @@ from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.rates import least_chunk_bytes, rates_from_profile
-from kvoffload.sizing import Geometry, choose_sizes, prefill_peak_bytes, split_to_plan
+from kvoffload.sizing import (
+    LEAST_GAP_S,
+    Geometry,
+    choose_sizes,
+    chunks_may_be_recomputed,
+    prefill_peak_bytes,
+    split_to_plan,
+)
 from kvoffload.types import ModelShape, Plan, PlanInputs, Rates, Workload
 from kvoffload.units import gb
 
@@ -69,9 +76,10 @@ class Task(NamedTuple):
             beams=self.workload.num_beams,
             other_device_bytes=self._bounded_layers_bytes(rows),
             is_segmented=config.attention == "auto" and config.schedule == "pipelined",
+            least_gap_s=0.0 if self.profile.emulated_link else LEAST_GAP_S,
         )
         split = split_to_plan(config, geometry)
-        least = least_chunk_bytes(self.profile, shape, recomputes=split != 0)
+        least = least_chunk_bytes(self.profile, shape, recomputes=chunks_may_be_recomputed(config, geometry))
         geometry = replace(geometry, least_chunk_bytes=least)
         rates: Rates | None = None
         for _ in range(2):  # the ring needs rates, rates need the size of a chunk

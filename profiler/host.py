@@ -3,11 +3,13 @@
 Owns these two timings. The time between two steps (sampling, stopping criteria) needs a model: it is assumed in a
 profile and corrected from the first real steps.
 
-The chunk measurement sends layers of small chunks through the runtime's own `TransferEngine`; each is attended to,
-every second one is an activation and recomputed first. The processor time of the calling thread counts, so neither the
-link nor a wait for it does, and on a GPU nothing that runs there. The layer measurement issues a stand-in decoder layer
-of a few numbers' width on one token: on a GPU the launches are timed without waiting for them, on a CPU the arithmetic
-is negligible against the calls. Valid under the rule of `trials`.
+The chunk measurement sends layers of small chunks of one form, or of both in turn, through the runtime's own
+`TransferEngine`; each is attended to, an activation recomputed first. On a GPU a chunk is just long enough that all is
+launched that a large one launches: attention in several parts that are merged, position embeddings that are read for
+the rotation; on a CPU, where work is no launch, it has hardly any numbers. The processor time of the calling thread
+counts, so neither the link nor a wait for it does, and on a GPU nothing that runs there. The layer measurement issues a
+stand-in decoder layer of a few numbers' width on one token: on a GPU the launches are timed without waiting for them,
+on a CPU the arithmetic is negligible against the calls. Valid under the rule of `trials`.
 """
 
 from __future__ import annotations
@@ -21,18 +23,28 @@ import torch
 from kvoffload import ops
 from kvoffload.backend import Backend
 from kvoffload.chunks import Chunk
+from kvoffload.positions import PositionTable
 from kvoffload.profiler.trials import Trials, time_trials
+from kvoffload.room import Room
 from kvoffload.store import Block
 from kvoffload.transfer import TransferEngine
 from kvoffload.types import Form
 
 CHUNKS_PER_LAYER = 8
+CHUNK_TOKENS = {"cpu": 1, "cuda": 256}  # on a GPU several steps of a kernel, which are parts of their own
 WIDTH = 16  # of a head, and of the activation
+_BOTH: tuple[Form, Form] = ("activation", "kv")
 
 
-def measure_host_s_per_chunk(backend: Backend, *, budget_s: float = 0.3) -> Trials:
-    """Host seconds of one chunk on `backend`: queue its copy, wait, recompute every second one, attend, release."""
-    layer = _StandInChunks(backend)
+def measure_host_s_per_chunk(backend: Backend, *, forms: tuple[Form, ...] = _BOTH, budget_s: float = 0.3) -> Trials:
+    """Host seconds of one chunk on `backend`: queue its copy, wait, recompute activations, attend, release.
+
+    Args:
+        backend: the backend, idle.
+        forms: of the chunks, in turn.
+        budget_s: for all trials.
+    """
+    layer = _StandInChunks(backend, forms)
     cache = _OneLayer(layer)
     engine = TransferEngine(backend)
     engine.configure(slot_bytes=layer.chunk_bytes, num_slots=4, buffer_bytes=0, d2h_slot_bytes=layer.chunk_bytes)
@@ -41,8 +53,8 @@ def measure_host_s_per_chunk(backend: Backend, *, budget_s: float = 0.3) -> Tria
         began = time.thread_time()
         for _ in range(n):
             job = engine.begin(cache, layer, in_layer_buffer=False)
-            for chunk, data in engine.arriving(job):
-                layer.use(chunk, data)
+            for chunk, room in engine.arriving(job):
+                layer.use(chunk, room)
             engine.finish_current()
         took_s = time.thread_time() - began
         backend.synchronize()
@@ -57,27 +69,31 @@ def measure_host_s_per_chunk(backend: Backend, *, budget_s: float = 0.3) -> Tria
 
 
 class _StandInChunks:
-    """A layer of `CHUNKS_PER_LAYER` chunks of one block of one token, activations and K/V in turn."""
+    """A layer of `CHUNKS_PER_LAYER` chunks of one block and one row, of some forms in turn."""
 
     position, version, is_segmented = 0, 0, True
-    chunk_bytes = 2 * WIDTH * 4
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, forms: tuple[Form, ...]) -> None:
         self._backend = backend
+        self._tokens = CHUNK_TOKENS[backend.device.type]
+        self.chunk_bytes = self._tokens * 2 * WIDTH * 4  # an activation chunk uses half of it
         self._host = backend.allocate_host(CHUNKS_PER_LAYER * self.chunk_bytes)
-        forms: list[Form] = ["activation", "kv"]
         parts = self._host.tensor.view(CHUNKS_PER_LAYER, self.chunk_bytes)
         written = backend.release()
         blocks = [
-            Block(forms[idx % 2], 1, self.chunk_bytes, host=part, written=written) for idx, part in enumerate(parts)
+            Block(forms[idx % len(forms)], 1, self.chunk_bytes, host=part, written=written)
+            for idx, part in enumerate(parts)
         ]
         self._host.tensor.zero_()
         self._chunks = [Chunk(block.form, idx, (block,), parts[idx], 0) for idx, block in enumerate(blocks)]
         with torch.inference_mode(False):
             zeros = functools.partial(torch.zeros, device=backend.device, dtype=torch.float32)
-            self._weight, self._angles = zeros(WIDTH, WIDTH), zeros(1, 1, WIDTH)
-            self._query, self._scratch = zeros(1, 1, 1, WIDTH), zeros(1, 1, 2 * WIDTH)
+            self._weight, angles = zeros(WIDTH, WIDTH), zeros(1, CHUNKS_PER_LAYER * self._tokens, WIDTH)
+            self._query, self._scratch = zeros(1, 1, 1, WIDTH), zeros(self._tokens, 1, 2 * WIDTH)
             self._out, self._lse = zeros(1, 1, 1, WIDTH), zeros(1, 1, 1)
+            self._angles = angles[:, :1]
+            self._positions = PositionTable(angles.shape[1])
+            self._streams = self._positions.capture(0, 0, (angles, angles.clone()), 0)
 
     def chunks(self) -> Sequence[Chunk]:
         return self._chunks
@@ -85,27 +101,38 @@ class _StandInChunks:
     def expects_another_step(self) -> bool:
         return True
 
-    def use(self, chunk: Chunk, data: torch.Tensor) -> None:
+    def use(self, chunk: Chunk, room: Room) -> None:
         """What a decode step does with a chunk, on hardly any numbers."""
-        self._backend.compute(reads=(data,))
+        kv = room.view(torch.float32, (self._tokens, 1, 2 * WIDTH))
+        self._backend.compute(reads=(kv,))
+        first_position = chunk.first_block * self._tokens
         with torch.no_grad():
-            kv = data.view(torch.float32).view(1, 1, 2 * WIDTH)
             if chunk.form == "activation":
-                activation, kv = kv[0, :, :WIDTH], self._scratch
+                activation, kv = kv[:, 0, :WIDTH], self._scratch
+                cos, sin = self._embeddings(first_position)
+                span = self._backend.start_span("recompute")
                 for half in range(2):
-                    out = kv.view(1, 2 * WIDTH)[:, half * WIDTH : (half + 1) * WIDTH]
+                    out = kv.view(self._tokens, 2 * WIDTH)[:, half * WIDTH : (half + 1) * WIDTH]
                     ops.linear_into(activation, self._weight, None, out)
-                ops.rope_(kv[..., :WIDTH].unflatten(-1, (1, WIDTH)), self._angles, self._angles)
+                ops.rope_(kv[..., :WIDTH].unflatten(-1, (1, WIDTH)), cos, sin)
+                self._backend.end_span(span)
             ops.segment_attention(
                 self._query,
-                kv.view(1, 1, 2, 1, WIDTH),
+                kv.view(self._tokens, 1, 2, 1, WIDTH),
                 self._out,
                 self._lse,
                 scale=1.0,
                 is_first=chunk.first_block == 0,
-                first_position=chunk.first_block,
-                query_position=CHUNKS_PER_LAYER,
+                first_position=first_position,
+                query_position=CHUNKS_PER_LAYER * self._tokens,
             )
+
+    def _embeddings(self, first: int) -> tuple[torch.Tensor, ...]:
+        """Cosines and sines of a chunk's tokens, [tokens, 1, width]; on a CPU those of all chunks are the same."""
+        if self._tokens == 1:
+            return self._angles, self._angles
+        parts = self._positions.read(self._streams, first, first + self._tokens, 1, 1)
+        return tuple(part.transpose(0, 1) for part in parts)
 
     def close(self) -> None:
         """Give the host memory back."""

@@ -47,13 +47,15 @@ from kvoffload.profiler.copies import given_curves, measure_copies
 from kvoffload.profiler.device import Link, default_dtype, device_memory_bytes, device_name, machine_key, resolve_device
 from kvoffload.profiler.host import measure_host_s_per_chunk, measure_host_s_per_layer
 from kvoffload.profiler.host_memory import measure_host_memory
-from kvoffload.types import Quantity
+from kvoffload.types import Form, Quantity
 from kvoffload.units import counted
 
 logger = logging.getLogger(__name__)
 
 MAX_OTHER_LOAD_FRACTION = 0.25  # of all CPUs, by other processes
-METHOD = 2  # of measuring; since 2 a chunk's host time is that of all its calls, before only of queueing its copy
+# Of measuring; since 2 a chunk's host time is that of all its calls, before only of queueing its copy. Since 3 a GPU's
+# rates have no launches in them, and chunks of either form are timed apart.
+METHOD = 3
 MAX_NAMED = 3  # noisy points in a message
 
 
@@ -111,8 +113,13 @@ def measure_hardware(
         steps.begin("energy")
         powers = energy.measure_energy(backend, dtype, meter, budget.stretch_s) if budget.stretch_s else {}
         steps.begin("host")
+        forms: dict[str, tuple[Form, ...]] = {"host_s_per_chunk": ("activation", "kv")}
+        if not backend.emulated:
+            forms |= {"host_s_per_activation_chunk": ("activation",), "host_s_per_kv_chunk": ("kv",)}
         host = {
-            "host_s_per_chunk": measure_host_s_per_chunk(backend, budget_s=budget.host_s),
+            name: measure_host_s_per_chunk(backend, forms=chosen, budget_s=budget.host_s / len(forms))
+            for name, chosen in forms.items()
+        } | {
             "host_s_per_layer": measure_host_s_per_layer(device, budget_s=budget.host_s),
         }
     steps.done()

@@ -111,6 +111,18 @@ def load(device: torch.device | str = "auto", link: Link = "auto") -> HardwarePr
     return with_link(found, link) if isinstance(link, EmulatedLink) else found
 
 
+def find_stored(device: torch.device | str = "auto") -> HardwareProfile | None:
+    """What `load` finds of a machine's own link; None where it raises, with a log message if a file is damaged.
+
+    For whom a profile is welcome, and not needed.
+    """
+    try:
+        return _stored(resolve_device(device, "auto"))
+    except ProfileError as error:
+        logger.warning("done without a profile: %s", error)
+        return None
+
+
 def load_or_measure(
     device: torch.device | str = "auto",
     link: Link = "auto",

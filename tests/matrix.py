@@ -19,13 +19,12 @@ import torch
 from models import GPTJ_IS_LIKE_OTHERS, RECOMPUTABLE, TRANSFERRED, make_model
 from modes import MODES, Mode, Outcome, given, outcome, plain_cache, prompt
 from transformers import DynamicCache, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvoffload import EmulatedLink, HardwareProfile, OffloadConfig, decide
 from kvoffload.backend import Backend, CheckingBackend, EmulatedBackend
 from kvoffload.config import GIB
-from kvoffload.hf import OffloadedHFCache, given_cache, offloadable_layers
+from kvoffload.hf import OffloadedHFCache, SegmentAttention, given_cache, offloadable_layers
 from kvoffload.hf.models import attention_modules
 from kvoffload.measured_rates import MeasuredRates
 from kvoffload.model_shape import shape_from_config
@@ -344,9 +343,8 @@ def leaves_no_trace(model: PreTrainedModel) -> Iterator[None]:
     assert hooks() == hooks_before, "hooks are left on the model"
     assert set(vars(model)) - own_before <= {"_end_tokens"}, "the model has attributes it had not"
     assert not kvoffload_threads(), "threads are left"
-    for interface in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-        left = [name for name in interface.valid_keys() if name.startswith("kvoffload")]
-        assert not left, f"attention functions are left: {left}"
+    left = [name for name, function in ALL_ATTENTION_FUNCTIONS.items() if isinstance(function, SegmentAttention)]
+    assert not left, f"attention functions are left: {left}"
 
 
 def checking_backend(link: EmulatedLink = FAST_LINK) -> CheckingBackend:

@@ -21,7 +21,8 @@ from fake_cuda_tensors import DEVICE
 
 from kvoffload.backend import CudaBackend
 from kvoffload.bench import PRESETS, Lab, rates
-from kvoffload.profiler import compute
+from kvoffload.kernels import tiles
+from kvoffload.profiler import compute, host
 from kvoffload.profiler.link import measure_link
 from kvoffload.profiler.workbench import Workbench
 
@@ -75,6 +76,22 @@ def test_pageable_memory_is_timed_as_the_host_sees_it(device: FakeCuda) -> None:
     assert not found.pinned
     assert found.h2d.points[0].seconds > 2**16 / SPEEDS.link_bytes_per_s
     assert device.streams.calls["delay"] == 0
+
+
+def test_the_hosts_time_for_a_chunk_of_either_form_is_that_of_all_it_launches(device: FakeCuda) -> None:
+    tile = tiles.tile(host.WIDTH, 4, 1)
+    parts, _ = tiles.split(host.CHUNK_TOKENS["cuda"], tile.block_tokens, 1, tiles.processors(DEVICE))
+    assert parts > 1  # which are merged
+    with contextlib.closing(CudaBackend(DEVICE)) as backend:
+        kv, activation, both = (
+            host.measure_host_s_per_chunk(backend, forms=forms, budget_s=0.05).seconds
+            for forms in (("kv",), ("activation",), ("activation", "kv"))
+        )
+    assert kv == pytest.approx(2 * SPEEDS.launch_s, rel=0.05)  # its copy and its attention
+    # two products, a rotation, and reading two tables of embeddings: an index in int64 and a selection each
+    assert activation == pytest.approx(kv + 7 * SPEEDS.launch_s, rel=0.05)
+    assert both == pytest.approx((kv + activation) / 2, rel=0.05)
+    assert device.registered == {}
 
 
 def _lab(monkeypatch: pytest.MonkeyPatch) -> Lab:

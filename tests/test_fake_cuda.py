@@ -8,6 +8,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from modes import given
 import kvoffload
 from kvoffload.backend import CudaBackend, cuda
 from kvoffload.config import GIB
+from kvoffload.profiler import stored
+from kvoffload.profiler.device import machine_key
+from kvoffload.profiler.profile import METHOD
 
 TOLERANCE = test_gpu.LOGIT_TOLERANCE
 POLICIES: list[Any] = [("lazy",), ("eager",), ("lazy", "eager"), ("eager", "lazy")]  # of the H2D and D2H streams
@@ -287,6 +291,30 @@ def test_beams_and_whole_layers(device: FakeCuda) -> None:
     for attention in ("auto", "whole_layer"):
         with kvoffload.offload(model, kvoffload.OffloadConfig(split=0.5, attention=attention, **SMALL)):
             _equal(_generate(model, ids, num_beams=3), expected)
+
+
+def test_a_given_split_uses_a_profile_that_is_stored_and_measures_none(
+    device: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, ids = make_model("opt").cuda(), _ids()
+    config = kvoffload.OffloadConfig(split=0.5, **SMALL)
+
+    def predicted_s() -> float | None:
+        with kvoffload.offload(model, config) as session:
+            _generate(model, ids)
+        assert session.stats is not None
+        return session.stats.predicted_step_s
+
+    assert predicted_s() is None  # there is none, and none is made
+    assert not list(tmp_path.rglob("*.json"))
+    preset = kvoffload.HardwareProfile.preset("a100-40gb-pcie4")
+    path = stored.store(replace(preset, key=machine_key(DEVICE), method=METHOD))
+    assert predicted_s() is not None
+    path.write_text("{")
+    assert predicted_s() is None
+    assert "done without a profile" in caplog.text
+    assert str(path) in caplog.text
 
 
 def test_turns_and_a_prefill_in_chunks(device: FakeCuda) -> None:

@@ -16,7 +16,7 @@ _LAYER_1 = _LAYER_0 | {
     *("config", "rates", "cost", "simulation", "placement", "stats", "progress"),
 }
 _LAYER_2 = _LAYER_1 | {"planner", "sizing", "backend", "store", "positions", "carried", "ops"}
-_LAYER_3 = _LAYER_2 | {"write_back", "chunks", "transfer", "ways", "advice", "forecast", "verdict"}
+_LAYER_3 = _LAYER_2 | {"write_back", "chunks", "room", "transfer", "ways", "advice", "forecast", "verdict"}
 _LAYER_4 = _LAYER_3 | {"tail", "agreement", "block_memory", "layer", "cache", "attention", "recompute"}
 _LAYER_5 = _LAYER_4 | {"hf", "decide", "profiler"}
 
@@ -55,7 +55,8 @@ ALLOWED: dict[str, set[str]] = {
     "ops": _LAYER_1 | {"kernels"},
     "write_back": _LAYER_2,
     "chunks": _LAYER_2,
-    "transfer": _LAYER_2 | {"write_back", "chunks"},
+    "room": set(),
+    "transfer": _LAYER_2 | {"write_back", "chunks", "room"},
     "ways": _LAYER_2,
     "advice": _LAYER_2 | {"ways"},
     "forecast": _LAYER_2 | {"ways"},

@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from kvoffload import ConfigError, OffloadConfig, UnsupportedModelError, hf, segments
 from kvoffload.config import GIB
+from kvoffload.hf import SegmentAttention
 from kvoffload.hf.masks import MaskReader, pack
 from kvoffload.session import Session
 
@@ -248,8 +249,8 @@ def test_a_model_that_shares_the_configuration_is_left_alone(model: PreTrainedMo
     assert distance(found, wanted) == 0
 
 
-def test_the_name_is_gone_when_the_session_is(model: PreTrainedModel) -> None:
-    registered = [set(AttentionInterface._global_mapping), set(AttentionMaskInterface._global_mapping)]
+def test_a_name_means_what_was_selected_before_when_the_session_is_over(model: PreTrainedModel) -> None:
+    """Configurations that were copied meanwhile have it; the next session takes it again, so that they stay few."""
     first = Session(model, config(), checking_backend())
     name = model.config._attn_implementation
     second = Session(make_model("opt"), config(), checking_backend())
@@ -258,9 +259,13 @@ def test_the_name_is_gone_when_the_session_is(model: PreTrainedModel) -> None:
     first.close()
     assert model.config._attn_implementation == "sdpa"
     assert model.model.config._attn_implementation == "sdpa"
-    assert name not in AttentionInterface._global_mapping
+    left_behind = AttentionInterface._global_mapping[name]
+    assert not isinstance(left_behind, SegmentAttention)
+    assert not vars(left_behind).keys() & {"_hooks", "_configs"}, "which would keep the model"
+    third = Session(model, config(), checking_backend())
+    assert model.config._attn_implementation == name
+    third.close()
     second.close()
-    assert [set(AttentionInterface._global_mapping), set(AttentionMaskInterface._global_mapping)] == registered
 
 
 def test_an_attention_function_of_the_users_own_is_kept(model: PreTrainedModel, watch: Watch) -> None:
@@ -417,9 +422,9 @@ def test_resident_blocks_are_attended_to_between_the_chunks_that_arrive(monkeypa
     attended: list[int] = []
     real = segments._Answer.add
 
-    def noted(self: Any, kv: torch.Tensor, first_block: int) -> None:
+    def noted(self: Any, kv: torch.Tensor, first_block: int, **options: Any) -> None:
         attended.append(first_block)
-        real(self, kv, first_block)
+        real(self, kv, first_block, **options)
 
     monkeypatch.setattr(segments._Answer, "add", noted)
     with Session(model, config(split="transfer", chunk_blocks=1, device_gib=60_000 / GIB)) as session, torch.no_grad():

@@ -2,7 +2,8 @@
 
 Owns the two streams and the registrations of host memory. The compute queue is whatever stream PyTorch launches on
 at the time of the call. Nothing here synchronises except `synchronize` and `close`: timings come from CUDA events
-that are read only once they have completed.
+that are read only once they have completed. Events cost the host microseconds, so of many stretches only some are timed
+(sampling.py); all of them while recording.
 
 Pinned memory is pageable memory registered with `cudaHostRegister`: PyTorch's pinned allocator rounds each
 allocation up to a power of two, which for a cache of tens of gigabytes is far from the truth. CUDA pins whole pages and
@@ -27,6 +28,7 @@ import torch
 
 from kvoffload.backend.base import LANE_OF, MAX_RECORDED, Backend, HostBuffer, LinkUse, Pace
 from kvoffload.backend.clock import DeviceClock, Stretch
+from kvoffload.backend.sampling import Sampler
 from kvoffload.timeline import Lane, Span
 from kvoffload.units import gb
 
@@ -52,7 +54,9 @@ class CudaBackend(Backend):
         self.link_name = torch.cuda.get_device_name(self.device)
         self._streams = {"h2d": torch.cuda.Stream(self.device), "d2h": torch.cuda.Stream(self.device)}
         self._clock = DeviceClock(self.device)
-        self._pending: dict[str, deque[tuple[Any, Any, int]]] = defaultdict(deque)  # (start, end, bytes or amount)
+        # (start, end, bytes or amount, weight); start is None where the stretch is not timed
+        self._pending: dict[str, deque[tuple[Any, Any, int, float]]] = defaultdict(deque)
+        self._samplers: dict[str, Sampler] = defaultdict(Sampler)
         self._totals: dict[str, LinkUse] = defaultdict(lambda: LinkUse(0, 0.0, 0))
         self._recording: deque[tuple[Lane, Any, Any, int]] = deque(maxlen=MAX_RECORDED)  # (lane, start, end, bytes)
         self._recording_since: Any = None  # the event that recorded times count from
@@ -104,20 +108,30 @@ class CudaBackend(Backend):
         stream = self._streams[direction]
         for event in after:
             stream.wait_event(event)
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        start.record(stream)
+        num_bytes = src.numel() * src.element_size()
+        weight = self._samplers[direction].weight(num_bytes or 1, at_once=self.is_recording)
+        start = None
+        if weight:
+            start = torch.cuda.Event(enable_timing=True)
+            start.record(stream)
         with torch.cuda.stream(stream):
             dst.copy_(src, non_blocking=True)
+        end = torch.cuda.Event(enable_timing=start is not None)
         end.record(stream)
-        self._note(direction, start, end, src.numel() * src.element_size())
+        self._note(direction, start, end, num_bytes, weight)
         return end
 
     def compute_waits(self, event: Any) -> None:
-        # The stretch between the two records is what the compute stream lost by waiting.
-        span = self.start_span("exposed_wait")
-        torch.cuda.current_stream(self.device).wait_event(event)
-        self.end_span(span)
+        stream = torch.cuda.current_stream(self.device)
+        weight = self._samplers["exposed_wait"].weight(at_once=self.is_recording)
+        if not weight:
+            stream.wait_event(event)
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(stream)
+        stream.wait_event(event)  # what lies between the two records is what the compute stream lost by waiting
+        end.record(stream)
+        self._note("exposed_wait", start, end, 0, weight)
 
     def release(self, *buffers: torch.Tensor) -> Any:
         event = torch.cuda.Event()
@@ -131,23 +145,26 @@ class CudaBackend(Backend):
         self._harvest(direction)
         return self._totals[direction]
 
-    def start_span(self, name: str) -> tuple[str, Any]:
-        return name, self._timed_event()
+    def start_span(self, name: str) -> tuple[str, Any, float] | None:
+        weight = self._samplers[name].weight(at_once=self.is_recording)
+        return (name, self._timed_event(), weight) if weight else None
 
-    def end_span(self, span: tuple[str, Any], amount: int = 0) -> None:
-        name, start = span
+    def end_span(self, span: tuple[str, Any, float] | None, amount: int = 0) -> None:
+        if span is None:
+            return
+        name, start, weight = span
         end = self._timed_event()
-        self._note(name, start, end, 0)
+        self._note(name, start, end, 0, weight)
         if amount and not start.query():  # all of it was queued before the device came to it
-            self._keep(_paced(name), start, end, amount)
+            self._keep(_paced(name), start, end, amount, 1.0)
 
-    def _note(self, name: str, start: Any, end: Any, num_bytes: int) -> None:
+    def _note(self, name: str, start: Any, end: Any, num_bytes: int, weight: float) -> None:
         if self.is_recording:
             self._recording.append((_LANES[name], start, end, num_bytes))
-        self._keep(name, start, end, num_bytes)
+        self._keep(name, start, end, num_bytes, weight)
 
-    def _keep(self, name: str, start: Any, end: Any, num_bytes: int) -> None:
-        self._pending[name].append((start, end, num_bytes))
+    def _keep(self, name: str, start: Any, end: Any, num_bytes: int, weight: float) -> None:
+        self._pending[name].append((start, end, num_bytes, weight))
         if len(self._pending[name]) > MAX_OPEN_MEASUREMENTS:
             self._harvest(name)
 
@@ -177,8 +194,8 @@ class CudaBackend(Backend):
         """Add up the measurements whose end has completed."""
         pending, total = self._pending[name], self._totals[name]
         while pending and pending[0][1].query():
-            start, end, num_bytes = pending.popleft()
-            seconds = start.elapsed_time(end) / 1e3  # milliseconds
+            start, end, num_bytes, weight = pending.popleft()
+            seconds = 0.0 if start is None else weight * start.elapsed_time(end) / 1e3  # milliseconds
             total = LinkUse(total.copied_bytes + num_bytes, total.busy_s + seconds, total.copies + 1)
         self._totals[name] = total
 

@@ -192,16 +192,16 @@ class OffloadedLayer(CacheLayerMixin):
         assert update is not None and owner is not None
         self._was_attended = "with cached tokens" if core.num_tokens else "without"
         given_mask, self._mask = self._mask, None
-        untouched = _same(key, update.keys) and _same(value, update.values) and _is_mask(mask, given_mask)
+        untouched = _same(key, update.keys) and _same(value, update.values)
         is_known = can_segment(module, query, key, value, kwargs)
         with torch.no_grad():
             if core.shape is None:
                 output = original(module, query, key, value, mask, **kwargs)
-                is_segmented = untouched and is_known
+                is_segmented = untouched and is_known and _is_mask(mask, given_mask)
                 if not is_segmented and not asks_for_own_attention(module, kwargs, query.device):
                     owner.warn_whole_layer(module)
                 self._prepare(update, is_segmented=is_segmented)
-            elif not untouched:
+            elif not untouched or not _covers(mask, core.num_tokens + key.shape[2]):
                 raise UnsupportedModelError(
                     f"{type(module).__name__} changes K, V or its mask after caching them in some calls only; "
                     "use OffloadConfig(attention='whole_layer')"
@@ -351,6 +351,11 @@ def _is_mask(mask: Any, given: Any) -> bool:
     if not isinstance(mask, torch.Tensor) or not isinstance(given, torch.Tensor):
         return mask is given
     return _same(mask, given) or (mask.shape == given.shape and torch.equal(mask, given.to(mask.dtype)))
+
+
+def _covers(mask: Any, num_tokens: int) -> bool:
+    """Whether a mask, if it is one, is for that many cached and new tokens."""
+    return not isinstance(mask, torch.Tensor) or mask.shape[-1] == num_tokens
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
