@@ -19,16 +19,18 @@ def test_types_stand_by_what_became_of_them_with_counts() -> None:
     found = [
         report("bamba", **stateful),
         report("llama"),
-        report("bloom")._replace(verdicts={cell: Verdict("equal") for cell in CELLS}),
+        report("bloom")._replace(verdicts={cell: Verdict("equal", h2d_bytes=1) for cell in CELLS}),
+        report("openai-gpt")._replace(verdicts={cell: Verdict("equal") for cell in CELLS}),
         refused("mamba", "MambaForCausalLM"),
         refused("rwkv", "RwkvForCausalLM"),
         Report("pi0", plain="not built: no timm"),
     ]
     text = page([row_of(one) for one in found])
-    assert "each of the 6 text model types" in text
+    assert "each of the 7 text model types" in text
     assert "| 2 | equal; K and V can be recomputed" in text
     assert "## Recomputable\n\n`bamba`, `llama`\n" in text
     assert "## Transferred\n\n`bloom`\n" in text
+    assert "as the model caches nothing: `openai-gpt`\n" in text
     assert "| transformers: stateful | `bamba` (lookup) |" in text
     assert "| offload: the model has nothing that grows | `mamba`, `rwkv` |" in text
     assert "| not built: no timm | `pi0` |" in text
@@ -43,6 +45,8 @@ def test_what_is_wrong_is_shown_with_its_modes() -> None:
 
 
 def test_whole_layers_are_named() -> None:
-    warned = Verdict("equal", recomputed_tokens=1, warnings=("X attends so: whole layers are put together",))
+    warned = Verdict(
+        "equal", h2d_bytes=1, recomputed_tokens=1, warnings=("X attends so: whole layers are put together",)
+    )
     text = page([row_of(report("axk1", greedy__half=warned)), row_of(report("llama"))])
     assert "put together on the device for: `axk1`\n" in text

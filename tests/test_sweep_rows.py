@@ -42,6 +42,7 @@ def test_the_form_says_what_became_of_a_type() -> None:
     cases = {
         "recomputable": report(lookup__half=Verdict("plain", "so")),
         "transferred": transferred,
+        "idle": report()._replace(verdicts=dict.fromkeys(CELLS, Verdict("equal"))),
         "refused": refused,
         "not run": plain,
         "short": report(lookup__half=Verdict("inexact")),

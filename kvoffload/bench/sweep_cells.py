@@ -126,8 +126,8 @@ WAYS: dict[str, OffloadConfig] = {
 SPLITS = ("transfer", "recompute", "half", "auto")
 # One type of each kind, and cells that meet every mode and split once, for those who have less time.
 QUICK = (
-    *("llama", "gpt2", "bloom", "gemma2", "gpt_oss", "deepseek_v3", "qwen3_next", "gemma4_text", "bart"),
-    *("qwen2_vl", "doge", "mllama", "falcon_h1", "mamba"),
+    *("llama", "gpt2", "bloom", "gemma2", "gpt_oss", "deepseek_v3", "deepseek_v32", "qwen3_next"),
+    *("gemma4_text", "bart", "qwen2_vl", "doge", "mllama", "falcon_h1", "mamba"),
 )
 QUICK_CELLS = (
     ("greedy", "recompute"),

@@ -30,6 +30,7 @@ the same tokens, and logits that differ by at most {tolerance:g}, relative to th
 WORDS = {
     "recomputable": "equal; K and V can be recomputed from activations",
     "transferred": "equal; K and V are always transferred",
+    "idle": "equal, and nothing is offloaded: the model caches nothing",
     "refused": "refused, with a reason",
     "short": "fall short",
     "not run": "not made here, or transformers itself does not generate with them from text alone",
@@ -41,7 +42,9 @@ def page(found: Sequence[Row]) -> str:
     """The whole page."""
     by_form = {form: [one for one in found if one["form"] == form] for form in WORDS}
     equal = by_form["recomputable"] + by_form["transferred"]
-    counts = [f"| {len(rows)} | {WORDS[form]} |" for form, rows in by_form.items() if rows or form != "short"]
+    counts = [
+        f"| {len(rows)} | {WORDS[form]} |" for form, rows in by_form.items() if rows or form not in ("idle", "short")
+    ]
     sections = [
         HEAD.format(
             total=len(found),
@@ -60,6 +63,8 @@ def page(found: Sequence[Row]) -> str:
     whole = [one for one in equal if WHOLE_LAYER in one["warnings"]]
     if whole:
         sections.append(f"Of both, each layer's K and V are put together on the device for: {_names(whole)}\n")
+    if idle := by_form["idle"]:
+        sections.append(f"Equal without a byte from the host, as the model caches nothing: {_names(idle)}\n")
     tables = {
         "Not in every mode": equal,
         "Refused": by_form["refused"],

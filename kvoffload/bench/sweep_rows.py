@@ -27,7 +27,7 @@ COLUMNS = (
     *("host_bytes", "recomputed_tokens", "distinct_tokens", "reach", "error", "warnings", "reasons"),
     *("seconds", "versions", "commit", "date", "schema"),
 )
-FORMS = ("recomputable", "transferred", "refused", "short", "not run")
+FORMS = ("recomputable", "transferred", "idle", "refused", "short", "not run")
 SHORT = ("wrong", "error", "inexact")
 
 
@@ -61,7 +61,10 @@ def row_of(report: Report) -> Row:
 
 
 def form_of(report: Report) -> str:
-    """How its cache is held: one of `FORMS`; "short" where something went wrong."""
+    """How its cache is held: one of `FORMS`; "short" where something went wrong.
+
+    "idle" is equal without a byte from the host: the model caches nothing.
+    """
     found = report.verdicts
     outcomes = {verdict.outcome for verdict in found.values()}
     if report.plain or not outcomes - {"plain"}:
@@ -70,6 +73,8 @@ def form_of(report: Report) -> str:
         return "short"
     if "equal" not in outcomes:
         return "refused"
+    if not any(verdict.h2d_bytes for verdict in found.values()):
+        return "idle"
     return "recomputable" if any(verdict.recomputed_tokens for verdict in found.values()) else "transferred"
 
 
