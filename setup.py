@@ -40,7 +40,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["kvoffload", *(f"kvoffload.{name}" for name in ("backend", "bench", "cli", "hf", "kernels", "profiler"))],
+    packages=[
+        "kvoffload",
+        *(f"kvoffload.{name}" for name in ("backend", "bench", "cli", "hf", "kernels", "model", "profiler")),
+    ],
     package_data={"kvoffload": ["py.typed"], "kvoffload.profiler": ["presets.json", "page.css", "page.js"]},
     include_package_data=False,
     install_requires=RUNTIME,

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from kvoffload.hardware_profile import HardwareProfile
+    from kvoffload.model.shape import model_shape
     from kvoffload.session import Session
     from kvoffload.stats import GenerationStats
-    from kvoffload.types import Plan, Workload
+    from kvoffload.types import ModelShape, Plan, Workload
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "HostMemoryError",
     "InfeasiblePlanError",
     "KVOffloadError",
+    "ModelShape",
     "OffloadConfig",
     "Plan",
     "ProfileError",
@@ -40,6 +42,7 @@ __all__ = [
     "Workload",
     "generate",
     "measure_hardware",
+    "model_shape",
     "offload",
     "plan",
 ]
@@ -48,9 +51,10 @@ _HOME = {
     "config": ("EmulatedLink", "OffloadConfig"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
     "hardware_profile": ("HardwareProfile",),
+    "model.shape": ("model_shape",),
     "session": ("Session",),
     "stats": ("GenerationStats",),
-    "types": ("Plan", "Workload"),
+    "types": ("ModelShape", "Plan", "Workload"),
 }
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 

@@ -20,11 +20,10 @@ from kvoffload import planner
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, UnsupportedModelError
 from kvoffload.hardware_profile import HardwareProfile
-from kvoffload.layer_types import sliding_window_tokens
-from kvoffload.model_config import ITEMSIZE_BYTES, position_limit, reader
-from kvoffload.model_shape import shape_from_config
-from kvoffload.quantization import quantization_of
-from kvoffload.types import ModelShape, Plan, Workload
+from kvoffload.model.facts import Facts
+from kvoffload.model.shape import is_model, model_shape
+from kvoffload.model.stored_facts import facts_of
+from kvoffload.types import Plan, Workload
 from kvoffload.units import count, counted, duration, gb
 from kvoffload.ways import Alternative, Task
 
@@ -36,6 +35,7 @@ class Advice(NamedTuple):
 
     plan: Plan
     alternatives: tuple[Alternative, ...]
+    doubt: str = ""  # why the sizes of the model are a guess; "" where they are the model's own
 
     @property
     def best(self) -> Alternative:
@@ -43,8 +43,9 @@ class Advice(NamedTuple):
         return self.alternatives[0]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: the plan's, with `alternatives`."""
-        return self.plan.to_json() | {"alternatives": [one._asdict() for one in self.alternatives]}
+        """Plain data: the plan's, with `alternatives`, and whether the model's sizes are its own."""
+        model = {"is_exact": not self.doubt, "doubt": self.doubt}
+        return self.plan.to_json() | {"alternatives": [one._asdict() for one in self.alternatives]} | model
 
 
 def plan(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Plan:
@@ -72,7 +73,8 @@ def plan(model_or_config: Any, workload: Workload, profile: HardwareProfile, con
 def advise(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Advice:
     """As `plan`, with the numbers of every way."""
     task = task_of(model_or_config, workload, profile, config).settled()
-    _warn_of_unknown_weights(model_or_config)
+    facts = _facts(model_or_config)
+    _warn_of_unknown_weights(facts)
     on_device = task.on_device()
     try:
         chosen = planner.solve(task.inputs(workload.cached_tokens))
@@ -83,8 +85,8 @@ def advise(model_or_config: Any, workload: Workload, profile: HardwareProfile, c
             raise
         raise InfeasiblePlanError(f"{error}. Without offloading: {_describe(on_device)}") from error
     ways = sorted([offload, *([on_device] if on_device else [])], key=lambda one: (one.total_s, one.way == "offload"))
-    text = _recommend(task, chosen, offload, on_device) + _beyond_positions(model_or_config, workload)
-    return Advice(dataclasses.replace(chosen, recommendation=text), tuple(ways))
+    text = _recommend(task, chosen, offload, on_device) + _beyond_positions(facts, workload) + _doubted(facts)
+    return Advice(dataclasses.replace(chosen, recommendation=text), tuple(ways), facts.doubt)
 
 
 def _beside_full_transfer(task: Task, chosen: Plan) -> Plan:
@@ -99,36 +101,28 @@ def _beside_full_transfer(task: Task, chosen: Plan) -> Plan:
 
 def task_of(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Task:
     """One workload of one model on one machine; arguments and errors as of `plan`."""
-    shape, window_tokens = describe(model_or_config)
+    shape = model_shape(model_or_config)
     if shape.num_offloaded_layers < 1:
         raise UnsupportedModelError(
             "no layer of this model has a cache that grows without bound: there is nothing to offload, use generate()"
         )
-    return Task(shape, window_tokens, workload, profile, config)
+    return Task(shape, workload, profile, config)
 
 
-def describe(model_or_config: Any) -> tuple[ModelShape, int]:
-    """The shape of a model or configuration, and the tokens its bounded layers hold.
+def _facts(model_or_config: Any) -> Facts:
+    if is_model(model_or_config):
+        from kvoffload.model.live import facts_of_live
 
-    A model's own parameters say its bytes and its dtype; a configuration's are counted from its dimensions.
-    """
-    if not (hasattr(model_or_config, "config") and hasattr(model_or_config, "parameters")):
-        return shape_from_config(model_or_config), sliding_window_tokens(model_or_config)
-    dtype = str(model_or_config.dtype).removeprefix("torch.")
-    shape = shape_from_config(model_or_config.config, dtype if dtype in ITEMSIZE_BYTES else None)
-    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model_or_config.parameters())
-    return dataclasses.replace(shape, weight_bytes=weight_bytes), sliding_window_tokens(model_or_config.config)
+        return facts_of_live(model_or_config)
+    return facts_of(model_or_config)
 
 
-def _warn_of_unknown_weights(model_or_config: Any) -> None:
+def _warn_of_unknown_weights(facts: Facts) -> None:
     """Weights that are quantised in a way we do not know count as if they were not."""
-    if hasattr(model_or_config, "parameters"):
-        return  # counted as they are
-    quantization = quantization_of(reader(model_or_config))
-    if quantization is not None and quantization.scope == "nothing":
+    if facts.quantized is not None and not facts.quantized.is_known:
         logger.warning(
             "the quantization_config names %r, which is not known here: weights are counted as not quantised",
-            quantization.method,
+            facts.quantized.method,
         )
 
 
@@ -153,17 +147,20 @@ def _recommend(task: Task, chosen: Plan, offload: Alternative, on_device: Altern
     )
 
 
-def _beyond_positions(model_or_config: Any, workload: Workload) -> str:
+def _beyond_positions(facts: Facts, workload: Workload) -> str:
     """A sentence where a sequence becomes longer than the model's positions; it is planned for all the same."""
-    is_model = hasattr(model_or_config, "config") and hasattr(model_or_config, "parameters")
-    limit = position_limit(model_or_config.config if is_model else model_or_config)
-    num_tokens = workload.prompt_tokens + workload.new_tokens
+    limit, num_tokens = facts.position_limit, workload.prompt_tokens + workload.new_tokens
     if limit is None or num_tokens <= limit:
         return ""
     return (
         f" But prompt and new tokens make {count(num_tokens)}, and the model's configuration has positions for "
         f"{count(limit)}."
     )
+
+
+def _doubted(facts: Facts) -> str:
+    """A sentence where the sizes of the model are guessed."""
+    return f" All this is a guess: {facts.doubt}." if facts.doubt else ""
 
 
 def _describe_plan(chosen: Plan, offload: Alternative) -> str:

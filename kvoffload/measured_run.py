@@ -23,7 +23,8 @@ import torch
 from kvoffload import bench, cost, planner
 from kvoffload.bench.decode import NUM_UNEVEN_STEPS, recorded_steps
 from kvoffload.errors import ConfigError
-from kvoffload.model_shape import Dimensions
+from kvoffload.model.facts import Facts
+from kvoffload.model.shape import shape_of
 from kvoffload.profiler.study import MeasuredRun, simulated, typical_steps
 from kvoffload.types import Rates, Workload
 from kvoffload.units import counted
@@ -34,7 +35,7 @@ MEASURED_LAYERS = 4  # of a model on a GPU, at most
 
 
 def measure(
-    dims: Dimensions,
+    dims: Facts,
     workload: Workload,
     progress: Callable[[str, float], None] | None = None,
     preset: bench.Preset | None = None,
@@ -93,10 +94,10 @@ def measure(
     )
 
 
-def _preset(dims: Dimensions, workload: Workload) -> bench.Preset:
+def _preset(dims: Facts, workload: Workload) -> bench.Preset:
     """The shape that is measured: small ones stand for a model where there is no GPU."""
     if not torch.cuda.is_available():
-        halves = dims.hidden_size < 2 * dims.num_kv_heads * dims.head_dim
+        halves = dims.hidden_size < shape_of(dims).kv_row_bytes // dims.itemsize_bytes
         return bench.PRESETS["cpu-balanced" if halves else "cpu-gqa"]
     if dims.hidden_size != dims.num_heads * dims.head_dim or dims.latent_width:
         raise ConfigError(
@@ -107,7 +108,7 @@ def _preset(dims: Dimensions, workload: Workload) -> bench.Preset:
         architecture="opt" if dims.mlp_matrices == 2 else "llama",
         hidden=dims.hidden_size,
         heads=dims.num_heads,
-        kv_heads=dims.num_kv_heads,
+        kv_heads=shape_of(dims).num_kv_heads,
         ffn=dims.active_width,
         layers=min(MEASURED_LAYERS, dims.num_layers),
         batch=workload.rows,

@@ -44,6 +44,8 @@ def write(found: Study, model: str, output: Path, trace: Path | None, version: s
         "hardware": found.task.profile.device_name,
         "link": found.task.profile.link_name,
         "recommendation": found.recommendation,
+        "is_exact": found.dims.is_exact,
+        "doubt": found.dims.doubt,
         "fits": found.advice is not None,
         "advice": None if found.advice is None else found.advice.to_json(),
         "simulated_step_s": found.simulated_step_s if found.advice else None,

@@ -28,7 +28,7 @@ from kvoffload.decisions import Decisions
 from kvoffload.errors import ConfigError, KVOffloadError
 from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.layer import CacheLayer
-from kvoffload.model_shape import shape_from_config
+from kvoffload.model.live import shape_of_model
 from kvoffload.placement import Placement
 from kvoffload.profiler.stored import find_stored, resolve_profile
 from kvoffload.progress import AllocationProgress
@@ -62,9 +62,7 @@ class Session:
         self._profile = None if is_measured else resolve_profile(config.profile, device=device, link=config.link)
         self.backend = backend or _make_backend(device, config)
         self.engine = TransferEngine(self.backend, overlap=config.overlap, schedule=config.schedule)
-        text_config = self.model.config.get_text_config(decoder=True)
-        shape = shape_from_config(text_config, self.model.dtype)
-        self.decider = Decider(config, shape, self.backend, self._load_profile, self._find_profile)
+        self.decider = Decider(config, shape_of_model(self.model), self.backend, self._load_profile, self._find_profile)
         self._progress = AllocationProgress()
         self.pool = HostPool(self.backend, self.decider.limits.host_cap_bytes(), self._progress.update)
         self._lock = threading.Lock()

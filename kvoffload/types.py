@@ -67,12 +67,17 @@ class ModelShape:
     activation_itemsize_bytes: int  # p_x
     weight_bytes: int
     mlp_matrices: int = 2  # 3 where the MLP is gated
-    latent_width: int = 0  # values cached per token in place of K and V (multi-head latent attention), else 0
+    cached_values: int = 0  # of one token in one layer, where they are not 2 x num_kv_heads x head_dim; else 0
+    active_layer_weights: int = 0  # that one token meets in a layer on average; 0: those of the dimensions above
+    window_tokens: int = 0  # tokens that a layer with a bounded cache holds, the most of any
+    window_row_bytes: int = 0  # K and V of one of these tokens in all layers with a bounded cache together
+    held_row_bytes: int = 0  # the same of layers whose cache grows but stays on the device
+    is_exact: bool = True  # False: guessed by the keys of a configuration that transformers does not know
 
     @property
     def kv_row_bytes(self) -> int:
         """Bytes of K and V of one token of one sequence in one layer."""
-        values = self.latent_width or 2 * self.num_kv_heads * self.head_dim  # keys and values
+        values = self.cached_values or 2 * self.num_kv_heads * self.head_dim  # keys and values
         return values * self.kv_itemsize_bytes
 
     @property
@@ -88,6 +93,8 @@ class ModelShape:
     @property
     def dense_flops(self) -> int:
         """Floating-point operations of the projections and the MLP of one layer for one token."""
+        if self.active_layer_weights:
+            return 2 * self.active_layer_weights  # multiply-add
         q_and_out = 2 * self.hidden_size * self.num_heads * self.head_dim
         kv = 2 * self.hidden_size * self.num_kv_heads * self.head_dim
         mlp = self.mlp_matrices * self.hidden_size * self.intermediate_size

@@ -54,7 +54,6 @@ class Task(NamedTuple):
     """One workload of one model on one machine."""
 
     shape: ModelShape
-    window_tokens: int
     workload: Workload
     profile: HardwareProfile
     config: OffloadConfig
@@ -74,7 +73,7 @@ class Task(NamedTuple):
             kv_row_bytes=shape.kv_row_bytes,
             activation_row_bytes=shape.activation_row_bytes,
             beams=self.workload.num_beams,
-            other_device_bytes=self._bounded_layers_bytes(rows),
+            other_device_bytes=self._other_layers_bytes(rows, self.workload.cached_tokens),
             is_segmented=config.attention == "auto" and config.schedule == "pipelined",
             least_gap_s=0.0 if self.profile.emulated_link else LEAST_GAP_S,
         )
@@ -162,7 +161,7 @@ class Task(NamedTuple):
         """The whole cache of `batch` sequences, plus one layer's, which plain generate() copies to append a token."""
         rows, tokens = batch * self.workload.num_beams, self.workload.cached_tokens
         growing = (self.shape.num_offloaded_layers + 1) * rows * tokens * self.shape.kv_row_bytes
-        return growing + self._bounded_layers_bytes(rows)
+        return growing + self._other_layers_bytes(rows, tokens)
 
     def _alternative(
         self, way: Way, batch: int, runs: int, prefill_s: float, step_s: float, device_bytes: int
@@ -194,8 +193,8 @@ class Task(NamedTuple):
         """Bytes of device memory that a step at the mean context cannot do without: active weights and the cache."""
         shape, rows = self.shape, batch * self.workload.num_beams
         weights = shape.num_layers * shape.dense_flops // 2 + shape.hidden_size * shape.vocab_size  # multiply-add
-        bounded = (shape.num_layers - shape.num_offloaded_layers) * min(self.window_tokens, self.mean_tokens())
-        cached = rows * (shape.num_offloaded_layers * self.mean_tokens() + bounded) * shape.kv_row_bytes
+        cached = rows * shape.num_offloaded_layers * self.mean_tokens() * shape.kv_row_bytes
+        cached += self._other_layers_bytes(rows, self.mean_tokens())
         return weights * shape.activation_itemsize_bytes + cached
 
     def tail_s(self, inputs: PlanInputs) -> float:
@@ -231,10 +230,11 @@ class Task(NamedTuple):
         is_least = self.config.device_gib == "min" or (self.config.device_gib == "auto" and self.profile.emulated_link)
         return None if is_least else free
 
-    def _bounded_layers_bytes(self, rows: int) -> int:
-        """Layers with a sliding window, which stay on the device."""
-        bounded = self.shape.num_layers - self.shape.num_offloaded_layers
-        return bounded * rows * min(self.window_tokens, self.workload.cached_tokens) * self.shape.kv_row_bytes
+    def _other_layers_bytes(self, rows: int, num_tokens: int) -> int:
+        """Layers with a sliding window, or whose cache others read as well, which stay on the device."""
+        shape = self.shape
+        in_windows = min(shape.window_tokens, num_tokens) * shape.window_row_bytes
+        return rows * (in_windows + num_tokens * shape.held_row_bytes)
 
     def _host_cap_bytes(self) -> int:
         """The cap on host memory; a preset's host is unknown and taken as large enough."""

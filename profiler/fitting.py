@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from kvoffload.errors import ProfileError
 from kvoffload.hardware_profile import HardwareProfile
-from kvoffload.model_config import ITEMSIZE_BYTES
+from kvoffload.model.fields import ITEMSIZE_BYTES
 from kvoffload.profiler.fit import Fit, OperationClass, Work, gemm_work
 
 _Array = npt.NDArray[np.float64]

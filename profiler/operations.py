@@ -1,7 +1,7 @@
 """Which operations one forward of a decoder consists of, and what each computes and moves.
 
 Owns the counting: floating-point operations and bytes of every operation, by what is moved (weights, activations, K and
-V). Does not own how long they take (`roofline`) nor the dimensions of a model (`kvoffload/model_shape.py`). Torch-free.
+V). Does not own how long they take (`roofline`) nor the facts of a model (`kvoffload/model/`). Torch-free.
 
 Two conventions of attention:
 
@@ -15,18 +15,17 @@ lookup of embeddings are left out, as there.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from kvoffload.errors import ConfigError
-from kvoffload.matrices import Matrix
-from kvoffload.model_shape import Dimensions
+from kvoffload.model.facts import KV, Facts
+from kvoffload.model.matrix import Matrix
 from kvoffload.profiler.fit import OperationClass
 
 AttentionConvention = Literal["fused", "unfused"]
 CONVENTIONS = ("fused", "unfused")
-EXPANDING = "kv_b_proj"  # of latent attention: makes keys and values of what is cached
-CACHED = ("k_proj", "v_proj", "kv_a_proj")  # whose results go to the cache
 NORM_FLOPS, SOFTMAX_FLOPS, ACTIVATION_FLOPS = 7, 5, 2  # per value
 
 
@@ -80,7 +79,7 @@ class Operation(NamedTuple):
 
 
 def forward(
-    dims: Dimensions,
+    dims: Facts,
     precision: Precision,
     *,
     batch: int,
@@ -102,16 +101,17 @@ def forward(
     found = [
         _product(dims, matrix, precision, tokens)
         for matrix in dims.matrices
-        if matrix.layers and matrix.part != "head" and matrix.name != EXPANDING
+        if matrix.part != "head" and not matrix.expands
     ]
     found += attending(dims, precision, batch=batch, queries=queries, context=context, convention=convention)
     found += _passes(dims, precision, tokens)
-    found.append(_product(dims, dims.matrices[-1], precision, batch))  # only the last token of each sequence
+    heads = [matrix for matrix in dims.matrices if matrix.part == "head"]
+    found += [_product(dims, matrix, precision, batch) for matrix in heads]  # only the last token of each sequence
     return found
 
 
 def attending(
-    dims: Dimensions,
+    dims: Facts,
     precision: Precision,
     *,
     batch: int,
@@ -122,28 +122,27 @@ def attending(
     """Those operations of `forward` that depend on the context."""
     found = []
     for matrix in dims.matrices:
-        if matrix.name == EXPANDING:  # latent attention: every cached token is expanded again
+        if matrix.expands:  # latent attention: every cached token is expanded again
             expanded = _product(dims, matrix, precision, batch * context)
             latent_bytes = batch * context * dims.latent_width * precision.kv_bits / 8
             found.append(expanded._replace(read_bytes=0.0, kv_read_bytes=latent_bytes))
-    windowed = min(context, dims.window_tokens or context)
-    for suffix, layers, attended in (
-        ("", dims.num_full_attention_layers, context),
-        (" (window)", dims.num_windowed_attention_layers, windowed),
-    ):
-        if layers:
-            found += _attention(dims, precision, suffix, layers, batch, queries, attended, convention)
+    kinds = Counter((one.cache.window_tokens, one.kv) for one in dims.layers if one.kv is not None)
+    for (window, kv), layers in sorted(kinds.items()):
+        suffix = " (window)" if window else ""
+        if sum(bool(other) == bool(window) for other, _ in kinds) > 1:
+            suffix = f" ({f'window {window}, ' if window else ''}{kv.num_heads}x{kv.key_dim})"
+        attended = min(context, window or context)
+        found += _attention(dims, kv, precision, suffix, layers, batch, queries, attended, convention)
     return found
 
 
-def _product(dims: Dimensions, matrix: Matrix, precision: Precision, tokens: int) -> Operation:
+def _product(dims: Facts, matrix: Matrix, precision: Precision, tokens: int) -> Operation:
     """One weight matrix with the activations of all tokens."""
     activation_bytes, weight_bits = precision.activation_bits / 8, precision.bits_of(matrix)
     copies = 1.0
     if matrix.stored > 1:  # experts: those that at least one token is expected to be sent to, if all are as likely
         copies = matrix.stored * (1 - (1 - matrix.active / matrix.stored) ** tokens)
     rows = tokens * matrix.active
-    is_cached = matrix.name in CACHED
     return Operation(
         name=matrix.name,
         kind="gemm",
@@ -152,13 +151,14 @@ def _product(dims: Dimensions, matrix: Matrix, precision: Precision, tokens: int
         bits=max(weight_bits, precision.activation_bits),  # that of the wider operand
         weight_bytes=copies * matrix.inputs * matrix.outputs * weight_bits / 8,
         read_bytes=rows * matrix.inputs * activation_bytes,
-        written_bytes=0.0 if is_cached else rows * matrix.outputs * activation_bytes,
-        kv_written_bytes=rows * matrix.outputs * precision.kv_bits / 8 if is_cached else 0.0,
+        written_bytes=rows * (matrix.outputs - matrix.cached) * activation_bytes,
+        kv_written_bytes=rows * matrix.cached * precision.kv_bits / 8,
     )
 
 
 def _attention(
-    dims: Dimensions,
+    dims: Facts,
+    kv: KV,
     precision: Precision,
     suffix: str,
     layers: int,
@@ -170,14 +170,16 @@ def _attention(
     """Scores, softmax and values of the layers that attend to `attended` tokens at most."""
     activation_bytes, bits = precision.activation_bits / 8, precision.attention_bits
     rows = batch * dims.num_heads  # of scores, per query
-    query_bytes = rows * queries * dims.head_dim * activation_bytes
-    output_bytes = rows * queries * dims.value_dim * activation_bytes
+    key_dim, value_dim = (dims.head_dim, dims.value_dim) if dims.latent_width else (kv.key_dim, kv.value_dim)
+    query_bytes = rows * queries * key_dim * activation_bytes
+    output_bytes = rows * queries * value_dim * activation_bytes
     if dims.latent_width:  # keys and values were expanded, they are activations
         each_bytes = rows * attended * activation_bytes
-        key_bytes, value_bytes = each_bytes * dims.head_dim, each_bytes * dims.value_dim
+        key_bytes, value_bytes = each_bytes * key_dim, each_bytes * value_dim
         cached = False
     else:
-        key_bytes = value_bytes = batch * attended * dims.num_kv_heads * dims.head_dim * precision.kv_bits / 8
+        each_bytes = batch * attended * kv.num_heads * precision.kv_bits / 8
+        key_bytes, value_bytes = each_bytes * key_dim, each_bytes * value_dim
         cached = True
 
     def one(name: str, kind: OperationClass, flops: float, read: float, written: float, kv: float) -> Operation:
@@ -197,12 +199,12 @@ def _attention(
         pairs = float(rows) * queries * attended
         scores_bytes = pairs * activation_bytes
         return [
-            one("qk_matmul", "gemm", 2 * pairs * dims.head_dim, query_bytes, scores_bytes, key_bytes),
+            one("qk_matmul", "gemm", 2 * pairs * key_dim, query_bytes, scores_bytes, key_bytes),
             one("softmax", "softmax", SOFTMAX_FLOPS * pairs, scores_bytes, scores_bytes, 0.0),
-            one("sv_matmul", "gemm", 2 * pairs * dims.value_dim, scores_bytes, output_bytes, value_bytes),
+            one("sv_matmul", "gemm", 2 * pairs * value_dim, scores_bytes, output_bytes, value_bytes),
         ]
     pairs = float(rows) * _causal_pairs(queries, attended)
-    flops = pairs * (2 * dims.head_dim + 2 * dims.value_dim + SOFTMAX_FLOPS)
+    flops = pairs * (2 * key_dim + 2 * value_dim + SOFTMAX_FLOPS)
     return [one("attention", "attention", flops, query_bytes, output_bytes, key_bytes + value_bytes)]
 
 
@@ -214,7 +216,7 @@ def _causal_pairs(queries: int, attended: int) -> float:
     return growing * (growing + 1) / 2 + (queries - growing) * attended
 
 
-def _passes(dims: Dimensions, precision: Precision, tokens: int) -> list[Operation]:
+def _passes(dims: Facts, precision: Precision, tokens: int) -> list[Operation]:
     """Norms, residuals and the activation of the MLP."""
     bits = precision.activation_bits
     hidden_bytes, width_bytes = (tokens * width * bits / 8 for width in (dims.hidden_size, dims.active_width))

@@ -121,10 +121,10 @@ def summary(found: Roofline) -> list[str]:
     mode = "predicted by the fit of its profile" if machine.fits else "lower bounds from its datasheet"
     lines = [f"{found.dims.model_type}, {si(found.dims.num_weights)} parameters, on {machine.device_name}: {mode}"]
     if not found.dims.is_exact:
-        lines.append(f"model type {found.dims.model_type!r} is not known: weights are counted as for LLaMA")
-    quantized = found.dims.quantization
+        lines.append(f"a guess: {found.dims.doubt}")
+    quantized = found.dims.quantized
     if quantized is not None and setting.precision.weight_bits is None:
-        if quantized.scope == "nothing":
+        if not quantized.is_known:
             lines.append(f"quantisation {quantized.method!r} is not known: weights are counted as not quantised")
         else:
             lines.append(f"weights quantised by {quantized.method}: {found.dims.linear_bits:.3g} bits in linear layers")

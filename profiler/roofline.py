@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from kvoffload.errors import UnsupportedModelError
-from kvoffload.model_shape import Dimensions
+from kvoffload.model.facts import Facts
 from kvoffload.profiler.hardware import Machine
 from kvoffload.profiler.operations import Precision, attending, forward
 from kvoffload.profiler.timing import Bound, Remedy, Setting, Timed, Timer, remedies_of, work_of
@@ -99,7 +99,7 @@ class Phase(NamedTuple):
 class Roofline(NamedTuple):
     """What `evaluate` found."""
 
-    dims: Dimensions
+    dims: Facts
     machine: Machine
     setting: Setting
     prefill: Phase
@@ -131,6 +131,8 @@ class Roofline(NamedTuple):
             "model_type": self.dims.model_type,
             "parameters": self.dims.num_weights,
             "parameters_are_exact": self.dims.is_exact,
+            "is_exact": self.dims.is_exact,
+            "doubt": self.dims.doubt,
             "hardware": machine.device_name,
             "link": machine.link_name,
             "mode": "fitted" if machine.fits else "datasheet",
@@ -139,7 +141,7 @@ class Roofline(NamedTuple):
             "seq": setting.seq,
             "new_tokens": setting.new_tokens,
             "w_bits": self.dims.linear_bits if precision.weight_bits is None else precision.weight_bits,
-            "quantization": None if self.dims.quantization is None else self.dims.quantization.method,
+            "quantization": None if self.dims.quantized is None else self.dims.quantized.method,
             "a_bits": precision.activation_bits,
             "kv_bits": precision.kv_bits,
             "attention": setting.convention,
@@ -154,7 +156,7 @@ class Roofline(NamedTuple):
 
 
 def setting_of(
-    dims: Dimensions, *, bits: tuple[float | None, float | None, float | None], convention: Any, **others: Any
+    dims: Facts, *, bits: tuple[float | None, float | None, float | None], convention: Any, **others: Any
 ) -> Setting:
     """A setting whose precision is the model's own where `bits` (weights, activations, K and V) are None.
 
@@ -163,12 +165,12 @@ def setting_of(
     """
     own_bits = 8 * dims.itemsize_bytes
     weight, activation, kv = (own_bits if one is None else one for one in bits)
-    as_stored = bits[0] is None and dims.quantization is not None
+    as_stored = bits[0] is None and dims.quantized is not None
     precision = Precision(weight_bits=None if as_stored else weight, activation_bits=activation, kv_bits=kv)
     return Setting(precision=precision, convention=convention, **others)
 
 
-def evaluate(dims: Dimensions, machine: Machine, setting: Setting) -> Roofline:
+def evaluate(dims: Facts, machine: Machine, setting: Setting) -> Roofline:
     """Times and bounds of every operation in every phase.
 
     Args:
@@ -177,13 +179,12 @@ def evaluate(dims: Dimensions, machine: Machine, setting: Setting) -> Roofline:
         setting: batch, lengths, precision and what lives on the host.
 
     Raises:
-        UnsupportedModelError: some layers have no attention over cached keys and values.
+        UnsupportedModelError: some layers compute something else than attention over cached keys and values.
     """
-    counted = dims.num_full_attention_layers + dims.num_windowed_attention_layers
-    if counted != dims.num_layers:
+    if dims.unknown_layers or not dims.num_attention_layers:
         raise UnsupportedModelError(
-            f"{dims.num_layers - counted} of {dims.num_layers} layers of {dims.model_type} have no attention over a "
-            "cache (linear attention or the like), and what they compute is not known here"
+            f"{dims.unknown_layers or dims.num_layers} of {dims.num_layers} layers of {dims.model_type} keep a state "
+            "(linear attention or the like), and what they compute is not known here"
         )
     timer = Timer(machine, setting, reads_cache=True)
     prefill = _phase("prefill", Timer(machine, setting, reads_cache=False), dims, setting.seq, setting.seq)
@@ -194,28 +195,22 @@ def evaluate(dims: Dimensions, machine: Machine, setting: Setting) -> Roofline:
     )
 
 
-def weight_bytes(dims: Dimensions, precision: Precision) -> int:
+def weight_bytes(dims: Facts, precision: Precision) -> int:
     """Bytes of all weights: matrices at their precision, embedding, norms and biases in the model's own dtype."""
     if precision.weight_bits is None:
         return dims.weight_bytes
-    matrices = sum(
-        matrix.layers * matrix.stored * matrix.inputs * matrix.outputs
-        for matrix in dims.matrices
-        if not (dims.is_tied and matrix.part == "head")
-    )
+    matrices = sum(one.num_values for one in dims.matrices if not (dims.is_tied and one.part == "head"))
     others = dims.num_weights - matrices
     return round(matrices * precision.weight_bits / 8) + others * dims.itemsize_bytes
 
 
-def kv_bytes(dims: Dimensions, setting: Setting) -> int:
+def kv_bytes(dims: Facts, setting: Setting) -> int:
     """Bytes of the whole cache at the end of the task."""
     tokens = setting.seq + setting.new_tokens - 1
-    full = dims.num_full_layers + dims.num_lending_layers
-    cached = full * tokens + dims.num_windowed_layers * min(tokens, dims.window_tokens or tokens)
-    return round(setting.batch * cached * dims.cached_values_per_token * setting.precision.kv_bits / 8)
+    return round(setting.batch * dims.cached_values(tokens) * setting.precision.kv_bits / 8)
 
 
-def _phase(name: str, timer: Timer, dims: Dimensions, queries: int, context: int) -> Phase:
+def _phase(name: str, timer: Timer, dims: Facts, queries: int, context: int) -> Phase:
     """One forward."""
     setting = timer.setting
     operations, doubled = (
@@ -240,7 +235,7 @@ def _phase(name: str, timer: Timer, dims: Dimensions, queries: int, context: int
     return Phase(name, rows, max(device_s, link_s), max(low_s, link_s), max(high_s, link_s))
 
 
-def _task(timer: Timer, dims: Dimensions, prefill: Phase, decode: Phase) -> Phase:
+def _task(timer: Timer, dims: Facts, prefill: Phase, decode: Phase) -> Phase:
     """The prefill and a step for every token but the first, whose context grows from step to step."""
     setting, steps = timer.setting, timer.setting.new_tokens - 1
     if not steps:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from kvoffload.model.shape import shape_of
 from kvoffload.profiler.operation_chart import roofline_chart
 from kvoffload.profiler.page import Page, Section, Table
 from kvoffload.profiler.plan_charts import compared_chart, memory_chart, sizes_chart, split_chart
@@ -81,8 +82,9 @@ def _attention(found: Study) -> str:
     dims = found.dims
     if dims.latent_width:
         return "latent attention"
-    kind = "multi-head" if dims.num_heads == dims.num_kv_heads else "grouped-query"
-    return f"{kind} attention with {dims.num_heads} query and {dims.num_kv_heads} K/V heads"
+    kv_heads = shape_of(dims).num_kv_heads
+    kind = "multi-head" if dims.num_heads == kv_heads else "grouped-query"
+    return f"{kind} attention with {dims.num_heads} query and {kv_heads} K/V heads"
 
 
 def _link(found: Study) -> tuple[str, str]:
@@ -125,7 +127,7 @@ def _roofline(found: Study) -> Section:
     if found.advice is None:
         lines.append("The model does not fit this device: these are the times of one with more memory, else the same.")
     if not found.dims.is_exact:
-        lines.append(f"Model type {found.dims.model_type!r} is not known: weights are counted as for LLaMA.")
+        lines.append(f"A guess: {found.dims.doubt}.")
     if shown.setting.kv_on_host:
         lines.append(
             f"In decode, {shown.setting.kv_on_host:.2f} of the cached tokens come over the link, as the plan places "
@@ -257,7 +259,7 @@ def _origins(found: Study) -> Section:
         ("step times, memory, tokens per second", "all charts but the measured ones", f"predicted {_basis(found)}"),
     ]
     if not found.dims.is_exact:
-        rows.append(("weights", f"model type {found.dims.model_type!r} is not known", "counted as for LLaMA"))
+        rows.append(("sizes of the model", found.dims.doubt, "guessed"))
     if found.measured is not None:
         run = found.measured
         kind = "measured over an emulated link" if run.is_emulated else "measured"

@@ -7,8 +7,8 @@ file, never a silent second measurement.
 
 from __future__ import annotations
 
+import json
 import logging
-import os
 import re
 import tempfile
 import time
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from kvoffload.cache_folder import cache_folder, write_whole
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError, ProfileError
 from kvoffload.hardware_profile import HardwareProfile
@@ -28,12 +29,6 @@ from kvoffload.units import counted
 logger = logging.getLogger(__name__)
 
 MAX_NOISY_FRACTION = 0.25  # of all measured points
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/kvoffload`, or `~/.cache/kvoffload` where that is unset or not absolute."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "kvoffload"
 
 
 def profile_path(key: str) -> Path:
@@ -65,15 +60,7 @@ def store(profile: HardwareProfile) -> Path:
         OSError: the folder cannot be written.
     """
     path = profile_path(profile.key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".profile-", suffix=".tmp")
-    os.close(handle)
-    try:
-        profile.save(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(path, json.dumps(profile.to_json(), indent=1) + "\n")
     return path
 
 

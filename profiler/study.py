@@ -22,7 +22,8 @@ from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.forecast import Row, forecast
 from kvoffload.hardware_profile import HardwareProfile
-from kvoffload.model_shape import Dimensions, dimensions_from_config
+from kvoffload.model.facts import Facts
+from kvoffload.model.stored_facts import facts_of
 from kvoffload.profiler.hardware import Machine, machine_of
 from kvoffload.profiler.roofline import Roofline, evaluate, setting_of
 from kvoffload.simulation import simulate
@@ -122,7 +123,7 @@ class MeasuredRun(NamedTuple):
 class Study(NamedTuple):
     """One workload of one model on one machine."""
 
-    dims: Dimensions
+    dims: Facts
     task: Task
     machine: Machine
     roofline: Roofline
@@ -169,7 +170,7 @@ def study(
     """
     tell = progress or (lambda _what, _share: None)
     tell("the plan", 0.0)
-    dims = dimensions_from_config(config)
+    dims = facts_of(config)
     task, machine = task_of(config, workload, profile, options), machine_of(profile)
     advice, problem = None, ""
     try:

@@ -27,7 +27,7 @@ from kvoffload.config import GIB
 from kvoffload.hf import OffloadedHFCache, SegmentAttention, given_cache, offloadable_layers
 from kvoffload.hf.models import attention_modules
 from kvoffload.measured_rates import MeasuredRates
-from kvoffload.model_shape import shape_from_config
+from kvoffload.model.shape import model_shape
 from kvoffload.rates import least_chunk_bytes
 from kvoffload.session import Session
 from kvoffload.sizing import Geometry, choose_sizes
@@ -153,7 +153,7 @@ def half_resident_gib(
         beams=mode.rows // mode.sequences,
         is_segmented=can_segment and config.attention == "auto" and config.schedule == "pipelined",
         least_chunk_bytes=least_chunk_bytes(
-            config.profile, shape_from_config(model.config.get_text_config(decoder=True)), recomputes=config.split != 0
+            config.profile, model_shape(model.config.get_text_config(decoder=True)), recomputes=config.split != 0
         ),
     )
     keeps = can_recompute and config.split != "transfer"

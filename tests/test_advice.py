@@ -6,18 +6,19 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from configs import CONFIGS, LLAMA_2_7B
+from models import make_model
 
 from kvoffload import cost, planner
-from kvoffload.advice import _describe_plan, advise, describe, plan
+from kvoffload.advice import _describe_plan, advise, plan
 from kvoffload.config import GIB, EmulatedLink, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, ProfileError, UnsupportedModelError
 from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.model.shape import model_shape
 from kvoffload.profiler.profile import with_link
 from kvoffload.types import Workload
 from kvoffload.units import count, duration
@@ -66,11 +67,11 @@ def test_a_limit_of_positions_is_the_configurations_own_where_it_has_one() -> No
     told = "has positions for 4096."
     config = LLAMA_2_7B | scaled | {"max_position_embeddings": 4096}
     assert plan(config, LONG, A100, OffloadConfig()).recommendation.endswith(told)
-    model = SimpleNamespace(config=config, dtype="float16", parameters=lambda: [torch.zeros(10)])
+    model = make_model("llama", max_position_embeddings=4096)
     assert plan(model, LONG, A100, OffloadConfig()).recommendation.endswith(told)
     nested = {"text_config": config}
-    assert plan(nested, LONG, A100, OffloadConfig()).recommendation.endswith(told)
-    for unlimited in ({}, {"max_position_embeddings": None}, {"max_position_embeddings": -1}):
+    assert told in plan(nested, LONG, A100, OffloadConfig()).recommendation
+    for unlimited in ({}, {"max_position_embeddings": -1}):
         assert "positions" not in plan(LLAMA_2_7B | unlimited, LONG, A100, OffloadConfig()).recommendation
 
 
@@ -92,7 +93,7 @@ def test_a_batch_that_does_not_fit_is_better_run_in_parts_that_do() -> None:
 
 
 def test_sub_batches_are_the_fewest_runs_that_fit_in_equal_parts() -> None:
-    task = Task(*describe(LLAMA_2_7B), LARGE_BATCH, A100, OffloadConfig())
+    task = Task(model_shape(LLAMA_2_7B), LARGE_BATCH, A100, OffloadConfig())
     chosen = task.on_device()
     assert chosen is not None
     larger = -(-LARGE_BATCH.batch // (chosen.runs - 1))  # the batch that one run fewer would need
@@ -126,7 +127,7 @@ def test_sub_batches_are_not_recommended_where_offloading_ends_first() -> None:
     # four sequences of which three fit: two runs on a slow device against one whose link hides behind it
     workload = Workload(batch=4, prompt_tokens=1024, new_tokens=512)
     profile = slower_device(A100, 40)
-    task = Task(*describe(LLAMA_3_8B), workload, profile, OffloadConfig())
+    task = Task(model_shape(LLAMA_3_8B), workload, profile, OffloadConfig())
     gib = task.resident_bytes(3) / GIB
     advice = advise(LLAMA_3_8B, workload, profile, OffloadConfig(device_gib=gib))
     assert [one.way for one in advice.alternatives] == ["offload", "sub_batches"]
@@ -156,7 +157,7 @@ def test_steps_on_average_and_at_full_length_are_told_apart() -> None:
 
 
 def test_the_plan_is_the_planners_for_the_full_length() -> None:
-    task = Task(*describe(LLAMA_2_7B), LONG, A100, OffloadConfig())
+    task = Task(model_shape(LLAMA_2_7B), LONG, A100, OffloadConfig())
     chosen = plan(LLAMA_2_7B, LONG, A100, OffloadConfig())
     alone = planner.solve(task._replace(config=OffloadConfig(split="transfer")).inputs(LONG.cached_tokens))
     expected = planner.solve(task.inputs(LONG.cached_tokens))
@@ -223,7 +224,7 @@ def test_a_smaller_batch_is_a_way_out_where_one_sequence_fits() -> None:
     small = dataclasses.replace(A100, device_memory_bytes=14_500 * 10**6)
     with pytest.raises(InfeasiblePlanError, match="or a smaller batch"):
         plan(LLAMA_2_7B, LARGE_BATCH, small, OffloadConfig())
-    assert Task(*describe(LLAMA_2_7B), SMALL, small, OffloadConfig()).free_bytes(1) > 0
+    assert Task(model_shape(LLAMA_2_7B), SMALL, small, OffloadConfig()).free_bytes(1) > 0
 
 
 def test_a_link_without_a_speed_cannot_be_planned_with() -> None:
@@ -242,26 +243,23 @@ def test_a_model_without_a_growing_cache_is_refused() -> None:
 
 def test_layers_with_a_window_take_device_memory_only_for_the_window() -> None:
     mixed = LLAMA_2_7B | {"layer_types": ["sliding_attention", "full_attention"] * 16, "sliding_window": 1000}
-    task = Task(*describe(mixed), LONG, A100, OffloadConfig())
+    task = Task(model_shape(mixed), LONG, A100, OffloadConfig())
     row = 2 * 4096 * 2
     assert task.resident_bytes(1) == 17 * LONG.cached_tokens * row + 16 * 1000 * row
 
 
 def test_a_models_own_parameters_and_dtype_count() -> None:
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.config = LLAMA_2_7B
-            self.dtype = torch.float32
-            self.weight = torch.nn.Parameter(torch.zeros(10, dtype=torch.float32))
-
-    shape, _ = describe(Model())
-    assert shape.weight_bytes == 40
-    assert shape.kv_itemsize_bytes == 4
+    model = make_model("llama")
+    model.lm_head = torch.nn.Linear(10, 1, bias=False)
+    others = sum(parameter.numel() for parameter in model.model.parameters())
+    for dtype, itemsize in ((torch.float32, 4), (torch.bfloat16, 2)):
+        shape = model_shape(model.to(dtype))
+        assert shape.weight_bytes == (others + 10) * itemsize
+        assert shape.kv_itemsize_bytes == itemsize
 
 
 def test_the_prediction_on_the_device_has_no_link_in_it() -> None:
-    task = Task(*describe(LLAMA_2_7B), SMALL, A100, OffloadConfig())
+    task = Task(model_shape(LLAMA_2_7B), SMALL, A100, OffloadConfig())
     one = task.on_device()
     assert one is not None
     inputs = task.inputs(SMALL.prompt_tokens + 63, 1)

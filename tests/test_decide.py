@@ -14,7 +14,7 @@ from kvoffload import OffloadConfig
 from kvoffload.backend import EmulatedBackend
 from kvoffload.config import GIB
 from kvoffload.decide import Decider
-from kvoffload.model_shape import shape_from_config
+from kvoffload.model.shape import model_shape
 from kvoffload.sizing import Geometry
 
 
@@ -29,7 +29,7 @@ def test_where_memory_for_recomputing_costs_more_than_it_gains_auto_is_sized_as_
     backend: EmulatedBackend,
 ) -> None:
     """Under caps that leave little room for resident blocks, each decided both ways."""
-    shape = shape_from_config(make_model("opt").config)
+    shape = model_shape(make_model("opt").config)
     geometry = Geometry(
         num_offloaded_layers=3,
         rows=2,
@@ -61,7 +61,7 @@ def test_activations_that_are_no_smaller_than_kv_with_their_positions_are_not_pl
     backend: EmulatedBackend,
 ) -> None:
     config = OffloadConfig(link=FAST_LINK, profile=profile(), device_gib="min", block_tokens=4, chunk_blocks=2, slots=2)
-    shape = shape_from_config(make_model("llama", num_key_value_heads=4).config)
+    shape = model_shape(make_model("llama", num_key_value_heads=4).config)
     decider = Decider(config, shape, backend, profile)
     geometry = Geometry(num_offloaded_layers=3, rows=2, max_tokens=100, kv_row_bytes=200, activation_row_bytes=160)
     for num_bytes, is_smaller in ((16, True), (48, False)):

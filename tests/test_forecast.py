@@ -21,7 +21,7 @@ from kvoffload.datasheet import link_named
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.forecast import MAX_SEARCHED, Economics, Grid, Row, forecast, foresee, grid, limits
 from kvoffload.hardware_profile import HardwareProfile
-from kvoffload.model_shape import shape_from_config
+from kvoffload.model.shape import model_shape
 from kvoffload.profiler.hardware import what_if
 from kvoffload.types import PlanInputs, Workload
 from kvoffload.ways import Task
@@ -126,9 +126,9 @@ def test_an_activation_over_keys_and_values_is_half_or_less_only_without_groupin
     ratios = [
         shape.activation_row_bytes / shape.kv_row_bytes
         for shape in (
-            shape_from_config(CONFIGS / "opt-6.7b.json"),
-            shape_from_config(gemma_7b),
-            shape_from_config(CONFIGS / "llama-3.1-8b.json"),
+            model_shape(CONFIGS / "opt-6.7b.json"),
+            model_shape(gemma_7b),
+            model_shape(CONFIGS / "llama-3.1-8b.json"),
         )
     ]
     assert ratios == pytest.approx([0.5, 0.375, 2.0])

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "kvoffload"
 
 _LAYER_0 = {"errors", "units", "system_memory", "datasheet", "quantities", "hardware_profile", "types", "timeline"}
 _LAYER_1 = _LAYER_0 | {
-    *("architectures", "model_config", "quantization", "matrices", "layer_types", "model_shape"),
+    *("cache_folder", "model"),
     *("config", "rates", "cost", "simulation", "placement", "stats", "progress"),
 }
 _LAYER_2 = _LAYER_1 | {"planner", "sizing", "backend", "store", "positions", "carried", "ops"}
@@ -36,12 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "cost": _LAYER_0 | {"rates", "simulation"},
     "rates": _LAYER_0,
     "simulation": _LAYER_0 | {"placement"},
-    "architectures": _LAYER_0,
-    "model_config": _LAYER_0,
-    "quantization": _LAYER_0 | {"model_config"},
-    "matrices": _LAYER_0 | {"architectures", "model_config"},
-    "layer_types": _LAYER_0 | {"model_config"},
-    "model_shape": _LAYER_0 | {"architectures", "model_config", "quantization", "matrices", "layer_types"},
+    "cache_folder": set(),
+    "model": _LAYER_0 | {"cache_folder"},
     "placement": _LAYER_0,
     "progress": _LAYER_0,
     "stats": _LAYER_0,
@@ -95,11 +91,11 @@ ONLY_IN: dict[str, set[str]] = {
     "pulp": {"planner"},
     "highspy": {"planner"},
     "triton": {"kernels"},
-    "transformers": {"hf", "cli", "bench", "chat"},  # the seam, and the commands that load a model
+    "transformers": {"hf", "model", "cli", "bench", "chat"},  # the seam, facts, and the commands that load a model
     "typer": {"cli", "options"},
     "plotly": {"profiler"},
 }
-TORCH_FREE = _LAYER_1 | {
+TORCH_FREE = (_LAYER_1 - {"model"}) | {  # facts of a model are learned with it, and read without (test_stored_facts)
     *("options", "model_source", "planner", "sizing", "ways", "advice", "forecast", "verdict"),
 }
 

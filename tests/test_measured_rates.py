@@ -22,7 +22,7 @@ import kvoffload
 from kvoffload import OffloadConfig
 from kvoffload.backend import Backend, CheckingBackend, CudaBackend, EmulatedBackend
 from kvoffload.measured_rates import MeasuredRates
-from kvoffload.model_shape import shape_from_config
+from kvoffload.model.shape import model_shape
 from kvoffload.sizing import Geometry, Sizes, choose_sizes
 from kvoffload.transfer import TransferEngine
 from kvoffload.types import ModelShape, Rates
@@ -56,7 +56,7 @@ def test_only_what_was_measured_is_replaced_and_only_by_a_newer_measurement() ->
 
 def layout(is_segmented: bool, **sizes: Any) -> tuple[ModelShape, Geometry, Sizes]:
     """Of a small model with room for a few chunks."""
-    shape = shape_from_config(make_model("llama").config)
+    shape = model_shape(make_model("llama").config)
     geometry = Geometry(
         num_offloaded_layers=3,
         rows=2,

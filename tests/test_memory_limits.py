@@ -22,7 +22,7 @@ import kvoffload
 from kvoffload import EmulatedLink, HostMemoryError, InfeasiblePlanError, OffloadConfig, memory_limits
 from kvoffload.backend import EmulatedBackend
 from kvoffload.memory_limits import MemoryLimits
-from kvoffload.model_shape import shape_from_config
+from kvoffload.model.shape import model_shape
 from kvoffload.units import gib
 
 
@@ -145,7 +145,7 @@ def test_a_cap_on_the_process_is_no_free_memory(
     monkeypatch.setattr(memory_limits, "DEVICE_SHARE", 1.0)
     backend = EmulatedBackend(EmulatedLink())
     try:
-        limits = MemoryLimits(OffloadConfig(), shape_from_config(model.config), backend)
+        limits = MemoryLimits(OffloadConfig(), model_shape(model.config), backend)
         assert limits._free_device_bytes(held_bytes=7) == allowed + 7
     finally:
         backend.close()

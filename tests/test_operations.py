@@ -42,21 +42,21 @@ def test_totals_are_the_corrected_ones_of_llm_viewer(case: str, phase: str) -> N
 
 def test_every_operation_of_a_decode_step_by_hand() -> None:
     found = operations(forward(model(TOY), Precision(), batch=7, queries=1, context=11))
-    assert found["q_proj"] == Operation("q_proj", "gemm", 3, 2 * 7 * 24 * 30, 16, 2 * 24 * 30, 2 * 7 * 24, 2 * 7 * 30)
+    assert found["q_proj"] == Operation("q_proj", "gemm", 3, 2 * 7 * 24 * 84, 16, 2 * 24 * 84, 2 * 7 * 24, 2 * 7 * 84)
     assert found["k_proj"] == Operation(
-        "k_proj", "gemm", 3, 2 * 7 * 24 * 10, 16, 2 * 24 * 10, 2 * 7 * 24, 0.0, 0.0, 2 * 7 * 10
+        "k_proj", "gemm", 3, 2 * 7 * 24 * 28, 16, 2 * 24 * 28, 2 * 7 * 24, 0.0, 0.0, 2 * 7 * 28
     )
     scores = 7 * 6 * 11
     assert found["attention"] == Operation(
         "attention",
         "attention",
         3,
-        scores * (2 * 5 + 2 * 5 + 5),
+        scores * (2 * 14 + 2 * 14 + 5),
         16,
         0.0,
-        2 * 7 * 30,
-        2 * 7 * 30,
-        2 * 2 * 7 * 11 * 2 * 5,
+        2 * 7 * 84,
+        2 * 7 * 84,
+        2 * 2 * 7 * 11 * 2 * 14,
     )
     assert found["mlp_act"][3:8] == (2 * 7 * 50, 16, 0.0, 2 * 2 * 7 * 50, 2 * 7 * 50)
     assert found["norm"][2:8] == (6, 7 * 7 * 24, 16, 0.0, 2 * 7 * 24, 2 * 7 * 24)
@@ -68,7 +68,7 @@ def test_every_operation_of_a_decode_step_by_hand() -> None:
 
 def test_a_prompt_attends_causally_and_only_its_last_token_meets_the_head() -> None:
     found = operations(forward(model(TOY), Precision(), batch=7, queries=11, context=11))
-    assert found["attention"].flops == 7 * 6 * (11 * 12 / 2) * 25
+    assert found["attention"].flops == 7 * 6 * (11 * 12 / 2) * 61
     assert found["up_proj"].flops == 2 * 7 * 11 * 24 * 50
     assert found["lm_head"].flops == 2 * 7 * 24 * 101
 
@@ -76,10 +76,10 @@ def test_a_prompt_attends_causally_and_only_its_last_token_meets_the_head() -> N
 def test_unfused_attention_writes_its_scores_and_attends_to_the_whole_prompt() -> None:
     found = operations(forward(model(TOY), Precision(), batch=7, queries=11, context=11, convention="unfused"))
     pairs = 7 * 6 * 11 * 11
-    assert found["qk_matmul"].flops == 2 * pairs * 5
+    assert found["qk_matmul"].flops == 2 * pairs * 14
     assert found["qk_matmul"].written_bytes == found["softmax"].read_bytes == found["sv_matmul"].read_bytes == 2 * pairs
     assert found["softmax"].flops == 5 * pairs
-    assert found["sv_matmul"].kv_read_bytes == 2 * 7 * 11 * 2 * 5
+    assert found["sv_matmul"].kv_read_bytes == 2 * 7 * 11 * 2 * 14
     assert "attention" not in found
 
 
@@ -102,45 +102,49 @@ def test_a_window_bounds_what_its_layers_attend_to() -> None:
     assert (found["attention"].layers, found["attention (window)"].layers) == (1, 2)
     assert found["attention (window)"].kv_read_bytes == found["attention"].kv_read_bytes / 11 * 4
     prompt = operations(forward(dims, Precision(), batch=1, queries=11, context=11))
-    assert prompt["attention (window)"].flops == 6 * (4 * 5 / 2 + 7 * 4) * 25
+    assert prompt["attention (window)"].flops == 6 * (4 * 5 / 2 + 7 * 4) * 61
     whole = evaluate(dims, machine(), Setting(batch=2, seq=11, new_tokens=3))
-    assert whole.kv_bytes == 2 * (13 + 2 * 4) * 2 * 2 * 5 * 2
+    assert whole.kv_bytes == 2 * (13 + 2 * 4) * 2 * 2 * 14 * 2
 
 
 def test_few_tokens_reach_few_experts_and_many_reach_all() -> None:
     dims = model("mixtral-8x7b")
-    weights = 4096 * 14336 * 2
+    weights = 4096 * 2 * 14336 * 2
 
     def expert(tokens: int) -> Operation:
-        return operations(forward(dims, Precision(), batch=tokens, queries=1, context=9))["expert_up_proj"]
+        return operations(forward(dims, Precision(), batch=tokens, queries=1, context=9))["experts.gate_up_proj"]
 
     assert expert(1).weight_bytes == pytest.approx(2 * weights)
     assert 2 * weights < expert(2).weight_bytes < 4 * weights
     assert expert(200).weight_bytes == pytest.approx(8 * weights)
-    assert expert(200).flops == 200 * 2 * 2 * 4096 * 14336
+    assert expert(200).flops == 200 * 2 * 2 * 4096 * 2 * 14336
 
 
 def test_layers_that_share_a_cache_read_it_and_store_nothing() -> None:
-    sharing = model(TOY | {"num_kv_shared_layers": 1})
+    kinds = {"layer_types": ["full_attention"] * 3, "hidden_size_per_layer_input": 0}
+    sharing = model(TOY | kinds | {"model_type": "gemma4_text", "global_head_dim": 14, "num_kv_shared_layers": 1})
     found = operations(forward(sharing, Precision(), batch=1, queries=1, context=11))
     assert (found["k_proj"].layers, found["attention"].layers) == (2, 3)
-    assert evaluate(sharing, machine(), Setting(seq=11, new_tokens=1)).kv_bytes == 2 * 11 * 2 * 2 * 5 * 2
+    assert evaluate(sharing, machine(), Setting(seq=11, new_tokens=1)).kv_bytes == 2 * 11 * 2 * 2 * 14 * 2
 
 
 def test_latent_attention_caches_little_and_expands_it_at_every_step() -> None:
     latent = TOY | {
         "model_type": "deepseek_v3",
         "kv_lora_rank": 8,
-        "qk_rope_head_dim": 3,
+        "qk_rope_head_dim": 6,
         "qk_nope_head_dim": 4,
         "v_head_dim": 5,
         "q_lora_rank": None,
+        "num_key_value_heads": 6,
+        "first_k_dense_replace": 3,
     }
+    del latent["head_dim"]
     dims = model(latent)
     found = operations(forward(dims, Precision(), batch=7, queries=1, context=11))
     assert found["kv_b_proj"].flops == 2 * 7 * 11 * 8 * 6 * (4 + 5)
-    assert found["kv_b_proj"].kv_read_bytes == 2 * 7 * 11 * (8 + 3)
-    assert found["kv_a_proj"].kv_written_bytes == 2 * 7 * (8 + 3)
+    assert found["kv_b_proj"].kv_read_bytes == 2 * 7 * 11 * (8 + 6)
+    assert found["kv_a_proj_with_mqa"].kv_written_bytes == 2 * 7 * (8 + 6)
     assert found["attention"].kv_read_bytes == 0.0
-    assert found["attention"].read_bytes == 2 * 7 * 6 * 7 + 2 * 7 * 6 * 11 * (7 + 5)
-    assert evaluate(dims, machine(), Setting(batch=7, seq=11, new_tokens=1)).kv_bytes == 3 * 7 * 11 * 11 * 2
+    assert found["attention"].read_bytes == 2 * 7 * 6 * 10 + 2 * 7 * 6 * 11 * (10 + 5)
+    assert evaluate(dims, machine(), Setting(batch=7, seq=11, new_tokens=1)).kv_bytes == 3 * 7 * 11 * 14 * 2

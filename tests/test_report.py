@@ -29,7 +29,7 @@ from reports import (
 
 from kvoffload import bench, measured_run, report
 from kvoffload.errors import ConfigError
-from kvoffload.model_shape import dimensions_from_config
+from kvoffload.model.stored_facts import facts_of
 from kvoffload.profiler import page as pages
 from kvoffload.profiler import sections
 from kvoffload.profiler.chart import Chart
@@ -313,7 +313,7 @@ def test_names_from_files_are_only_text() -> None:
 
 @pytest.mark.timing
 def test_a_measured_run_stands_beside_what_was_planned_for_it() -> None:
-    dims = dimensions_from_config(CONFIGS / "opt-6.7b.json")
+    dims = facts_of(CONFIGS / "opt-6.7b.json")
     told: list[str] = []
     found = measured_run.measure(
         dims,
@@ -342,7 +342,7 @@ def test_on_a_cpu_a_small_shape_of_the_same_attention_is_measured(
     name: str, preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    dims = dimensions_from_config(CONFIGS / f"{name}.json")
+    dims = facts_of(CONFIGS / f"{name}.json")
     workload = Workload(batch=8, prompt_tokens=1024, new_tokens=8)
     assert measured_run._preset(dims, workload) is bench.PRESETS[preset]
 
@@ -350,7 +350,7 @@ def test_on_a_cpu_a_small_shape_of_the_same_attention_is_measured(
 def test_on_a_gpu_few_layers_of_the_models_shape_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     workload = Workload(batch=8, prompt_tokens=1024, new_tokens=8)
-    dims = dimensions_from_config(CONFIGS / "llama-3.1-8b.json")
+    dims = facts_of(CONFIGS / "llama-3.1-8b.json")
     preset = measured_run._preset(dims, workload)
     assert (preset.hidden, preset.heads, preset.kv_heads, preset.ffn) == (4096, 32, 8, 14336)
     assert (preset.layers, preset.batch, preset.cached_tokens, preset.dtype) == (4, 8, 1024, torch.bfloat16)

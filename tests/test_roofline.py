@@ -70,7 +70,7 @@ def test_with_everything_on_the_device_a_phase_is_the_sum_of_its_operations() ->
 def test_a_cache_on_the_host_is_written_once_and_read_at_every_step() -> None:
     dims, setting = model(TOY), Setting(batch=3, seq=9, new_tokens=5, kv_on_host=0.5)
     found = evaluate(dims, machine(link_bytes_per_s=0.01), setting)
-    row_bytes = 3 * 2 * 2 * 5 * 2  # layers, K and V, heads, head_dim, bytes
+    row_bytes = 3 * 2 * 2 * 14 * 2  # layers, K and V, heads, head_dim, bytes
     assert found.prefill.total("link_bytes") == 0.5 * 3 * 9 * row_bytes
     assert found.decode.total("link_bytes") == 0.5 * 3 * (9 + 1) * row_bytes  # and the new token back
     assert rows(found, "decode")["attention"].link_bytes == 0.5 * 3 * 9 * row_bytes
@@ -99,7 +99,7 @@ def test_what_the_device_must_hold_is_counted_to_the_byte() -> None:
     assert half.weight_bytes == matrices // 2 + 2 * (128256 * 4096 + 65 * 4096)
     tied = model(TOY | {"tie_word_embeddings": True})
     narrow = setting_of(tied, bits=(4, None, None), convention="fused")
-    assert evaluate(tied, machine(), narrow).weight_bytes == 3 * (2 * 24 * 40 + 3 * 24 * 50) // 2 + 2 * (
+    assert evaluate(tied, machine(), narrow).weight_bytes == 3 * (2 * 24 * 112 + 3 * 24 * 50) // 2 + 2 * (
         101 * 24 + 7 * 24
     )
     shared = evaluate(dims, machine(), Setting(batch=2, seq=1000, new_tokens=25, kv_on_host=0.25))
@@ -147,7 +147,7 @@ def test_narrower_weights_move_the_bound_of_reading_them_by_what_they_save() -> 
 
 def test_a_larger_batch_shares_the_reading_of_weights() -> None:
     device = find_machine("a100-40gb-pcie4")
-    one, two = (rows(evaluate(model("opt-6.7b"), device, Setting(batch=n)), "decode")["up_proj"] for n in (1, 2))
+    one, two = (rows(evaluate(model("opt-6.7b"), device, Setting(batch=n)), "decode")["fc1"] for n in (1, 2))
     remedy = {one.change: one for one in one.remedies}["twice the batch"]
     assert remedy.gain == pytest.approx(2 * one.seconds / two.seconds)
     assert remedy.gain > 1.9
@@ -229,7 +229,7 @@ def test_numbers_are_shown_with_three_digits_and_a_prefix() -> None:
 
 def test_the_roofline_of_a_preset_loads_neither_torch_nor_numpy() -> None:
     program = (
-        "import sys; from kvoffload.profiler import roofline, hardware; from kvoffload import model_shape; "
+        "import sys; from kvoffload.profiler import roofline, hardware; from kvoffload.model import stored_facts; "
         "print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
     )
     root = Path(__file__).parents[1]

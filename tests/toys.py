@@ -7,7 +7,8 @@ from typing import Any
 
 from configs import CONFIGS
 
-from kvoffload.model_shape import Dimensions, dimensions_from_config
+from kvoffload.model.facts import Facts
+from kvoffload.model.stored_facts import facts_of
 from kvoffload.profiler.hardware import Machine
 
 MODELS = ("opt-6.7b", "llama-2-7b", "llama-3.1-8b", "mixtral-8x7b", "qwen3-8b")  # in `CONFIGS`
@@ -17,15 +18,15 @@ TOY = {  # every size another prime or so, that no two can be taken for each oth
     "intermediate_size": 50,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "head_dim": 5,
+    "head_dim": 14,
     "num_hidden_layers": 3,
     "vocab_size": 101,
     "torch_dtype": "bfloat16",
 }
 
 
-def model(name: str | dict[str, Any]) -> Dimensions:
-    return dimensions_from_config(CONFIGS / f"{name}.json" if isinstance(name, str) else name)
+def model(name: str | dict[str, Any]) -> Facts:
+    return facts_of(CONFIGS / f"{name}.json" if isinstance(name, str) else name)
 
 
 def machine(**changes: Any) -> Machine:

@@ -23,7 +23,7 @@ from kvoffload.bench.rates import attention_s_per_token, forward_s, recompute_s_
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.errors import ConfigError
 from kvoffload.hardware_profile import HardwareProfile
-from kvoffload.model_shape import shape_from_config
+from kvoffload.model.live import shape_of_model
 from kvoffload.profiler.environment import cpu_name
 from kvoffload.profiler.profile import with_link
 from kvoffload.types import Plan, PlanInputs, Rates
@@ -48,7 +48,7 @@ class Lab:
         # with an index: some functions of `torch.cuda` ask for one
         self.device = torch.device("cpu") if preset.is_emulated else torch.device("cuda", torch.cuda.current_device())
         self.model = make_model(preset, self.device)
-        self.shape = shape_from_config(self.model.config, preset.dtype)
+        self.shape = shape_of_model(self.model)
         self.ids = torch.randint(3, preset.vocab, (preset.batch, preset.cached_tokens), device=self.device)
         # Sixteen blocks, so that a sweep over all block counts is short and the tail has room for the steps.
         self.block_tokens = max(16, preset.cached_tokens // 16)

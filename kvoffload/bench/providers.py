@@ -55,7 +55,7 @@ class Bed:
         workload = Workload(
             batch=cell.batch, prompt_tokens=cell.prompt_tokens, new_tokens=cell.new_tokens, num_beams=cell.num_beams
         )
-        self.task = Task(lab.shape, 0, workload, on_link, config)
+        self.task = Task(lab.shape, workload, on_link, config)
 
     @property
     def room_bytes(self) -> int | None:

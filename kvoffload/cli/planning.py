@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from kvoffload.cli.machine import machine_named
-from kvoffload.cli.terminal import print_json, progress
+from kvoffload.cli.terminal import print_json, progress, waiting
 from kvoffload.config import OffloadConfig
+from kvoffload.model.facts import Facts
+from kvoffload.model.stored_facts import facts_of, is_known
 from kvoffload.options import (
     AsJson,
     Batch,
@@ -64,7 +66,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say whether offloading pays for a workload, how fast it will be, what it costs and what limits it."""
-    from kvoffload.advice import advise, describe, task_of
+    from kvoffload.advice import advise, task_of
     from kvoffload.forecast import Economics, foresee, grid
     from kvoffload.profiler.hardware import what_if
 
@@ -72,7 +74,7 @@ def plan(
     workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, num_beams=num_beams)
     emulated = emulated_link(link_gb_per_s)
     cells = grid(sweep)
-    describe(model)  # what is wrong with it is told before this machine is measured
+    facts_shown(model)  # what is wrong with it is told before this machine is measured
     machine = machine_named(hardware, emulated, needs_speed=link is None)
     machine = what_if(machine, link=link, device_memory_bytes=None if device_memory is None else device_memory * 1e9)
     money = Economics.of(machine, price_per_hour, grid_g_per_kwh)
@@ -105,11 +107,10 @@ def roofline(
     as_json: AsJson = False,
 ) -> None:
     """Show what every operation computes and moves, what bounds it and what would move that bound."""
-    from kvoffload.model_shape import dimensions_from_config
     from kvoffload.profiler.hardware import find_machine, machine_of
     from kvoffload.profiler.roofline import evaluate, setting_of
 
-    dims = dimensions_from_config(config)
+    dims = facts_shown(config)
     setting = setting_of(
         dims,
         batch=batch,
@@ -155,13 +156,12 @@ def report(
     """Write one HTML file with charts: roofline, step timeline, split, batch and context, memory, measurements."""
     from kvoffload import __version__
     from kvoffload import report as reports
-    from kvoffload.model_shape import dimensions_from_config
     from kvoffload.profiler import chart, study
 
     chart.require_plotly()
     options = OffloadConfig(device_gib=device_gib)
     workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    dimensions, compared = dimensions_from_config(config), study.compared_rows(rows) if rows else ()
+    dimensions, compared = facts_shown(config), study.compared_rows(rows) if rows else ()
     emulated = emulated_link(link_gb_per_s)
     machine = machine_named(hardware, emulated)
     run = None
@@ -182,6 +182,14 @@ def report(
             typer.echo(f"wrote {path}", err=True)
     if run is not None and run.doubt:
         typer.echo(run.doubt, err=True)
+
+
+def facts_shown(config: str) -> Facts:
+    """The facts of a model; on a terminal with a line about what takes seconds the first time."""
+    if is_known(config):
+        return facts_of(config)
+    with waiting("asking transformers what this model is made of, once for each configuration"):
+        return facts_of(config)
 
 
 def _model_name(config: str) -> str:

@@ -61,6 +61,18 @@ def progress(title: str) -> Iterator[Callable[[str, float], None] | None]:
         yield lambda what, share: bar.update(task, completed=share, description=f"{title} {what}")
 
 
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """A line on stderr that says what is being done, while it is being done; only on a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
 def print_json(data: dict[str, Any]) -> None:
     """On standard output, whose only content it is."""
     typer.echo(json.dumps(data, indent=1))

@@ -1,12 +1,12 @@
-"""Fields of a Hugging Face configuration: the many names for one number, files, nested text configurations.
+"""Fields of a Hugging Face configuration as it was written: files, nested text configurations, names of one number.
 
-Owns the lookup and its errors. Does not own what the numbers mean (`model_shape`).
+Owns the lookup and its errors. Does not own what the numbers mean (`guess`), nor what transformers makes of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +30,39 @@ MAX_NUMBER = 10**8  # no dimension of a decoder is larger
 Get = Callable[[str], Any]  # the value of a field, None where it is missing
 
 
-def reader(config: Any) -> Get:
-    """A lookup in the configuration of the decoder, None for what is missing, whatever form `config` has."""
+def contents(config: Any) -> dict[str, Any]:
+    """A whole configuration as plain data.
+
+    Args:
+        config: a transformers configuration object, the dict of a `config.json`, or a path to such a file or to the
+            folder it is in.
+
+    Raises:
+        ConfigError: there is no such file, or it holds no configuration.
+    """
     if isinstance(config, (str, Path)):
-        config = _read(Path(config))
-    # What is said once for all parts of a multimodal model counts for its decoder as well.
+        return dict(_read(Path(config)))
     if isinstance(config, Mapping):
-        for name in _TEXT_CONFIGS:
-            if isinstance(config.get(name), Mapping):
-                config = {shared: config.get(shared) for shared in _SHARED} | dict(config[name])
-        mapping = config
-        return lambda name: mapping.get(name)
-    quantization = getattr(config, "quantization_config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    # "torch_dtype" is the name in old files; a configuration object has "dtype" and warns of the other.
-    unusual = {"torch_dtype": None, "quantization_config": quantization}
-    return lambda name: unusual[name] if name in unusual else getattr(config, name, None)
+        return dict(config)
+    if hasattr(config, "to_dict"):
+        return dict(config.to_dict())
+    raise ConfigError(
+        f"a {type(config).__name__} is no model configuration: pass a transformers model or configuration, a dict, or "
+        "the path of a config.json or its folder"
+    )
+
+
+def reader(said: Mapping[str, Any]) -> Get:
+    """A lookup in what a configuration says of its decoder; None for what is missing."""
+    # What is said once for all parts of a multimodal model counts for its decoder as well.
+    for name in _TEXT_CONFIGS:
+        if isinstance(said.get(name), Mapping):
+            said = {shared: said.get(shared) for shared in _SHARED} | _without_none(said[name], _SHARED)
+    return said.get
+
+
+def _without_none(said: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in said.items() if value is not None or name not in names}
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -107,17 +123,6 @@ def first_whole(get: Get, *names: str) -> int | None:
     return None
 
 
-def position_limit(config: Any) -> int | None:
-    """Tokens the model has positions for, as its configuration says (a RoPE scaling is not multiplied in); else None.
-
-    Args:
-        config: as `reader` takes it.
-    """
-    get = reader(config)
-    values = (get(name) for name in ("max_position_embeddings", "n_positions"))
-    return next((value for value in values if _is_whole(value) and value > 0), None)
-
-
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -138,6 +143,20 @@ def itemsize_bytes(dtype: Any) -> int:
     if name not in ITEMSIZE_BYTES:
         raise ConfigError(f"unknown dtype {name!r}; known: {', '.join(sorted(ITEMSIZE_BYTES))}")
     return ITEMSIZE_BYTES[name]
+
+
+def stated_positions(get: Get) -> int | None:
+    """Tokens the model has positions for, if its file says so (a RoPE scaling is not multiplied in)."""
+    values = (get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((value for value in values if _is_whole(value) and value > 0), None)
+
+
+def dtype_of(get: Get) -> Any:
+    """That of weights that are not quantised, as a configuration says it.
+
+    Where it does not: loaders of quantised checkpoints take 16 bits for the rest, transformers float32 for all.
+    """
+    return get("dtype") or get("torch_dtype") or ("bfloat16" if get("quantization_config") else "float32")
 
 
 def model_type(get: Get) -> str:
