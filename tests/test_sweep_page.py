@@ -16,6 +16,7 @@ def refused(model_type: str, model_class: str) -> Report:
 
 def test_types_stand_by_what_became_of_them_with_counts() -> None:
     stateful = {f"lookup__{way}": Verdict("plain", "stateful") for way in ("transfer", "recompute", "half", "auto")}
+    no_lookup = Verdict("plain", "of no matter")
     found = [
         report("bamba", **stateful),
         report("llama"),
@@ -23,17 +24,21 @@ def test_types_stand_by_what_became_of_them_with_counts() -> None:
         report("openai-gpt")._replace(verdicts={cell: Verdict("equal") for cell in CELLS}),
         refused("mamba", "MambaForCausalLM"),
         refused("rwkv", "RwkvForCausalLM"),
+        report("other", **stateful)._replace(
+            verdicts={**refused("other", "X").verdicts, ("lookup", "half"): no_lookup}
+        ),
         Report("pi0", plain="not built: no timm"),
     ]
     text = page([row_of(one) for one in found])
-    assert "each of the 7 text model types" in text
+    assert "each of the 8 text model types" in text
     assert "| 2 | equal; K and V can be recomputed" in text
     assert "## Recomputable\n\n`bamba`, `llama`\n" in text
     assert "## Transferred\n\n`bloom`\n" in text
     assert "as the model caches nothing: `openai-gpt`\n" in text
     assert "| transformers: stateful | `bamba` (lookup) |" in text
-    assert "| offload: the model has nothing that grows | `mamba`, `rwkv` |" in text
+    assert "| offload: the model has nothing that grows | `mamba`, `rwkv`" in text
     assert "| not built: no timm | `pi0` |" in text
+    assert "of no matter" not in text
     assert "fall short" not in text.lower()
 
 
