@@ -123,7 +123,7 @@ def test_a_model_whose_tokens_are_all_the_same_is_made_louder(monkeypatch: pytes
 
     def quiet(model_type: str, *, loudness: float) -> Any:
         tried.append(loudness)
-        return tiny_model(model_type, loudness=3.0 if len(tried) > 1 else 0.0)
+        return tiny_model(model_type, loudness=10.0 if len(tried) > 1 else 0.0)
 
     monkeypatch.setattr(sweep, "tiny_model", quiet)
     report = judge("llama", [])
