@@ -36,6 +36,10 @@ ROOT = Path(__file__).parents[1]
         ("eval_predictions --csv file/a.csv", "cannot add rows to file/a.csv: "),
         ("eval_predictions --csv binary", "binary holds no rows"),
         ("eval_predictions --csv /proc/a.csv", "cannot add rows to /proc/a.csv: "),
+        ("sweep_models --types llama --csv .", ". holds no rows of a sweep: "),
+        ("sweep_models --types llama --csv binary", "binary holds no rows of a sweep: "),
+        ("sweep_models --types llama --csv file/a.csv", "cannot add rows to file/a.csv: "),
+        ("sweep_models --docs --csv nowhere.csv", "no rows in nowhere.csv: run scripts/sweep_models.py first"),
         ("report --results .", "no rows in .: "),
         (f"report --results {ROOT}/scripts/results --root .", "there is no README.md: --root names the folder"),
     ],
@@ -62,6 +66,7 @@ def test_an_error_of_ours_is_one_line(line: str, message: str, tmp_path: Path, m
         ("report --results nowhere", "--results"),
         ("report --root nowhere", "--root"),
         ("bench_campaign --cells cpu,nowhere", "matches 'nowhere'"),
+        ("sweep_models --types llama,nowhere", "no text model type nowhere"),
     ],
 )
 def test_an_option_that_cannot_be_is_an_error_of_usage(

@@ -35,7 +35,7 @@ COLUMNS = (
 )
 SUBJECT = ("bench", "provider", "x", "config_json", "device")  # and whether the link is emulated
 SKIPPED = "skipped"
-WRITTEN = ("scripts/results", "README.md", "docs/figures")  # by benchmarks and `scripts/report.py`
+WRITTEN = ("scripts/results", "README.md", "docs/figures", "docs/models.md")  # by benchmarks and `scripts/report.py`
 Row = dict[str, str]
 
 
@@ -54,7 +54,7 @@ def row(
     """One row from its samples; without samples the three percentiles are empty. `device` is this one by default."""
     percentiles = [f"{float(np.percentile(samples, q)):.6g}" for q in (20, 50, 80)] if samples else [""] * 3
     values = [bench, provider, metric, unit, str(x), *percentiles, str(len(samples)), note]
-    values += [config_text(config), device or device_name(), link, _versions(), commit()]
+    values += [config_text(config), device or device_name(), link, versions(), commit()]
     values += [datetime.date.today().isoformat(), SCHEMA]
     return dict(zip(COLUMNS, values, strict=True))
 
@@ -129,7 +129,7 @@ def done(rows: Iterable[Row]) -> set[tuple[str, ...]]:
 
     What was skipped is not: its reason may be gone.
     """
-    here = (device_name(), _versions(), commit())
+    here = (device_name(), versions(), commit())
     measured = (one for one in rows if one["metric"] != SKIPPED)
     found = (one for one in measured if (one["device"], one["versions"], one["commit"]) == here)
     return {(one["bench"], one["provider"], one["x"], one["config_json"]) for one in found}
@@ -144,7 +144,8 @@ def _subject(one: Row) -> tuple[str, ...]:
     return (*(one[name] for name in SUBJECT), str(one["link"].startswith("emulated")))
 
 
-def _versions() -> str:
+def versions() -> str:
+    """Of what decides how fast a row is, and what it says."""
     return f"torch {torch.__version__}, transformers {transformers.__version__}"
 
 
