@@ -5,6 +5,9 @@ Owns the arguments that are known. Does not attend, nor decide what happens to a
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 from typing import Any
 
 import torch
@@ -42,6 +45,32 @@ def asks_for_own_attention(module: nn.Module, kwargs: dict[str, Any], device: to
     """Whether the caller's own wishes need the model's own attention: its weights, or the dtypes of autocast."""
     in_config = getattr(getattr(module, "config", None), "output_attentions", False)
     return bool(kwargs.get("output_attentions") or in_config) or torch.is_autocast_enabled(device.type)
+
+
+def wants_contiguous(module: nn.Module) -> bool:
+    """Whether attention in a module's own code views K and V as other shapes, which takes them in one piece each.
+
+    Read from its source: some old models fold rows and heads together. Attention functions of transformers do not.
+    """
+    source = source_of(type(module))
+    return "get_interface(" not in source and re.search(r"\b(key|value)\w*\.view\(\s*batch_size \*", source) is not None
+
+
+def takes_names_for_meanings(module: nn.Module) -> bool:
+    """Whether a module compares the name of its attention function with those that it knows; another's is then not one.
+
+    Sparse attention does that to see whether its choice of tokens has to be put into the mask.
+    """
+    return re.search(r"_attn_implementation (in \(|== \"sdpa\")", source_of(type(module))) is not None
+
+
+@functools.cache
+def source_of(cls: Any) -> str:
+    """The source of a class, "" where there is none at hand."""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
 
 
 def question(query: torch.Tensor, padding: Padding, kwargs: dict[str, Any]) -> Question:

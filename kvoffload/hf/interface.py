@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvoffload.hf.attention_call import takes_names_for_meanings
 from kvoffload.hf.hooks import ModelHooks
 
 TAKES_OVER_FROM = ("sdpa", "eager")  # others ask for a kernel by name
@@ -54,6 +55,8 @@ class SegmentAttention:
         text_config = model.config.get_text_config(decoder=True)
         original = text_config._attn_implementation
         if original not in TAKES_OVER_FROM or hooks.is_compiled or not model._can_set_attn_implementation():
+            return None
+        if any(map(takes_names_for_meanings, hooks.modules.values())):
             return None
         if original == "eager" and not all(_eager(module) for module in hooks.modules.values()):
             return None

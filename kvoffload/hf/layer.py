@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvoffload import attention, segments
 from kvoffload.agreement import Probe
 from kvoffload.errors import KVOffloadError, UnsupportedModelError
-from kvoffload.hf.attention_call import asks_for_own_attention, can_segment, question
+from kvoffload.hf.attention_call import asks_for_own_attention, can_segment, question, wants_contiguous
 from kvoffload.hf.first_tokens import FirstTokens, prepare_measurement, settle_position_layout, way_to_recompute
 from kvoffload.hf.masks import Padding
 from kvoffload.layer import CacheLayer
@@ -51,6 +51,7 @@ class OffloadedLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self._owner = weakref.ref(owner)  # a cycle would keep the cache, and its memory, until the next collection
         self._module = module
+        self._wants_contiguous = module is not None and wants_contiguous(module)
         self._activation: torch.Tensor | None = None  # input of the attention module in this forward
         self._embeddings: tuple[torch.Tensor, ...] | None = ()  # None: of a kind that cannot be stored
         self._mask: Any = None  # that the attention module was called with
@@ -64,10 +65,9 @@ class OffloadedLayer(CacheLayerMixin):
         """All cached keys, [rows, heads, tokens, dim], put together on the device anew at every access.
 
         Slow: the whole layer crosses the link or is recomputed. None where nothing is cached. A copy: changing it
-        changes nothing. Raises KVOffloadError in the middle of a forward.
+        changes nothing. In the middle of a forward of the model a tensor of that shape without values (on `meta`).
         """
-        found = self._read_back()
-        return None if found is None else found[0]
+        return self._read_back()[0]
 
     @keys.setter
     def keys(self, value: torch.Tensor | None) -> None:
@@ -76,20 +76,26 @@ class OffloadedLayer(CacheLayerMixin):
     @property
     def values(self) -> torch.Tensor | None:
         """All cached values; as `keys`."""
-        found = self._read_back()
-        return None if found is None else found[1]
+        return self._read_back()[1]
 
     @values.setter
     def values(self, value: torch.Tensor | None) -> None:
         self._refuse_assignment(value)
 
-    def _read_back(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        owner, core = self._owner(), self.core
-        if owner is None or owner.is_closed or not core.num_tokens:
-            return None
-        owner.session.check_usable(owner)
+    def _read_back(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        owner, core, pending, tokens = self._owner(), self.core, self._pending, self.get_seq_length()
+        if owner is None or owner.is_closed or not tokens:
+            return None, None
         if any(isinstance(layer, OffloadedLayer) and layer._is_in_module for layer in owner.layers):
-            raise KVOffloadError("K and V of an offloaded cache can be read between two forwards only")
+            # Buffers are in use: only how many there are is known.
+            shape = core.shape if pending is None else KVShape.of(pending.keys, pending.values)
+            assert shape is not None
+            rows = owner.core.rows if pending is None else pending.keys.shape[0]
+            return (
+                torch.empty(rows, shape.key_heads, tokens, shape.key_dim, dtype=shape.dtype, device="meta"),
+                torch.empty(rows, shape.value_heads, tokens, shape.value_dim, dtype=shape.dtype, device="meta"),
+            )
+        owner.session.check_usable(owner)
         return attention.read_back(core)
 
     def _refuse_assignment(self, value: torch.Tensor | None) -> None:
@@ -143,6 +149,8 @@ class OffloadedLayer(CacheLayerMixin):
             result = (key_states, value_states)
             if core.num_tokens:
                 result = attention.assemble(core, key_states, value_states)
+                if self._wants_contiguous:
+                    result = (result[0].contiguous(), result[1].contiguous())
             self._append(update)
         return result
 

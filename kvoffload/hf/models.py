@@ -12,6 +12,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from kvoffload.errors import UnsupportedModelError
+from kvoffload.hf.arguments import name_of_cache
 from kvoffload.model.cache_layers import cache_layers
 
 # Parts of the path of attention over something else than the tokens before: an encoder's states, an image's.
@@ -68,7 +69,7 @@ def check_supported(model: Any) -> None:
         )
     if not _has_dynamic_cache(model):
         raise UnsupportedModelError(
-            f"{name} keeps its state in a way of its own instead of a cache of transformers: use plain generate()"
+            f"{name} keeps no cache of transformers (none, or a state in a way of its own): use plain generate()"
         )
     if not offloadable_layers(model):
         if own := _layers_of_its_own(model):
@@ -126,7 +127,8 @@ def _layers_of_its_own(model: PreTrainedModel) -> list[str]:
 
 
 def _has_dynamic_cache(model: Any) -> bool:
-    return bool(model._supports_default_dynamic_cache())
+    supports = getattr(model, "_supports_default_dynamic_cache", lambda: False)
+    return bool(supports()) and name_of_cache(model.forward) is not None
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
