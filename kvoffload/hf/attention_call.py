@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ def wants_contiguous(module: nn.Module) -> bool:
 
     Read from its source: some old models fold rows and heads together. Attention functions of transformers do not.
     """
-    source = source_of(type(module))
+    source = source_of(module)
     return "get_interface(" not in source and re.search(r"\b(key|value)\w*\.view\(\s*batch_size \*", source) is not None
 
 
@@ -61,14 +62,18 @@ def takes_names_for_meanings(module: nn.Module) -> bool:
 
     Sparse attention does that to see whether its choice of tokens has to be put into the mask.
     """
-    return re.search(r"_attn_implementation (in \(|== \"sdpa\")", source_of(type(module))) is not None
+    return re.search(r"_attn_implementation (in \(|== \"sdpa\")", source_of(module)) is not None
+
+
+def source_of(module: nn.Module) -> str:
+    """The source of a module's class, "" where there is none at hand."""
+    return _source(cast(Hashable, type(module)))
 
 
 @functools.cache
-def source_of(cls: Any) -> str:
-    """The source of a class, "" where there is none at hand."""
+def _source(cls: Hashable) -> str:
     try:
-        return inspect.getsource(cls)
+        return inspect.getsource(cls)  # type: ignore[arg-type]
     except (OSError, TypeError):
         return ""
 
