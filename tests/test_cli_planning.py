@@ -158,3 +158,23 @@ def test_a_damaged_stored_profile_stops_plan_and_names_the_file(model: Path, cac
     (path,) = cache.glob("*.json")
     path.write_text("damaged")
     assert str(path) in run_badly("plan", "--model", model, "--link-gb-per-s", 1)
+
+
+@pytest.mark.parametrize("command", ["plan", "roofline"])
+def test_a_guessed_model_is_called_a_guess_in_text_and_in_json(command: str, model: Path) -> None:
+    arguments = [command, "--model", model, "--hardware", "a100-40gb-pcie4"]
+    known = json.loads(run_well(*arguments, "--json"))
+    assert (known["is_exact"], known["doubt"]) == (True, "")
+    (model / "config.json").write_text(json.dumps(LLAMA_2_7B | {"model_type": "brandnew"}))
+    found = json.loads(run_well(*arguments, "--json"))
+    assert not found["is_exact"]
+    assert found["doubt"].startswith("model type 'brandnew' is not known to transformers ")
+    assert "a guess: model type 'brandnew' is not known to transformers " in " ".join(run_well(*arguments).split())
+
+
+@pytest.mark.parametrize("command", ["plan", "roofline"])
+def test_a_configuration_that_transformers_refuses_is_one_line(command: str, model: Path) -> None:
+    (model / "config.json").write_text(json.dumps(LLAMA_2_7B | {"num_attention_heads": "many"}))
+    message = run_badly(command, "--model", model, "--hardware", "a100-40gb-pcie4")
+    assert "refuses this configuration of llama (" in message
+    assert "): correct it, or use the release of transformers it was written for" in message
