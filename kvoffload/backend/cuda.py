@@ -117,7 +117,10 @@ class CudaBackend(Backend):
         with torch.cuda.stream(stream):
             dst.copy_(src, non_blocking=True)
         end.record(stream)
-        self._note(direction, start, end, src.numel() * src.element_size())
+        num_bytes = src.numel() * src.element_size()
+        self._note(direction, start, end, num_bytes)
+        if not start.query():  # it was queued before the stream came to it
+            self._keep(_paced(direction), start, end, num_bytes)
         return end
 
     def _look(self) -> None:
