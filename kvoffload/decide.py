@@ -316,7 +316,7 @@ class Decider:
         """
         if decision.inputs is None or not decision.placement.may_change:
             return decision
-        self.measured.time_chunk(self.backend, self.shape, decision.geometry, decision.sizes, prepare, ring())
+        self.measured.time_chunk(self.backend, self.shape, decision.geometry, decision.sizes, prepare, ring)
         rates = self.measured.correct(decision.inputs.rates, decision.geometry.rows)
         inputs = replace(decision.inputs, rates=rates)
         plan = planner.solve(inputs)

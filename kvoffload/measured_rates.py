@@ -87,7 +87,7 @@ class MeasuredRates:
         geometry: Geometry,
         sizes: Sizes,
         prepare: Callable[[int], Callable[[], None]],
-        ring: Sequence[torch.Tensor] = (),
+        ring: Callable[[], Sequence[torch.Tensor]] = tuple,
     ) -> None:
         """Time one chunk both ways, if that was not done for this model; waits for the device.
 
@@ -97,7 +97,8 @@ class MeasuredRates:
             geometry: of the cache.
             sizes: of its chunks.
             prepare: returns the recomputation of that many tokens of all rows of one layer.
-            ring: idle slots, whose bytes may be overwritten, for chunks of K and V; without them memory is taken.
+            ring: returns idle slots, whose bytes may be overwritten, for chunks of K and V; without them memory is
+                taken. Asked only if something is timed.
         """
         if self._was_timed or self.recompute_s_per_row_token is not None:
             return
@@ -105,7 +106,7 @@ class MeasuredRates:
         tokens = sizes.block_tokens * sizes.chunk_blocks
         row_tokens = tokens * geometry.rows
         backend.synchronize()  # what is timed runs alone, in a layer buffer that nothing else uses
-        clock, chunks = DeviceClock(backend.device), _kv_chunks(backend, shape, geometry, sizes, ring)
+        clock, chunks = DeviceClock(backend.device), _kv_chunks(backend, shape, geometry, sizes, ring())
         # What is computed counts as slow as four of five trials find it, not as the median: recomputing a little too
         # much costs several times what recomputing a little too little does.
         recompute_s, attention_s = (

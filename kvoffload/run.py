@@ -28,6 +28,7 @@ class _Readings(NamedTuple):
     wait_s: float
     starved_s: float
     gaps: Pace  # between steps
+    copied: Pace  # in bytes
     recompute: Pace  # in tokens of rows
     attention: Pace
 
@@ -39,6 +40,7 @@ class _Readings(NamedTuple):
             wait_s=backend.span_seconds("exposed_wait"),
             starved_s=backend.starved_s,
             gaps=backend.spans("gap"),
+            copied=backend.pace("h2d"),
             recompute=backend.pace("recompute"),
             attention=backend.pace("attention"),
         )
@@ -143,10 +145,10 @@ class Run:
         if predicted_step_s and abs(step_s / predicted_step_s - 1) <= MAX_PREDICTION_ERROR_FRACTION:
             return None
         now = _Readings.of(self._backend)
-        use = now.h2d.since(start.h2d)
+        byte_s = now.copied.since(start.copied)
         return StepRates(
             now.recompute.since(start.recompute),
-            use.copied_bytes / use.busy_s if use.busy_s > 0 else None,
+            1 / byte_s if byte_s else None,
             now.attention.since(start.attention),
         )
 

@@ -108,6 +108,22 @@ def test_a_pace_is_made_of_spans_that_were_queued_ahead(device: FakeCuda) -> Non
     backend.close()
 
 
+def test_the_pace_of_copies_leaves_out_what_the_stream_waited_for_its_host(device: FakeCuda) -> None:
+    with contextlib.closing(CudaBackend(DEVICE)) as backend:
+        source, landing = backend.allocate_host(NUM_BYTES).tensor, backend.allocate_device(NUM_BYTES)
+        for _ in range(3):
+            backend.copy_to_device(landing, source, [])  # nothing before it
+            backend.synchronize()
+        assert backend.pace("h2d").amount == 0
+        assert backend.link_use("h2d").busy_s > 3 * SPEEDS.launch_s
+        for _ in range(3):  # behind one that the host does not wait for
+            backend.copy_to_device(landing, source, [])
+        backend.synchronize()
+        pace = backend.pace("h2d")
+    assert pace.amount == 2 * NUM_BYTES
+    assert pace.amount / pace.seconds == pytest.approx(SPEEDS.link_bytes_per_s)
+
+
 def test_a_cpu_is_timed_by_the_wall_clock_one_call_at_a_time() -> None:
     clock = DeviceClock(torch.device("cpu"))
     assert clock.least_calls == 1

@@ -73,16 +73,22 @@ def layout(is_segmented: bool, **sizes: Any) -> tuple[ModelShape, Geometry, Size
 def test_a_chunk_is_timed_once_and_a_link_of_given_speed_never(is_segmented: bool) -> None:
     shape, geometry, sizes = layout(is_segmented)
     prepared: list[int] = []
+    asked: list[int] = []
     measured, backend = MeasuredRates(), EmulatedBackend(FAST_LINK)
 
     def prepare(tokens: int) -> Any:
         prepared.append(tokens)
         return lambda: None
 
+    def ring() -> list[torch.Tensor]:
+        asked.append(12)
+        return []
+
     with contextlib.closing(backend):
         for known in (measured, measured, FixedRates(shape.kv_row_bytes, shape.activation_row_bytes)):
-            known.time_chunk(backend, shape, geometry, sizes, prepare)
+            known.time_chunk(backend, shape, geometry, sizes, prepare, ring)
     assert prepared == [12]
+    assert asked == [12]  # of slots that may be in use later
     assert measured.recompute_s_per_row_token is not None
     assert measured.attention_s_per_row_token is not None
     assert measured.h2d_bytes_per_s is None
@@ -125,7 +131,7 @@ def time_chunk(backend: Backend, is_segmented: bool, *, in_ring: bool = True, wo
     slots = {"slot_bytes": sizes.slot_bytes, "num_slots": sizes.num_slots, "buffer_bytes": sizes.buffer_bytes}
     engine.configure(**slots, d2h_slot_bytes=sizes.d2h_slot_bytes, scratch_bytes=sizes.scratch_bytes)
     room = torch.empty(WORK_BYTES, dtype=torch.uint8, device=backend.device)
-    ring = engine.idle_slots() if in_ring else []
+    ring: Any = engine.idle_slots if in_ring else tuple
     measured.time_chunk(backend, shape, geometry, sizes, lambda tokens: work or (lambda: room.fill_(1)), ring)
     engine.close()
     return measured

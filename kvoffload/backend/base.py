@@ -123,9 +123,9 @@ class Backend(ABC):
         return Pace(0, self.span_seconds(name))
 
     def pace(self, name: str) -> Pace:
-        """What was done in the completed spans of that name that give an amount; never blocks.
+        """What was done in the completed spans of that name that give an amount, or copied one way; never blocks.
 
-        Left out are those that the device had begun before all of them was queued: they have launches in them.
+        Left out is what the device had begun before all of it was queued: that has a launch in it.
         """
         return Pace(0, 0.0)
 

@@ -126,6 +126,8 @@ class CudaBackend(Backend):
         end = torch.cuda.Event(enable_timing=start is not None)
         end.record(stream)
         self._note(direction, start, end, num_bytes, weight)
+        if start is not None and not start.query():  # it was queued before the stream came to it
+            self._keep(_paced(direction), start, end, num_bytes, 1.0)
         return end
 
     def _look(self) -> None:

@@ -228,6 +228,9 @@ class EmulatedBackend(Backend):
         return self._spans[name]
 
     def pace(self, name: str) -> Pace:
+        if name in self._directions:
+            use = self._directions[name].use
+            return Pace(use.copied_bytes, use.busy_s)
         return self._paces[name]
 
     def start_recording(self) -> None:
