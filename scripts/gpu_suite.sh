@@ -80,10 +80,6 @@ step() { # step SECONDS WRITES COMMAND...
 }
 
 if ((!dry_run)); then
-    "$python" -c 'import torch' 2>/dev/null || {
-        echo "$python has no torch: build the environment first (make setup), or name another with PYTHON=" >&2
-        exit 1
-    }
     "$python" -m gpu.ready || exit
     mkdir -p "$results"
 fi

@@ -71,6 +71,16 @@ def test_a_device_that_cannot_be_measured_costs_no_minute(capsys: pytest.Capture
     ]
 
 
+def test_a_package_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pulp", None)
+    assert ready.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gpu_suite: the package pulp cannot be imported (")
+    assert line.endswith("install it, or its wheel with --wheels DIR")
+
+
 # ---- the watch -----------------------------------------------------------------------------------------------------
 
 WORKER = """
