@@ -146,7 +146,8 @@ def main() -> int:
     watch = Watch(steps, given.results, (given.began or time.time()) + TIER_1_S, [sys.executable, __file__])
     signal.signal(signal.SIGTERM, _stop)  # what was measured is there; the worker must not outlive this process
     code = watch.run()
-    print(f"\nsummary, rows in {given.results}:")
+    if watch.outcomes:
+        print(f"\nsummary, rows in {given.results}:")
     for name, outcome in watch.outcomes.items():
         print(f"{name:16} {outcome}")
     return code
