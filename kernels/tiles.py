@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-# Query rows of a tile, by compute capability. On 9.0 and 10.0 operands of a product stay in shared or tensor memory;
-# the others hold them in registers, which twice as many would spill.
-_QUERY_ROWS = {80: 32, 86: 32, 89: 32, 90: 64, 100: 64, 120: 32}
+# Query rows of a tile, by compute capability. On 9.0 operands of a product stay in shared memory; the others
+# hold them in registers, or what they copy for the matrix units: twice as many rows would spill.
+_QUERY_ROWS = {80: 32, 86: 32, 89: 32, 90: 64, 100: 32, 120: 32}
 _STEP_ELEMENTS = 8192  # tokens of a step times head_dim
 _FLOAT32_ELEMENTS = 2048  # of either: no tensor cores, so all of it is in registers
 _WARPS = 8  # four have not the registers for the masks of padded heads, of row tables and of windows

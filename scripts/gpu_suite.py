@@ -116,7 +116,8 @@ class Watch:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it back: go on without it
+                self._process.wait(timeout=10)
 
 
 def main() -> int:

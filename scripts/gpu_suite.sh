@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What needs a CUDA GPU, in one command for a bare machine; docs/gpu.md says what it will show.
 #
-#   scripts/gpu_suite.sh [--tier 1|2] [--wheels DIR] [--results DIR] [--dry-run] [--steps NAMES] [--quick] [--fresh]
+#   scripts/gpu_suite.sh [--tier 1] [--wheels DIR] [--results DIR] [--dry-run] [--steps NAMES]
+#   scripts/gpu_suite.sh --tier 2 [--wheels DIR] [--results DIR] [--dry-run] [--quick] [--fresh]
 #   scripts/gpu_suite.sh --rehearse
 #
 # Tier 1, the default, takes at most eight minutes: the most valuable rows first, in one process, each saved as it is
@@ -19,8 +20,8 @@ python=.venv/bin/python
 export PYTHONPATH=$PWD:$PWD/scripts${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 tier=1 results=scripts/results wheels='' steps='' dry_run=0 quick=0 fresh=0
 usage() {
-    echo "usage: scripts/gpu_suite.sh [--tier 1|2] [--wheels DIR] [--results DIR] [--dry-run] [--steps NAMES]" \
-        "[--quick] [--fresh] | --rehearse" >&2
+    echo "usage: scripts/gpu_suite.sh [--tier 1] [--steps NAMES] | --tier 2 [--quick] [--fresh] | --rehearse;" \
+        "either tier: [--wheels DIR] [--results DIR] [--dry-run]" >&2
     exit 2
 }
 while (($# > 0)); do
@@ -37,6 +38,8 @@ while (($# > 0)); do
     esac
     shift
 done
+((tier == 1 && (quick || fresh))) && usage # they are tier 2's
+[[ $tier == 2 && -n $steps ]] && usage
 
 if [[ -n $wheels ]] && ((!dry_run)); then
     compgen -G "$wheels/*.whl" >/dev/null || { echo "gpu_suite: no wheels (*.whl) in $wheels" >&2 && exit 2; }

@@ -9,17 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fake_cuda
 import gpu_suite
 import pytest
-from gpu import ready, rehearsal, steps, worker
+import torch
+from gpu import ready, rehearsal, smoke, steps, worker
 from gpu.steps import STEPS, Step, Suite
 
+from kvoffload.bench import presets
 from kvoffload.bench.rows import load
 from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.kernels import reference
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,7 +47,13 @@ def test_tier_1_comes_in_the_order_of_its_worth_and_leaves_time_for_tests() -> N
     assert len(files) <= 8
 
 
-@pytest.mark.parametrize("options", [["--tier", "3"], ["--tier"], ["--wheels"], ["--nothing"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--tier", "3"], ["--tier"], ["--wheels"], ["--nothing"]),
+        *(["--quick"], ["--fresh", "--tier", "1"], ["--tier", "2", "--steps", "smoke"]),
+    ],
+)
 def test_an_option_that_cannot_be_is_told_how_it_is_used(options: list[str]) -> None:
     done = _suite(*options)
     assert done.returncode == 2
@@ -202,9 +212,9 @@ def test_every_step_leaves_its_rows(rehearsed: Any) -> None:
     folder = rehearsed[1]
     rows = {name: load(folder / f"{name}.csv") for name in ("smoke", "decode", "campaign", "kernels")}
     assert {row["device"] for found in rows.values() for row in found} == {fake_cuda.NAME}
-    smoke = [row["provider"] for row in rows["smoke"]]
-    assert smoke[:3] == ["pin", "h2d", "d2h"]
-    assert {"attention", "attention of beams", "merge", "finish", "rope", "linear_rope", "generate"} <= set(smoke)
+    told = [row["provider"] for row in rows["smoke"]]
+    assert told[:3] == ["pin", "h2d", "d2h"]
+    assert {"attention", "attention of beams", "merge", "finish", "rope", "linear_rope", "generate"} <= set(told)
     found = {(row["x"], row["provider"]) for row in rows["decode"]}
     modes = ("full_transfer", "planned")
     assert found == {
@@ -248,10 +258,6 @@ def test_a_step_that_fails_is_told_and_the_next_one_runs(
 def test_a_wrong_kernel_fails_the_smoke_step_after_all_rows_were_made(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from gpu import smoke
-
-    from kvoffload.kernels import reference
-
     finish = reference.finish
 
     def wrong(out: Any, lse: Any, result: Any, sinks: Any = None) -> None:
@@ -265,6 +271,18 @@ def test_a_wrong_kernel_fails_the_smoke_step_after_all_rows_were_made(
             smoke.run(tmp_path / "smoke.csv", lambda text: None)
     found = [row["provider"] for row in load(tmp_path / "smoke.csv")]
     assert found[-1] == "generate"
+
+
+def test_models_of_random_weights_are_made_on_the_device() -> None:
+    copies = []
+    with fake_cuda.fake_cuda() as fake:
+        for layers in (1, 3):
+            preset = replace(smoke.TINY, layers=layers)
+            before = fake.streams.calls["copy"]
+            model = presets.make_model(preset, torch.device("cuda", 0))
+            copies.append(fake.streams.calls["copy"] - before)
+            assert all(weight.is_cuda for weight in model.parameters())
+    assert copies[0] == copies[1] <= 4, "weights of a layer were made on the host and copied"
 
 
 def test_a_mode_that_would_run_over_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
