@@ -39,7 +39,8 @@ def linear_rope(x: Tensor, weight: Tensor, bias: Tensor | None, keys: Tensor, co
     m, hidden = x.shape
     block_half = max(16, power_of_2(head_dim // 2))
     full_size = x.element_size() == 4  # without tensor cores, smaller tiles for the same registers
-    block_m = min(32 if full_size else 128, max(16, power_of_2(m)))
+    most_rows = 32 if full_size else 128 if block_half <= 64 else 64  # two sums of a row for each index of `block_half`
+    block_m = min(most_rows, max(16, power_of_2(m)))
     block_k = min(16 if full_size else 64, max(16, power_of_2(hidden)))
     one_row = cos.shape[1] == 1
     _linear_rope_kernel[(divided_up(m, block_m) * heads,)](

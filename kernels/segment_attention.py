@@ -69,7 +69,7 @@ def segment_attention(
     if not q.numel():
         return
     groups = q_heads // kv_heads
-    tile = tiles.tile(head_dim, q.element_size(), q_tokens * groups)
+    tile = tiles.tile(head_dim, q.element_size(), q_tokens * groups, tiles.capability(q.device))
     num_tiles = divided_up(q_tokens * groups, tile.rows)
     programs = batch * kv_heads * num_tiles
     parts, part_tokens = tiles.split(tokens, tile.block_tokens, programs, tiles.processors(q.device))

@@ -12,7 +12,7 @@ import torch
 from kvoffload import system_memory
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError
-from kvoffload.profiler import environment
+from kvoffload.profiler import environment, readiness
 
 Link = Literal["auto"] | EmulatedLink
 
@@ -32,7 +32,7 @@ def resolve_device(device: torch.device | str, link: Link) -> torch.device:
     if resolved.type not in ("cuda", "cpu"):
         raise ConfigError(f"cannot measure a {resolved.type} device; use 'cuda' or 'cpu'")
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no CUDA device is available to PyTorch; use device='cpu' (--device cpu) or check the driver")
+        raise ConfigError(f"{readiness.why_no_cuda()}; or use device='cpu' (--device cpu)")
     if resolved.type == "cuda" and isinstance(link, EmulatedLink):
         raise ConfigError(
             "an emulated link has the CPU as its device; use device='cpu' (--device cpu) or link='auto' (no "

@@ -43,17 +43,15 @@ def main(
     if csv_path:
         rows.check(Path(csv_path))
     console = Console(stderr=True)
-    result = bench.run(
-        preset,
-        chosen,
-        new_tokens,
-        profile=profile,
-        sweep=sweep,
-        rounds=rounds,
-        on_row=lambda row: console.print(
+
+    def on_row(row: dict[str, Any]) -> None:
+        console.print(
             f"{row['mode']}: {row['decode_step_s_p50'] * 1e3:.1f} ms, {row['fraction_of_bound']:.3f} of the bound"
-        ),
-    )
+        )
+        if csv_path:
+            save_csv(preset, [row], Path(csv_path))
+
+    result = bench.run(preset, chosen, new_tokens, profile=profile, sweep=sweep, rounds=rounds, on_row=on_row)
     if str(json_path) == "-":
         json.dump(result, sys.stdout, indent=1)
         sys.stdout.write("\n")
@@ -62,14 +60,14 @@ def main(
         if json_path:
             json_path.write_text(json.dumps(result, indent=1) + "\n")
     if csv_path:
-        save_csv(result, Path(csv_path))
+        save_csv(preset, result["rows"], Path(csv_path))  # now each beside full transfer
 
 
-def save_csv(result: dict[str, Any], path: Path) -> None:
-    """Add the rows of a result to a CSV file."""
+def save_csv(preset: str, found: list[dict[str, Any]], path: Path) -> None:
+    """Add rows of a preset, as `bench.run` makes them, to a CSV file."""
     new = []
-    for row in result["rows"]:
-        config = {"preset": result["preset"]}
+    for row in found:
+        config = {"preset": preset}
         add = [("decode_step", "s", row["decode_step_s"])]
         shares = ("fraction_of_bound", "link_utilization", "split_fraction")
         add += [(name, "fraction", [row[name]]) for name in shares]
@@ -80,8 +78,8 @@ def save_csv(result: dict[str, Any], path: Path) -> None:
         for metric, unit, samples in add:
             new.append(
                 rows.row(
-                    *("decode", row["mode"], metric, unit, result["preset"], samples, config, result["link"]),
-                    device=result["device"],
+                    *("decode", row["mode"], metric, unit, preset, samples, config, row["link"]),
+                    device=row["device"],
                 )
             )
     rows.save(path, new)

@@ -159,8 +159,8 @@ def recompute(shape: Shape, dtype: torch.dtype, device: str, repeats: int) -> It
         yield provider, "recompute", "TFLOP/s", [operations / second / 1e12 for second in seconds]
 
 
-def measure(device: str, quick: bool) -> list[dict[str, Any]]:
-    """All rows of a device; few repetitions of one shape with `quick`."""
+def measure(device: str, quick: bool, on_rows: Callable[[list[rows.Row]], None] = lambda found: None) -> list[rows.Row]:
+    """All rows of a device; few repetitions of one shape with `quick`. `on_rows` gets those of a provider at once."""
     shapes = ON_CPU if device == "cpu" else ON_CUDA
     dtypes = (torch.float32,) if device == "cpu" else (torch.bfloat16, torch.float16)
     if quick:
@@ -173,6 +173,7 @@ def measure(device: str, quick: bool) -> list[dict[str, Any]]:
             config = {**asdict(shapes[name]), "dtype": str(dtype).removeprefix("torch.")}
             for provider, metric, unit, samples in part(shapes[name], dtype, device, repeats):
                 found.append(rows.row("kernels", provider, metric, unit, name, samples, config, "none"))
+                on_rows(found[-1:])
     return found
 
 
@@ -194,7 +195,7 @@ def main(
         raise ConfigError("there is no CUDA device: --device cpu times the twins of the kernels, at small shapes")
     if csv_path is not None:
         rows.check(csv_path)
-    found = measure(device, quick)
+    found = measure(device, quick, lambda new: rows.save(csv_path, new) if csv_path else None)
     if str(json_path) == "-":
         json.dump(found, sys.stdout, indent=1)
         sys.stdout.write("\n")
@@ -202,8 +203,6 @@ def main(
         Console().print(table(found))
         if json_path is not None:
             json_path.write_text(json.dumps(found, indent=1) + "\n")
-    if csv_path is not None:
-        rows.save(csv_path, found)
 
 
 def table(found: list[dict[str, Any]]) -> Table:

@@ -1,30 +1,63 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA GPU, in one command for a bare machine.
+# What needs a CUDA GPU, in one command for a bare machine; docs/gpu.md says what it will show.
 #
-#   scripts/gpu_suite.sh [--dry-run] [--quick] [--fresh] [--results DIR]
+#   scripts/gpu_suite.sh [--tier 1] [--wheels DIR] [--results DIR] [--dry-run] [--steps NAMES]
+#   scripts/gpu_suite.sh --tier 2 [--wheels DIR] [--results DIR] [--dry-run] [--quick] [--fresh]
+#   scripts/gpu_suite.sh --rehearse
 #
-# The environment, tests, stream sanitizer, kernels, transfer, the decode grid and the ablation, in this order. Each
-# step is bounded in time; one that fails or runs over does not stop the next. Rows land in scripts/results/ (or DIR)
-# as soon as there are any. Steps that ended well at this commit are left out when the suite is started again, unless
-# --fresh. --dry-run lists the steps, their limits and what they write.
+# Tier 1, the default, takes at most eight minutes: the most valuable rows first, in one process, each saved as it is
+# measured (scripts/gpu_suite.py; --steps chooses some). Tier 2 is the rest: tests, kernels, transfer, the decode grid,
+# the campaign and the ablation, each bounded in time; steps that ended well at this commit are left out when it is
+# started again, unless --fresh. --wheels DIR: packages that the machine lacks, installed beside those it has.
+# $KVOFFLOAD_COMMIT names the commit where there is no git. --rehearse runs tier 1 on a device that is not there, and
+# says how long its steps would take on two cards; --dry-run lists the steps, their limits and what they write.
 set -uo pipefail
+began=$(date +%s)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=.venv/bin/python
 [[ -x $python ]] || python=${PYTHON:-python3}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
-results=scripts/results dry_run=0 quick=0 fresh=0
-usage() { echo "usage: scripts/gpu_suite.sh [--dry-run] [--quick] [--fresh] [--results DIR]" >&2 && exit 2; }
+export PYTHONPATH=$PWD:$PWD/scripts${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+tier=1 results=scripts/results wheels='' steps='' dry_run=0 quick=0 fresh=0
+usage() {
+    echo "usage: scripts/gpu_suite.sh [--tier 1] [--steps NAMES] | --tier 2 [--quick] [--fresh] | --rehearse;" \
+        "either tier: [--wheels DIR] [--results DIR] [--dry-run]" >&2
+    exit 2
+}
 while (($# > 0)); do
     case $1 in
         --dry-run) dry_run=1 ;;
         --quick) quick=1 ;;
         --fresh) fresh=1 ;;
+        --rehearse) export TRITON_INTERPRET=1 PYTHONPATH=$PWD/tests:$PYTHONPATH && exec "$python" -m gpu.rehearsal ;;
+        --tier) (($# > 1)) && [[ $2 == [12] ]] || usage && tier=$2 && shift ;;
+        --wheels) (($# > 1)) || usage && wheels=$2 && shift ;;
         --results) (($# > 1)) || usage && results=$2 && shift ;;
+        --steps) (($# > 1)) || usage && steps=$2 && shift ;;
         *) usage ;;
     esac
     shift
 done
+((tier == 1 && (quick || fresh))) && usage # they are tier 2's
+[[ $tier == 2 && -n $steps ]] && usage
+
+if [[ -n $wheels ]] && ((!dry_run)); then
+    compgen -G "$wheels/*.whl" >/dev/null || { echo "gpu_suite: no wheels (*.whl) in $wheels" >&2 && exit 2; }
+    site=$(mktemp -d)
+    trap 'rm -rf "$site"' EXIT
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl ||
+        { echo "gpu_suite: the wheels in $wheels cannot be installed for $("$python" --version)" >&2 && exit 2; }
+    export PYTHONPATH=$site:$PYTHONPATH
+fi
+
+if ((tier == 1)); then
+    options=(--results "$results" --began "$began")
+    ((dry_run)) && options+=(--dry-run)
+    [[ -n $steps ]] && options+=(--steps "$steps")
+    "$python" scripts/gpu_suite.py "${options[@]}"
+    exit
+fi
+
 commit=unknown # as rows name it
 ((dry_run)) || commit=$("$python" -c 'from kvoffload.bench.rows import commit; print(commit())' || echo unknown)
 ended="$results/.gpu_suite-$commit" # one line for each step that ended well
@@ -50,16 +83,9 @@ step() { # step SECONDS WRITES COMMAND...
 }
 
 if ((!dry_run)); then
-    "$python" -c 'import torch' 2>/dev/null || {
-        echo "$python has no torch: build the environment first (make setup), or name another with PYTHON=" >&2
-        exit 1
-    }
-    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
-        echo "no CUDA device: nothing to run (--dry-run lists the steps)" >&2
-        exit 1
-    }
+    "$python" -m gpu.ready || exit
+    mkdir -p "$results"
 fi
-((dry_run)) || mkdir -p "$results"
 brief=()
 ((quick)) && brief=(--quick)
 

@@ -14,7 +14,7 @@ def test_cells_ask_something_fit_their_machine_and_come_most_informative_first()
     assert [cell.rank for cell in CELLS.values()] == sorted(cell.rank for cell in CELLS.values())
     assert all(cell.question and cell.preset.cached_tokens >= 128 for cell in CELLS.values())
     groups = {cell.group for cell in choose([], is_emulated=False)}
-    assert groups == {"latency", "throughput", "large", "long", "gqa", "shapes"}
+    assert groups == {"first", "latency", "throughput", "large", "long", "gqa", "shapes"}
     assert all(cell.device_memory_gb for cell in choose([], is_emulated=False))
     latency = choose(["latency"], is_emulated=False)
     assert {(cell.prompt_tokens, cell.new_tokens) for cell in latency} == {

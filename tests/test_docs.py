@@ -8,9 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
+from gpu.steps import STEPS
 from test_layering import ALLOWED
 from typer.testing import CliRunner
 
+from kvoffload.bench.rows import is_gpu, load
 from kvoffload.cli import app
 from kvoffload.config import OffloadConfig
 from kvoffload.stats import GenerationStats
@@ -50,6 +52,23 @@ def test_the_page_of_figures_names_every_field_of_the_statistics_and_every_key_o
     for key in listed:
         one = data[key][0] if isinstance(data[key], list) else data[key]
         assert names_in(key) == sorted(one), key
+
+
+def test_it_is_said_at_the_top_that_no_gpu_was_measured_as_long_as_that_is_so() -> None:
+    results = ROOT / "scripts" / "results"
+    on_a_gpu = any(is_gpu(row) for path in results.glob("*.csv") for row in load(path))
+    for page in ("README.md", "docs/gpu.md"):
+        top = (ROOT / page).read_text(encoding="utf-8")[:600]
+        assert ("No GPU has run this code yet" in top) == (not on_a_gpu), page
+
+
+def test_the_page_on_gpus_names_every_step_of_tier_1_and_its_file() -> None:
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    for step in STEPS:
+        line = next((line for line in table if re.match(rf"\| ([\w .-]+, )?{step.name}[, ]", line)), "")
+        assert line, step.name
+        assert step.writes == "-" or f"`{step.writes}`" in line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -175,7 +175,7 @@ def test_steps_are_measured_beside_what_was_planned(device: FakeCuda) -> None:
 def _commands(results: Path) -> list[list[str]]:
     """What scripts/gpu_suite.sh would run, after the interpreter."""
     run = subprocess.run(
-        ["bash", "scripts/gpu_suite.sh", "--dry-run", "--quick", "--results", str(results)],
+        ["bash", "scripts/gpu_suite.sh", "--tier", "2", "--dry-run", "--quick", "--results", str(results)],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from kvoffload.kernels import tiles
 
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of one program
 
-def test_tiles_fit_the_registers_and_steps_the_memory_of_a_processor() -> None:
+
+@pytest.mark.parametrize("capability", SHARED_KIB)
+def test_tiles_fit_the_registers_and_steps_the_memory_of_a_processor(capability: int) -> None:
     for head_dim in (1, 8, 64, 80, 96, 128, 200, 256):
         for element_bytes in (2, 4):
             for rows in (1, 8, 16, 17, 40, 1000):
-                tile = tiles.tile(head_dim, element_bytes, rows)
+                tile = tiles.tile(head_dim, element_bytes, rows, capability)
                 block_dim = max(16, 1 << (head_dim - 1).bit_length())
                 assert tile.rows >= min(rows, 16)
                 assert tile.block_tokens >= 16
-                assert tile.rows * block_dim <= 8192
+                assert tile.rows * block_dim <= (8192 if capability == 90 else 4096)
                 assert tile.stages >= 2
                 kv_bytes = 2 * tile.block_tokens * block_dim * element_bytes * (tile.stages - 1)
                 q_bytes = tile.rows * block_dim * element_bytes
-                assert kv_bytes + q_bytes <= 99 * 1024, "more shared memory than compute capability 8.9 has"
+                assert kv_bytes + q_bytes <= SHARED_KIB[capability] * 1024
+
+
+def test_a_capability_without_a_line_of_its_own_has_the_tiles_of_the_one_before() -> None:
+    for capability, before in ((87, 86), (103, 100), (121, 120), (130, 120)):
+        assert tiles.tile(128, 2, 64, capability) == tiles.tile(128, 2, 64, before)
+
+
+@pytest.mark.parametrize(("major", "minor", "found"), [(7, 5, 75), (8, 9, 89), (10, 0, 100), (12, 0, 120)])
+def test_a_device_tells_its_capability(monkeypatch: pytest.MonkeyPatch, major: int, minor: int, found: int) -> None:
+    properties = SimpleNamespace(major=major, minor=minor, multi_processor_count=7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    device = torch.device("cuda", 0)
+    assert tiles.capability.__wrapped__(device) == found
+    tiles.capability.cache_clear()
+    assert tiles.processors.__wrapped__(device) == (0 if found < 80 else 7)
+    tiles.capability.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ Owns the workloads and the question each of them answers. Does not own who is me
     large        layers of OPT-30B and OPT-66B, where the best split is inside
     long         8k to 64k tokens of context, batch 1 to 8
     gqa          Llama-3.1-8B and Qwen3-8B, where recomputation cannot pay
+    first        one for the first minutes on a GPU: its uncapped reference fits a card of 24 GB
     shapes       ragged prompts, 3 beams over one prompt, a copy-heavy prompt with prompt lookup
     cpu          the same questions at a size for two cores and an emulated link
 
@@ -25,7 +26,7 @@ import torch
 
 from kvoffload.bench.presets import PRESETS, Preset
 
-Group = Literal["latency", "throughput", "large", "long", "gqa", "shapes", "cpu"]
+Group = Literal["first", "latency", "throughput", "large", "long", "gqa", "shapes", "cpu"]
 GB = 1e9
 
 
@@ -98,6 +99,20 @@ class Cell:
 
 def _at(preset: Preset, batch: int, prompt_tokens: int) -> Preset:
     return replace(preset, batch=batch, cached_tokens=prompt_tokens)
+
+
+def _first() -> list[Cell]:
+    return [
+        Cell(
+            name="llama-2-7b 12x1024+16 20 GB",
+            group="first",
+            rank=0,
+            question="beside transformers' own offloaded cache, in two minutes at most",
+            preset=_at(PRESETS["llama-2-7b"], 12, 1024),
+            new_tokens=16,
+            device_memory_gb=20,
+        )
+    ]
 
 
 def _paper_grid() -> list[Cell]:
@@ -255,7 +270,8 @@ def _cpu() -> list[Cell]:
 CELLS: dict[str, Cell] = {
     cell.name: cell
     for cell in sorted(
-        [*_paper_grid(), *_large(), *_long(), *_grouped(), *_shapes(), *_cpu()], key=lambda cell: (cell.rank, cell.name)
+        [*_first(), *_paper_grid(), *_large(), *_long(), *_grouped(), *_shapes(), *_cpu()],
+        key=lambda cell: (cell.rank, cell.name),
     )
 }
 

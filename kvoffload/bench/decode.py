@@ -58,6 +58,7 @@ def measure(
     new_tokens: int,
     split: float | None = None,
     before: Rates | None = None,
+    max_tries: int | None = None,
 ) -> tuple[dict[str, Any], Rates]:
     """One row, measured again while the machine's rates move; and the rates after it.
 
@@ -68,14 +69,16 @@ def measure(
         new_tokens: as in `run`.
         split: instead of the mode's own.
         before: rates as this mode meets them, measured just now; None measures them.
+        max_tries: None for `MAX_TRIES`.
     """
-    for tries in range(1, MAX_TRIES + 1):
+    max_tries = max_tries or MAX_TRIES
+    for tries in range(1, max_tries + 1):
         before = before or lab.rates(mode)
         stats = steps(lab, lab.config(mode, profile, split), new_tokens)
         after = lab.rates(mode)
         bounds = [lab.bound_s(mode, rates, split) for rates in (before, after)]
         drift = abs(bounds[0] - bounds[1]) / min(bounds)
-        if drift <= MAX_RATE_DRIFT_FRACTION or tries == MAX_TRIES:
+        if drift <= MAX_RATE_DRIFT_FRACTION or tries == max_tries:
             break
         before = after
     offloaded = max(1, stats.plan.activation_blocks + stats.plan.kv_blocks)
@@ -118,6 +121,7 @@ def run(
     profile: HardwareProfile | str = "auto",
     sweep: bool = False,
     rounds: int = 1,
+    max_tries: int | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """All rows of a preset.
@@ -130,7 +134,9 @@ def run(
         sweep: also every split in whole blocks.
         rounds: passes over all rows, forwards and backwards in turn, whose steps are pooled: a busy minute of the
             machine then meets all rows alike.
-        on_row: called with each row when it is complete.
+        max_tries: of each row while the machine's rates move; None for `MAX_TRIES`.
+        on_row: called with each row when it is complete, as the result has it. Its speedup is None before full transfer
+            was measured.
     """
     with core_for_the_link():
         lab = Lab(PRESETS[preset_name])
@@ -139,20 +145,30 @@ def run(
         if sweep:
             settings += [(f"sweep_{x}_of_{blocks}", "planned", x / blocks) for x in range(blocks + 1)]
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name, _, _ in settings}
+        found: dict[str, dict[str, Any]] = {}
         for turn in range(rounds):
             met_before, rates = "", None  # the rates after a row are those before the next if it meets the same
             for name, mode, split in settings if turn % 2 == 0 else reversed(settings):
                 met = lab.meets(mode)
-                row, rates = measure(lab, mode, profile, new_tokens, split, rates if met == met_before else None)
+                row, rates = measure(
+                    lab, mode, profile, new_tokens, split, rates if met == met_before else None, max_tries
+                )
                 met_before = met
                 measured[name].append(row | {"mode": name})
-                if on_row is not None and turn == rounds - 1:
-                    on_row(_pooled(measured[name]))
-        found = [_pooled(rows) for rows in measured.values()]
-        full = next((row["decode_step_s_p50"] for row in found if row["mode"] == "full_transfer"), None)
-        for row in found:
-            row["speedup_vs_full_transfer"] = None if full is None else full / row["decode_step_s_p50"]
-        return {"preset": preset_name, "device": device_name(), "link": lab.link_name, "rows": found}
+                if turn == rounds - 1:
+                    found[name] = _pooled(measured[name]) | {"device": device_name(), "link": lab.link_name}
+                    _compare(found)
+                    if on_row is not None:
+                        on_row(found[name])
+        rows = [found[name] for name, _, _ in settings]
+        return {"preset": preset_name, "device": device_name(), "link": lab.link_name, "rows": rows}
+
+
+def _compare(found: dict[str, dict[str, Any]]) -> None:
+    """Each row beside full transfer's, as far as there are any."""
+    full_s = found["full_transfer"]["decode_step_s_p50"] if "full_transfer" in found else None
+    for row in found.values():
+        row["speedup_vs_full_transfer"] = None if full_s is None else full_s / row["decode_step_s_p50"]
 
 
 def table(result: dict[str, Any]) -> Table:

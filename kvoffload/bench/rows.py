@@ -151,12 +151,12 @@ def versions() -> str:
 
 @functools.cache
 def commit() -> str:
-    """The commit of this source tree; "unknown" where it is none.
+    """The commit of this source tree; "unknown" where it is none. `$KVOFFLOAD_COMMIT` names that of a copy without git.
 
     With changes to tracked files "-dirty-" and a hash of them, so that rows of other changes are other rows. What a
     benchmark writes itself is no change: `WRITTEN`.
     """
-    return _commit_of(Path(__file__).parent)
+    return os.environ.get("KVOFFLOAD_COMMIT") or _commit_of(Path(__file__).parent)
 
 
 def _commit_of(folder: Path) -> str:
