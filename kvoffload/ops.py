@@ -52,7 +52,7 @@ def segment_attention(q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, **options
     Raises:
         ValueError: if shapes, dtypes, strides or devices do not fit.
     """
-    if not _on_gpu(q):
+    if _on_cpu(q):
         cpu_attention.segment_attention(q, kv, out, lse, **options)
         return
     with _on_its_device(q):
@@ -100,6 +100,10 @@ def linear_into(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.is_cpu
 
 
 def _triton(name: str, tensor: Tensor) -> Any:

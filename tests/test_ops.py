@@ -63,9 +63,11 @@ def test_without_triton_the_twins_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ModuleNotFoundError("No module named 'triton'")
 
+    ops._module.cache_clear()
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.warns(UserWarning, match="No module named 'triton'"):
         assert ops._triton("merge", OnCuda(torch.float32)) is None
+    ops._module.cache_clear()
 
 
 def test_old_devices_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,10 @@ class _Stream:
     def wait_event(self, event: Any) -> None:
         self._calls["wait"] += 1
 
+    def query(self) -> bool:
+        self._calls["query"] += 1
+        return False
+
 
 class CountingBackend(CudaBackend):
     """The CUDA backend with its tensors on the CPU; inside `counting` alone."""
@@ -116,7 +120,11 @@ def _no_launches(calls: Counter[str]) -> Iterator[None]:
     def run(*args: Any, **kwargs: Any) -> None:
         calls["kernel"] += 1
 
-    with mock.patch.object(ops, "_on_gpu", lambda tensor: True), mock.patch.object(jit_function, "run", run):
+    with (
+        mock.patch.object(ops, "_on_gpu", lambda tensor: True),
+        mock.patch.object(ops, "_on_cpu", lambda tensor: False),
+        mock.patch.object(jit_function, "run", run),
+    ):
         yield
 
 
