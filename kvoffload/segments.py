@@ -57,10 +57,11 @@ def attend(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor, question
     for chunk, data in engine.arriving(job, between=attend_resident):
         rows = layer.row_shapes[chunk.form].view(data, len(chunk.blocks) * block_tokens, chunk.blocks[0].rows)
         engine.backend.compute(reads=(data,))
+        answer.is_sampled = chunk is job.chunks[0] and question.query.shape[1] == 1
         if chunk.form == "kv":
-            answer.add(rows, chunk.first_block, is_sampled=chunk is job.chunks[0])
+            answer.add(rows, chunk.first_block)
         else:
-            answer.add_recomputed(rows, chunk.first_block, is_sampled=chunk is job.chunks[0])
+            answer.add_recomputed(rows, chunk.first_block)
     attend_resident(1)  # what rounding left, or all of it
     answer.add_newest(keys, values)
     return answer.finish()
@@ -76,8 +77,9 @@ class _Answer:
         self._out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
         self._lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         self._is_first = True
+        self.is_sampled = False  # whether the next attention is timed: one of a layer's chunks in a step
 
-    def add_recomputed(self, stored: torch.Tensor, first_block: int, *, is_sampled: bool = False) -> None:
+    def add_recomputed(self, stored: torch.Tensor, first_block: int) -> None:
         """Attend to blocks stored as activations, [tokens, rows, width], which are on the device."""
         layer, backend = self._layer, self._layer.cache.engine.backend
         tokens, rows = stored.shape[:2]
@@ -86,16 +88,15 @@ class _Answer:
         kv = layer.row_shapes["kv"].view(scratch, tokens, rows)
         layer.recompute_into(first_block, layer.blocks[first_block], stored, kv)
         backend.compute(reads=(scratch,))
-        self.add(kv, first_block, is_sampled=is_sampled)
+        self.add(kv, first_block)
 
-    def add(self, kv: torch.Tensor, first_block: int, *, is_sampled: bool = False) -> None:
-        """Attend to stored blocks, [tokens, stored rows, width]; `is_sampled`: this chunk is timed for the layer."""
+    def add(self, kv: torch.Tensor, first_block: int) -> None:
+        """Attend to stored blocks, [tokens, stored rows, width]."""
         block_tokens = self._layer.cache.placement.block_tokens
         table = self._layer.cache.row_table.table
         if table is not None:
             table = table[first_block : first_block + kv.shape[0] // block_tokens]
-        is_step = self._question.query.shape[1] == 1
-        self._attend(kv, first_block * block_tokens, table, is_sampled=is_sampled and is_step)
+        self._attend(kv, first_block * block_tokens, table)
 
     def add_newest(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Attend to the tail and the new tokens, [rows, heads, tokens, head_dim]."""
@@ -104,11 +105,9 @@ class _Answer:
         newest = tail.with_new(NewTokens(keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)))
         self._attend(newest, self._layer.num_stored_tokens, None)
 
-    def _attend(
-        self, kv: torch.Tensor, first_position: int, row_table: torch.Tensor | None, *, is_sampled: bool = False
-    ) -> None:
+    def _attend(self, kv: torch.Tensor, first_position: int, row_table: torch.Tensor | None) -> None:
         shape, question = self._shape, self._question
-        row_tokens = kv.shape[0] * question.query.shape[0] if is_sampled else 0
+        row_tokens = kv.shape[0] * question.query.shape[0] if self.is_sampled else 0
         with self._layer.cache.engine.backend.sampling("attention", row_tokens):
             ops.segment_attention(
                 question.query,
@@ -124,7 +123,7 @@ class _Answer:
                 block_tokens=self._layer.cache.placement.block_tokens if row_table is not None else 0,
                 softcap=question.softcap,
             )
-        self._is_first = False
+        self._is_first = self.is_sampled = False
 
     def finish(self) -> torch.Tensor:
         """The result, with attention sinks entering now."""

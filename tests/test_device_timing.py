@@ -116,7 +116,8 @@ def test_rates_of_the_benchmarks(device: FakeCuda, monkeypatch: pytest.MonkeyPat
     found = lab.rates("planned")
     width = 64
     product_s = 4 * (tokens * width + width * width + tokens * width) / SPEEDS.memory_bytes_per_s
-    assert found.recompute_s_per_token * lab.chunk_tokens == pytest.approx(2 * product_s, rel=0.3)  # and their bias
+    copy_s = 4 * 2 * tokens * width / SPEEDS.memory_bytes_per_s  # of a product with a bias to its strided half
+    assert found.recompute_s_per_token * lab.chunk_tokens == pytest.approx(2 * (product_s + copy_s), rel=0.1)
     assert found.recompute_s_per_token * lab.chunk_tokens < SPEEDS.launch_s / 4
     kv_s = tokens * 2 * width * 4 / SPEEDS.memory_bytes_per_s
     assert found.attention_s_per_token * lab.chunk_tokens == pytest.approx(kv_s, rel=0.2)  # and the queries
