@@ -55,16 +55,17 @@ def attend(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor, question
                 answer.add_recomputed(run.data, run.first_block)
 
     for chunk, room in engine.arriving(job, between=attend_resident):
-        tokens, rows, is_sampled = len(chunk.blocks) * block_tokens, chunk.blocks[0].rows, chunk is job.chunks[0]
+        tokens, rows = len(chunk.blocks) * block_tokens, chunk.blocks[0].rows
+        answer.is_sampled = chunk is job.chunks[0] and question.query.shape[1] == 1
         if chunk.form == "kv":
             kv = room.view(*answer.layout(tokens, rows))
             engine.backend.compute(reads=(kv,))
-            answer.add(kv, chunk.first_block, is_sampled=is_sampled)
+            answer.add(kv, chunk.first_block)
         else:
             row = layer.row_shapes["activation"]
             stored = room.view(row.dtype, (tokens, rows, row.width))
             engine.backend.compute(reads=(stored,))
-            answer.add_recomputed(stored, chunk.first_block, is_sampled=is_sampled)
+            answer.add_recomputed(stored, chunk.first_block)
     attend_resident(1)  # what rounding left, or all of it
     answer.add_newest(keys, values)
     return answer.finish()
@@ -80,13 +81,14 @@ class _Answer:
         self._out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
         self._lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         self._is_first = True
+        self.is_sampled = False  # whether the next attention is timed: one of a layer's chunks in a step
 
     def layout(self, tokens: int, rows: int) -> tuple[torch.dtype, tuple[int, ...]]:
         """How attention reads K and V: [tokens, rows, 2, heads, head_dim]."""
         shape = self._shape
         return shape.dtype, (tokens, rows, 2, shape.key_heads, shape.key_dim)
 
-    def add_recomputed(self, stored: torch.Tensor, first_block: int, *, is_sampled: bool = False) -> None:
+    def add_recomputed(self, stored: torch.Tensor, first_block: int) -> None:
         """Attend to blocks stored as activations, [tokens, rows, width], which are on the device."""
         layer, backend = self._layer, self._layer.cache.engine.backend
         tokens, rows = stored.shape[:2]
@@ -95,16 +97,15 @@ class _Answer:
         backend.compute(writes=(kv,))
         layer.recompute_into(first_block, layer.blocks[first_block], stored, kv)
         backend.compute(reads=(kv,))
-        self.add(scratch.view(*self.layout(tokens, rows)), first_block, is_sampled=is_sampled)
+        self.add(scratch.view(*self.layout(tokens, rows)), first_block)
 
-    def add(self, kv: torch.Tensor, first_block: int, *, is_sampled: bool = False) -> None:
-        """Attend to stored blocks, as `layout` says; `is_sampled`: this chunk is timed for the layer."""
+    def add(self, kv: torch.Tensor, first_block: int) -> None:
+        """Attend to stored blocks, as `layout` says."""
         block_tokens = self._layer.cache.placement.block_tokens
         table = self._layer.cache.row_table.table
         if table is not None:
             table = table[first_block : first_block + kv.shape[0] // block_tokens]
-        is_step = self._question.query.shape[1] == 1
-        self._attend(kv, first_block * block_tokens, table, is_sampled=is_sampled and is_step)
+        self._attend(kv, first_block * block_tokens, table)
 
     def add_newest(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Attend to the tail and the new tokens, [rows, heads, tokens, head_dim]."""
@@ -113,11 +114,9 @@ class _Answer:
         newest = tail.with_new(NewTokens(keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)))
         self._attend(newest.view(self.layout(*newest.shape[:2])[1]), self._layer.num_stored_tokens, None)
 
-    def _attend(
-        self, kv: torch.Tensor, first_position: int, row_table: torch.Tensor | None, *, is_sampled: bool = False
-    ) -> None:
+    def _attend(self, kv: torch.Tensor, first_position: int, row_table: torch.Tensor | None) -> None:
         question = self._question
-        row_tokens = kv.shape[0] * question.query.shape[0] if is_sampled else 0
+        row_tokens = kv.shape[0] * question.query.shape[0] if self.is_sampled else 0
         with self._layer.cache.engine.backend.sampling("attention", row_tokens):
             ops.segment_attention(
                 question.query,
@@ -133,7 +132,7 @@ class _Answer:
                 block_tokens=self._layer.cache.placement.block_tokens if row_table is not None else 0,
                 softcap=question.softcap,
             )
-        self._is_first = False
+        self._is_first = self.is_sampled = False
 
     def finish(self) -> torch.Tensor:
         """The result, with attention sinks entering now."""
