@@ -25,8 +25,8 @@ from kvoffload import EmulatedLink, HardwareProfile, OffloadConfig, decide
 from kvoffload.backend import Backend, CheckingBackend, EmulatedBackend
 from kvoffload.config import GIB
 from kvoffload.hf import OffloadedHFCache, SegmentAttention, given_cache, offloadable_layers
-from kvoffload.hf.models import attention_modules
 from kvoffload.measured_rates import MeasuredRates
+from kvoffload.model.self_attention import attention_modules
 from kvoffload.model.shape import model_shape
 from kvoffload.rates import least_chunk_bytes
 from kvoffload.session import Session

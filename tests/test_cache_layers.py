@@ -66,7 +66,13 @@ def test_states_are_told_apart_from_layers_that_keep_both() -> None:
     assert hybrid == (STATE, GROWS, STATE)
     both = layers_of("falcon_h1", num_hidden_layers=2)
     assert both == (LayerCache("grows", has_state=True),) * 2
-    assert not both[0].is_offloadable
+    assert both[0].is_offloadable  # its K and V; the state stays
+
+
+def test_a_kind_of_layer_that_a_model_brings_itself_is_not_offloaded() -> None:
+    found = layers_of("deepseek_v4", num_hidden_layers=2)
+    assert any(one.is_own_kind for one in found)
+    assert not any(one.is_offloadable for one in found if one.is_own_kind)
 
 
 def test_the_text_part_of_a_configuration_counts() -> None:

@@ -11,8 +11,9 @@ from kvoffload.hf.first_tokens import FirstTokens, Measure
 from kvoffload.hf.hooks import ModelHooks
 from kvoffload.hf.interface import SegmentAttention
 from kvoffload.hf.layer import OffloadedLayer
-from kvoffload.hf.models import attention_modules, check_supported, offloadable_layers, unwrap
+from kvoffload.hf.models import check_supported, offloadable_layers, unwrap
 from kvoffload.hf.shadows import CONTINUOUS_BATCHING, Shadows
+from kvoffload.model.self_attention import attention_modules
 
 __all__ = [
     "CONTINUOUS_BATCHING",

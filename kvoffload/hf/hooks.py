@@ -17,7 +17,8 @@ from kvoffload.errors import UnsupportedModelError
 from kvoffload.hf.arguments import argument, given_cache
 from kvoffload.hf.cache import OffloadedHFCache
 from kvoffload.hf.layer import OffloadedLayer
-from kvoffload.hf.models import attention_modules, is_compiled
+from kvoffload.hf.models import is_compiled
+from kvoffload.model.self_attention import attention_modules
 
 
 class ModelHooks:

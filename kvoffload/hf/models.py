@@ -1,4 +1,4 @@
-"""Which models can be offloaded, and where their self-attention is."""
+"""Which models can be offloaded, and which of their layers."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import inspect
 import textwrap
 from typing import Any
 
-from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from kvoffload.errors import UnsupportedModelError
 from kvoffload.hf.arguments import name_of_cache
 from kvoffload.model.cache_layers import cache_layers
-
-# Parts of the path of attention over something else than the tokens before: an encoder's states, an image's.
-OTHER_ATTENTION = ("cross", "encoder_attn", "encdec", "perceiver", "resampler")
+from kvoffload.model.self_attention import layers_of_other_attention
 
 
 def unwrap(model: Any) -> PreTrainedModel:
@@ -115,7 +112,7 @@ def offloadable_layers(model: PreTrainedModel) -> list[int]:
     """
     if not _has_dynamic_cache(model):
         return []
-    elsewhere = _layers_of_other_attention(model)
+    elsewhere = layers_of_other_attention(model)
     caches = cache_layers(model.config)
     return [idx for idx, cache in enumerate(caches) if cache.is_offloadable and idx not in elsewhere]
 
@@ -129,30 +126,6 @@ def _layers_of_its_own(model: PreTrainedModel) -> list[str]:
 def _has_dynamic_cache(model: Any) -> bool:
     supports = getattr(model, "_supports_default_dynamic_cache", lambda: False)
     return bool(supports()) and name_of_cache(model.forward) is not None
-
-
-def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The self-attention module of each layer of the decoder, by layer index; innermost where they are nested."""
-    return {idx: module for idx, (_, module) in _attention(model, is_self=True).items()}
-
-
-def _layers_of_other_attention(model: PreTrainedModel) -> set[int]:
-    """Layers that attend only to something else than the tokens before them."""
-    return set(_attention(model, is_self=False)) - set(_attention(model, is_self=True))
-
-
-def _attention(model: PreTrainedModel, *, is_self: bool) -> dict[int, tuple[str, nn.Module]]:
-    """Path and module of one attention of each layer: to the tokens before, or to something else."""
-    found: dict[int, tuple[str, nn.Module]] = {}
-    for path, module in model.get_decoder().named_modules():
-        idx, kind = getattr(module, "layer_idx", None), type(module).__name__.lower()
-        if not isinstance(idx, int) or "attention" not in kind:
-            continue
-        if any(word in part for part in (*path.lower().split("."), kind) for word in OTHER_ATTENTION) == is_self:
-            continue
-        if idx not in found or path.startswith(f"{found[idx][0]}."):  # inner modules come after outer ones
-            found[idx] = (path, module)
-    return found
 
 
 def is_compiled(model: PreTrainedModel) -> bool:

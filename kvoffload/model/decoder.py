@@ -16,6 +16,7 @@ from torch import nn
 
 from kvoffload.model.facts import Layer
 from kvoffload.model.matrix import Group, Matrix, Part, Weight
+from kvoffload.model.self_attention import decoder_of
 
 _ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts", "num_selected_experts")
 _PARTS: tuple[tuple[Part, re.Pattern[str]], ...] = (  # asked of classes from the inside out, then of names
@@ -25,12 +26,6 @@ _PARTS: tuple[tuple[Part, re.Pattern[str]], ...] = (  # asked of classes from th
 )
 _FUSED = re.compile(r"qkv|query_key_value|c_attn|att_proj")
 _KEYS_OR_VALUES = re.compile(r"(^|_)(k|v|kv|key|value|keys|values)(_|$)")
-
-
-def decoder_of(model: Any) -> Any:
-    """The module that its decoder layers are in; some call another thing their decoder."""
-    found = model.get_decoder()
-    return found if any(isinstance(one, nn.ModuleList) for one in found.modules()) else model.base_model
 
 
 class Mlp(NamedTuple):

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvoffload.model.decoder import decoder_of
 from kvoffload.model.facts import KV, LayerCache
+from kvoffload.model.self_attention import attention_modules, decoder_of
 
 logger = logging.getLogger(__name__)
 _HAS_KV = ("grows", "window")
@@ -70,16 +70,6 @@ def _completed(model: Any, text_config: Any, caches: Sequence[LayerCache], found
             ]
             widths[idx] = widths[same[-1]] if same else None
     return widths
-
-
-def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
-    """The innermost module of each layer index that calls itself attention; without cross attention."""
-    found: dict[int, nn.Module] = {}
-    for path, module in model.named_modules():
-        idx, name = vars(module).get("layer_idx"), type(module).__name__.lower()
-        if isinstance(idx, int) and "attention" in name and "cross" not in f"{path} {name}":
-            found[idx] = module
-    return found
 
 
 def projected_kv(module: nn.Module | None, text_config: Any) -> KV | None:
