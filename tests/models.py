@@ -129,6 +129,8 @@ def make_model(architecture: str, seed: int = 0, **overrides: Any) -> PreTrained
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(3)
+        if architecture == "gptj":
+            model.lm_head.bias[0] -= 10  # the token of padding, which would be padding in the next turn
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     model.generation_config.use_cache = True

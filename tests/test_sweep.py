@@ -22,15 +22,9 @@ FORMS = {
     **dict.fromkeys(("bloom", "gemma4_text"), "transferred"),
     "mamba": "refused",
 }
-NOT_YET = {
-    "deepseek_v32": "its attention masks by index only for attention functions that it knows by name",
-}
-KINDS = [
-    pytest.param(kind, marks=[pytest.mark.xfail(reason=NOT_YET[kind])] if kind in NOT_YET else []) for kind in QUICK
-]
 
 
-@pytest.mark.parametrize("model_type", KINDS)
+@pytest.mark.parametrize("model_type", QUICK)
 def test_a_type_of_each_kind_is_equal_or_refused_for_its_reason(model_type: str) -> None:
     report = judge(model_type, QUICK_CELLS)
     found = {cell: (verdict.outcome, verdict.reason) for cell, verdict in report.verdicts.items()}
