@@ -41,6 +41,8 @@ from kvoffload.profiler import budget, compute, host_memory, profile, trials
 FIRST_ROW_S = 90.0
 CHUNK_BYTES, CHUNK_S = 2**24, 150e-6  # of the shapes here; host time of one
 BACKEND_S = 0.6  # of timing a chunk both ways when a session begins, see measured_rates
+LEAST_SHARE = 1.5  # of a budget: trying out, and the last stretch, which goes beyond it
+CHECK_S = measured_rates.CHECK_BUDGET_S
 TINY = {"hidden": 64, "heads": 4, "ffn": 64, "layers": 2, "cached_tokens": 128, "dtype": torch.float32}
 
 
@@ -143,6 +145,16 @@ class Meter:
         """A stretch that lasts as long whatever the machine."""
         self.ledger.add(lambda _speeds: seconds)
 
+    @contextlib.contextmanager
+    def lasting(self, seconds: float) -> Iterator[None]:
+        """What is repeated until so many seconds are over: these count, and not how often it happens to run here."""
+        self.budget(seconds)
+        ledger, self.ledger = self.ledger, Ledger()
+        try:
+            yield
+        finally:
+            self.ledger = ledger
+
 
 def _cache_bytes(preset: Preset) -> float:
     row_bytes = 2 * preset.kv_heads * (preset.hidden // preset.heads) * preset.dtype.itemsize
@@ -228,9 +240,10 @@ def _counted(twin: Any, meter: Meter) -> Any:
 
 def _count(patch: pytest.MonkeyPatch, meter: Meter) -> None:
     """Models, backends, and what lasts as long as its budget."""
-    make_model, median_s, begin, measure = (
+    make_model, median_s, seconds, begin, measure = (
         lab.make_model,
         rates._median_s,
+        measured_rates._seconds,
         CudaBackend.__init__,
         profile.measure_hardware,
     )
@@ -241,8 +254,12 @@ def _count(patch: pytest.MonkeyPatch, meter: Meter) -> None:
         return make_model(preset, where)
 
     def median(work: Callable[[], Any], where: torch.device, budget_s: float, idle_s: float = 0.0) -> float:
-        meter.budget(budget_s)
-        return median_s(work, where, 0.0, 0.0)
+        with meter.lasting(LEAST_SHARE * budget_s):
+            return median_s(work, where, 0.0, 0.0)
+
+    def seconds_of(*args: Any, **kwargs: Any) -> float | None:
+        with meter.lasting(LEAST_SHARE * CHECK_S / 3):
+            return seconds(*args, **kwargs)
 
     def backend(self: CudaBackend, where: torch.device) -> None:
         meter.budget(BACKEND_S)
@@ -255,6 +272,7 @@ def _count(patch: pytest.MonkeyPatch, meter: Meter) -> None:
 
     patch.setattr(lab, "make_model", made)
     patch.setattr(rates, "_median_s", median)
+    patch.setattr(measured_rates, "_seconds", seconds_of)
     patch.setattr(CudaBackend, "__init__", backend)
     patch.setattr(profile, "measure_hardware", measured)
 
