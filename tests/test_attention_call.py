@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kvoffload.hf.attention_call import can_segment, question
+from kvoffload.hf.attention_call import can_segment, question, takes_names_for_meanings, wants_contiguous
 from kvoffload.hf.masks import Padding
 
 
@@ -70,3 +70,42 @@ def test_a_question_is_what_the_call_asks_for() -> None:
     assert (found.scale, found.softcap) == (0.3, 20.0)
     assert found.valid is valid
     assert found.sinks is sinks
+
+
+class Folding(nn.Module):
+    """As old modules attend: rows and heads in one dimension."""
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        batch_size, heads, tokens, width = key.shape
+        key = key.view(batch_size * heads, tokens, width)
+        return query @ key.transpose(1, 2)
+
+
+class Choosing(nn.Module):
+    """As sparse attention decides whether its choice has to be in the mask."""
+
+    def forward(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        config: Any = self.config
+        if config._attn_implementation in ("eager", "sdpa"):
+            return mask
+        return None
+
+
+def test_modules_that_fold_rows_and_heads_want_k_and_v_in_one_piece() -> None:
+    from transformers.models.gpt_neox_japanese.modeling_gpt_neox_japanese import GPTNeoXJapaneseAttention
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    def wants(cls: Any) -> bool:
+        return wants_contiguous(cls.__new__(cls))
+
+    assert wants(Folding)
+    assert wants(GPTNeoXJapaneseAttention)
+    assert not wants(LlamaAttention)
+    assert not wants(type("Made", (nn.Module,), {}))  # no source
+
+
+def test_modules_that_know_attention_functions_by_name_keep_theirs() -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    assert takes_names_for_meanings(Choosing())
+    assert not takes_names_for_meanings(LlamaAttention.__new__(LlamaAttention))
