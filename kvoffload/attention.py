@@ -33,7 +33,7 @@ def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tup
     assert shape is not None and tail is not None
     row_bytes = cache.rows * shape.row_bytes
     total = layer.num_tokens + keys.shape[2]
-    engine.ensure_buffers(total * row_bytes)
+    engine.ensure_buffers(max(total * row_bytes, layer.stored_kv_bytes))  # blocks land with the rows they have
     job = engine.begin(cache, layer, in_layer_buffer=True)
     assert job.buffer is not None
     landing = job.buffer.bytes

@@ -67,7 +67,7 @@ def rates_from_profile(
         read_s = num_weights * weight_itemsize_bytes / profile.device_copy_bytes_per_s
         return max(2 * batch * num_weights / flops_per_s, read_s)
 
-    dense_s, head_s = gemm_s(layer_weights, shape.intermediate_size), gemm_s(head_weights, shape.vocab_size)
+    dense_s, head_s = gemm_s(layer_weights, shape.dense_width), gemm_s(head_weights, shape.vocab_size)
     if profile.emulated_link:  # nothing is issued ahead of a CPU
         num_chunks = max(1, math.ceil((cached_tokens or 0) / (chunk_blocks * block_tokens)))
         dense_s += profile.host_s_per_layer + num_chunks * profile.host_s_per_chunk

@@ -91,6 +91,11 @@ class ModelShape:
         return 2 * self.hidden_size * 2 * self.num_kv_heads * self.head_dim  # multiply-add, keys and values
 
     @property
+    def dense_width(self) -> int:
+        """Outputs of the matrix whose rate stands for a layer's: the MLP's, or where none is known the projections'."""
+        return self.intermediate_size or self.hidden_size
+
+    @property
     def dense_flops(self) -> int:
         """Floating-point operations of the projections and the MLP of one layer for one token."""
         if self.active_layer_weights:

@@ -205,7 +205,7 @@ class Task(NamedTuple):
     def _prefill_s(self, batch: int) -> float:
         shape = self.shape
         rows = min(batch * self.workload.prompt_tokens, PREFILL_TOKENS)
-        flops_per_s = self.profile.gemm_flops_per_s(rows, shape.intermediate_size, shape.hidden_size)
+        flops_per_s = self.profile.gemm_flops_per_s(rows, shape.dense_width, shape.hidden_size)
         return self.prefill_flops(batch) / flops_per_s
 
     def free_bytes(self, rows: int) -> int:

@@ -16,6 +16,7 @@ from fake_cuda_tensors import DEVICE
 
 from kvoffload.backend import CheckingBackend, CudaBackend, DeviceClock
 from kvoffload.backend.clock import LEAST_CALLS
+from kvoffload.backend.sampling import ALL_AT_FIRST
 
 SPEEDS = Speeds(launch_s=80e-6, wait_s=50e-6)
 NUM_BYTES = 2**14
@@ -128,3 +129,20 @@ def test_a_cpu_is_timed_by_the_wall_clock_one_call_at_a_time() -> None:
     clock = DeviceClock(torch.device("cpu"))
     assert clock.least_calls == 1
     assert clock.time(lambda: time.sleep(2e-3), 3).seconds >= 6e-3
+
+
+def test_what_happens_once_a_step_is_counted_one_by_one(device: FakeCuda) -> None:
+    """Of stretches that a step has many of, some are timed; their total is right all the same."""
+    with contextlib.closing(CudaBackend(DEVICE)) as backend:
+        x = torch.zeros(2**16, device=DEVICE)
+        for _ in range(ALL_AT_FIRST + 100):
+            for name in ("gap", "recompute"):
+                span = backend.start_span(name)
+                x.mul_(1.0)
+                backend.end_span(span)
+        backend.synchronize()
+        gaps, recompute_s = backend.spans("gap"), backend.span_seconds("recompute")
+        timed = backend.spans("recompute").amount
+    assert gaps.amount == ALL_AT_FIRST + 100
+    assert timed < ALL_AT_FIRST + 50
+    assert recompute_s == pytest.approx(gaps.seconds, rel=0.15)

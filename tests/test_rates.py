@@ -107,3 +107,9 @@ def test_a_chunk_of_either_form_is_compared_with_the_copy_of_that_form() -> None
         found = least(recomputes, **forms)
         assert 0.25 * share * found / 1e10 >= forms[form] > 0.25 * share * found / 2 / 1e10
     assert least(True) == 2 * least(False)  # where the forms were not timed apart: half as many bytes
+
+
+def test_a_model_whose_mlp_is_not_known_has_the_rates_of_its_projections() -> None:
+    sizes = {"batch": 4, "block_tokens": 16, "chunk_blocks": 2}
+    found = rates_from_profile(PROFILE, dataclasses.replace(SHAPE, intermediate_size=0), **sizes)
+    assert 0 < found.dense_s < rates_from_profile(PROFILE, SHAPE, **sizes).dense_s

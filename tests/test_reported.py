@@ -258,6 +258,30 @@ def test_keys_and_values_of_a_cache_can_be_read(kind: str, way: str) -> None:
             copy.deepcopy(cache)
 
 
+def test_keys_can_be_read_after_rows_became_fewer_and_after_a_forward_that_failed() -> None:
+    model = tiny("llama")
+    with kvoffload.offload(model, WAYS["transfer"]) as session, torch.no_grad():
+        cache = session.new_cache()
+        model(IDS.repeat(3, 1), **given(cache))
+        cache.batch_select_indices(torch.tensor([0, 3]))
+        plain = transformers.DynamicCache(config=model.config)
+        model(IDS.repeat(3, 1), **given(plain))
+        plain.batch_select_indices(torch.tensor([0, 3]))
+        for ours, theirs in zip(cache.layers, plain.layers, strict=True):
+            torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=1e-5)
+
+        def fail(module: Any, args: Any) -> None:
+            raise RuntimeError("in the middle")
+
+        handle = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            model(IDS[:, :1], **given(cache))
+        handle.remove()
+        keys = cache.layers[3].keys
+        assert not keys.is_meta
+        torch.testing.assert_close(keys, plain.layers[3].keys, atol=1e-5, rtol=1e-5)
+
+
 def test_in_the_middle_of_a_forward_keys_have_a_shape_and_no_values() -> None:
     """Their buffers are in use then; some modules ask how many tokens there are."""
     model, seen = tiny("llama"), []

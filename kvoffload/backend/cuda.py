@@ -172,7 +172,8 @@ class CudaBackend(Backend):
         return self._totals[direction]
 
     def start_span(self, name: str) -> tuple[str, Any, float] | None:
-        weight = self._samplers[name].weight(at_once=self.is_recording)
+        is_rare = name not in LANE_OF  # once a step: counted one by one
+        weight = self._samplers[name].weight(at_once=self.is_recording or is_rare)
         return (name, self._timed_event(), weight) if weight else None
 
     def end_span(self, span: tuple[str, Any, float] | None, amount: int = 0) -> None:

@@ -83,7 +83,13 @@ class ModelHooks:
             self._on_forward(cache)
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._with_ours.discard(threading.get_ident())
+        """Also after an exception, which leaves attention modules in the middle of theirs."""
+        thread = threading.get_ident()
+        self._with_ours.discard(thread)
+        for key in [key for key in self._running if key[0] == thread]:
+            layer = self._running.pop(key)()
+            if layer is not None:
+                layer.abandon()
 
     def _make_hooks(self, layer_idx: int, names: list[str]) -> tuple[Any, Any]:
         def our_layer(args: Any, kwargs: Any) -> OffloadedLayer | None:

@@ -255,6 +255,10 @@ class OffloadedLayer(CacheLayerMixin):
                 self._append(update)
         self.core.cache.engine.finish_current()
 
+    def abandon(self) -> None:
+        """An exception ended the forward of the attention module: what it handed over is not cached."""
+        self._is_in_module, self._pending = False, None
+
     def _prepare(self, update: _Update, *, is_segmented: bool) -> None:
         """Make ready for the tokens of an update: the first ones settle how, all bring their position embeddings."""
         owner, core = self._owner(), self.core
