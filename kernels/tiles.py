@@ -33,6 +33,7 @@ class Tile(NamedTuple):
     warps: int
 
 
+@functools.lru_cache(maxsize=256)  # asked for at every launch
 def tile(head_dim: int, element_bytes: int, rows: int, capability: int) -> Tile:
     """The tile for `rows` query rows that share a head of K and V, on a device of that compute capability (as 89)."""
     block_dim = max(16, power_of_2(head_dim))
@@ -50,6 +51,7 @@ def tile(head_dim: int, element_bytes: int, rows: int, capability: int) -> Tile:
     )
 
 
+@functools.lru_cache(maxsize=256)
 def split(tokens: int, block_tokens: int, programs: int, processors: int) -> tuple[int, int]:
     """Into how many parts a segment is split, and the tokens of each but the last, so that no processor is idle.
 
