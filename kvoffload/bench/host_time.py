@@ -8,7 +8,7 @@ does.
     kv chunk          slope of a step over the chunks of a layer, all of them K and V
     activation chunk  the same with all of them activations; includes recomputation's products
     layer             slope over the layers at one chunk each, less that of the model by itself
-    step              what is left, less that of the model by itself
+    step              what is left, less that of the model by itself, whose own attention may make it negative
 
 Times are those of the thread (`time.thread_time`), so that waiting for a core does not count; of the steps of several
 rounds the shortest.
