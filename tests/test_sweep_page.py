@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from run_script import run_script
 from test_sweep_rows import report
 
 from kvoffload.bench.sweep import Report, Verdict
@@ -55,3 +56,8 @@ def test_whole_layers_are_named() -> None:
     )
     text = page([row_of(report("axk1", greedy__half=warned)), row_of(report("llama"))])
     assert "put together on the device for: `axk1`\n" in text
+
+
+def test_the_page_says_what_the_rows_say() -> None:
+    done = run_script("sweep_models", "--docs", "--check")
+    assert done.exit_code == 0, done.stderr
