@@ -77,14 +77,15 @@ def read_back(layer: CacheLayer) -> tuple[torch.Tensor, torch.Tensor]:
 
     Every block crosses the link or is recomputed, as in a decode step of this layer; what was prefetched is dropped.
     """
-    shape, device = layer.shape, layer.cache.engine.backend.device
+    engine, shape = layer.cache.engine, layer.shape
     assert shape is not None
-    rows = layer.cache.rows
+    rows, device, buffer_bytes = layer.cache.rows, engine.backend.device, engine.buffer_bytes
     keys = torch.empty(rows, shape.key_heads, 0, shape.key_dim, dtype=shape.dtype, device=device)
     values = torch.empty(rows, shape.value_heads, 0, shape.value_dim, dtype=shape.dtype, device=device)
     with torch.no_grad():
         keys, values = (part.clone() for part in assemble(layer, keys, values))
-    layer.cache.engine.finish_current()
+    engine.finish_current()
+    engine.resize_buffers(buffer_bytes)  # attention over segments has none, and no room for them is planned
     return keys, values
 
 

@@ -126,13 +126,14 @@ class OffloadedCache:
         block_tokens = self.placement.block_tokens
         first_gone, left = divmod(self.layers[0].num_tokens - tokens, block_tokens)
         is_reopened = left > 0 and tokens > self.layers[0].tail_tokens
-        row_step = self.layers[0].blocks[first_gone].row_step if is_reopened else 1
+        block = self.layers[0].blocks[first_gone] if is_reopened else None
         for layer in self.layers:
             layer.remove(tokens)
         table = self.logical_rows(first_gone) if is_reopened else None
         if table is not None:
-            first = first_gone * block_tokens
-            self.positions.restore(first, first + block_tokens, table * row_step)
+            assert block is not None
+            first, step = first_gone * block_tokens, block.row_step
+            self.positions.restore(first, first + block_tokens, table * step, block.rows * step)
         self.row_table.truncate(len(self.layers[0].blocks))
         self.positions.truncate(self.layers[0].num_tokens)
         for layer in self.layers:

@@ -168,7 +168,7 @@ class CarriedPositions(PositionStore):
         for newest in self._streams:
             newest.truncate(num_tokens)
 
-    def restore(self, start: int, stop: int, columns: torch.Tensor) -> None:
+    def restore(self, start: int, stop: int, columns: torch.Tensor, rows: int) -> None:
         """Nothing: rows are equal."""
 
     def select(self, indices: torch.Tensor, first_token: int, rows: int) -> None:

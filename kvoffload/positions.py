@@ -67,10 +67,12 @@ class _Stream:
         self.num_vectors += vectors.shape[0]
         self.num_stored += tokens
 
-    def permute(self, start: int, stop: int, columns: torch.Tensor) -> None:
-        """Row i of some stored tokens becomes what was in column `columns[i]`."""
+    def permute(self, start: int, stop: int, columns: torch.Tensor, rows: int) -> None:
+        """Row i of some stored tokens becomes what was in column `columns[i]` of `rows`."""
         if self.index is None or self.index.shape[1] == 1 or start >= self.num_stored:
             return
+        if self.index.shape[1] < rows:
+            return  # as in `read`
         moved = self.index[start:stop].index_select(1, columns)
         self.index = _with_room(self.index, self.num_stored, moved[:0], max(self.index.shape[1], moved.shape[1]), 0)
         self.index[start:stop, : moved.shape[1]] = moved
@@ -81,7 +83,9 @@ class _Stream:
         if self.is_sequence and isinstance(tokens, slice):
             return self.table[tokens].unsqueeze(0)
         index = self.index[tokens]
-        if index.shape[1] > 1:
+        if index.shape[1] < rows * row_step:
+            index = index[:, :1]  # rows were alike when there were fewer, and are since
+        elif index.shape[1] > 1:
             index = index[:, : rows * row_step : row_step]
         index = index.t()  # [rows or 1, tokens]
         return self.table.index_select(0, index.reshape(-1).long()).view(*index.shape, -1)
@@ -100,6 +104,7 @@ def _with_room(old: torch.Tensor | None, used: int, new: torch.Tensor, width: in
         # One row per token serves all where there is only one; else tokens keep the rows they were stored with.
         columns = width if old.shape[1] == 1 else old.shape[1]
         grown[:used, :columns] = old[:used]
+        grown[:used, columns:] = old[:used, :1]  # of tokens whose rows are alike; of others nobody reads these
     return grown
 
 
@@ -172,8 +177,8 @@ class PositionStore(ABC):
         """Forget the tokens behind the first `num_tokens`."""
 
     @abstractmethod
-    def restore(self, start: int, stop: int, columns: torch.Tensor) -> None:
-        """Tokens of a block are in logical order again: row i is what was stored in column `columns[i]`."""
+    def restore(self, start: int, stop: int, columns: torch.Tensor, rows: int) -> None:
+        """Tokens of a block are in logical order again: row i is what was stored in column `columns[i]` of `rows`."""
 
     @abstractmethod
     def select(self, indices: torch.Tensor, first_token: int, rows: int) -> None:
@@ -226,10 +231,10 @@ class PositionTable(PositionStore):
                 if stream.is_sequence:
                     stream.num_vectors = num_tokens
 
-    def restore(self, start: int, stop: int, columns: torch.Tensor) -> None:
+    def restore(self, start: int, stop: int, columns: torch.Tensor, rows: int) -> None:
         for stream in self._streams:
             stream.store(self._capacity_tokens)
-            stream.permute(start, stop, columns)
+            stream.permute(start, stop, columns, rows)
 
     def select(self, indices: torch.Tensor, first_token: int, rows: int) -> None:
         for stream in self._streams:
@@ -238,6 +243,8 @@ class PositionTable(PositionStore):
             if index is None or index.shape[1] == 1 or first_token >= stream.num_stored:
                 continue
             indices = indices.to(index.device)
+            if index.shape[1] < rows:
+                continue  # as in `read`
             if indices.numel() == rows:
                 tail = index[first_token : stream.num_stored, :rows]
                 tail.copy_(tail.index_select(1, indices))

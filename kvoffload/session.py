@@ -199,6 +199,9 @@ class Session:
         while self._abandoned:
             self._abandoned.popleft().reset()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        raise KVOffloadError("a model cannot be copied while it is offloaded: close() the session first")
+
     # ---- generate ------------------------------------------------------------------------------------------------
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -320,6 +323,11 @@ class Session:
         if self.is_closed or cache.is_closed:
             raise KVOffloadError(
                 "this cache belongs to a session or a generate() that failed or is over: take a new_cache()"
+            )
+        if self._run is not None and self._run.thread != threading.get_ident():
+            raise KVOffloadError(
+                "a generate() of this model is running in another thread, and an offloaded model serves one call at a "
+                "time: wait for it"
             )
         self._reap()
         self._decisions.keep_buffers(cache)

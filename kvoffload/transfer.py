@@ -41,6 +41,8 @@ class LayerSource(Protocol):
     version: int  # changes with the stored blocks
     is_segmented: bool  # attention takes its chunks one by one, so they need no layer buffer
 
+    @property
+    def stored_kv_bytes(self) -> int: ...
     def chunks(self) -> Sequence[Chunk]: ...
     def expects_another_step(self) -> bool: ...
 
@@ -168,14 +170,23 @@ class TransferEngine:
 
     def ensure_buffers(self, num_bytes: int) -> None:
         """Layer buffers of at least that size, for caches whose maximum length was not known."""
-        if self._buffers[0].bytes.numel() < num_bytes:
-            self.configure(
-                slot_bytes=self._slots[0].room.bytes.numel() if self._slots else 0,
-                num_slots=len(self._slots),
-                buffer_bytes=max(num_bytes, 2 * self._buffers[0].bytes.numel()),
-                d2h_slot_bytes=self.write_back.slot_bytes,
-                scratch_bytes=0 if self._scratch is None else self._scratch.bytes.numel(),
-            )
+        if self.buffer_bytes < num_bytes:
+            self.resize_buffers(max(num_bytes, 2 * self.buffer_bytes))
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Size of each of the two layer buffers."""
+        return self._buffers[0].bytes.numel()
+
+    def resize_buffers(self, num_bytes: int) -> None:
+        """Layer buffers of exactly that size; all else stays as it is."""
+        self.configure(
+            slot_bytes=self._slots[0].room.bytes.numel() if self._slots else 0,
+            num_slots=len(self._slots),
+            buffer_bytes=num_bytes,
+            d2h_slot_bytes=self.write_back.slot_bytes,
+            scratch_bytes=0 if self._scratch is None else self._scratch.bytes.numel(),
+        )
 
     @property
     def scratch(self) -> Room:
@@ -359,8 +370,11 @@ class TransferEngine:
         waits_for_attention = self.schedule == "kvpr" and any(chunk.form == "activation" for chunk in layer.chunks())
         if waits_for_attention and self._jobs:
             return False
-        if not layer.is_segmented and sum(job.buffer is not None for job in self._jobs) >= len(self._buffers):
-            return False
+        if not layer.is_segmented:
+            if sum(job.buffer is not None for job in self._jobs) >= len(self._buffers):
+                return False
+            if layer.chunks() and layer.stored_kv_bytes > self.buffer_bytes:
+                return False  # buffers grow when it is asked for
         return layer.expects_another_step() and all(job.layer is not layer for job in self._jobs)
 
     def _issue(self, job: Job) -> bool:

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from kvoffload.chunks import Chunk, chunks_of
+from kvoffload.chunks import Chunk, chunks_of, resident_runs
 from kvoffload.store import Block
 from kvoffload.types import Form, Schedule
 
@@ -92,3 +92,22 @@ def test_the_schedule_says_in_which_order_the_forms_travel(schedule: Schedule, o
 
 def test_a_layer_without_blocks_on_the_host_has_no_chunks() -> None:
     assert chunks([]) == []
+
+
+def test_runs_of_resident_blocks_are_of_one_form_equal_rows_and_contiguous() -> None:
+    memory = torch.zeros(10, 4, 4, 6, dtype=torch.float32)  # of blocks, each [tokens, rows, width]
+
+    def block(idx: int, form: Form = "kv", rows: int = 4) -> Block:
+        data = memory[idx, :, :rows]
+        return Block(form, rows, 4 * rows * 6 * 4, resident=data)
+
+    on_host = Block("kv", 4, 1, host=torch.zeros(1, dtype=torch.uint8))
+    assert list(resident_runs([block(0), block(1), block(2), on_host])) == [3, 2, 1]
+    assert list(resident_runs([block(0), block(2), block(3)])) == [1, 2, 1]
+    assert list(resident_runs([block(0), block(1, "activation"), block(2, "activation")])) == [1, 2, 1]
+    assert list(resident_runs([block(0), block(1, rows=2), block(2, rows=2)])) == [1, 1, 1]
+    assert list(resident_runs([on_host])) == list(resident_runs([])) == []
+    tight = torch.zeros(2 * 4 * 4 * 6, dtype=torch.float32)  # fewer rows right behind: no run either
+    full, fewer = tight[:96].view(4, 4, 6), tight[96:144].view(4, 2, 6)
+    blocks = [Block("kv", 4, 384, resident=full), Block("kv", 2, 192, resident=fewer)]
+    assert list(resident_runs(blocks)) == [1, 1]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import OTHERS, RECOMPUTABLE, TRANSFERRED, make_model
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import kvoffload
 from kvoffload.model import live
@@ -124,3 +124,15 @@ def test_a_tiny_model_takes_milliseconds_and_one_met_before_almost_nothing() -> 
     live._of_twin.cache_clear()
     assert min(first) < 0.03
     assert min(again) < 0.003
+
+
+def test_an_encoder_decoder_is_refused_as_its_configuration_is() -> None:
+    config = T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=32)
+    for given in (config, T5ForConditionalGeneration(config)):
+        with pytest.raises(kvoffload.UnsupportedModelError, match="encoder-decoder; only decoder-only"):
+            kvoffload.model_shape(given)
+
+
+def test_a_model_type_that_is_no_name_is_told() -> None:
+    with pytest.raises(kvoffload.ConfigError, match=r"model_type must be a name such as 'llama', got \['llama'\]"):
+        kvoffload.model_shape({"model_type": ["llama"], "hidden_size": 16})

@@ -70,8 +70,8 @@ def test_every_second_row_can_be_read() -> None:
 def test_a_block_in_logical_order_again_reads_as_the_rows_it_has_now(columns: list[int]) -> None:
     store, new, rows = PositionTable(0), embedding(3, 8, seed=0), len(columns)
     store.capture(0, 0, (new,), 0)
-    store.restore(2, 6, torch.tensor(columns))
-    store.restore(8, 12, torch.tensor(columns))  # which has not been cached
+    store.restore(2, 6, torch.tensor(columns), 3)
+    store.restore(8, 12, torch.tensor(columns), 3)  # which has not been cached
     assert torch.equal(store.read((0,), 2, 6, rows, 1)[0], new[columns, 2:6])
     for start, stop in ((0, 2), (6, 8)):
         assert torch.equal(store.read((0,), start, stop, 3, 1)[0], new[:, start:stop])
@@ -89,7 +89,7 @@ def test_the_newest_tokens_follow_rows_that_become_fewer_or_more(indices: list[i
 def test_a_block_of_equal_rows_has_one_order_only() -> None:
     store, new = PositionTable(0), embedding(1, 8, seed=0)
     store.capture(0, 0, (new,), 0)
-    store.restore(2, 6, torch.tensor([2, 0, 1]))
+    store.restore(2, 6, torch.tensor([2, 0, 1]), 3)
     assert torch.equal(store.read((0,), 0, 8, 3, 1)[0], new)
 
 
@@ -153,3 +153,36 @@ def test_what_a_failed_forward_left_behind_goes_when_it_is_tried_again() -> None
     store.capture(2, 0, (tries[2],), 4)
     (found,) = store.read((0,), 0, 8, 1, 1)
     assert torch.equal(found, torch.cat([tries[0], tries[2]], dim=1))
+
+
+def test_a_sequence_that_was_cropped_goes_on_as_one_and_is_read_as_it_lies() -> None:
+    store, new = PositionTable(64), embedding(1, 12, seed=0)
+    store.capture(0, 0, (new[:, :8],), 0)
+    (first,) = store.read((0,), 0, 8, 4, 1)
+    store.truncate(5)
+    store.capture(1, 0, (new[:, 5:],), 5)
+    (found,) = store.read((0,), 2, 12, 4, 1)
+    assert torch.equal(found, new[:, 2:])
+    assert found.data_ptr() == first[:, 2:].data_ptr(), "a view of the table, no copy"
+    other = embedding(3, 4, seed=1)
+    store.capture(2, 0, (other,), 12)  # rows that differ end that
+    assert torch.equal(store.read((0,), 12, 16, 3, 1)[0], other)
+    assert torch.equal(store.read((0,), 0, 12, 3, 1)[0][:1], new)
+
+
+def test_rows_that_are_alike_and_more_than_there_were_are_read_and_chosen() -> None:
+    """A padded batch of two, of which one row goes on and becomes four."""
+    store, first, alike = PositionTable(0), embedding(2, 6, seed=0), embedding(1, 8, seed=1)
+    store.capture(0, 0, (first,), 0)
+    store.read((0,), 0, 6, 2, 1)
+    store.capture(1, 0, (alike,), 6)
+    assert torch.equal(store.read((0,), 6, 14, 4, 1)[0], alike)
+    store.select(torch.tensor([3, 2]), 6, 4)
+    assert torch.equal(store.read((0,), 6, 14, 2, 1)[0][:1], alike)
+    store.restore(6, 10, torch.tensor([3, 1, 2, 0]), 4)
+    assert torch.equal(store.read((0,), 6, 10, 4, 1)[0][:1], alike[:, :4])
+    third = embedding(6, 2, seed=2)
+    store.capture(2, 0, (third,), 14)  # more rows than before: the table of indices becomes wider
+    assert torch.equal(store.read((0,), 14, 16, 6, 1)[0], third)
+    (wide,) = store.read((0,), 6, 14, 6, 1)
+    assert all(torch.equal(row, alike[0]) for row in wide)

@@ -165,6 +165,7 @@ class OffloadedHFCache(DynamicCache):
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         removed = min(-tokens_to_remove, self.core.layers[0].num_tokens)
+        self.session.check_usable(self)  # another cache may have had the engine's buffers
         for layer in (*self._others, *self._beside):
             layer.crop(tokens_to_remove)
         with torch.no_grad():
@@ -201,15 +202,23 @@ class OffloadedHFCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget everything."""
-        for layer in (*self._others, *self._beside):
+        for layer in self._others:
             layer.reset()
+        self._renew()
         self.core.reset()
         self.session.forget(self)
+
+    def _renew(self) -> None:
+        """What layers keep beside K and V begins anew, perhaps with other rows."""
+        for layer in self.layers:
+            if isinstance(layer, LayerBeside):
+                layer.renew()
 
     def close(self) -> None:
         """Give back all memory; any later use raises."""
         if not self.is_closed:
             self.is_closed = True
             self.core.reset()
-            for layer in (*self._others, *self._beside):
+            for layer in self._others:
                 layer.reset()
+            self._renew()

@@ -7,6 +7,7 @@ and resets change the rest alone.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,10 +34,15 @@ class LayerBeside(OffloadedLayer):
 
     def __init__(self, owner: OffloadedHFCache, core: CacheLayer, module: nn.Module | None, theirs: Any) -> None:
         self.beside = theirs
+        self._unused = copy.deepcopy(theirs)
         super().__init__(owner, core, module)
 
+    def renew(self) -> None:
+        """Forget the rest; a reset of theirs would keep its rows."""
+        self.beside = copy.deepcopy(self._unused)
+
     def __getattr__(self, name: str) -> Any:
-        if name == "beside":  # not made yet
+        if name in ("beside", "_unused"):  # not made yet
             raise AttributeError(name)
         return getattr(self.beside, name)
 

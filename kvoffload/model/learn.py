@@ -51,7 +51,9 @@ def learned(said: Mapping[str, Any]) -> Facts:
         ConfigError: transformers refuses it; with its message.
         UnsupportedModelError: no decoder with a cache.
     """
-    kind = str(said.get("model_type"))
+    kind = said.get("model_type") or "None"
+    if not isinstance(kind, str):
+        raise ConfigError(f"model_type must be a name such as 'llama', got {kind!r}: correct the configuration")
     if kind not in CONFIG_MAPPING:
         return guessed(said, _why_unknown(said, said.get("model_type")))
     config = _configuration(said, kind)

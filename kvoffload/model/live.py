@@ -14,6 +14,7 @@ import logging
 import warnings
 from typing import Any
 
+from kvoffload.errors import UnsupportedModelError
 from kvoffload.model.facts import Facts
 from kvoffload.model.fields import ITEMSIZE_BYTES, dtype_of, itemsize_bytes, reader
 from kvoffload.model.guess import guessed
@@ -26,7 +27,15 @@ logger = logging.getLogger(__name__)
 
 
 def shape_of_model(model: Any) -> ModelShape:
-    """Layers and widths of its class, bytes of its own parameters as they are."""
+    """Layers and widths of its class, bytes of its own parameters as they are.
+
+    Raises:
+        UnsupportedModelError: it is an encoder-decoder.
+    """
+    if getattr(_unwrapped(model).config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder; only decoder-only models are planned"
+        )
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return dataclasses.replace(shape_of(facts_of_live(model)), weight_bytes=weight_bytes)
 
