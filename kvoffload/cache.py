@@ -176,6 +176,7 @@ class OffloadedCache:
         for layer in self.layers:
             layer.close()
         self.row_table = RowTable(self.engine.backend.device)
+        self._gather = None  # of the table before, whose versions begin anew
         self.positions = PositionTable(self.placement.max_tokens or 0)
         self.rows, self.prompt_copies = 0, 1
         self.account()

@@ -73,6 +73,28 @@ def test_reading_keys_takes_device_memory_only_for_as_long_as_it_lasts(model: Pr
         assert logits_of(model, caches, prompt(2, 1)) <= 5e-6
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_cache_that_was_reset_forgets_the_order_of_its_rows(model: PreTrainedModel, way: str) -> None:
+    with kvoffload.offload(model, WAYS[way]) as session, torch.no_grad():
+        cache = session.new_cache()
+        for order in ([1, 0, 2], [2, 1, 0]):
+            caches = (cache, plain_cache(model))
+            assert logits_of(model, caches, prompt(3, 40)) <= 5e-6
+            for one in caches:
+                one.reorder_cache(torch.tensor(order))
+            assert logits_of(model, caches, prompt(3, 1)) <= 5e-6
+            cache.reset()
+
+
+def test_keys_are_read_after_another_cache_had_its_turn(model: PreTrainedModel) -> None:
+    with kvoffload.offload(model, WAYS["whole layers"]) as session, torch.no_grad():
+        caches = (session.new_cache(), plain_cache(model))
+        logits_of(model, caches, prompt(2, 60))
+        model(prompt(1, 9), **given(session.new_cache()))
+        for ours, theirs in zip(caches[0], caches[1], strict=True):
+            torch.testing.assert_close(ours[0], theirs[0], atol=1e-5, rtol=1e-5)
+
+
 def test_a_layer_with_a_state_begins_anew_with_other_rows() -> None:
     sizes = {"mamba_d_ssm": 48, "mamba_n_heads": 4, "mamba_d_head": 12, "mamba_n_groups": 1, "mamba_d_state": 8}
     model = tiny("falcon_h1", **sizes, mamba_chunk_size=8, num_key_value_heads=2)
