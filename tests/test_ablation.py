@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,3 +147,35 @@ def test_loaded_means_a_busy_process_for_every_core_and_none_behind(monkeypatch:
         assert len(started) == os.cpu_count()
         assert all(process.poll() is None for process in started)
     assert all(process.poll() is not None for process in started)
+
+
+def test_busy_cores_end_with_a_benchmark_that_is_killed() -> None:
+    script = (
+        "import os, signal, subprocess\n"
+        "from kvoffload.bench import ablation\n"
+        "started, begin = [], subprocess.Popen\n"
+        "ablation.subprocess.Popen = lambda *a, **k: started.append(begin(*a, **k)) or started[-1]\n"
+        "with ablation._busy_cores():\n"
+        "    print(*(one.pid for one in started), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout is not None
+        alive = [int(word) for word in killed.stdout.readline().split()]
+        assert killed.wait() == -signal.SIGKILL
+    assert len(alive) == os.cpu_count()
+    deadline = time.monotonic() + 10
+    while (alive := [pid for pid in alive if _runs(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    assert not alive
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process computes still; one that ended and was not waited for does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"

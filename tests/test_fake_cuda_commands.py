@@ -193,6 +193,7 @@ def _run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ended.value.code
 
 
+@pytest.mark.slow  # the second tier; the first is run whole in tests/test_gpu_suite.py
 def test_every_step_of_the_suite_for_a_gpu(
     device: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
