@@ -112,6 +112,25 @@ def test_what_is_kept_never_leaves_a_later_session_without_pinned_memory(device:
             assert backend.allocate_host(PAGE_BYTES).pinned_bytes == 0
 
 
+def test_memory_much_larger_than_what_is_asked_for_is_not_used_for_it(device: FakeCuda, registered: list[int]) -> None:
+    with contextlib.closing(CudaBackend(DEVICE)) as backend:
+        backend.allocate_host(5 * PAGE_BYTES)
+    with contextlib.closing(CudaBackend(DEVICE)) as backend:
+        assert backend.allocate_host(2 * PAGE_BYTES).pinned_bytes == 2 * PAGE_BYTES
+        assert registered == [5 * PAGE_BYTES, 2 * PAGE_BYTES]
+        assert list(device.registered.values()) == [2 * PAGE_BYTES]
+
+
+def test_all_that_is_kept_goes_where_less_can_be_locked_than_before(device: FakeCuda) -> None:
+    with contextlib.closing(CudaBackend(DEVICE)) as backend:
+        for _ in range(6):
+            backend.allocate_host(PAGE_BYTES)
+    device.lockable_bytes = 5 * PAGE_BYTES  # another process locked memory meanwhile
+    with contextlib.closing(CudaBackend(DEVICE)) as backend:
+        assert backend.allocate_host(3 * PAGE_BYTES).pinned_bytes == 3 * PAGE_BYTES
+        assert backend.kept_host_bytes == 0
+
+
 def test_memory_given_back_in_the_middle_of_a_session_is_the_systems(device: FakeCuda) -> None:
     with contextlib.closing(CudaBackend(DEVICE)) as backend:
         backend.release_host(backend.allocate_host(MIB))

@@ -138,12 +138,11 @@ class CudaBackend(Backend):
         link has that to do.
         """
         now_s = time.perf_counter()
-        if self._looked_at_s is None:
-            pass  # between forwards the host waits for the device as well
-        elif torch.cuda.current_stream(self.device).query():
-            self.starved_s += now_s - self._looked_at_s
-        elif self._last_event is not None and self._last_event.query():
-            self.starved_s += (now_s - self._looked_at_s) / 2
+        if self._looked_at_s is not None:  # between forwards the host waits for the device as well
+            if torch.cuda.current_stream(self.device).query():
+                self.starved_s += now_s - self._looked_at_s
+            elif self._last_event is not None and self._last_event.query():
+                self.starved_s += (now_s - self._looked_at_s) / 2
         self._looked_at_s = now_s
 
     def compute_waits(self, event: Any) -> None:
