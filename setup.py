@@ -30,21 +30,30 @@ DEV = [
     "matplotlib>=3.9",
     "selenium>=4.30",  # the report in a real browser
 ]
+ROOT = Path(__file__).parent
+PACKAGES = sorted(
+    {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for pattern in ("*.py", "*/*.py", "*/*/*.py")
+        for path in (ROOT / "kvoffload").glob(pattern)
+    }
+)
 
 setup(
     name="kvoffload",
     version="0.1.0",
     description="generate() with the live KV cache in host memory: same tokens, planned and overlapped",
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[
-        "kvoffload",
-        *(f"kvoffload.{name}" for name in ("backend", "bench", "cli", "hf", "kernels", "model", "profiler")),
-    ],
-    package_data={"kvoffload": ["py.typed"], "kvoffload.profiler": ["presets.json", "page.css", "page.js"]},
+    packages=PACKAGES,
+    package_data={
+        "kvoffload": ["py.typed"],
+        "kvoffload.machine": ["presets.json"],
+        "kvoffload.profiler": ["page.css", "page.js"],
+    },
     include_package_data=False,
     install_requires=RUNTIME,
     extras_require={"dev": DEV + REPORT, "nvml": ["nvidia-ml-py>=12.560"], "report": REPORT},

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
         ProfileError,
         UnsupportedModelError,
     )
-    from kvoffload.hardware_profile import HardwareProfile
+    from kvoffload.machine.hardware_profile import HardwareProfile
     from kvoffload.model.shape import model_shape
-    from kvoffload.session import Session
-    from kvoffload.stats import GenerationStats
+    from kvoffload.session.session import Session
+    from kvoffload.session.stats import GenerationStats
     from kvoffload.types import ModelShape, Plan, Workload
 
 __version__ = "0.1.0"
@@ -50,10 +50,10 @@ _HOME = {
     "api": ("generate", "measure_hardware", "offload", "plan"),
     "config": ("EmulatedLink", "OffloadConfig"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
-    "hardware_profile": ("HardwareProfile",),
+    "machine.hardware_profile": ("HardwareProfile",),
     "model.shape": ("model_shape",),
-    "session": ("Session",),
-    "stats": ("GenerationStats",),
+    "session.session": ("Session",),
+    "session.stats": ("GenerationStats",),
     "types": ("ModelShape", "Plan", "Workload"),
 }
 logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvoffload import advice
+from kvoffload.advise import advice
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.profiler.profile import measure_hardware
 from kvoffload.profiler.stored import resolve_profile
-from kvoffload.session import Session
+from kvoffload.session.session import Session
 from kvoffload.types import Plan, Workload
 
 __all__ = ["generate", "measure_hardware", "offload", "plan"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvoffload.errors import ConfigError
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.types import Schedule
 
 GIB = 2**30

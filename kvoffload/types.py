@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kvoffload.errors import ConfigError
-from kvoffload.hardware_profile import HardwareProfile as HardwareProfile  # as: also importable from here
-from kvoffload.quantities import Curve as Curve
-from kvoffload.quantities import Point as Point
-from kvoffload.quantities import Provenance as Provenance
-from kvoffload.quantities import Quantity as Quantity
+from kvoffload.machine.hardware_profile import HardwareProfile as HardwareProfile  # as: also importable from here
+from kvoffload.machine.quantities import Curve as Curve
+from kvoffload.machine.quantities import Point as Point
+from kvoffload.machine.quantities import Provenance as Provenance
+from kvoffload.machine.quantities import Quantity as Quantity
 
 Form = Literal["kv", "activation"]
 Schedule = Literal["pipelined", "kvpr"]

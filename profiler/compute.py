@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvoffload import ops
+from kvoffload.cache import ops
 from kvoffload.profiler.workbench import Timed, Workbench, curve_of, noisy_of
 from kvoffload.types import Curve, Quantity
 

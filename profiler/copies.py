@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import torch
 
-from kvoffload import system_memory
 from kvoffload.backend import Backend, EmulatedBackend
 from kvoffload.config import EmulatedLink
+from kvoffload.machine import system_memory
 from kvoffload.profiler.budget import Budget, Steps
 from kvoffload.profiler.link import MAX_COPY_S, SIZES_BYTES, LinkCurves, given_curve, measure_link
 from kvoffload.types import Curve

@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
-from kvoffload import system_memory
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError
+from kvoffload.machine import system_memory
 from kvoffload.profiler import environment, readiness
 
 Link = Literal["auto"] | EmulatedLink

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from kvoffload import system_memory
+from kvoffload.machine import system_memory
 
 PACKAGES = ("torch", "transformers", "triton", "numpy", "pulp", "highspy")
 GENERATION_BY_GT_PER_S = {2.5: 1, 5.0: 2, 8.0: 3, 16.0: 4, 32.0: 5, 64.0: 6}

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvoffload.errors import ProfileError
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.fields import ITEMSIZE_BYTES
 from kvoffload.profiler.fit import Fit, OperationClass, Work, gemm_work
 

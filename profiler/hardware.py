@@ -1,7 +1,7 @@
 """A device as predictions see it, whether it was measured or is known from a preset or a user's file only.
 
 Owns the choice of numbers: peaks by the width of the operands, bandwidths, what is paid for and drawn. Does not own
-presets and their files (`kvoffload/datasheet.py`) nor profiles (`kvoffload/hardware_profile.py`). Torch-free.
+presets and their files (`datasheet`) nor profiles (`hardware_profile`), both of `kvoffload/machine/`. Torch-free.
 
 Of a measured profile the best measured rates stand for the peaks, and the fitted formula goes with them; of a datasheet
 there are peaks alone, so that a time made from them is a lower bound.
@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvoffload import datasheet
-from kvoffload.datasheet import BITS, Datasheet
 from kvoffload.errors import ConfigError, ProfileError
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine import datasheet
+from kvoffload.machine.datasheet import BITS, Datasheet
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.profiler.fit import Fit
 
 LINK_BYTES = 2**26  # the copy whose rate is taken for the link's

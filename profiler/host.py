@@ -20,14 +20,14 @@ from collections.abc import Sequence
 
 import torch
 
-from kvoffload import ops
 from kvoffload.backend import Backend
-from kvoffload.chunks import Chunk
-from kvoffload.positions import PositionTable
+from kvoffload.cache import ops
+from kvoffload.pipeline.chunks import Chunk
+from kvoffload.pipeline.room import Room
+from kvoffload.pipeline.transfer import TransferEngine
 from kvoffload.profiler.trials import Trials, time_trials
-from kvoffload.room import Room
-from kvoffload.store import Block
-from kvoffload.transfer import TransferEngine
+from kvoffload.store.positions import PositionTable
+from kvoffload.store.store import Block
 from kvoffload.types import Form
 
 CHUNKS_PER_LAYER = 8

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvoffload import system_memory
+from kvoffload.machine import system_memory
 from kvoffload.profiler.compute import attention_works, time_attention
 from kvoffload.profiler.workbench import Workbench, curve_of, noisy_of
 from kvoffload.types import Curve, Quantity

@@ -35,11 +35,11 @@ from collections.abc import Iterable
 
 import torch
 
-from kvoffload import system_memory
 from kvoffload.backend import Backend, CudaBackend, EmulatedBackend
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError, ProfileError
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine import system_memory
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.profiler import energy, environment
 from kvoffload.profiler.budget import BUDGETS, Progress, Steps, Thoroughness, lengths
 from kvoffload.profiler.compute import measure_compute

@@ -1,6 +1,6 @@
 """Predictions as tables for a terminal.
 
-Owns columns and units. Does not own the numbers (`roofline`, `kvoffload/forecast.py`).
+Owns columns and units. Does not own the numbers (`roofline`, `kvoffload/advise/forecast.py`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from kvoffload import forecast
-from kvoffload.forecast import Cell, Forecast, Limits
+from kvoffload.advise import forecast
+from kvoffload.advise.forecast import Cell, Forecast, Limits
 from kvoffload.profiler.figures import Figures
 from kvoffload.profiler.roofline import Phase, Roofline, Row, remedy_text
 from kvoffload.units import count, counted

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.types import Curve, Quantity
 from kvoffload.units import counted, gib
 

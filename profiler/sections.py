@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from kvoffload.machine.quantities import Quantity
 from kvoffload.model.shape import shape_of
 from kvoffload.profiler.operation_chart import roofline_chart
 from kvoffload.profiler.page import Page, Section, Table
@@ -16,7 +17,6 @@ from kvoffload.profiler.plan_charts import compared_chart, memory_chart, sizes_c
 from kvoffload.profiler.report import seconds, si
 from kvoffload.profiler.study import Study
 from kvoffload.profiler.timeline_chart import measured_chart, planned_chart
-from kvoffload.quantities import Quantity
 from kvoffload.units import counted
 
 NOT_MEASURED = (

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from kvoffload.cache_folder import cache_folder, write_whole
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError, ProfileError
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.cache_folder import cache_folder, write_whole
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.profiler.budget import Progress
 from kvoffload.profiler.device import Link, machine_key, resolve_device
 from kvoffload.profiler.hardware import find_profile

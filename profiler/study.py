@@ -2,8 +2,7 @@
 
 Owns which numbers those are: the roofline, one planned decode step, the step time at every split, the ways to do the
 work over batch and context, memory over context, and measured beside predicted. Does not own how any of them is made
-(`roofline`, `kvoffload/cost.py`, `kvoffload/forecast.py`, `kvoffload/advice.py`), nor charts (`figures`) or the page
-(`page`). Measures nothing.
+(`roofline`, `kvoffload/planning/`, `kvoffload/advise/`), nor charts (`figures`) or the page (`page`). Measures nothing.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from kvoffload import cost
-from kvoffload.advice import Advice, advise, task_of
+from kvoffload.advise.advice import Advice, advise, task_of
+from kvoffload.advise.forecast import Row, forecast
+from kvoffload.advise.ways import Task
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError, InfeasiblePlanError
-from kvoffload.forecast import Row, forecast
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.facts import Facts
 from kvoffload.model.stored_facts import facts_of
+from kvoffload.planning import cost
+from kvoffload.planning.simulation import simulate
 from kvoffload.profiler.hardware import Machine, machine_of
 from kvoffload.profiler.roofline import Roofline, evaluate, setting_of
-from kvoffload.simulation import simulate
 from kvoffload.timeline import Span, Timeline, assemble
 from kvoffload.types import Plan, PlanInputs, Workload
-from kvoffload.ways import Task
 
 SIZE_FACTORS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the workload's batch and prompt
 EQUAL_FRACTION = 0.005  # ways closer than this are as fast as each other

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from kvoffload import bench
 from kvoffload.bench import rows
+from kvoffload.cli.options import a_file_to_write
 from kvoffload.cli.terminal import script
-from kvoffload.options import a_file_to_write
 
 
 def main(

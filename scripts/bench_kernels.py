@@ -28,12 +28,12 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from kvoffload import ops
 from kvoffload.backend import DeviceClock
 from kvoffload.bench import rows
+from kvoffload.cache import ops
+from kvoffload.cli.options import a_file_to_write
 from kvoffload.cli.terminal import script
 from kvoffload.errors import ConfigError
-from kvoffload.options import a_file_to_write
 
 
 @dataclass(frozen=True, kw_only=True)

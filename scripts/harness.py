@@ -32,11 +32,12 @@ from rich.console import Console
 from rich.table import Table
 
 import kvoffload
-from kvoffload import chat, custom_generate
+from kvoffload import custom_generate
+from kvoffload.cli import chat
+from kvoffload.cli.model_source import find_model
+from kvoffload.cli.options import AsJson, LinkSpeed, Split, emulated_link
 from kvoffload.cli.terminal import script
 from kvoffload.errors import ConfigError
-from kvoffload.model_source import find_model
-from kvoffload.options import AsJson, LinkSpeed, Split, emulated_link
 
 TASKS = Path(__file__).parent / "harness"
 

@@ -17,11 +17,11 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from kvoffload.advice import task_of
+from kvoffload.advise.advice import task_of
+from kvoffload.advise.verdict import Verdict, judge
 from kvoffload.config import OffloadConfig
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.types import Workload
-from kvoffload.verdict import Verdict, judge
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

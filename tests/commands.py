@@ -16,7 +16,7 @@ from configs import LLAMA_2_7B
 from typer.testing import CliRunner, Result
 
 from kvoffload import cli
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.profiler import profile, stored
 
 RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"

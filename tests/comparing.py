@@ -13,7 +13,7 @@ from modes import outcome
 from transformers import PreTrainedModel
 
 from kvoffload import OffloadConfig
-from kvoffload.session import Session
+from kvoffload.session.session import Session
 
 SPLITS: list[Any] = ["transfer", "recompute", 0.5, "auto"]
 

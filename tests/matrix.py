@@ -21,16 +21,17 @@ from modes import MODES, Mode, Outcome, given, outcome, plain_cache, prompt
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvoffload import EmulatedLink, HardwareProfile, OffloadConfig, decide
+from kvoffload import EmulatedLink, HardwareProfile, OffloadConfig
 from kvoffload.backend import Backend, CheckingBackend, EmulatedBackend
 from kvoffload.config import GIB
 from kvoffload.hf import OffloadedHFCache, SegmentAttention, given_cache, offloadable_layers
-from kvoffload.measured_rates import MeasuredRates
 from kvoffload.model.self_attention import attention_modules
 from kvoffload.model.shape import model_shape
-from kvoffload.rates import least_chunk_bytes
-from kvoffload.session import Session
-from kvoffload.sizing import Geometry, choose_sizes
+from kvoffload.planning.rates import least_chunk_bytes
+from kvoffload.planning.sizing import Geometry, choose_sizes
+from kvoffload.session import decide
+from kvoffload.session.measured_rates import MeasuredRates
+from kvoffload.session.session import Session
 from kvoffload.types import Curve, Point
 
 TOLERANCE = 5e-6  # max |d logits|, float32

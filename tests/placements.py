@@ -6,7 +6,7 @@ import dataclasses
 import random
 from typing import Any
 
-from kvoffload import cost
+from kvoffload.planning import cost
 from kvoffload.types import Plan, PlanInputs, Rates
 
 RATES = Rates(

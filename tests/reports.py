@@ -9,9 +9,9 @@ from typing import Any
 
 from configs import CONFIGS
 
-from kvoffload import cost
 from kvoffload.bench import rows
 from kvoffload.config import OffloadConfig
+from kvoffload.planning import cost
 from kvoffload.profiler.hardware import find_profile
 from kvoffload.profiler.study import MeasuredRun, Study, compared_rows, simulated, study
 from kvoffload.types import Workload

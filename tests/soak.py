@@ -34,7 +34,7 @@ from test_memory import CountingBackend
 from transformers import PreTrainedModel
 
 from kvoffload import EmulatedLink, OffloadConfig
-from kvoffload.session import Session
+from kvoffload.session.session import Session
 
 MAX_CALLS_PER_SESSION = 5
 CHECKED_FRACTION = 0.5  # of the calls, compared with the same without offloading

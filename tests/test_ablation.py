@@ -17,7 +17,7 @@ import pytest
 
 from kvoffload.bench import PRESETS, Lab, ablation
 from kvoffload.bench.ablation import FACTORS, FULL, Found, Setting, Variant, factors, settings, variants
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 
 
 @pytest.fixture(scope="module")

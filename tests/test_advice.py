@@ -13,16 +13,16 @@ import torch
 from configs import CONFIGS, LLAMA_2_7B
 from models import make_model
 
-from kvoffload import cost, planner
-from kvoffload.advice import _describe_plan, advise, plan
+from kvoffload.advise.advice import _describe_plan, advise, plan
+from kvoffload.advise.ways import Task
 from kvoffload.config import GIB, EmulatedLink, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, ProfileError, UnsupportedModelError
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import model_shape
+from kvoffload.planning import cost, planner
 from kvoffload.profiler.profile import with_link
 from kvoffload.types import Workload
 from kvoffload.units import count, duration
-from kvoffload.ways import Task
 
 LLAMA_3_8B = LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
 GPT2 = {"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}

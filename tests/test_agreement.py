@@ -14,9 +14,9 @@ from modes import COMMON, given, plain_cache, prompt
 from transformers import PreTrainedModel
 
 from kvoffload import UnsupportedModelError
-from kvoffload.agreement import Probe, rows_are_alike, sampled
-from kvoffload.session import Session
-from kvoffload.tail import KVShape, NewTokens
+from kvoffload.cache.agreement import Probe, rows_are_alike, sampled
+from kvoffload.session.session import Session
+from kvoffload.store.tail import KVShape, NewTokens
 
 LATER = "K/V of some tokens cannot be recomputed"
 CHANGED = "does not compute the K and V that it cached any more"

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from kvoffload.backend import EmulatedBackend
-from kvoffload.block_memory import BlockMemory
 from kvoffload.config import EmulatedLink
-from kvoffload.placement import Placement
-from kvoffload.store import HostPool
-from kvoffload.tail import RowShape
+from kvoffload.planning.placement import Placement
+from kvoffload.store.block_memory import BlockMemory
+from kvoffload.store.store import HostPool
+from kvoffload.store.tail import RowShape
 from kvoffload.types import Form
 
 KV, ACTIVATION = RowShape(128, torch.float16), RowShape(128, torch.uint8)  # so that sizes are a pool's

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from kvoffload.session import Session
+from kvoffload.session.session import Session
 
 
 @pytest.fixture

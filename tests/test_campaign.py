@@ -12,6 +12,7 @@ import pytest
 import torch
 from campaigns import TINY, tiny_cell
 
+from kvoffload.advise.forecast import peak_flops_per_s
 from kvoffload.bench import campaign, rows
 from kvoffload.bench.cells import Cell
 from kvoffload.bench.external import external_providers
@@ -21,8 +22,7 @@ from kvoffload.bench.providers import Bed, DynamicCache, Ours, Provider, WholeLa
 from kvoffload.bench.serving import Objective, Outcome
 from kvoffload.bench.tables import campaign_tables
 from kvoffload.errors import ConfigError
-from kvoffload.forecast import peak_flops_per_s
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 
 
 @pytest.fixture(scope="module", autouse=True)

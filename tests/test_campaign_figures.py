@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from campaigns import tiny_cell
 
+from kvoffload.advise.forecast import memory_bytes_per_s
 from kvoffload.bench import campaign
 from kvoffload.bench.providers import Ours
 from kvoffload.bench.serving import Group, Sameness
-from kvoffload.forecast import memory_bytes_per_s
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,17 @@ from models import make_model
 from modes import COMMON, MODES, Outcome, given, outcome, plain_cache, prompt
 from transformers import PreTrainedModel
 
-from kvoffload import OffloadConfig, decide, store
-from kvoffload.carried import ALIGNMENT_BYTES, CarriedPositions, PositionLayout
+from kvoffload import OffloadConfig
+from kvoffload.cache.layer import CacheLayer
 from kvoffload.config import GIB
 from kvoffload.hf import OffloadedHFCache, first_tokens
-from kvoffload.layer import CacheLayer
-from kvoffload.placement import Kind, Placement, next_runs
-from kvoffload.positions import PositionTable
-from kvoffload.session import Session
-from kvoffload.sizing import Geometry, choose_sizes
+from kvoffload.planning.placement import Kind, Placement, next_runs
+from kvoffload.planning.sizing import Geometry, choose_sizes
+from kvoffload.session import decide
+from kvoffload.session.session import Session
+from kvoffload.store import store
+from kvoffload.store.carried import ALIGNMENT_BYTES, CarriedPositions, PositionLayout
+from kvoffload.store.positions import PositionTable
 
 BLOCK_TOKENS = 4
 NEVER, ALWAYS = float("inf"), 0.0  # shares of the device that a table may take

@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 import torch
 
-from kvoffload.chunks import Chunk, chunks_of, resident_runs
-from kvoffload.store import Block
+from kvoffload.pipeline.chunks import Chunk, chunks_of, resident_runs
+from kvoffload.store.store import Block
 from kvoffload.types import Form, Schedule
 
 BLOCK_BYTES = {"kv": 8, "activation": 4}  # of one row

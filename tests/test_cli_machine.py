@@ -10,7 +10,7 @@ from commands import DISTURBANCE, RECORDED, run, run_badly, run_well
 from commands import cache_fixture as cache_fixture
 from commands import model_fixture as model_fixture
 
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.profiler import profile, rows, stored
 
 

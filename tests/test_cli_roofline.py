@@ -12,7 +12,7 @@ from commands import model_fixture as model_fixture
 from configs import CONFIGS, LLAMA_2_13B
 from toys import MODELS
 
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.stored_facts import facts_of
 from kvoffload.profiler import report
 

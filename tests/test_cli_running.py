@@ -17,7 +17,7 @@ from kvoffload.errors import ConfigError
 
 
 def test_generate_says_what_it_loads_before_that_takes_its_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvoffload import chat
+    from kvoffload.cli import chat
 
     def load(*args: object) -> None:
         raise ConfigError("not today")
@@ -43,7 +43,7 @@ def test_a_folder_without_a_tokenizer_is_told_as_such(kind: str, model: Path, mo
 def test_the_demo_measures_for_this_run_and_gives_no_advice_that_cannot_help(
     model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from kvoffload import chat
+    from kvoffload.cli import chat
 
     def answer(*args: object, **options: object) -> None:
         raise ConfigError("not today")

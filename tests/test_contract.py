@@ -24,7 +24,7 @@ from kvoffload import OffloadConfig, UnsupportedModelError
 from kvoffload.hf import contract
 from kvoffload.hf.arguments import generation_name, given_cache, name_of_cache
 from kvoffload.hf.contract import PROMISES, Promise, check_release
-from kvoffload.session import Session
+from kvoffload.session.session import Session
 
 
 @pytest.mark.parametrize("promise", PROMISES, ids=[promise.name for promise in PROMISES])

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from placements import INPUTS, with_rates
 
-from kvoffload import cost
+from kvoffload.planning import cost
 
 
 def test_the_link_carries_both_forms_at_their_own_rates() -> None:

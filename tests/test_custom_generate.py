@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import kvoffload
 from kvoffload import ConfigError, EmulatedLink, OffloadConfig, custom_generate
-from kvoffload.session import Session
+from kvoffload.session.session import Session
 
 CONFIG = OffloadConfig(split="transfer", link=EmulatedLink(), block_tokens=4, chunk_blocks=2)
 

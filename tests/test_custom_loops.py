@@ -21,7 +21,7 @@ from transformers.models.llama import modeling_llama
 from kvoffload import OffloadConfig, UnsupportedModelError
 from kvoffload.config import GIB
 from kvoffload.hf import given_cache
-from kvoffload.session import Session
+from kvoffload.session.session import Session
 
 Play = Callable[[Callable[[], Any]], list[torch.Tensor]]
 PATHS = ["auto", "whole_layer"]
@@ -198,7 +198,7 @@ def test_a_copy_that_fails_does_not_take_the_session_with_it(
 def test_a_step_that_failed_in_its_first_layer_can_be_tried_again(
     attention: Any, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvoffload.layer import CacheLayer
+    from kvoffload.cache.layer import CacheLayer
 
     with torch.no_grad():
         plain = plain_cache(model)

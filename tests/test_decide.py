@@ -13,9 +13,9 @@ import kvoffload
 from kvoffload import OffloadConfig
 from kvoffload.backend import EmulatedBackend
 from kvoffload.config import GIB
-from kvoffload.decide import Decider
 from kvoffload.model.shape import model_shape
-from kvoffload.sizing import Geometry
+from kvoffload.planning.sizing import Geometry
+from kvoffload.session.decide import Decider
 
 
 @pytest.fixture

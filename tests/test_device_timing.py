@@ -28,7 +28,7 @@ from kvoffload.kernels import tiles
 from kvoffload.profiler import compute, host
 from kvoffload.profiler.link import measure_link
 from kvoffload.profiler.workbench import Workbench
-from kvoffload.session import Session
+from kvoffload.session.session import Session
 from kvoffload.types import Rates
 
 ROOT = Path(__file__).parents[1]

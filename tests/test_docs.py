@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from kvoffload.bench.rows import is_gpu, load
 from kvoffload.cli import app
 from kvoffload.config import OffloadConfig
-from kvoffload.stats import GenerationStats
+from kvoffload.session.stats import GenerationStats
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]

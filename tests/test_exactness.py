@@ -30,11 +30,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvoffload import ops, segments
+from kvoffload.cache import ops, segments
+from kvoffload.cache.layer import CacheLayer
 from kvoffload.hf import OffloadedHFCache, attention_modules
-from kvoffload.layer import CacheLayer
-from kvoffload.session import Session
-from kvoffload.write_back import WriteBack
+from kvoffload.pipeline.write_back import WriteBack
+from kvoffload.session.session import Session
 
 # (blocks, device budget, pipeline): resident blocks, ragged blocks and each schedule are met with every architecture.
 PLANS = [("4x2", "min", "whole_layer"), ("3x1", "half", "kvpr"), ("auto", "auto", "sequential")]

@@ -254,7 +254,7 @@ def test_a_session_gives_the_tokens_and_the_memory_back(
     architecture: str, split: Any, policies: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_twins(monkeypatch)
-    monkeypatch.setattr("kvoffload.measured_rates.CHECK_BUDGET_S", 0.01)
+    monkeypatch.setattr("kvoffload.session.measured_rates.CHECK_BUDGET_S", 0.01)
     with fake_cuda.fake_cuda(*policies) as fake:
         model, ids = make_model(architecture).cuda(), _ids()
         expected = _generate(model, ids)

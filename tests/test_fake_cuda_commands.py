@@ -20,15 +20,16 @@ import torch
 from fake_cuda import FakeCuda
 from fake_cuda_kernels import use_twins
 
-from kvoffload import measured_rates, measured_run
 from kvoffload.backend import clock
 from kvoffload.bench import PRESETS, Lab, Preset, ablation, campaign, cells, decode, lab, rates
 from kvoffload.bench.cells import Cell
 from kvoffload.bench.rows import load
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.cli import measured_run
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.stored_facts import facts_of
 from kvoffload.profiler import budget, compute, energy, host_memory, stored, trials
 from kvoffload.profiler.profile import measure_hardware
+from kvoffload.session import measured_rates
 from kvoffload.types import Workload
 
 ROOT = Path(__file__).parents[1]

@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 import kvoffload
 from kvoffload import EmulatedLink, KVOffloadError
 from kvoffload.backend import EmulatedBackend
-from kvoffload.session import Session
+from kvoffload.session.session import Session
 
 # ---- exceptions from anywhere ----------------------------------------------------------------------------------------
 

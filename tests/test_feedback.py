@@ -11,12 +11,13 @@ from matrix import profile
 from models import make_model
 from modes import given, prompt
 
-from kvoffload import EmulatedLink, OffloadConfig, cost, planner
+from kvoffload import EmulatedLink, OffloadConfig
 from kvoffload.backend import EmulatedBackend
-from kvoffload.decide import Decision
+from kvoffload.planning import cost, planner
 from kvoffload.profiler.profile import with_link
-from kvoffload.run import MAX_PREDICTION_ERROR_FRACTION
-from kvoffload.session import Session
+from kvoffload.session.decide import Decision
+from kvoffload.session.run import MAX_PREDICTION_ERROR_FRACTION
+from kvoffload.session.session import Session
 
 pytestmark = pytest.mark.timing
 SPEED_GB_PER_S = 0.02

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from kvoffload.backend import EmulatedBackend
-from kvoffload.carried import CarriedPositions
 from kvoffload.config import EmulatedLink
 from kvoffload.hf.first_tokens import FirstTokens, prepare_measurement, way_to_recompute
-from kvoffload.positions import PositionTable
-from kvoffload.tail import KVShape
-from kvoffload.transfer import TransferEngine
+from kvoffload.pipeline.transfer import TransferEngine
+from kvoffload.store.carried import CarriedPositions
+from kvoffload.store.positions import PositionTable
+from kvoffload.store.tail import KVShape
 
 ROWS, TOKENS, HIDDEN = 2, 3, 4
 SHAPE = KVShape(1, 4, 1, 4, torch.float32)

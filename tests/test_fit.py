@@ -15,7 +15,7 @@ import pytest
 from llmcompass import PEAKS, Row, mean
 
 from kvoffload.errors import ProfileError
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.profiler.fit import FIT_SCHEMA_VERSION, Fit, Interpolated, Work, elementwise_work, gemm_work
 from kvoffload.profiler.fitting import MAX_SHAPES, Observation, choose_points, fit, fit_profile
 

@@ -14,17 +14,17 @@ from commands import run
 from configs import CONFIGS
 from typer.testing import Result
 
-from kvoffload import planner
-from kvoffload.advice import advise, task_of
+from kvoffload.advise.advice import advise, task_of
+from kvoffload.advise.forecast import MAX_SEARCHED, Economics, Grid, Row, forecast, foresee, grid, limits
+from kvoffload.advise.ways import Task
 from kvoffload.config import GIB, OffloadConfig
-from kvoffload.datasheet import link_named
 from kvoffload.errors import ConfigError, InfeasiblePlanError
-from kvoffload.forecast import MAX_SEARCHED, Economics, Grid, Row, forecast, foresee, grid, limits
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.datasheet import link_named
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import model_shape
+from kvoffload.planning import planner
 from kvoffload.profiler.hardware import what_if
 from kvoffload.types import PlanInputs, Workload
-from kvoffload.ways import Task
 
 ROOT = Path(__file__).parents[1]
 A100 = HardwareProfile.preset("a100-40gb-pcie4")

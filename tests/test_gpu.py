@@ -15,7 +15,7 @@ from models import make_model
 
 import kvoffload
 from kvoffload.backend import CheckingBackend, CudaBackend
-from kvoffload.session import Session
+from kvoffload.session.session import Session
 
 pytestmark = [
     pytest.mark.gpu,

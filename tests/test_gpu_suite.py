@@ -22,8 +22,8 @@ from gpu.steps import STEPS, Step, Suite
 
 from kvoffload.bench import presets
 from kvoffload.bench.rows import load
-from kvoffload.hardware_profile import HardwareProfile
 from kvoffload.kernels import reference
+from kvoffload.machine.hardware_profile import HardwareProfile
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from kvoffload import datasheet
-from kvoffload.datasheet import BITS, Datasheet, preset, preset_names
 from kvoffload.errors import ProfileError
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine import datasheet
+from kvoffload.machine.datasheet import BITS, Datasheet, preset, preset_names
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.profiler.hardware import find_machine, find_profile, machine_of
 
 RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"

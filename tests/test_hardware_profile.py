@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from kvoffload.errors import ProfileError
-from kvoffload.hardware_profile import HardwareProfile
-from kvoffload.quantities import Curve, Point, Quantity
+from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.machine.quantities import Curve, Point, Quantity
 
 RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"
 

@@ -30,8 +30,8 @@ from modes import MODES, outcome
 from kvoffload import OffloadConfig
 from kvoffload.backend import EmulatedBackend
 from kvoffload.hf import OffloadedHFCache, given_cache
-from kvoffload.positions import PositionTable
-from kvoffload.session import Session
+from kvoffload.session.session import Session
+from kvoffload.store.positions import PositionTable
 
 # Keys of their full-attention layers are not rotated: positions are added to the input (opt, gpt2), or used in the
 # sliding layers only (cohere2, exaone4).

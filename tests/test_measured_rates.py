@@ -21,10 +21,10 @@ from models import make_model
 import kvoffload
 from kvoffload import OffloadConfig
 from kvoffload.backend import Backend, CheckingBackend, CudaBackend, EmulatedBackend
-from kvoffload.measured_rates import MeasuredRates
 from kvoffload.model.shape import model_shape
-from kvoffload.sizing import Geometry, Sizes, choose_sizes
-from kvoffload.transfer import TransferEngine
+from kvoffload.pipeline.transfer import TransferEngine
+from kvoffload.planning.sizing import Geometry, Sizes, choose_sizes
+from kvoffload.session.measured_rates import MeasuredRates
 from kvoffload.types import ModelShape, Rates
 
 PROFILED = Rates(

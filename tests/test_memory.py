@@ -19,11 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from kvoffload import EmulatedLink, OffloadConfig, store
+from kvoffload import EmulatedLink, OffloadConfig
 from kvoffload.backend import EmulatedBackend
 from kvoffload.backend.base import HostBuffer
 from kvoffload.config import GIB
-from kvoffload.session import Session
+from kvoffload.session.session import Session
+from kvoffload.store import store
 
 LAYERS, BLOCK_TOKENS, CHUNK_BLOCKS, SLOTS = 3, 4, 2, 3
 

@@ -19,10 +19,11 @@ from modes import MODES, Outcome, given, outcome, prompt
 from transformers import PreTrainedModel
 
 import kvoffload
-from kvoffload import EmulatedLink, HostMemoryError, InfeasiblePlanError, OffloadConfig, memory_limits
+from kvoffload import EmulatedLink, HostMemoryError, InfeasiblePlanError, OffloadConfig
 from kvoffload.backend import EmulatedBackend
-from kvoffload.memory_limits import MemoryLimits
 from kvoffload.model.shape import model_shape
+from kvoffload.session import memory_limits
+from kvoffload.session.memory_limits import MemoryLimits
 from kvoffload.units import gib
 
 

@@ -11,7 +11,7 @@ import torch
 from attention_cases import distance, gpu, interpreted
 from torch import Tensor
 
-from kvoffload import ops
+from kvoffload.cache import ops
 from kvoffload.kernels import reference
 
 SHAPES = [

@@ -8,9 +8,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from kvoffload import model_source
+from kvoffload.cli import model_source
+from kvoffload.cli.model_source import HUB_TIMEOUT_S, Source, find_model
 from kvoffload.errors import ConfigError
-from kvoffload.model_source import HUB_TIMEOUT_S, Source, find_model
 
 
 class Hub:

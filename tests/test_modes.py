@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import kvoffload
 from kvoffload import OffloadConfig
-from kvoffload.session import Session
+from kvoffload.session.session import Session
 
 
 @pytest.fixture

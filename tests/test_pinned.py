@@ -20,11 +20,11 @@ from fake_cuda_tensors import DEVICE
 from models import make_model
 
 import kvoffload
-from kvoffload import system_memory
 from kvoffload.backend import CheckingBackend, CudaBackend, clock, cuda, free_pinned, pinned
 from kvoffload.bench import campaign, cells, rates
 from kvoffload.bench.providers import Decoder, Ours
-from kvoffload.memory_limits import HOST_SHARE
+from kvoffload.machine import system_memory
+from kvoffload.session.memory_limits import HOST_SHARE
 
 MIB = 2**20
 

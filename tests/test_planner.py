@@ -13,8 +13,8 @@ from typing import Any
 import pulp
 import pytest
 
-from kvoffload import cost, planner
 from kvoffload.errors import ConfigError, InfeasiblePlanError
+from kvoffload.planning import cost, planner
 from kvoffload.types import Plan, PlanInputs, Rates
 from kvoffload.units import gb, gib
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvoffload import UnsupportedModelError
-from kvoffload.positions import PositionTable
+from kvoffload.store.positions import PositionTable
 
 WIDTH = 6
 

@@ -9,7 +9,7 @@ import pytest
 
 from kvoffload.bench import PRESETS, Lab, core_for_the_link, predictions
 from kvoffload.bench.predictions import Checked, Combination
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.types import Rates
 
 ONE = Combination(2, 256, 4, 0.3)

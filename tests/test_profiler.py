@@ -13,7 +13,7 @@ from kvoffload.backend import EmulatedBackend
 from kvoffload.backend.base import HostBuffer
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError, ProfileError
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.profiler import compute, host, host_memory, link, profile, trials, workbench
 from kvoffload.profiler.profile import measure_hardware, with_link
 from kvoffload.types import Curve, Point, Quantity

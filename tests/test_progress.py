@@ -10,8 +10,9 @@ from models import make_model
 from modes import COMMON, prompt
 from rich.console import Console
 
-from kvoffload import OffloadConfig, progress
-from kvoffload.session import Session
+from kvoffload import OffloadConfig
+from kvoffload.session import progress
+from kvoffload.session.session import Session
 
 
 def terminal(is_terminal: bool = True) -> tuple[progress.AllocationProgress, io.StringIO]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvoffload.errors import ProfileError
-from kvoffload.quantities import Curve, Point
+from kvoffload.machine.quantities import Curve, Point
 
 SIZES = [4.0**step * 4096 for step in range(10)]
 

@@ -12,10 +12,10 @@ import pytest
 from configs import CONFIGS
 from transformers import BitsAndBytesConfig, LlamaConfig
 
-from kvoffload.advice import advise
+from kvoffload.advise.advice import advise
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.facts import QuantizedWeights
 from kvoffload.model.shape import model_shape
 from kvoffload.model.stored_facts import facts_of

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from kvoffload import EmulatedLink, OffloadConfig
 from kvoffload.config import GIB
 from kvoffload.errors import HostMemoryError, InfeasiblePlanError
-from kvoffload.session import Session
+from kvoffload.session.session import Session
 
 SEEDS, SLOW_SEEDS = range(120), range(1000, 3000)
 TOLERANCE = 1e-5  # max |d logits|, float32

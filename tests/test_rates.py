@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from kvoffload.errors import ProfileError
-from kvoffload.hardware_profile import HardwareProfile
-from kvoffload.quantities import Curve, Point, Quantity
-from kvoffload.rates import least_chunk_bytes, rates_from_profile
+from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.machine.quantities import Curve, Point, Quantity
+from kvoffload.planning.rates import least_chunk_bytes, rates_from_profile
 from kvoffload.types import ModelShape
 
 SHAPE = ModelShape(

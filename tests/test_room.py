@@ -7,7 +7,7 @@ import weakref
 
 import torch
 
-from kvoffload.room import Room
+from kvoffload.pipeline.room import Room
 
 
 def test_the_same_part_and_view_are_the_same_tensor() -> None:

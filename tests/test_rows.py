@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.profiler.rows import profile_rows
 from kvoffload.types import Curve, Point, Quantity
 

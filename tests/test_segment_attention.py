@@ -11,7 +11,7 @@ import pytest
 import torch
 from attention_cases import Case, dense, distance, gpu, interpreted, make, plain_errors, run
 
-from kvoffload import ops
+from kvoffload.cache import ops
 from kvoffload.kernels import cpu_attention, reference, tiles
 
 ON_CPU = {

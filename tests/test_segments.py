@@ -17,11 +17,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvoffload import ConfigError, OffloadConfig, UnsupportedModelError, hf, segments
+from kvoffload import ConfigError, OffloadConfig, UnsupportedModelError, hf
+from kvoffload.cache import segments
 from kvoffload.config import GIB
 from kvoffload.hf import SegmentAttention
 from kvoffload.hf.masks import MaskReader, pack
-from kvoffload.session import Session
+from kvoffload.session.session import Session
 
 SPLITS = ["transfer", "recompute", 0.5]
 

@@ -15,9 +15,10 @@ from models import make_model
 from modes import MODES, PROMPT_TOKENS, Outcome, emptied, given, outcome, plain_cache, prompt
 from transformers import PreTrainedModel
 
-from kvoffload import ConfigError, attention, segments
-from kvoffload.layer import CacheLayer
-from kvoffload.session import Session
+from kvoffload import ConfigError
+from kvoffload.cache import attention, segments
+from kvoffload.cache.layer import CacheLayer
+from kvoffload.session.session import Session
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import random
 import pytest
 from placements import LONG, placed, random_placement, with_rates
 
-from kvoffload import cost
-from kvoffload.simulation import simulate
+from kvoffload.planning import cost
+from kvoffload.planning.simulation import simulate
 
 
 def test_a_link_bound_pipeline_runs_at_the_speed_of_the_link() -> None:

@@ -16,8 +16,15 @@ from matrix import profile as emulated_profile
 
 from kvoffload import HardwareProfile, InfeasiblePlanError, OffloadConfig
 from kvoffload.backend import CudaBackend, EmulatedBackend
-from kvoffload.decide import Decider, Decision
-from kvoffload.sizing import LEAST_GAP_S, MAX_SLOTS, TARGET_CHUNK_BYTES, UNKNOWN_H2D_BYTES_PER_S, Geometry, choose_sizes
+from kvoffload.planning.sizing import (
+    LEAST_GAP_S,
+    MAX_SLOTS,
+    TARGET_CHUNK_BYTES,
+    UNKNOWN_H2D_BYTES_PER_S,
+    Geometry,
+    choose_sizes,
+)
+from kvoffload.session.decide import Decider, Decision
 from kvoffload.types import ModelShape, Rates
 
 MIB = 2**20

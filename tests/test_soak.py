@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 from kvoffload import OffloadConfig
 from kvoffload.backend import EmulatedBackend
 from kvoffload.hf import ModelHooks, SegmentAttention
-from kvoffload.session import Session
-from kvoffload.store import HostPool
+from kvoffload.session.session import Session
+from kvoffload.store.store import HostPool
 
 logger = logging.getLogger(__name__)
 RSS_NOISE_BYTES = 8 * 2**20  # allocators keep some of what they were given

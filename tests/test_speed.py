@@ -18,8 +18,9 @@ import pytest
 import torch
 
 import kvoffload
-from kvoffload import bench, chat
-from kvoffload.model_source import PACKAGED_MODEL
+from kvoffload import bench
+from kvoffload.cli import chat
+from kvoffload.cli.model_source import PACKAGED_MODEL
 from kvoffload.profiler.profile import with_link
 
 pytestmark = pytest.mark.timing

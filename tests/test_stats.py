@@ -14,7 +14,7 @@ from models import make_model
 import kvoffload
 from kvoffload.backend import EmulatedBackend
 from kvoffload.backend.base import HostBuffer
-from kvoffload.session import Session
+from kvoffload.session.session import Session
 
 SLOW_PINNING_S = 0.05
 LINK = kvoffload.EmulatedLink(h2d_gb_per_s=0.2)

@@ -11,7 +11,7 @@ import torch
 from kvoffload import HostMemoryError
 from kvoffload.backend import Backend
 from kvoffload.backend.base import HostBuffer
-from kvoffload.store import ALIGNMENT_BYTES, SLAB_BYTES, Extent, HostPool, Region, RowTable
+from kvoffload.store.store import ALIGNMENT_BYTES, SLAB_BYTES, Extent, HostPool, Region, RowTable
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ import pytest
 
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ProfileError
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.profiler import stored
 from kvoffload.profiler.device import machine_key, resolve_device
 from kvoffload.profiler.hardware import find_profile

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from kvoffload import segments
 from kvoffload.bench import sweep
 from kvoffload.bench.sweep import Outcome, compare, distance, judge
 from kvoffload.bench.sweep_cells import MODES, QUICK, QUICK_CELLS, SPLITS, WAYS
 from kvoffload.bench.sweep_rows import form_of
 from kvoffload.bench.tiny_models import model_types, tiny_model
+from kvoffload.cache import segments
 from kvoffload.errors import UnsupportedModelError
 
 # The part of the sweep that runs with the tests, and what must come of it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvoffload import system_memory
+from kvoffload.machine import system_memory
 
 MEMORY = "MemTotal:       1000 kB\nMemFree:        100 kB\nMemAvailable:    600 kB"
 NO_LIMIT = "9223372036854771712"

@@ -7,7 +7,7 @@ import torch
 from matrix import FAST_LINK
 
 from kvoffload.backend import EmulatedBackend
-from kvoffload.tail import KVShape, NewTokens, RowShape, Tail
+from kvoffload.store.tail import KVShape, NewTokens, RowShape, Tail
 
 SHAPE = KVShape(2, 3, 2, 3, torch.float32)
 

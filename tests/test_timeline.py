@@ -17,10 +17,11 @@ from modes import given
 from placements import LONG, placed, random_placement
 
 import kvoffload
-from kvoffload import EmulatedLink, KVOffloadError, OffloadConfig, cost
+from kvoffload import EmulatedLink, KVOffloadError, OffloadConfig
 from kvoffload.backend import CheckingBackend, EmulatedBackend
-from kvoffload.session import Session
-from kvoffload.simulation import simulate
+from kvoffload.planning import cost
+from kvoffload.planning.simulation import simulate
+from kvoffload.session.session import Session
 from kvoffload.timeline import COMPUTE, Span, Timeline, assemble
 
 NEW_TOKENS = 10

@@ -24,13 +24,14 @@ from modes import COMMON, MODES, emptied, given, outcome, plain_cache, prompt
 from test_layering import ALLOWED
 from transformers import PreTrainedModel
 
-import kvoffload.session
-from kvoffload import OffloadConfig, transfer, write_back
+import kvoffload.session.session
+from kvoffload import OffloadConfig
 from kvoffload.backend import CheckingBackend, EmulatedBackend, RaceError
 from kvoffload.backend.checking import CheckedEvent
-from kvoffload.carried import PositionLayout
 from kvoffload.config import GIB
-from kvoffload.session import Session
+from kvoffload.pipeline import transfer, write_back
+from kvoffload.session.session import Session
+from kvoffload.store.carried import PositionLayout
 
 # by module, in the order of their imports
 SOURCES = {module.__name__: Path(module.__file__ or "").read_text() for module in (write_back, transfer)}
@@ -109,7 +110,7 @@ def put_engine(monkeypatch: pytest.MonkeyPatch, sources: dict[str, ast.Module]) 
             module = types.ModuleType(name)
             patch.setitem(sys.modules, name, module)  # where the imports of the next one find it
             exec(compile(ast.fix_missing_locations(tree), f"mutated {name}", "exec"), vars(module))
-    monkeypatch.setattr(kvoffload.session, "TransferEngine", module.TransferEngine)
+    monkeypatch.setattr(kvoffload.session.session, "TransferEngine", module.TransferEngine)
 
 
 # ---- scenarios -------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import torch
 
 from kvoffload.backend import EmulatedBackend
 from kvoffload.config import EmulatedLink
-from kvoffload.store import Block, Extent, HostPool
-from kvoffload.write_back import D2HSlot, WriteBack
+from kvoffload.pipeline.write_back import D2HSlot, WriteBack
+from kvoffload.store.store import Block, Extent, HostPool
 
 SLOT = 64  # bytes; a block has half of that
 

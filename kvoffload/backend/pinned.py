@@ -20,7 +20,7 @@ import threading
 
 import torch
 
-from kvoffload import system_memory
+from kvoffload.machine import system_memory
 
 KEPT_SHARE = 0.25  # of the memory that this process may use, that is kept for later sessions at most
 MAX_WASTE = 2  # how many times as large as asked for a buffer may be that is used again

@@ -41,7 +41,7 @@ from kvoffload.bench.lab import Lab, core_for_the_link, device_name
 from kvoffload.bench.presets import PRESETS
 from kvoffload.bench.providers import Bed, WholeLayerBothWays
 from kvoffload.config import GIB
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.profiler.stored import load_or_measure
 
 BENCH = "ablation"

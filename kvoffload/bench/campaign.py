@@ -31,6 +31,8 @@ from typing import Any
 
 import torch
 
+from kvoffload.advise.forecast import decode_mbu, decode_mfu
+from kvoffload.advise.ways import Task
 from kvoffload.backend import free_pinned
 from kvoffload.bench import rows
 from kvoffload.bench.cells import GB, Cell
@@ -39,12 +41,10 @@ from kvoffload.bench.lab import Lab, core_for_the_link
 from kvoffload.bench.providers import Bed, Decoder, DynamicCache, Ours, Provider
 from kvoffload.bench.serving import Group, Objective, Outcome, Sameness, Samples, samples
 from kvoffload.errors import InfeasiblePlanError, KVOffloadError
-from kvoffload.forecast import decode_mbu, decode_mfu
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.profiler.energy import open_meter
 from kvoffload.profiler.stored import load_or_measure
 from kvoffload.types import Rates
-from kvoffload.ways import Task
 
 logger = logging.getLogger(__name__)
 

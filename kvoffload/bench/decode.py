@@ -20,9 +20,9 @@ from kvoffload.api import offload
 from kvoffload.bench.lab import Lab, core_for_the_link, device_name
 from kvoffload.bench.presets import PRESETS
 from kvoffload.config import OffloadConfig
-from kvoffload.hardware_profile import HardwareProfile
-from kvoffload.session import Session
-from kvoffload.stats import GenerationStats
+from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.session.session import Session
+from kvoffload.session.stats import GenerationStats
 from kvoffload.timeline import Timeline
 from kvoffload.types import Rates
 

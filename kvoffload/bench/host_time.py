@@ -27,12 +27,13 @@ from unittest import mock
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from kvoffload import hf, ops
+from kvoffload import hf
 from kvoffload.backend import CudaBackend
 from kvoffload.backend.base import HostBuffer
+from kvoffload.cache import ops
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.errors import ConfigError
-from kvoffload.session import Session
+from kvoffload.session.session import Session
 
 BLOCK_TOKENS = 64
 FEW_CHUNKS, MANY_CHUNKS = 4, 20  # of a layer

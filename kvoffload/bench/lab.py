@@ -15,15 +15,15 @@ from typing import Any, Literal
 
 import torch
 
-from kvoffload import cost, planner
 from kvoffload.backend import Backend, CudaBackend
 from kvoffload.backend.clock import LEAST_CALLS
 from kvoffload.bench.presets import Preset, make_model
 from kvoffload.bench.rates import attention_s_per_token, forward_s, recompute_s_per_token, step_s_without_cache
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.errors import ConfigError
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.live import shape_of_model
+from kvoffload.planning import cost, planner
 from kvoffload.profiler.environment import cpu_name
 from kvoffload.profiler.profile import with_link
 from kvoffload.types import Plan, PlanInputs, Rates

@@ -19,12 +19,12 @@ import statistics
 from dataclasses import replace
 from typing import NamedTuple
 
-from kvoffload import cost
 from kvoffload.bench import rows
 from kvoffload.bench.decode import MAX_RATE_DRIFT_FRACTION, MAX_TRIES, NUM_UNEVEN_STEPS, steps
 from kvoffload.bench.lab import Lab
 from kvoffload.bench.presets import PRESETS
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.planning import cost
 from kvoffload.types import Rates
 
 BENCH = "predictions"

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from kvoffload import hf
+from kvoffload.advise.ways import Task
 from kvoffload.api import offload
 from kvoffload.backend import Backend, CudaBackend, EmulatedBackend
 from kvoffload.bench.cells import Cell
@@ -28,10 +29,9 @@ from kvoffload.bench.lab import Lab
 from kvoffload.bench.serving import Group, Outcome, generate
 from kvoffload.bench.whole_layer_cache import WholeLayerCache
 from kvoffload.config import GIB, EmulatedLink, OffloadConfig
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.types import Workload
 from kvoffload.units import gb
-from kvoffload.ways import Task
 
 
 class Bed:

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvoffload import hf, ops, recompute
+from kvoffload import hf
 from kvoffload.backend import DeviceClock
 from kvoffload.bench.presets import Preset
 from kvoffload.bench.watch import Stamp
-from kvoffload.tail import KVShape
+from kvoffload.cache import ops, recompute
+from kvoffload.store.tail import KVShape
 
 RING_CHUNKS = 4
 

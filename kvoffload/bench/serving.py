@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from kvoffload.stats import GenerationStats
+from kvoffload.session.stats import GenerationStats
 
 
 class Group(NamedTuple):

@@ -27,7 +27,7 @@ from kvoffload.bench.sweep_cells import CELLS, MODES, NEW_TOKENS, WAYS, Mode, ca
 from kvoffload.bench.tiny_models import tiny_model
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import KVOffloadError
-from kvoffload.session import Session
+from kvoffload.session.session import Session
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from kvoffload import hf
 from kvoffload.bench.model_types import FIRST_TOKEN, VOCABULARY
 from kvoffload.config import EmulatedLink, OffloadConfig
-from kvoffload.hardware_profile import HardwareProfile
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.types import Curve, Point
 
 PROMPT_TOKENS, NEW_TOKENS, TURN_TOKENS = 37, 12, 6

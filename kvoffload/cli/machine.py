@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from kvoffload.cli.options import AsJson, LatencyUs, LinkSpeed, a_file_to_write, emulated_link
 from kvoffload.cli.terminal import print_json, print_rows, progress
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError, ProfileError
-from kvoffload.hardware_profile import HardwareProfile
-from kvoffload.options import AsJson, LatencyUs, LinkSpeed, a_file_to_write, emulated_link
+from kvoffload.machine.hardware_profile import HardwareProfile
 
 
 def env(as_json: AsJson = False) -> None:

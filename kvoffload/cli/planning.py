@@ -8,11 +8,7 @@ from typing import Annotated
 import typer
 
 from kvoffload.cli.machine import machine_named
-from kvoffload.cli.terminal import print_json, progress, waiting
-from kvoffload.config import OffloadConfig
-from kvoffload.model.facts import Facts
-from kvoffload.model.stored_facts import facts_of, is_known
-from kvoffload.options import (
+from kvoffload.cli.options import (
     AsJson,
     Batch,
     DeviceGib,
@@ -32,6 +28,10 @@ from kvoffload.options import (
     whole,
     within,
 )
+from kvoffload.cli.terminal import print_json, progress, waiting
+from kvoffload.config import OffloadConfig
+from kvoffload.model.facts import Facts
+from kvoffload.model.stored_facts import facts_of, is_known
 from kvoffload.types import Workload
 
 
@@ -66,8 +66,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say whether offloading pays for a workload, how fast it will be, what it costs and what limits it."""
-    from kvoffload.advice import advise, task_of
-    from kvoffload.forecast import Economics, foresee, grid
+    from kvoffload.advise.advice import advise, task_of
+    from kvoffload.advise.forecast import Economics, foresee, grid
     from kvoffload.profiler.hardware import what_if
 
     config = OffloadConfig(split=split, device_gib=device_gib, host_gib=host_gib)
@@ -155,7 +155,7 @@ def report(
 ) -> None:
     """Write one HTML file with charts: roofline, step timeline, split, batch and context, memory, measurements."""
     from kvoffload import __version__
-    from kvoffload import report as reports
+    from kvoffload.cli import report_page as reports
     from kvoffload.profiler import chart, study
 
     chart.require_plotly()
@@ -166,7 +166,7 @@ def report(
     machine = machine_named(hardware, emulated)
     run = None
     if measure:
-        from kvoffload import measured_run
+        from kvoffload.cli import measured_run
 
         with progress("measuring") as tell:
             run = measured_run.measure(dimensions, workload, tell)

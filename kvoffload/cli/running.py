@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from kvoffload.cli.options import AsJson, DeviceGib, HostGib, LinkSpeed, Split, emulated_link, whole
 from kvoffload.cli.terminal import print_json
 from kvoffload.config import OffloadConfig
-from kvoffload.options import AsJson, DeviceGib, HostGib, LinkSpeed, Split, emulated_link, whole
 
 
 def generate(
@@ -23,14 +23,14 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt with the KV cache in host memory."""
-    from kvoffload.model_source import find_model
+    from kvoffload.cli.model_source import find_model
 
     config = OffloadConfig(split=split, device_gib=device_gib, link=emulated_link(link_gb_per_s) or "auto")
     source = find_model(model)
 
     import torch
 
-    from kvoffload import chat
+    from kvoffload.cli import chat
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     typer.echo(f"loading {source.gguf_file or source.name} on {device}", err=True)
@@ -89,12 +89,12 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Show it at work: a real model answers, then a table of what the plan gains (at most 3 minutes)."""
-    from kvoffload.model_source import find_model
+    from kvoffload.cli.model_source import find_model
 
     source = find_model(model)
 
     from kvoffload import bench
-    from kvoffload import demo as demonstration
+    from kvoffload.cli import demonstration
 
     found = demonstration.run(
         source, prompt or demonstration.PROMPT, max_new_tokens, tell=lambda text: typer.echo(text, err=True)

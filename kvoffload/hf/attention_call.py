@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from kvoffload.cache.segments import Question
 from kvoffload.hf.masks import Padding
-from kvoffload.segments import Question
 
 # What attention functions are called with. A window is in the mask; the others say nothing about the result.
 KNOWN_ARGUMENTS = {

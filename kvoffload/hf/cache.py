@@ -11,13 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from kvoffload.cache import OffloadedCache
+from kvoffload.cache.cache import OffloadedCache
+from kvoffload.cache.layer import CacheLayer
 from kvoffload.errors import ConfigError, KVOffloadError
 from kvoffload.hf.first_tokens import FirstTokens, Measure
 from kvoffload.hf.layer import OffloadedLayer
 from kvoffload.hf.layer_beside import LayerBeside, offloaded
 from kvoffload.hf.masks import MaskReader
-from kvoffload.layer import CacheLayer
 from kvoffload.units import counted
 
 

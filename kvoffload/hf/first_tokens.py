@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from kvoffload import recompute
-from kvoffload.agreement import Recompute
-from kvoffload.carried import CarriedPositions, PositionLayout, rows_are_equal
+from kvoffload.cache import recompute
+from kvoffload.cache.agreement import Recompute
+from kvoffload.cache.layer import CacheLayer
 from kvoffload.hf.arguments import name_of_cache
-from kvoffload.layer import CacheLayer
-from kvoffload.positions import INDEX_BYTES
-from kvoffload.tail import KVShape
-from kvoffload.transfer import TransferEngine
+from kvoffload.pipeline.transfer import TransferEngine
+from kvoffload.store.carried import CarriedPositions, PositionLayout, rows_are_equal
+from kvoffload.store.positions import INDEX_BYTES
+from kvoffload.store.tail import KVShape
 
 if TYPE_CHECKING:
     from kvoffload.hf.cache import OffloadedHFCache

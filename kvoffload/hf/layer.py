@@ -16,14 +16,14 @@ import torch
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin
 
-from kvoffload import attention, segments
-from kvoffload.agreement import Probe
+from kvoffload.cache import attention, segments
+from kvoffload.cache.agreement import Probe
+from kvoffload.cache.layer import CacheLayer
 from kvoffload.errors import KVOffloadError, UnsupportedModelError
 from kvoffload.hf.attention_call import asks_for_own_attention, can_segment, question, wants_contiguous
 from kvoffload.hf.first_tokens import FirstTokens, prepare_measurement, settle_position_layout, way_to_recompute
 from kvoffload.hf.masks import Padding
-from kvoffload.layer import CacheLayer
-from kvoffload.tail import KVShape
+from kvoffload.store.tail import KVShape
 
 if TYPE_CHECKING:
     from kvoffload.hf.cache import OffloadedHFCache

@@ -18,8 +18,8 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from kvoffload.cache.layer import CacheLayer
 from kvoffload.hf.layer import OffloadedLayer
-from kvoffload.layer import CacheLayer
 
 if TYPE_CHECKING:
     from kvoffload.hf.cache import OffloadedHFCache

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kvoffload.cache_folder import cache_folder, write_whole
+from kvoffload.machine.cache_folder import cache_folder, write_whole
 from kvoffload.model.facts import SCHEMA, Facts
 from kvoffload.model.fields import contents, itemsize_bytes
 

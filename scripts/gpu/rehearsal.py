@@ -32,11 +32,13 @@ from fake_cuda_kernels import use_twins
 from gpu import smoke, worker
 from gpu.steps import START_S, STEPS, TIER_1_S, Step
 
-from kvoffload import measured_rates, ops, store
 from kvoffload.backend import CudaBackend
 from kvoffload.bench import PRESETS, Preset, cells, lab, rates, rows
+from kvoffload.cache import ops
 from kvoffload.kernels import linear_rope, reference
 from kvoffload.profiler import budget, compute, host_memory, profile, trials
+from kvoffload.session import measured_rates
+from kvoffload.store import store
 
 FIRST_ROW_S = 90.0
 CHUNK_BYTES, CHUNK_S = 2**24, 150e-6  # of the shapes here; host time of one

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 import kvoffload
-from kvoffload import ops
 from kvoffload.backend import CudaBackend
 from kvoffload.bench import Preset, rows
 from kvoffload.bench.presets import make_model
+from kvoffload.cache import ops
 from kvoffload.kernels import reference
 
 PIN_BYTES = 2**30

@@ -47,7 +47,7 @@ class Suite:
 
     def profile(self) -> Any:
         """This machine: as a step before has measured it, else as it is stored or measured now."""
-        from kvoffload.hardware_profile import HardwareProfile
+        from kvoffload.machine.hardware_profile import HardwareProfile
         from kvoffload.profiler.stored import load_or_measure
 
         path = self.results / "profile.json"

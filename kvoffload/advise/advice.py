@@ -1,0 +1,185 @@
+"""What to do with a workload on a machine: offload, run it on the device as it is, or in smaller batches there.
+
+Owns the comparison and the recommendation in words. Does not own the numbers of each way (`ways`), the split
+(`planner`) or any measurement.
+
+    whole batch on the device   if weights, prefill peak and the whole cache fit
+    sub-batches on the device   the largest batch that fits, run as often as needed, in equal parts
+    offload                     the plan
+
+Whichever is predicted to end first is recommended, with the numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any, NamedTuple
+
+from kvoffload.advise.ways import Alternative, Task
+from kvoffload.config import OffloadConfig
+from kvoffload.errors import InfeasiblePlanError, UnsupportedModelError
+from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.model.facts import Facts
+from kvoffload.model.shape import is_model, model_shape
+from kvoffload.model.stored_facts import facts_of
+from kvoffload.planning import planner
+from kvoffload.types import Plan, Workload
+from kvoffload.units import count, counted, duration, gb
+
+logger = logging.getLogger(__name__)
+
+
+class Advice(NamedTuple):
+    """The plan and what it was compared with, best first."""
+
+    plan: Plan
+    alternatives: tuple[Alternative, ...]
+    doubt: str = ""  # why the sizes of the model are a guess; "" where they are the model's own
+
+    @property
+    def best(self) -> Alternative:
+        """The way that is predicted to end first."""
+        return self.alternatives[0]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: the plan's, with `alternatives`, and whether the model's sizes are its own."""
+        model = {"is_exact": not self.doubt, "doubt": self.doubt}
+        return self.plan.to_json() | {"alternatives": [one._asdict() for one in self.alternatives]} | model
+
+
+def plan(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Plan:
+    """The placement for `workload`, with a recommendation.
+
+    Args:
+        model_or_config: a transformers model or configuration, a dict, or a path to a `config.json` or its folder.
+        workload: what will be generated.
+        profile: the machine.
+        config: the caps and choices; "auto" is resolved from the profile.
+
+    Returns:
+        The plan for the full length of the cache; `recommendation` says what to do and why, and where the tokens are
+        more than the configuration has positions for.
+
+    Raises:
+        InfeasiblePlanError: it fits nowhere; says which limit, by how much, and what would.
+        ProfileError: the profile's link has no bandwidth.
+        ConfigError: the model's configuration lacks a field.
+        UnsupportedModelError: no layer has a cache that grows without bound.
+    """
+    return advise(model_or_config, workload, profile, config).plan
+
+
+def advise(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Advice:
+    """As `plan`, with the numbers of every way."""
+    task = task_of(model_or_config, workload, profile, config).settled()
+    facts = _facts(model_or_config)
+    _warn_of_unknown_weights(facts)
+    on_device = task.on_device()
+    try:
+        chosen = planner.solve(task.inputs(workload.cached_tokens))
+        offload = task.offload(chosen)
+        chosen = _beside_full_transfer(task, chosen)
+    except InfeasiblePlanError as error:
+        if on_device is None:
+            raise
+        raise InfeasiblePlanError(f"{error}. Without offloading: {_describe(on_device)}") from error
+    ways = sorted([offload, *([on_device] if on_device else [])], key=lambda one: (one.total_s, one.way == "offload"))
+    text = _recommend(task, chosen, offload, on_device) + _beyond_positions(facts, workload) + _doubted(facts)
+    return Advice(dataclasses.replace(chosen, recommendation=text), tuple(ways), facts.doubt)
+
+
+def _beside_full_transfer(task: Task, chosen: Plan) -> Plan:
+    """The plan with the step of full transfer as it would be set up by itself."""
+    plain = task._replace(config=dataclasses.replace(task.config, split="transfer"))
+    try:
+        full_s = planner.solve(plain.inputs(task.workload.cached_tokens)).predicted_step_s
+    except InfeasiblePlanError:
+        return chosen
+    return dataclasses.replace(chosen, full_transfer_step_s=full_s)
+
+
+def task_of(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Task:
+    """One workload of one model on one machine; arguments and errors as of `plan`."""
+    shape = model_shape(model_or_config)
+    if shape.num_offloaded_layers < 1:
+        raise UnsupportedModelError(
+            "no layer of this model has a cache that grows without bound: there is nothing to offload, use generate()"
+        )
+    return Task(shape, workload, profile, config)
+
+
+def _facts(model_or_config: Any) -> Facts:
+    if is_model(model_or_config):
+        from kvoffload.model.live import facts_of_live
+
+        return facts_of_live(model_or_config)
+    return facts_of(model_or_config)
+
+
+def _warn_of_unknown_weights(facts: Facts) -> None:
+    """Weights that are quantised in a way we do not know count as if they were not."""
+    if facts.quantized is not None and not facts.quantized.is_known:
+        logger.warning(
+            "the quantization_config names %r, which is not known here: weights are counted as not quantised",
+            facts.quantized.method,
+        )
+
+
+def _recommend(task: Task, chosen: Plan, offload: Alternative, on_device: Alternative | None) -> str:
+    """What to do, and the numbers that say so."""
+    cache_bytes = task.resident_bytes(task.workload.batch)
+    room = (
+        f"weights take {gb(task.shape.weight_bytes)} and the whole cache {gb(cache_bytes)} of the "
+        f"device's {gb(task.profile.device_memory_bytes)}"
+    )
+    ours = _describe_plan(chosen, offload)
+    if on_device is None:
+        return f"Offload: {room}, and not even one sequence fits there whole. Predicted: {ours}."
+    if on_device.total_s > offload.total_s:
+        return f"Offload: {room}. Predicted: {ours}; {_describe(on_device)}."
+    if on_device.way == "on_device":
+        return f"Do not offload: {room}, so it fits. Predicted: {_describe(on_device)}; {ours}."
+    fitting = "one sequence alone fits" if on_device.batch == 1 else f"batches of {on_device.batch} fit"
+    return (
+        f"Do not offload, unless the batch must stay together: {room}, but {fitting}. "
+        f"Predicted: {_describe(on_device)}; {ours}."
+    )
+
+
+def _beyond_positions(facts: Facts, workload: Workload) -> str:
+    """A sentence where a sequence becomes longer than the model's positions; it is planned for all the same."""
+    limit, num_tokens = facts.position_limit, workload.prompt_tokens + workload.new_tokens
+    if limit is None or num_tokens <= limit:
+        return ""
+    return (
+        f" But prompt and new tokens make {count(num_tokens)}, and the model's configuration has positions for "
+        f"{count(limit)}."
+    )
+
+
+def _doubted(facts: Facts) -> str:
+    """A sentence where the sizes of the model are guessed."""
+    return f" All this is a guess: {facts.doubt}." if facts.doubt else ""
+
+
+def _describe_plan(chosen: Plan, offload: Alternative) -> str:
+    places = (
+        (chosen.resident_kv_blocks, "stays", "stay", "on the device as K/V"),
+        (chosen.resident_activation_blocks, "stays", "stay", "on the device as activations"),
+        (chosen.kv_blocks, "is", "are", "transferred as K/V"),
+        (chosen.activation_blocks, "is", "are", "transferred as activations and recomputed"),
+    )
+    placed = ", ".join(f"{counted(blocks, one, many)} {what}" for blocks, one, many, what in places if blocks)
+    limit = chosen.binding_constraint.replace("_", " ")
+    return (
+        f"offloaded (of {counted(chosen.num_blocks, 'block')} per layer {placed or 'none leaves the tail'}) a step "
+        f"takes {duration(offload.step_s)} on average, {duration(chosen.predicted_step_s)} at full length, limited by "
+        f"the {limit} there ({duration(chosen.full_transfer_step_s)} with full transfer), and everything "
+        f"{duration(offload.total_s)}"
+    )
+
+
+def _describe(one: Alternative) -> str:
+    how = "on the device" if one.runs == 1 else f"on the device in {one.runs} runs of {counted(one.batch, 'sequence')}"
+    return f"{how} a step takes {duration(one.step_s)} on average and everything {duration(one.total_s)}"

@@ -1,0 +1,65 @@
+"""Whether offloading helps with a task, and what to do where it does not: one word and one number.
+
+Owns the judgement over the ways of a task. Does not own the ways' figures (`forecast`) nor the recommendation in
+sentences (`advice`).
+
+The gain is over the *best* alternative: everything on the device, sub-batches there, or full transfer, which is
+offloading without a plan. What gains less than `LEAST_GAIN` is not worth another cache.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from kvoffload.advise.forecast import Row, forecast
+from kvoffload.advise.ways import Task
+
+LEAST_GAIN = 1.05  # predictions are not better than that
+
+Answer = Literal[
+    "faster",  # offload: nothing else is as fast
+    "only way",  # offload: nothing else works, but planning gains nothing over full transfer
+    "fits",  # no: run generate() as it is
+    "parts",  # no: run the batch in parts, unless it must stay together
+    "weights",  # no: weights and the prefill leave no room, offloading a cache makes none
+    "nothing",  # no: it works in no way
+]
+
+
+class Verdict(NamedTuple):
+    """What to do with a task."""
+
+    answer: Answer
+    gain: float = 0.0  # of offloading over the best alternative, in tokens/s; 0 where it does not work
+    gain_together: float = 0.0  # the same where the batch must stay together
+    parts: int = 1  # of the batch, where it is run on the device in parts
+    reason: str = ""  # where nothing works
+
+
+def judge(task: Task) -> Verdict:
+    """The verdict on `task`."""
+    if task.free_bytes(task.workload.rows) <= 0 and task.free_bytes(task.workload.num_beams) <= 0:
+        return Verdict("weights", reason="weights and the prefill leave no room on the device")
+    return of_rows(forecast(task))
+
+
+def of_rows(rows: tuple[Row, ...]) -> Verdict:
+    """The verdict on the ways of one task."""
+    works = {row.name: row for row in rows if not row.problem}
+    if "no offload" in works:
+        return Verdict("fits", gain=1.0, gain_together=1.0)
+    offload, parts, full = (works.get(name) for name in ("offload", "sub-batches", "full transfer"))
+    if offload is None:
+        if parts is not None:
+            return Verdict("parts", parts=parts.runs)
+        return Verdict("nothing", reason=next(row.problem for row in rows if row.name == "offload"))
+    gain_together = _gain(offload, full)
+    gain = min(gain_together, _gain(offload, parts))
+    if parts is not None and gain < LEAST_GAIN and parts.total_s < offload.total_s * LEAST_GAIN:
+        return Verdict("parts", gain, gain_together, parts.runs)
+    return Verdict("faster" if gain >= LEAST_GAIN else "only way", gain, gain_together)
+
+
+def _gain(offload: Row, other: Row | None) -> float:
+    """Infinite over what does not work."""
+    return float("inf") if other is None else offload.tokens_per_s / other.tokens_per_s

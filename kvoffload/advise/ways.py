@@ -1,0 +1,247 @@
+"""The ways to do one workload on one machine, and what each is predicted to take.
+
+Owns the inputs of the planning problem made from a model, a workload and a profile, and the memory and time of doing
+without offloading. Does not own the prediction of a step (`cost`), the sizes (`sizing`) or the choice (`planner`,
+`advice`).
+
+Times are for the whole task: prefill, then one step per further token at the mean context, so that short prompts with
+long answers are not judged by their last step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+from kvoffload.config import GIB, OffloadConfig
+from kvoffload.errors import InfeasiblePlanError
+from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.planning import cost, planner
+from kvoffload.planning.rates import least_chunk_bytes, rates_from_profile
+from kvoffload.planning.sizing import (
+    LEAST_GAP_S,
+    Geometry,
+    choose_sizes,
+    chunks_may_be_recomputed,
+    prefill_peak_bytes,
+    split_to_plan,
+)
+from kvoffload.types import ModelShape, Plan, PlanInputs, Rates, Workload
+from kvoffload.units import gb
+
+PREFILL_TOKENS = 16384  # of all sequences, in one forward of the prefill
+USABLE_DEVICE_FRACTION = 0.9  # of what weights leave, where the cap is "auto"
+USABLE_HOST_FRACTION = 0.8  # of the host's memory, where the cap is "auto"
+
+Way = Literal["on_device", "sub_batches", "offload"]
+
+
+class Alternative(NamedTuple):
+    """One way to do the whole task, and what it is predicted to take."""
+
+    way: Way
+    batch: int  # sequences at once, beams not counted
+    runs: int
+    prefill_s: float  # of one run
+    step_s: float  # at the mean context
+    total_s: float
+    tokens_per_s: float  # new tokens of all sequences, over everything
+    device_bytes: int  # weights included
+
+
+class Task(NamedTuple):
+    """One workload of one model on one machine."""
+
+    shape: ModelShape
+    workload: Workload
+    profile: HardwareProfile
+    config: OffloadConfig
+
+    def inputs(self, cached_tokens: int, batch: int | None = None) -> PlanInputs:
+        """The planning problem with `cached_tokens` in the cache of all sequences.
+
+        With `batch` that of fewer sequences without a cap on device memory, for predicting them on the device.
+        """
+        shape, config = self.shape, self.config
+        rows = (batch or self.workload.batch) * self.workload.num_beams
+        cap = None if batch else self._device_cap_bytes(rows)
+        geometry = Geometry(
+            num_offloaded_layers=shape.num_offloaded_layers,
+            rows=rows,
+            max_tokens=self.workload.cached_tokens,
+            kv_row_bytes=shape.kv_row_bytes,
+            activation_row_bytes=shape.activation_row_bytes,
+            beams=self.workload.num_beams,
+            other_device_bytes=self._other_layers_bytes(rows, self.workload.cached_tokens),
+            is_segmented=config.attention == "auto" and config.schedule == "pipelined",
+            least_gap_s=0.0 if self.profile.emulated_link else LEAST_GAP_S,
+        )
+        split = split_to_plan(config, geometry)
+        least = least_chunk_bytes(self.profile, shape, recomputes=chunks_may_be_recomputed(config, geometry))
+        geometry = replace(geometry, least_chunk_bytes=least)
+        rates: Rates | None = None
+        for _ in range(2):  # the ring needs rates, rates need the size of a chunk
+            sizes = choose_sizes(geometry, config, keeps_activations=split != 0, device_bytes=cap, rates=rates)
+            rates = rates_from_profile(
+                self.profile,
+                shape,
+                batch=rows,
+                block_tokens=sizes.block_tokens,
+                chunk_blocks=sizes.chunk_blocks,
+                cached_tokens=max(1, cached_tokens),
+            )
+        assert rates is not None
+        num_blocks = cached_tokens // sizes.block_tokens
+        per_token = geometry.kv_bytes_per_token + geometry.activation_bytes_per_token
+        every_bytes = shape.num_offloaded_layers * num_blocks * sizes.block_tokens * per_token
+        return PlanInputs(
+            num_layers=shape.num_layers,
+            num_offloaded_layers=shape.num_offloaded_layers,
+            num_blocks=num_blocks,
+            block_tokens=sizes.block_tokens,
+            kv_bytes_per_token=geometry.kv_bytes_per_token,
+            activation_bytes_per_token=geometry.activation_bytes_per_token,
+            rates=rates,
+            chunk_blocks=sizes.chunk_blocks,
+            num_slots=max(2, sizes.num_slots),
+            device_bytes=sizes.fixed_device_bytes if cap is None else cap,
+            fixed_device_bytes=sizes.fixed_device_bytes,
+            host_bytes=min(self._host_cap_bytes(), every_bytes),
+            split=split,
+            schedule=config.schedule,
+            is_segmented=geometry.is_segmented,
+        )
+
+    def settled(self) -> Task:
+        """This task with "auto" as plain transfer where that is predicted to be faster.
+
+        Recomputing takes memory for activations, which under a cap leaves less for resident blocks.
+        """
+        if self.config.fixed_split is not None or self.config.schedule != "pipelined":
+            return self
+        plain = self._replace(config=replace(self.config, split="transfer"))
+        return plain if plain._mean_step_s() < self._mean_step_s() else self
+
+    def _mean_step_s(self) -> float:
+        try:
+            return planner.solve(self.inputs(self.mean_tokens())).predicted_step_s
+        except InfeasiblePlanError:
+            return math.inf
+
+    def offload(self, chosen: Plan) -> Alternative:
+        """What the plan is predicted to take; the prefill writes the cache back while it computes."""
+        inputs = self.inputs(self.mean_tokens())
+        mean = planner.solve(inputs)
+        device_s = cost.device_s(inputs, mean.resident_activation_blocks, mean.activation_blocks)
+        step_s = max(mean.predicted_step_s, device_s + self.tail_s(inputs))
+        written = 0.0
+        if chosen.host_bytes and self.profile.d2h is not None:
+            written = chosen.host_bytes / self.profile.d2h.rate(chosen.host_bytes)
+        prefill_s = max(self._prefill_s(self.workload.batch), written)
+        used = self.shape.weight_bytes + chosen.device_bytes
+        return self._alternative("offload", self.workload.batch, 1, prefill_s, step_s, used)
+
+    def on_device(self) -> Alternative | None:
+        """The whole batch on the device, else in sub-batches, else None where not even one sequence fits."""
+        beams = self.workload.num_beams
+        fitting = (n for n in range(self.workload.batch, 0, -1) if self.resident_bytes(n) <= self.free_bytes(n * beams))
+        largest = next(fitting, None)
+        if largest is None:
+            return None
+        runs = -(-self.workload.batch // largest)
+        batch = -(-self.workload.batch // runs)  # equal parts
+        inputs = self.inputs(self.mean_tokens(), batch)
+        step_s = max(cost.device_s(inputs, 0, 0) + self.tail_s(inputs), cost.host_s(inputs, 0, 0))
+        used = self.shape.weight_bytes + self.resident_bytes(batch)
+        way: Way = "on_device" if runs == 1 else "sub_batches"
+        return self._alternative(way, batch, runs, self._prefill_s(batch), step_s, used)
+
+    def resident_bytes(self, batch: int) -> int:
+        """The whole cache of `batch` sequences, plus one layer's, which plain generate() copies to append a token."""
+        rows, tokens = batch * self.workload.num_beams, self.workload.cached_tokens
+        growing = (self.shape.num_offloaded_layers + 1) * rows * tokens * self.shape.kv_row_bytes
+        return growing + self._other_layers_bytes(rows, tokens)
+
+    def _alternative(
+        self, way: Way, batch: int, runs: int, prefill_s: float, step_s: float, device_bytes: int
+    ) -> Alternative:
+        new_tokens = self.workload.new_tokens
+        total_s = runs * (prefill_s + (new_tokens - 1) * step_s)
+        rate = self.workload.batch * new_tokens / total_s
+        return Alternative(way, batch, runs, prefill_s, step_s, total_s, rate, device_bytes)
+
+    def mean_tokens(self) -> int:
+        """Tokens in the cache of one sequence, halfway through the decoding."""
+        return self.workload.prompt_tokens + (self.workload.new_tokens - 1) // 2
+
+    def prefill_flops(self, batch: int) -> float:
+        """Operations for the prompts: projections and MLP, and causal attention (half of all pairs)."""
+        shape, prompt = self.shape, self.workload.prompt_tokens
+        pairs = batch * prompt * prompt / 2
+        attention = pairs * 4 * shape.num_heads * shape.head_dim  # scores and values
+        return shape.num_layers * (batch * prompt * shape.dense_flops + attention)
+
+    def step_flops(self, batch: int) -> float:
+        """Operations of one decode step at the mean context."""
+        shape, rows = self.shape, batch * self.workload.num_beams
+        attention = 4 * self.mean_tokens() * shape.num_heads * shape.head_dim  # scores and values
+        head = 2 * shape.hidden_size * shape.vocab_size  # multiply-add
+        return rows * (shape.num_layers * (shape.dense_flops + attention) + head)
+
+    def step_bytes(self, batch: int) -> float:
+        """Bytes of device memory that a step at the mean context cannot do without: active weights and the cache."""
+        shape, rows = self.shape, batch * self.workload.num_beams
+        weights = shape.num_layers * shape.dense_flops // 2 + shape.hidden_size * shape.vocab_size  # multiply-add
+        cached = rows * shape.num_offloaded_layers * self.mean_tokens() * shape.kv_row_bytes
+        cached += self._other_layers_bytes(rows, self.mean_tokens())
+        return weights * shape.activation_itemsize_bytes + cached
+
+    def tail_s(self, inputs: PlanInputs) -> float:
+        """Attention over the newest tokens, which fill no block."""
+        tail_tokens = self.mean_tokens() - inputs.num_blocks * inputs.block_tokens
+        return inputs.num_offloaded_layers * tail_tokens * inputs.rates.attention_s_per_token
+
+    def _prefill_s(self, batch: int) -> float:
+        shape = self.shape
+        rows = min(batch * self.workload.prompt_tokens, PREFILL_TOKENS)
+        flops_per_s = self.profile.gemm_flops_per_s(rows, shape.dense_width, shape.hidden_size)
+        return self.prefill_flops(batch) / flops_per_s
+
+    def free_bytes(self, rows: int) -> int:
+        """Device memory that weights and the prefill peak of `rows` sequences leave; at most the configured cap."""
+        num_tokens = min(rows * self.workload.prompt_tokens, PREFILL_TOKENS)
+        left = self.profile.device_memory_bytes - self.shape.weight_bytes
+        free = int(USABLE_DEVICE_FRACTION * left) - prefill_peak_bytes(self.shape, num_tokens=num_tokens, rows=rows)
+        if isinstance(self.config.device_gib, str):
+            return free
+        return min(free, int(self.config.device_gib * GIB))
+
+    def _device_cap_bytes(self, rows: int) -> int | None:
+        """What we may hold on the device; None for as little as works."""
+        free = self.free_bytes(rows)
+        if free <= 0:
+            one_works = self.free_bytes(self.workload.num_beams) > 0
+            smaller = ", quantised weights or a smaller batch" if one_works else " or quantised weights"
+            raise InfeasiblePlanError(
+                f"device memory: weights of {gb(self.shape.weight_bytes)} and the prefill leave nothing of "
+                f"{gb(self.profile.device_memory_bytes)}: use a larger device{smaller}"
+            )
+        is_least = self.config.device_gib == "min" or (self.config.device_gib == "auto" and self.profile.emulated_link)
+        return None if is_least else free
+
+    def _other_layers_bytes(self, rows: int, num_tokens: int) -> int:
+        """Layers with a sliding window, or whose cache others read as well, which stay on the device."""
+        shape = self.shape
+        in_windows = min(shape.window_tokens, num_tokens) * shape.window_row_bytes
+        return rows * (in_windows + num_tokens * shape.held_row_bytes)
+
+    def _host_cap_bytes(self) -> int:
+        """The cap on host memory; a preset's host is unknown and taken as large enough."""
+        if not isinstance(self.config.host_gib, str):
+            return int(self.config.host_gib * GIB)
+        installed = self.profile.extra.get("host_memory_bytes")
+        if not isinstance(installed, int):
+            return 2**62
+        used = self.shape.weight_bytes if self.profile.emulated_link else 0  # the "device" is host memory there
+        return max(0, int(USABLE_HOST_FRACTION * installed) - used)

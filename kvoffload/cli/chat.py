@@ -1,0 +1,111 @@
+"""Answering a prompt from the command line: `kvoffload generate`, and the first half of `kvoffload demo`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
+from transformers.utils import logging as hf_logging
+
+from kvoffload.api import offload
+from kvoffload.cli.model_source import Source, find_model
+from kvoffload.config import OffloadConfig
+from kvoffload.errors import ConfigError
+from kvoffload.session.stats import GenerationStats
+
+# One of these is in every folder that a tokenizer was saved to, whatever its kind.
+TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "merges.txt", "tekken.json")
+
+
+class Answer(NamedTuple):
+    """What a model said, with and without offloading."""
+
+    text: str
+    tokens_equal: bool | None  # None: not compared
+    prompt_tokens: int
+    new_tokens: int
+    stats: GenerationStats
+
+
+def load(model: Source | str | None, device: torch.device) -> tuple[PreTrainedModel, Any]:
+    """A model and its tokenizer, in float32 on the CPU and bfloat16 on a GPU.
+
+    Args:
+        model: as `find_model` takes it, or what it found.
+        device: where to put it.
+
+    Raises:
+        ConfigError: as `find_model`, or what is there has no tokenizer or cannot be loaded.
+    """
+    source = model if isinstance(model, Source) else find_model(model)
+    _require_tokenizer(source)
+    kwargs: dict[str, Any] = {"local_files_only": source.is_local}
+    if source.gguf_file is not None:
+        kwargs["gguf_file"] = source.gguf_file
+    if not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **kwargs)
+        loaded = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"cannot load {source.name!r}: {' '.join(str(error).split())}") from error  # in one line
+    placed: PreTrainedModel = loaded.to(device)  # type: ignore[arg-type]
+    return placed.eval(), tokenizer
+
+
+def _require_tokenizer(source: Source) -> None:
+    """For a folder without one transformers makes an empty tokenizer, or names packages that would not help."""
+    folder = Path(source.name)
+    if source.gguf_file is None and folder.is_dir() and not any(any(folder.glob(one)) for one in TOKENIZER_FILES):
+        raise ConfigError(
+            f"the folder {source.name} has no tokenizer files: put the model's own (tokenizer.json and the like) "
+            "beside its config.json"
+        )
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    config: OffloadConfig,
+    max_new_tokens: int,
+    compare: bool,
+    streamer: Any = None,
+) -> Answer:
+    """Answer `prompt` with greedy decoding and the cache offloaded.
+
+    Args:
+        compare: also generate without offloading and compare the tokens.
+        streamer: gets the tokens as they come.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = {name: value.to(model.device) for name, value in inputs.items() if name != "token_type_ids"}
+    kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    generating: Any = model
+    with offload(model, config) as session:
+        tokens = generating.generate(**inputs, **kwargs, streamer=streamer)
+    assert session.stats is not None
+    expected = generating.generate(**inputs, **kwargs) if compare else None
+    length = inputs["input_ids"].shape[1]
+    return Answer(
+        text=tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip(),
+        tokens_equal=None if expected is None else bool(torch.equal(tokens, expected)),
+        prompt_tokens=length,
+        new_tokens=tokens.shape[1] - length,
+        stats=session.stats,
+    )
+
+
+def streamer(tokenizer: Any) -> TextStreamer:
+    """Prints an answer while it is generated."""
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

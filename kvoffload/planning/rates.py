@@ -1,0 +1,119 @@
+"""The rates of one model at one batch, and the sizes of chunks they ask for, read from the profile of a machine.
+
+Owns at which size each curve is read, and who pays for the host's time. Does not own the curves (`hardware_profile`),
+what a step costs at these rates (`cost`), nor what was measured since (`measured_rates`). Plain numbers, no torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+from kvoffload.errors import ProfileError
+from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.types import Form, ModelShape, Rates
+
+CHUNK_SPEED_FRACTION = 0.95
+HOST_TIME_FRACTION = 0.25  # of a chunk's copy, that the host may take to issue the chunk
+LARGEST_CHUNK_BYTES = 32 * 2**20
+
+
+def rates_from_profile(
+    profile: HardwareProfile,
+    shape: ModelShape,
+    *,
+    batch: int,
+    block_tokens: int,
+    chunk_blocks: int,
+    cached_tokens: int | None = None,
+) -> Rates:
+    """The rates of one model at one batch on the profiled machine.
+
+    Every curve is read at the size the runtime will use: copies and recomputation at a full chunk, the dense part at
+    the batch. The dense part and the head take the longer of computing and of reading their weights. Where the device
+    is the CPU the host's time is its own, and part of both.
+
+    Args:
+        profile: the machine; GEMM and attention curves are taken as measured, whatever their dtype.
+        shape: the model.
+        batch: sequences decoded at once (`Workload.rows`).
+        block_tokens: tokens per block.
+        chunk_blocks: blocks per chunk.
+        cached_tokens: tokens attended per sequence; None takes the attention rate of the largest measured size, and
+            one chunk per layer.
+
+    Raises:
+        ProfileError: the profile holds no link bandwidth (an unpaced emulated link).
+    """
+    if profile.h2d is None:
+        raise ProfileError(
+            f"this machine's link is {profile.link_name}, which has no bandwidth to plan with: give it one "
+            "(OffloadConfig(link=EmulatedLink(h2d_gb_per_s=...)), --link-gb-per-s), or name the hardware to plan for, "
+            "a preset or a profile (profile=..., --hardware)"
+        )
+    chunk_rows = chunk_blocks * block_tokens * batch  # tokens of all sequences in one chunk
+    kv_token_bytes = batch * shape.kv_row_bytes
+    kv_width = shape.num_kv_heads * shape.head_dim
+    recompute_flops_per_s = profile.gemm_flops_per_s(chunk_rows, kv_width, shape.hidden_size)
+    attended_bytes = profile.attention.points[-1].x[0] if profile.attention.points else 0.0
+    if cached_tokens is not None:
+        attended_bytes = cached_tokens * kv_token_bytes
+
+    layer_weights = shape.dense_flops // 2  # multiply-add
+    head_weights = shape.vocab_size * shape.hidden_size
+    weight_itemsize_bytes = shape.weight_bytes / (shape.num_layers * layer_weights + head_weights)
+
+    def gemm_s(num_weights: int, n: int) -> float:
+        flops_per_s = profile.gemm_flops_per_s(batch, n, shape.hidden_size)
+        read_s = num_weights * weight_itemsize_bytes / profile.device_copy_bytes_per_s
+        return max(2 * batch * num_weights / flops_per_s, read_s)
+
+    dense_s, head_s = gemm_s(layer_weights, shape.dense_width), gemm_s(head_weights, shape.vocab_size)
+    if profile.emulated_link:  # nothing is issued ahead of a CPU
+        num_chunks = max(1, math.ceil((cached_tokens or 0) / (chunk_blocks * block_tokens)))
+        dense_s += profile.host_s_per_layer + num_chunks * profile.host_s_per_chunk
+        head_s += profile.gap_s
+    return Rates(
+        h2d_activation_bytes_per_s=profile.h2d.rate(chunk_rows * shape.activation_row_bytes),
+        h2d_kv_bytes_per_s=profile.h2d.rate(chunk_rows * shape.kv_row_bytes),
+        recompute_s_per_token=batch * shape.recompute_flops / recompute_flops_per_s,
+        attention_s_per_token=kv_token_bytes / profile.attention.rate(attended_bytes),
+        dense_s=dense_s,
+        head_s=head_s,
+        gap_s=profile.gap_s,
+        host_s_per_layer=profile.host_s_per_layer,
+        host_s_per_chunk=profile.host_s_per_chunk,
+    )
+
+
+def least_chunk_bytes(profile: HardwareProfile, shape: ModelShape, *, recomputes: bool) -> int:
+    """K/V bytes of the smallest chunk that keeps link, recomputation and host out of each other's way.
+
+    That is a power of two at which the link and the GEMM of recomputation reach `CHUNK_SPEED_FRACTION` of their speed
+    at `LARGEST_CHUNK_BYTES`, and the host's time for a chunk of either form is at most `HOST_TIME_FRACTION` of that
+    form's copy; where the device is the CPU, and has to do both, at most what the fraction leaves of the copy of K/V.
+
+    Args:
+        profile: the machine.
+        shape: the model.
+        recomputes: whether activations may be stored at all.
+    """
+
+    host_fraction = 1 - CHUNK_SPEED_FRACTION if profile.emulated_link else HOST_TIME_FRACTION
+    row_bytes: dict[Form, int] = {"kv": shape.kv_row_bytes}
+    if recomputes and not profile.emulated_link:
+        row_bytes["activation"] = shape.activation_row_bytes
+
+    def is_fast(num_bytes: int) -> bool:
+        for form, form_bytes in row_bytes.items():
+            copied_bytes = num_bytes * form_bytes / shape.kv_row_bytes
+            copy_s = math.inf if profile.h2d is None else profile.h2d.seconds(copied_bytes)
+            if profile.host_s_per_chunk_of(form) > host_fraction * copy_s:
+                return False
+        rates = [] if profile.h2d is None else [profile.h2d.rate]
+        if recomputes:
+            n, k = shape.num_kv_heads * shape.head_dim, shape.hidden_size
+            rates.append(lambda size: profile.gemm_flops_per_s(max(1, int(size // shape.kv_row_bytes)), n, k))
+        return all(rate(num_bytes) >= CHUNK_SPEED_FRACTION * rate(LARGEST_CHUNK_BYTES) for rate in rates)
+
+    sizes = (2**exponent for exponent in range(16, LARGEST_CHUNK_BYTES.bit_length()))
+    return next((num_bytes for num_bytes in sizes if is_fast(num_bytes)), LARGEST_CHUNK_BYTES)

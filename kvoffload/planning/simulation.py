@@ -1,0 +1,177 @@
+"""Decode steps played chunk by chunk: one link, one compute queue, the host ahead of both, and finite slots.
+
+Owns the recurrence over chunks, layers and steps, which knows what the formulas of `cost` leave out: when a slot is
+free, and who waits for whom. Does not own rates (`rates`), the choice (`planner`), nor what is made of the stretches it
+records (`timeline`). Plain numbers, no torch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from kvoffload.planning.placement import transfer_order
+from kvoffload.timeline import Lane, Span
+from kvoffload.types import Plan, Rates
+
+
+class Simulation(NamedTuple):
+    """A step in the steady state, as `simulate` sees it."""
+
+    step_s: float
+    link_busy_fraction: float
+    device_busy_fraction: float
+
+
+def simulate(
+    plan: Plan,
+    rates: Rates,
+    *,
+    overlap: bool = True,
+    num_steps: int = 6,
+    record: Callable[[Span], None] | None = None,
+) -> Simulation:
+    """Play `num_steps` decode steps chunk by chunk and return the average of the later half.
+
+    One link and one compute stream, each in order. Per layer: weights if streamed, then its chunks in
+    `transfer_order`; the next layer's right behind them, layer 0 of the next step during the gap. An activation chunk
+    needs a free slot (free when its recomputation ended), kv chunks one of two layer buffers (free when attention of
+    the layer two before ended); where attention takes chunks one by one every chunk needs a slot, free when it was
+    attended to. A layer computes once the host has issued it: each chunk when it has arrived and a share of the
+    resident blocks behind it (of their recomputation behind activation chunks, where a layer is put together), then
+    the rest of its attention and the dense part; after the last layer the head, then the gap.
+
+    `plan.schedule == "kvpr"`: copies of a layer with activations start after attention of the layer before, and its
+    recomputation when its whole activation has arrived, or as much of it as the slots hold.
+
+    Args:
+        plan: the placement.
+        rates: the machine, e.g. newer measurements than the plan was made with.
+        overlap: False makes copies and compute wait for each other.
+        num_steps: steps played, at least 2; the pipeline fills in the first half.
+        record: called with every stretch of link and compute, and at each step's start (`timeline.assemble` takes
+            them). Resident activations count as "recompute", the head as "dense".
+    """
+    num_layers = max(1, plan.num_offloaded_layers)
+    ordinary = plan.num_layers / num_layers  # layers per offloaded one, for work that all layers do
+    activation_chunks = _chunk_tokens(plan.activation_blocks, plan)
+    kv_chunks = _chunk_tokens(plan.kv_blocks, plan)
+    kvpr = plan.schedule == "kvpr" and bool(activation_chunks)
+    order = transfer_order(len(activation_chunks), len(kv_chunks), plan.schedule)
+    activation_s = plan.activation_bytes_per_token / rates.h2d_activation_bytes_per_s  # on the link, per token
+    kv_s = plan.kv_bytes_per_token / rates.h2d_kv_bytes_per_s
+    weights_s = plan.weight_bytes_per_step / num_layers / rates.h2d_kv_bytes_per_s
+    resident_s = plan.resident_activation_blocks * plan.block_tokens * rates.recompute_s_per_token
+    attention_s = plan.num_blocks * plan.block_tokens * rates.attention_s_per_token
+    num_chunks = len(activation_chunks) + len(kv_chunks)
+    resident_tokens = plan.block_tokens * (plan.resident_kv_blocks + plan.resident_activation_blocks)
+    resident_attention_s = resident_tokens * rates.attention_s_per_token
+    chunks_issue_s = num_chunks * rates.host_s_per_chunk
+    issue_s = plan.num_micro_batches * (ordinary * rates.host_s_per_layer + chunks_issue_s)
+
+    link = compute = host = 0.0  # when each is free
+    link_busy = compute_busy = 0.0
+    released = [0.0] * plan.num_slots  # when the slot of each activation chunk became free, in order
+    num_copied = 0  # activation chunks: the next one takes over the slot released[num_copied]
+    first_gate = min(len(activation_chunks), plan.num_slots) - 1 if kvpr else 0  # last chunk to await before the first
+    attended = deque([0.0, 0.0], maxlen=2)  # the two layer buffers, older first
+    weights_used = deque([0.0, 0.0], maxlen=2)
+
+    def copy(seconds: float, free_s: float, num_bytes: float) -> float:
+        nonlocal link, link_busy
+        barrier_s = attended[-1] if kvpr else 0.0
+        start = max(link, free_s, barrier_s, 0.0 if overlap else max(compute, host))
+        link = start + seconds
+        link_busy += seconds
+        if record is not None and seconds:
+            record(Span("h2d", start, link, round(num_bytes)))
+        return link
+
+    def work(lane: Lane, seconds: float, ready_s: float) -> float:
+        nonlocal compute, compute_busy
+        start = max(compute, ready_s, 0.0 if overlap else link)
+        if record is not None and start > compute:
+            record(Span("wait", compute, start))
+        compute = start + seconds
+        compute_busy += seconds
+        if record is not None and seconds:
+            record(Span(lane, start, compute))
+        return compute
+
+    def copy_chunk(tokens: int, is_activation: bool, free_s: float) -> float:
+        if is_activation:
+            return copy(tokens * activation_s, free_s, tokens * plan.activation_bytes_per_token)
+        return copy(tokens * kv_s, free_s, tokens * plan.kv_bytes_per_token)
+
+    def recompute(done: int, arrived: list[float]) -> int:
+        """All chunks of the layer that have been copied, each followed by its share of the resident activations."""
+        for idx in range(done, len(arrived)):
+            gate = min(max(idx, first_gate), len(arrived) - 1)
+            released.append(work("recompute", activation_chunks[idx] * rates.recompute_s_per_token, arrived[gate]))
+            work("recompute", resident_s / len(activation_chunks), 0.0)
+        return len(arrived)
+
+    def attend_chunks() -> None:
+        """All chunks of a layer through slots, each attended to when it is there; then the rest of its attention."""
+        nonlocal num_copied
+        chunks = {True: iter(activation_chunks), False: iter(kv_chunks)}
+        for is_activation in order:
+            tokens = next(chunks[is_activation])
+            there_s = copy_chunk(tokens, is_activation, released[num_copied])
+            num_copied += 1
+            if is_activation:
+                there_s = work("recompute", tokens * rates.recompute_s_per_token, there_s)
+            released.append(work("attention", tokens * rates.attention_s_per_token, there_s))
+            work("recompute", resident_s / num_chunks, 0.0)
+            work("attention", resident_attention_s / num_chunks, 0.0)
+        if not num_chunks:
+            work("recompute", resident_s, host)
+            work("attention", resident_attention_s, 0.0)
+
+    marks = []
+    for _ in range(num_steps):
+        if record is not None:
+            record(Span("step", compute, compute))
+        for _ in range(num_layers):
+            host += issue_s
+            weights_arrived = copy(weights_s, weights_used[0], plan.weight_bytes_per_step / num_layers)
+            arrived: list[float] = []  # activation chunks
+            kv_arrived, num_kv = 0.0, 0
+            recomputed = 0
+            if plan.is_segmented:
+                work("recompute", 0.0, host)
+                attend_chunks()
+                weights_used.append(work("dense", ordinary * rates.dense_s, weights_arrived))
+                continue
+            work("recompute", 0.0 if activation_chunks else resident_s, host)
+            for is_activation in order:
+                if is_activation:
+                    if num_copied >= len(released):  # its slot is freed by a chunk of this layer
+                        recomputed = recompute(recomputed, arrived)
+                    arrived.append(copy_chunk(activation_chunks[len(arrived)], True, released[num_copied]))
+                    num_copied += 1
+                    if len(arrived) - 1 >= first_gate:
+                        recomputed = recompute(recomputed, arrived)
+                else:
+                    kv_arrived = copy_chunk(kv_chunks[num_kv], False, attended[0])
+                    num_kv += 1
+            recompute(recomputed, arrived)
+            attended.append(work("attention", attention_s, kv_arrived))
+            weights_used.append(work("dense", ordinary * rates.dense_s, weights_arrived))
+        host = work("dense", rates.head_s, 0.0) + rates.gap_s  # the host waits for the sampled token
+        marks.append((compute, link_busy, compute_busy))
+    if record is not None:
+        record(Span("end", compute, compute))
+
+    counted = num_steps // 2
+    seconds, copied_s, worked_s = (b - a for a, b in zip(marks[-counted - 1], marks[-1], strict=True))
+    if seconds <= 0:
+        return Simulation(0.0, 0.0, 0.0)
+    return Simulation(seconds / counted, copied_s / seconds, worked_s / seconds)
+
+
+def _chunk_tokens(blocks: int, plan: Plan) -> list[int]:
+    """Tokens of each chunk of one layer and form; the last one may be shorter."""
+    starts = range(0, blocks, plan.chunk_blocks)
+    return [min(plan.chunk_blocks, blocks - start) * plan.block_tokens for start in starts]

@@ -1,0 +1,1 @@
+"""One model's offloading: each `generate()` planned, measured and counted."""

@@ -1,0 +1,271 @@
+"""The decision that holds for each cache of a session, and the engine's buffers made for it.
+
+Owns when a cache is decided for, and when again: for its first tokens as they really are, a further turn, more rows, a
+layer that needs layer buffers, steps that were not as predicted. Does not own how (`decide`), nor anything about one
+`generate()` (`run`) or the model (`session`).
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from kvoffload import hf
+from kvoffload.cache.layer import CacheLayer
+from kvoffload.errors import HostMemoryError, InfeasiblePlanError
+from kvoffload.pipeline.transfer import TransferEngine
+from kvoffload.planning.sizing import Geometry, grown, widened, with_kv_rows
+from kvoffload.session.decide import Decider, Decision
+from kvoffload.session.progress import AllocationProgress
+from kvoffload.store.store import HostPool
+
+logger = logging.getLogger(__name__)
+
+
+class Decisions:
+    """By cache, as long as the cache lives. Deciding can raise `InfeasiblePlanError` and `HostMemoryError`.
+
+    Args:
+        decider: makes them.
+        engine: whose buffers are for one cache at a time.
+        pool: of host memory that the session holds.
+        progress: told how much of it will be taken.
+        num_layers: offloaded ones.
+        offers_segments: whether attention over segments is installed on the model.
+    """
+
+    def __init__(
+        self,
+        decider: Decider,
+        engine: TransferEngine,
+        pool: HostPool,
+        progress: AllocationProgress,
+        *,
+        num_layers: int,
+        offers_segments: bool,
+    ) -> None:
+        self._decider = decider
+        self._engine = engine
+        self._pool = pool
+        self._progress = progress
+        self._num_layers = num_layers
+        self._offers_segments = offers_segments
+        self._decisions: weakref.WeakKeyDictionary[hf.OffloadedHFCache, Decision] = weakref.WeakKeyDictionary()
+        self._configured_for: Callable[[], Any] = lambda: None  # a weak reference
+        self._position_row_bytes: dict[tuple[int, int], int] = {}  # that blocks of (rows, copies) carried last
+
+    def __contains__(self, cache: hf.OffloadedHFCache) -> bool:
+        return cache in self._decisions
+
+    def __getitem__(self, cache: hf.OffloadedHFCache) -> Decision:
+        return self._decisions[cache]
+
+    def forget(self, cache: hf.OffloadedHFCache) -> None:
+        """Drop what was decided for a cache that starts anew, perhaps with other rows."""
+        self._decisions.pop(cache, None)
+
+    def lay_out_as_before(
+        self, cache: hf.OffloadedHFCache, rows: int, copies: int, prompt_tokens: int, max_tokens: int
+    ) -> None:
+        """Decide for a cache whose blocks carry what those of the last such cache did, if that is possible.
+
+        Args:
+            cache: an empty one.
+            rows: of the cache.
+            copies: rows per prompt (beams, or sequences returned).
+            prompt_tokens: tokens of the prompt.
+            max_tokens: cached at the end.
+        """
+        row_bytes = self._position_row_bytes.get((rows, copies), 0)
+        try:
+            self._lay_out(cache, rows, copies, prompt_tokens, max_tokens, position_row_bytes=row_bytes)
+        except (HostMemoryError, InfeasiblePlanError):
+            if not row_bytes:
+                raise
+            self._lay_out(cache, rows, copies, prompt_tokens, max_tokens)
+
+    def start_anew(self, cache: hf.OffloadedHFCache) -> None:
+        """Empty a cache and decide for the same rows and length again; its prompt is all that it held, row by row."""
+        geometry, num_tokens = self._decisions[cache].geometry, cache.core.layers[0].num_tokens
+        cache.reset()
+        self.lay_out_as_before(cache, geometry.rows, 1, num_tokens, geometry.max_tokens)
+
+    def prefill_chunk_tokens(self, cache: hf.OffloadedHFCache, prompt_tokens: int) -> int | None:
+        """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole."""
+        geometry = self._decisions[cache].geometry
+        return self._decider.limits.prefill_chunk_tokens(geometry, prompt_tokens, self._device_held_bytes)
+
+    def prolong(self, cache: hf.OffloadedHFCache, max_tokens: int) -> None:
+        """A further turn makes the cache longer than was planned."""
+        before = self._decisions[cache]
+        decision = self._decisions[cache] = self._decider.prolong(before, max_tokens, self._pool.slab_bytes)
+        changed = decision.sizes != before.sizes or self._configured_for() is not cache
+        cache.core.placement = decision.placement
+        if changed:
+            self._configure(cache)
+
+    def keep_buffers(self, cache: hf.OffloadedHFCache) -> None:
+        """Called with each update: the engine's buffers are those of this cache, and of all its rows."""
+        decision = self._decisions.get(cache)
+        if decision is not None and cache.core.rows > decision.geometry.rows:
+            sizes = widened(decision.sizes, decision.geometry.rows, cache.core.rows)
+            geometry = replace(decision.geometry, rows=cache.core.rows)
+            self._decisions[cache] = replace(decision, geometry=geometry, sizes=sizes)
+            self._configure(cache)
+        elif decision is not None and self._configured_for() is not cache:
+            self._configure(cache)
+
+    def use_whole_layers(self, cache: hf.OffloadedHFCache) -> None:
+        """A layer of a cache that was planned without layer buffers needs them."""
+        decision = self._decisions[cache]
+        if decision.geometry.is_segmented:
+            geometry = replace(decision.geometry, is_segmented=False)
+            sizes = grown(replace(decision.sizes, num_buffers=3 if geometry.beams > 1 else 2), geometry)
+            self._decisions[cache] = replace(decision, geometry=geometry, sizes=sizes)
+            self._configure(cache)
+
+    def settle(self, cache: hf.OffloadedHFCache, layer: CacheLayer, first: hf.FirstTokens, prompt_tokens: int) -> None:
+        """The first tokens of a layer are here: decide, if nothing is decided for them, and make its buffers.
+
+        Args:
+            cache: whose layer.
+            layer: the layer.
+            first: what the layer really caches per token.
+            prompt_tokens: of the `generate()` in progress; 0 if unknown.
+        """
+        if cache not in self._decisions:
+            self._lay_out(cache, first.rows, 1, first.tokens, None, first, is_segmented=layer.is_segmented)
+        geometry = self._decisions[cache].geometry
+        if layer.position == 0 and (first.kv_row_bytes, first.activation_row_bytes, layer.is_segmented) != (
+            geometry.kv_row_bytes,
+            geometry.activation_row_bytes,
+            geometry.is_segmented,
+        ):
+            self._lay_out_anew(cache, first, prompt_tokens)
+        elif layer.position > 0 and first.kv_row_bytes > geometry.kv_row_bytes:
+            self._widen_buffers(cache, first.kv_row_bytes)
+        if layer.position > 0 and not layer.is_segmented:
+            self.use_whole_layers(cache)
+            self._engine.ensure_buffers(geometry.max_tokens * first.rows * first.kv_row_bytes)
+
+    def _widen_buffers(self, cache: hf.OffloadedHFCache, kv_row_bytes: int) -> None:
+        """Buffers for a layer whose K and V are wider than those of the first."""
+        decision = self._decisions[cache]
+        sizes = with_kv_rows(decision.sizes, decision.geometry, kv_row_bytes)
+        if sizes != decision.sizes:
+            logger.info("buffers grow to %d bytes on the device: K and V of layers differ", sizes.fixed_device_bytes)
+            self._decisions[cache] = replace(decision, sizes=sizes)
+            self._configure(cache)
+
+    def carries_positions(
+        self, cache: hf.OffloadedHFCache, first: hf.FirstTokens, prompt_tokens: int, *, row_bytes: int, token_bytes: int
+    ) -> bool:
+        """Settle before the first tokens of the first layer are stored whether blocks carry position embeddings.
+
+        Args:
+            cache: whose layer.
+            first: what it caches per token.
+            prompt_tokens: of the `generate()` in progress; 0 if unknown.
+            row_bytes: of position embeddings behind each activation, if so; 0 where that cannot be.
+            token_bytes: what a token takes in a table of them on the device.
+        """
+        geometry, copies = self._decisions[cache].geometry, cache.core.prompt_copies
+        if not row_bytes or not self._decider.carries_positions(self._decisions[cache], token_bytes):
+            row_bytes = 0
+        if row_bytes != geometry.position_row_bytes:
+            try:
+                self._lay_out_anew(cache, first, prompt_tokens, position_row_bytes=row_bytes)
+            except (HostMemoryError, InfeasiblePlanError) as error:
+                if not row_bytes:
+                    raise
+                logger.info("position embeddings stay on the device: %s", error)
+                row_bytes = 0
+        self._position_row_bytes[first.rows, copies] = row_bytes
+        return row_bytes > 0
+
+    def transfer_all(self, cache: hf.OffloadedHFCache, first: hf.FirstTokens, prompt_tokens: int) -> None:
+        """Decide again before the first tokens are stored, for K/V that do not follow from the activation."""
+        self._lay_out_anew(cache, first, prompt_tokens, can_recompute=False)
+
+    def measure_chunk(self, cache: hf.OffloadedHFCache, prepare: hf.Measure) -> None:
+        """Time one chunk both ways, and plan with what was measured."""
+        self._change(cache, self._decider.measure_chunk(self._decisions[cache], prepare, self._engine.idle_slots))
+
+    def replan(self, cache: hf.OffloadedHFCache) -> None:
+        """Plan the blocks still to come at the rates measured so far."""
+        layer = cache.core.layers[0]
+        stored_kv, stored_activation = (layer.count(form, resident=False) for form in ("kv", "activation"))
+        self._change(cache, self._decider.replan(self._decisions[cache], stored_kv, stored_activation))
+
+    def _change(self, cache: hf.OffloadedHFCache, decision: Decision) -> None:
+        self._decisions[cache] = decision
+        cache.core.placement = decision.placement
+
+    def _lay_out_anew(self, cache: hf.OffloadedHFCache, first: hf.FirstTokens, prompt_tokens: int, **how: Any) -> None:
+        """Decide again for what an empty cache is really given."""
+        known, copies = self._decisions[cache].placement.max_tokens, cache.core.prompt_copies
+        prompt_tokens = max(first.tokens, prompt_tokens)
+        segmented = cache.core.layers[0].is_segmented
+        self._lay_out(cache, first.rows, copies, prompt_tokens, known, first, is_segmented=segmented, **how)
+
+    def _lay_out(
+        self,
+        cache: hf.OffloadedHFCache,
+        rows: int,
+        copies: int,
+        prompt_tokens: int,
+        max_tokens: int | None,
+        first: hf.FirstTokens | None = None,
+        *,
+        position_row_bytes: int = 0,
+        can_recompute: bool = True,
+        is_segmented: bool | None = None,
+    ) -> None:
+        """Decide for an empty cache and make the engine's buffers."""
+        shape = first or self._decider.shape
+        geometry = Geometry(
+            num_offloaded_layers=self._num_layers,
+            rows=rows,
+            max_tokens=max_tokens or max(256, 2 * prompt_tokens),
+            kv_row_bytes=shape.kv_row_bytes,
+            activation_row_bytes=shape.activation_row_bytes,
+            position_row_bytes=position_row_bytes,
+            beams=copies,
+            is_segmented=self._offers_segments if is_segmented is None else is_segmented,
+        )
+        decision = self._decider.decide(
+            geometry,
+            prompt_tokens=prompt_tokens,
+            knows_length=max_tokens is not None,
+            host_held_bytes=self._pool.slab_bytes,
+            device_held_bytes=self._device_held_bytes,
+            can_recompute=can_recompute,
+        )
+        self._apply(cache, decision)
+        cache.core.rows, cache.core.prompt_copies = rows, copies
+
+    def _apply(self, cache: hf.OffloadedHFCache, decision: Decision) -> None:
+        self._decisions[cache] = decision
+        cache.core.placement = decision.placement
+        self._configure(cache)
+        self._progress.expect(self._pool.used_bytes + decision.plan.host_bytes)
+
+    def _configure(self, cache: hf.OffloadedHFCache) -> None:
+        self._configured_for = lambda: None  # until all of it has worked
+        decision = self._decisions[cache]
+        sizes, self._engine.stage_limit_bytes = decision.sizes, decision.stage_limit_bytes
+        self._engine.configure(
+            slot_bytes=sizes.slot_bytes,
+            num_slots=sizes.num_slots,
+            buffer_bytes=sizes.buffer_bytes,
+            d2h_slot_bytes=sizes.d2h_slot_bytes,
+            scratch_bytes=sizes.scratch_bytes,
+        )
+        self._configured_for = weakref.ref(cache)
+
+    @property
+    def _device_held_bytes(self) -> int:
+        return sum(self._engine.held_bytes.values())

@@ -1,0 +1,145 @@
+"""How much memory a generation may take on the device and on the host, and what to say where that is too little.
+
+Owns the caps ("auto" is a share of what is free now, within the limits of the process and its control group), how long
+a prefill chunk may be under them, and that beams share the stored blocks of their prompt. Does not own what is taken
+(`sizing`, `planner`), nor the room that is left while a cache grows (`store`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvoffload.backend import Backend
+from kvoffload.config import GIB, OffloadConfig
+from kvoffload.errors import HostMemoryError
+from kvoffload.machine import system_memory
+from kvoffload.planning.sizing import Geometry, prefill_peak_bytes, smallest_sizes, split_to_plan, uncapped_sizes
+from kvoffload.types import ModelShape, PlanInputs
+from kvoffload.units import counted, gib
+
+HOST_SHARE = 0.8  # of the free host memory that "auto" takes at most
+DEVICE_SHARE = 0.9  # of the free device memory that "auto" takes at most
+MIN_PREFILL_TOKENS = 64
+
+
+class MemoryLimits:
+    """The limits of a session, as they are when asked for.
+
+    Args:
+        config: the user's options.
+        shape: of the model.
+        backend: of the session.
+    """
+
+    def __init__(self, config: OffloadConfig, shape: ModelShape, backend: Backend) -> None:
+        self._config = config
+        self._shape = shape
+        self._backend = backend
+
+    # ---- device --------------------------------------------------------------------------------------------------
+
+    def device_cap_bytes(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int | None:
+        """The cap on device memory; None for whatever is comfortable without resident blocks.
+
+        "auto" is what a prefill leaves of the free memory, and where that is too little for anything, what is least.
+
+        Args:
+            geometry: of the cache.
+            prompt_tokens: tokens of the prompt.
+            held_bytes: device memory the session holds already, and will use again.
+        """
+        setting = self._config.device_gib
+        if setting == "min" or (setting == "auto" and self._backend.emulated):
+            return None
+        if setting != "auto":
+            return int(float(setting) * GIB)
+        tokens = self.prefill_chunk_tokens(geometry, prompt_tokens, held_bytes) or prompt_tokens
+        room = self._free_device_bytes(held_bytes) - self._prefill_peak_bytes(geometry, tokens)
+        keeps = split_to_plan(self._config, geometry) != 0
+        return max(room, smallest_sizes(geometry, self._config, keeps_activations=keeps).fixed_device_bytes)
+
+    def prefill_chunk_tokens(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int | None:
+        """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole.
+
+        Args: as of `device_cap_bytes`.
+        """
+        if self._backend.emulated or self._config.device_gib != "auto":
+            return None
+        sizes = uncapped_sizes(geometry, self._config)
+        room = self._free_device_bytes(held_bytes) - sizes.fixed_device_bytes
+        tokens = prompt_tokens
+        while tokens > MIN_PREFILL_TOKENS and self._prefill_peak_bytes(geometry, tokens) > room:
+            tokens = -(-tokens // 2)
+        return None if tokens == prompt_tokens else tokens
+
+    def _free_device_bytes(self, held_bytes: int) -> int:
+        """What may be taken on the device: free in the driver's eyes, cached by PyTorch, or held by the session.
+
+        No more than a cap on the process allows (`torch.cuda.set_per_process_memory_fraction`).
+        """
+        device = self._backend.device
+        free, total = torch.cuda.mem_get_info(device)
+        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return int(DEVICE_SHARE * min(free + reserved - allocated, allowed - allocated)) + held_bytes
+
+    def _prefill_peak_bytes(self, geometry: Geometry, tokens: int) -> int:
+        return prefill_peak_bytes(self._shape, num_tokens=geometry.rows * tokens, rows=geometry.rows)
+
+    # ---- host ----------------------------------------------------------------------------------------------------
+
+    def host_cap_bytes(self, held_bytes: int = 0) -> int:
+        """The cap on host memory, of which the session holds so much already: what its pool may grow to."""
+        if self._config.host_gib != "auto":
+            return int(float(self._config.host_gib) * GIB)
+        available_bytes = system_memory.available_bytes() + self._backend.kept_host_bytes
+        return int(HOST_SHARE * available_bytes) + held_bytes
+
+    def full_host_cap_bytes(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int:
+        """The cap as if every row stored every block: beams share those of their prompt."""
+        return int(self.host_cap_bytes(held_bytes) / _stored_share(geometry, prompt_tokens))
+
+    def check_least_host(self, geometry: Geometry, inputs: PlanInputs, prompt_tokens: int, held_bytes: int) -> None:
+        """Refuse what no plan can make fit, with the numbers of the full length.
+
+        Raises:
+            HostMemoryError: so it is.
+        """
+        kv, activation = geometry.kv_bytes_per_token, geometry.activation_bytes_per_token
+        smallest = min(kv, activation) if inputs.split is None else kv
+        token_bytes = smallest if inputs.split is None else inputs.split * activation + (1 - inputs.split) * kv
+        num_tokens = geometry.max_tokens // inputs.block_tokens * inputs.block_tokens
+        needed = geometry.num_offloaded_layers * num_tokens * token_bytes * _stored_share(geometry, prompt_tokens)
+        on_device = max(0, inputs.device_bytes - inputs.fixed_device_bytes) * token_bytes / smallest
+        needed, cap = int(needed - on_device), self.host_cap_bytes(held_bytes)
+        if needed > cap:
+            raise _host_too_small(geometry, needed, cap)
+
+
+def check_full_host(geometry: Geometry, prompt_tokens: int, needed_bytes: int, cap_bytes: int) -> None:
+    """Refuse before any token a cache that cannot fit on the host at its full length.
+
+    Args:
+        geometry: of the cache.
+        prompt_tokens: tokens of the prompt, which beams share.
+        needed_bytes: what it takes, as if every row stored every block; `cap_bytes` likewise.
+
+    Raises:
+        HostMemoryError: so it is, with the numbers as they are with shared blocks.
+    """
+    if needed_bytes > cap_bytes:
+        share = _stored_share(geometry, prompt_tokens)
+        raise _host_too_small(geometry, int(needed_bytes * share), int(cap_bytes * share))
+
+
+def _stored_share(geometry: Geometry, prompt_tokens: int) -> float:
+    """Stored rows over logical rows: prompt blocks of beams are stored once per sequence."""
+    prompt_share = min(1.0, prompt_tokens / max(1, geometry.max_tokens))
+    return 1 - prompt_share * (1 - 1 / max(1, geometry.beams))
+
+
+def _host_too_small(geometry: Geometry, needed: int, cap: int) -> HostMemoryError:
+    return HostMemoryError(
+        f"offloading {counted(geometry.rows, 'sequence')} of {counted(geometry.max_tokens, 'token')} needs "
+        f"{gib(needed)} of host memory, {gib(cap)} may be used: raise host_gib, or lower the batch or max_new_tokens"
+    )

@@ -1,0 +1,216 @@
+"""One `generate()` in progress: readings at its start and at its first decode step, and the statistics made of them.
+
+Readings are of counters that the backend keeps (events on CUDA, the link's thread on an emulated link); nothing here
+synchronises.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import threading
+import time
+from typing import NamedTuple
+
+from kvoffload import hf
+from kvoffload.backend import Backend, LinkUse, Pace
+from kvoffload.pipeline.transfer import TransferEngine
+from kvoffload.session.stats import GenerationStats
+from kvoffload.store.store import HostPool
+from kvoffload.types import Plan
+
+
+class _Readings(NamedTuple):
+    """The backend's counters at one moment."""
+
+    h2d: LinkUse
+    recompute_s: float
+    wait_s: float
+    starved_s: float
+    gaps: Pace  # between steps
+    copied: Pace  # in bytes
+    recompute: Pace  # in tokens of rows
+    attention: Pace
+
+    @classmethod
+    def of(cls, backend: Backend) -> _Readings:
+        return cls(
+            h2d=backend.link_use("h2d"),
+            recompute_s=backend.span_seconds("recompute"),
+            wait_s=backend.span_seconds("exposed_wait"),
+            starved_s=backend.starved_s,
+            gaps=backend.spans("gap"),
+            copied=backend.pace("h2d"),
+            recompute=backend.pace("recompute"),
+            attention=backend.pace("attention"),
+        )
+
+
+MIN_WINDOW_STEPS = 4  # fewer say little about a rate
+MAX_PREDICTION_ERROR_FRACTION = 0.1  # above this the rates behind the prediction are measured again
+SETTLING_STEPS = 2  # the first waits for the end of the write-back, the second empties the ring
+
+
+class StepRates(NamedTuple):
+    """Rates of recent steps; None where nothing was done."""
+
+    recompute_s_per_row_token: float | None
+    h2d_bytes_per_s: float | None
+    attention_s_per_row_token: float | None
+
+
+class Run:
+    """Made when `generate()` begins.
+
+    Args:
+        backend: whose counters to read.
+        engine: whose counters and peaks to read.
+        prompt_tokens: per sequence; 0 if unknown.
+    """
+
+    def __init__(self, backend: Backend, engine: TransferEngine, prompt_tokens: int) -> None:
+        self.thread = threading.get_ident()
+        self.prompt_tokens = prompt_tokens
+        self.cache: hf.OffloadedHFCache | None = None
+        self.owns_cache = False
+        self.setup_s = 0.0
+        self._setup_in_forward_s = 0.0  # the part of it that fell into the prefill
+        self._backend, self._engine = backend, engine
+        self._written_before = engine.write_back.queued_bytes
+        self._began = time.perf_counter()
+        self._start = _Readings.of(backend)
+        self._decode: _Readings | None = None  # at the first decode step
+        self._window: tuple[_Readings, int] | None = None  # readings and forwards at its start
+        self._settled_gaps = Pace(0, 0.0)  # before the steps that count
+        self._recomputed_before = 0
+        self._forwards: list[float] = []  # start of each forward
+        self._num_prefill_forwards = 0
+        self._prefill_peak_bytes = 0
+
+    def use(self, cache: hf.OffloadedHFCache) -> None:
+        """The cache this run works with is known."""
+        self.cache = cache
+        self._recomputed_before = cache.core.recomputed_tokens
+
+    def restart_link(self) -> None:
+        """Leave out what the link has carried so far."""
+        self._start = self._start._replace(h2d=self._backend.link_use("h2d"))
+
+    def add_setup(self, seconds: float) -> None:
+        """Time spent on memory and measurements during a forward; not counted as prefill."""
+        self.setup_s += seconds
+        self._setup_in_forward_s += seconds
+
+    @property
+    def is_decoding(self) -> bool:
+        return self._decode is not None
+
+    @property
+    def recomputed_tokens(self) -> int:
+        """Recomputed so far, summed over steps, layers and rows."""
+        return 0 if self.cache is None else self.cache.core.recomputed_tokens - self._recomputed_before
+
+    def note_forward(self) -> None:
+        """A forward of the model begins."""
+        assert self.cache is not None
+        self._forwards.append(time.perf_counter())
+        is_first = len(self._forwards) == 1
+        cached = self.cache.core.layers[0].num_tokens
+        is_prefill = self._num_prefill_forwards == len(self._forwards) - 1
+        is_prefill &= is_first or cached < self.prompt_tokens
+        self._backend.mark("prefill" if is_prefill else "step")
+        if is_prefill:
+            self._num_prefill_forwards += 1
+        elif self._decode is None:
+            self._decode = _Readings.of(self._backend)
+            self._engine.release_stages()
+            self._prefill_peak_bytes = self._engine.take_peak()
+        elif self._window is None and len(self._forwards) > self._num_prefill_forwards + SETTLING_STEPS:
+            self._open_window()
+            self._settled_gaps = self._backend.spans("gap")
+
+    def _open_window(self) -> None:
+        self._window = (_Readings.of(self._backend), len(self._forwards) - 1)
+
+    def rates_if_surprised(self, predicted_step_s: float) -> StepRates | None:
+        """What link, recomputation and attention did in the steps since the last call, if these were not as predicted.
+
+        None while there are too few of them, or within `MAX_PREDICTION_ERROR_FRACTION` of the prediction.
+        """
+        if self._window is None or len(self._forwards) - 1 - self._window[1] < MIN_WINDOW_STEPS:
+            return None
+        start, first_forward = self._window
+        self._open_window()
+        step_s = statistics.median(b - a for a, b in itertools.pairwise(self._forwards[first_forward:]))
+        if predicted_step_s and abs(step_s / predicted_step_s - 1) <= MAX_PREDICTION_ERROR_FRACTION:
+            return None
+        now = _Readings.of(self._backend)
+        byte_s = now.copied.since(start.copied)
+        return StepRates(
+            now.recompute.since(start.recompute),
+            1 / byte_s if byte_s else None,
+            now.attention.since(start.attention),
+        )
+
+    @property
+    def between_steps_s(self) -> float | None:
+        """From the last attention of a step to the first of the next, on the device; None until a few have passed."""
+        if self._window is None:
+            return None
+        gaps, before = self._backend.spans("gap"), self._settled_gaps
+        return gaps.since(before) if gaps.amount - before.amount >= MIN_WINDOW_STEPS else None
+
+    def finish(self, plan: Plan, pool: HostPool, gap_s: float | None = None) -> GenerationStats:
+        """The statistics, once `generate()` has returned.
+
+        Args:
+            plan: it ran with.
+            pool: of the session.
+            gap_s: that a device waited for its host between two steps; None where that is not known.
+        """
+        assert self.cache is not None
+        self._backend.mark("end")
+        if self._decode is None:
+            self._engine.release_stages()
+            self._prefill_peak_bytes = self._engine.take_peak()
+        core, backend = self.cache.core, self._backend
+        starts = [*self._forwards, time.perf_counter()]
+        decode = starts[self._num_prefill_forwards :]
+        steps = [after - before for before, after in itertools.pairwise(decode)]
+        wall_s = decode[-1] - decode[0]
+        end, decode_start = _Readings.of(backend), self._decode
+        link = None if decode_start is None else end.h2d.since(decode_start.h2d)
+        idle_s = 0.0
+        if decode_start is not None:
+            idle_s = end.wait_s - decode_start.wait_s + end.starved_s - decode_start.starved_s
+            idle_s += (gap_s or 0.0) * (end.gaps.amount - decode_start.gaps.amount)
+        new_tokens = core.layers[0].num_tokens + 1 - self.prompt_tokens
+        p50 = statistics.median(steps) if steps else None
+        predicted = plan.predicted_step_s or None
+        others = self.cache.other_device_bytes
+        return GenerationStats(
+            setup_s=self.setup_s,
+            prefill_s=decode[0] - starts[0] - self._setup_in_forward_s,
+            ttft_s=decode[0] - self._began - self.setup_s,
+            tpot_s=wall_s / len(steps) if steps else None,
+            decode_step_s=steps,
+            tokens_per_s=core.rows * max(0, new_tokens - 1) / wall_s if wall_s > 0 else 0.0,
+            h2d_bytes=end.h2d.since(self._start.h2d).copied_bytes,
+            d2h_bytes=self._engine.write_back.queued_bytes - self._written_before,
+            h2d_gb_per_s=link.copied_bytes / link.busy_s / 1e9 if link and link.busy_s > 0 else None,
+            link_utilization=min(1.0, link.busy_s / wall_s) if link and wall_s > 0 else None,
+            recompute_s=end.recompute_s - self._start.recompute_s,
+            recomputed_tokens=self.recomputed_tokens,
+            exposed_wait_s=end.wait_s - self._start.wait_s,
+            device_busy_fraction=1 - min(1.0, idle_s / wall_s) if wall_s > 0 else None,
+            plan=plan,
+            predicted_step_s=predicted,
+            fraction_of_bound=predicted / p50 if predicted and p50 else None,
+            prediction_error_fraction=p50 / predicted - 1 if predicted and p50 else None,
+            host_bytes=pool.used_bytes,
+            pinned_bytes=pool.pinned_bytes,
+            device_kv_peak_decode_bytes=self._engine.take_peak() + others,
+            device_kv_peak_prefill_bytes=self._prefill_peak_bytes + others,
+            exact=self.recomputed_tokens == 0 or all(layer.is_full_precision for layer in core.layers),
+            link_name=backend.link_name,
+        )

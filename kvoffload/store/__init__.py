@@ -1,0 +1,1 @@
+"""Cached tokens where they lie: extents and blocks on the host, the tail, positions."""
