@@ -19,10 +19,12 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from kvoffload.machine.hardware_profile import HardwareProfile
-    from kvoffload.model.shape import model_shape
+    from kvoffload.model.model_shape import model_shape
+    from kvoffload.model.shape import ModelShape
+    from kvoffload.planning.plan import Plan
+    from kvoffload.planning.workload import Workload
     from kvoffload.session.session import Session
     from kvoffload.session.stats import GenerationStats
-    from kvoffload.types import ModelShape, Plan, Workload
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,10 +53,12 @@ _HOME = {
     "config": ("EmulatedLink", "OffloadConfig"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
     "machine.hardware_profile": ("HardwareProfile",),
-    "model.shape": ("model_shape",),
+    "model.model_shape": ("model_shape",),
     "session.session": ("Session",),
     "session.stats": ("GenerationStats",),
-    "types": ("ModelShape", "Plan", "Workload"),
+    "model.shape": ("ModelShape",),
+    "planning.plan": ("Plan",),
+    "planning.workload": ("Workload",),
 }
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 

@@ -9,10 +9,11 @@ from kvoffload.advise import advice
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError
 from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.planning.plan import Plan
+from kvoffload.planning.workload import Workload
 from kvoffload.profiler.profile import measure_hardware
 from kvoffload.profiler.stored import resolve_profile
 from kvoffload.session.session import Session
-from kvoffload.types import Plan, Workload
 
 __all__ = ["generate", "measure_hardware", "offload", "plan"]
 

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from kvoffload.errors import ConfigError
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.types import Schedule
 
 GIB = 2**30
 Auto = Literal["auto"]
+Schedule = Literal["pipelined", "kvpr"]
 
 
 def _positive(name: str, value: float, unit: str) -> None:

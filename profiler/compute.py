@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 
 from kvoffload.cache import ops
+from kvoffload.machine.quantities import Curve, Quantity
 from kvoffload.profiler.workbench import Timed, Workbench, curve_of, noisy_of
-from kvoffload.types import Curve, Quantity
 
 POOL_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 WEIGHTS = {  # (n, k)

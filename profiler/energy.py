@@ -28,10 +28,10 @@ from typing import Any
 import torch
 
 from kvoffload.backend import Backend
+from kvoffload.machine.quantities import Quantity
 from kvoffload.profiler.compute import product_work
 from kvoffload.profiler.environment import pci_bus_id
 from kvoffload.profiler.workbench import Workbench
-from kvoffload.types import Quantity
 
 logger = logging.getLogger(__name__)
 

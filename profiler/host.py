@@ -25,10 +25,10 @@ from kvoffload.cache import ops
 from kvoffload.pipeline.chunks import Chunk
 from kvoffload.pipeline.room import Room
 from kvoffload.pipeline.transfer import TransferEngine
+from kvoffload.planning.placement import Form
 from kvoffload.profiler.trials import Trials, time_trials
 from kvoffload.store.positions import PositionTable
 from kvoffload.store.store import Block
-from kvoffload.types import Form
 
 CHUNKS_PER_LAYER = 8
 CHUNK_TOKENS = {"cpu": 1, "cuda": 256}  # on a GPU several steps of a kernel, which are parts of their own

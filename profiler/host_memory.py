@@ -22,9 +22,9 @@ from typing import NamedTuple
 import torch
 
 from kvoffload.machine import system_memory
+from kvoffload.machine.quantities import Curve, Quantity
 from kvoffload.profiler.compute import attention_works, time_attention
 from kvoffload.profiler.workbench import Workbench, curve_of, noisy_of
-from kvoffload.types import Curve, Quantity
 
 POOL_BYTES = 256 * 2**20
 DTYPES = (torch.float32, torch.bfloat16)

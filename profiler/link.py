@@ -33,8 +33,8 @@ import torch
 from kvoffload.backend import Backend
 from kvoffload.backend.base import HostBuffer
 from kvoffload.backend.clock import LEAST_CALLS
+from kvoffload.machine.quantities import Curve, Point
 from kvoffload.profiler.trials import better, least_calls, time_trials
-from kvoffload.types import Curve, Point
 
 logger = logging.getLogger(__name__)
 

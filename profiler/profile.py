@@ -40,6 +40,8 @@ from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError, ProfileError
 from kvoffload.machine import system_memory
 from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.machine.quantities import Quantity
+from kvoffload.planning.placement import Form
 from kvoffload.profiler import energy, environment
 from kvoffload.profiler.budget import BUDGETS, Progress, Steps, Thoroughness, lengths
 from kvoffload.profiler.compute import measure_compute
@@ -47,7 +49,6 @@ from kvoffload.profiler.copies import given_curves, measure_copies
 from kvoffload.profiler.device import Link, default_dtype, device_memory_bytes, device_name, machine_key, resolve_device
 from kvoffload.profiler.host import measure_host_s_per_chunk, measure_host_s_per_layer
 from kvoffload.profiler.host_memory import measure_host_memory
-from kvoffload.types import Form, Quantity
 from kvoffload.units import counted
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.types import Curve, Quantity
+from kvoffload.machine.quantities import Curve, Quantity
 from kvoffload.units import counted, gib
 
 NOT_AVAILABLE = "not available"

@@ -24,11 +24,13 @@ from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.facts import Facts
 from kvoffload.model.stored_facts import facts_of
 from kvoffload.planning import cost
+from kvoffload.planning.inputs import PlanInputs
+from kvoffload.planning.plan import Plan
 from kvoffload.planning.simulation import simulate
+from kvoffload.planning.workload import Workload
 from kvoffload.profiler.hardware import Machine, machine_of
 from kvoffload.profiler.roofline import Roofline, evaluate, setting_of
 from kvoffload.timeline import Span, Timeline, assemble
-from kvoffload.types import Plan, PlanInputs, Workload
 
 SIZE_FACTORS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the workload's batch and prompt
 EQUAL_FRACTION = 0.005  # ways closer than this are as fast as each other

@@ -31,8 +31,8 @@ from typing import NamedTuple
 import torch
 
 from kvoffload.backend import DeviceClock
+from kvoffload.machine.quantities import Curve, Point
 from kvoffload.profiler.trials import Trials, better, least_calls, time_trials
-from kvoffload.types import Curve, Point
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from kvoffload.advise.advice import task_of
 from kvoffload.advise.verdict import Verdict, judge
 from kvoffload.config import OffloadConfig
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.types import Workload
+from kvoffload.planning.workload import Workload
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

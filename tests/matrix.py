@@ -25,14 +25,14 @@ from kvoffload import EmulatedLink, HardwareProfile, OffloadConfig
 from kvoffload.backend import Backend, CheckingBackend, EmulatedBackend
 from kvoffload.config import GIB
 from kvoffload.hf import OffloadedHFCache, SegmentAttention, given_cache, offloadable_layers
+from kvoffload.machine.quantities import Curve, Point
+from kvoffload.model.model_shape import model_shape
 from kvoffload.model.self_attention import attention_modules
-from kvoffload.model.shape import model_shape
 from kvoffload.planning.rates import least_chunk_bytes
 from kvoffload.planning.sizing import Geometry, choose_sizes
 from kvoffload.session import decide
 from kvoffload.session.measured_rates import MeasuredRates
 from kvoffload.session.session import Session
-from kvoffload.types import Curve, Point
 
 TOLERANCE = 5e-6  # max |d logits|, float32
 LINK_GB_PER_S = 2.0

@@ -7,7 +7,9 @@ import random
 from typing import Any
 
 from kvoffload.planning import cost
-from kvoffload.types import Plan, PlanInputs, Rates
+from kvoffload.planning.inputs import PlanInputs
+from kvoffload.planning.plan import Plan
+from kvoffload.planning.rates import Rates
 
 RATES = Rates(
     h2d_activation_bytes_per_s=80.0,

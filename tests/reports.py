@@ -12,9 +12,9 @@ from configs import CONFIGS
 from kvoffload.bench import rows
 from kvoffload.config import OffloadConfig
 from kvoffload.planning import cost
+from kvoffload.planning.workload import Workload
 from kvoffload.profiler.hardware import find_profile
 from kvoffload.profiler.study import MeasuredRun, Study, compared_rows, simulated, study
-from kvoffload.types import Workload
 
 ROOT = Path(__file__).parents[1]
 SHIPPED_ROWS = ROOT / "scripts" / "results" / "decode.csv"

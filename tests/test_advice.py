@@ -18,10 +18,10 @@ from kvoffload.advise.ways import Task
 from kvoffload.config import GIB, EmulatedLink, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, ProfileError, UnsupportedModelError
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.model.shape import model_shape
+from kvoffload.model.model_shape import model_shape
 from kvoffload.planning import cost, planner
+from kvoffload.planning.workload import Workload
 from kvoffload.profiler.profile import with_link
-from kvoffload.types import Workload
 from kvoffload.units import count, duration
 
 LLAMA_3_8B = LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}

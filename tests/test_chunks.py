@@ -7,9 +7,10 @@ from typing import get_args
 import pytest
 import torch
 
+from kvoffload.config import Schedule
 from kvoffload.pipeline.chunks import Chunk, chunks_of, resident_runs
+from kvoffload.planning.placement import Form
 from kvoffload.store.store import Block
-from kvoffload.types import Form, Schedule
 
 BLOCK_BYTES = {"kv": 8, "activation": 4}  # of one row
 KV_BYTES_PER_ROW = BLOCK_BYTES["kv"]

@@ -13,7 +13,7 @@ import kvoffload
 from kvoffload import OffloadConfig
 from kvoffload.backend import EmulatedBackend
 from kvoffload.config import GIB
-from kvoffload.model.shape import model_shape
+from kvoffload.model.model_shape import model_shape
 from kvoffload.planning.sizing import Geometry
 from kvoffload.session.decide import Decider
 

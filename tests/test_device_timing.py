@@ -25,11 +25,11 @@ from kvoffload import HardwareProfile, OffloadConfig, offload
 from kvoffload.backend import CudaBackend
 from kvoffload.bench import PRESETS, Lab, rates
 from kvoffload.kernels import tiles
+from kvoffload.planning.rates import Rates
 from kvoffload.profiler import compute, host
 from kvoffload.profiler.link import measure_link
 from kvoffload.profiler.workbench import Workbench
 from kvoffload.session.session import Session
-from kvoffload.types import Rates
 
 ROOT = Path(__file__).parents[1]
 SPEEDS = Speeds(launch_s=80e-6, wait_s=30e-6, memory_bytes_per_s=50e9, flops_per_s=4e12, link_bytes_per_s=5e9)

@@ -13,8 +13,8 @@ from replay import ReplayedLink
 
 from kvoffload.backend import EmulatedBackend
 from kvoffload.config import EmulatedLink
+from kvoffload.machine.quantities import Quantity
 from kvoffload.profiler import energy
-from kvoffload.types import Quantity
 
 CUDA = torch.device("cuda", 0)
 BUS = "00000000:3b:00.0"

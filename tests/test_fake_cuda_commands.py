@@ -27,10 +27,10 @@ from kvoffload.bench.rows import load
 from kvoffload.cli import measured_run
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.stored_facts import facts_of
+from kvoffload.planning.workload import Workload
 from kvoffload.profiler import budget, compute, energy, host_memory, stored, trials
 from kvoffload.profiler.profile import measure_hardware
 from kvoffload.session import measured_rates
-from kvoffload.types import Workload
 
 ROOT = Path(__file__).parents[1]
 CELLS = ("opt-6.7b 64x512+32", "llama-2-7b 3 beams 1x16384", "llama-3.1-8b 1x65536+32 24 GB")

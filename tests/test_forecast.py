@@ -21,10 +21,11 @@ from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.machine.datasheet import link_named
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.model.shape import model_shape
+from kvoffload.model.model_shape import model_shape
 from kvoffload.planning import planner
+from kvoffload.planning.inputs import PlanInputs
+from kvoffload.planning.workload import Workload
 from kvoffload.profiler.hardware import what_if
-from kvoffload.types import PlanInputs, Workload
 
 ROOT = Path(__file__).parents[1]
 A100 = HardwareProfile.preset("a100-40gb-pcie4")

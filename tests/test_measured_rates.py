@@ -21,11 +21,12 @@ from models import make_model
 import kvoffload
 from kvoffload import OffloadConfig
 from kvoffload.backend import Backend, CheckingBackend, CudaBackend, EmulatedBackend
-from kvoffload.model.shape import model_shape
+from kvoffload.model.model_shape import model_shape
+from kvoffload.model.shape import ModelShape
 from kvoffload.pipeline.transfer import TransferEngine
+from kvoffload.planning.rates import Rates
 from kvoffload.planning.sizing import Geometry, Sizes, choose_sizes
 from kvoffload.session.measured_rates import MeasuredRates
-from kvoffload.types import ModelShape, Rates
 
 PROFILED = Rates(
     h2d_activation_bytes_per_s=1e9,

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 import kvoffload
 from kvoffload import EmulatedLink, HostMemoryError, InfeasiblePlanError, OffloadConfig
 from kvoffload.backend import EmulatedBackend
-from kvoffload.model.shape import model_shape
+from kvoffload.model.model_shape import model_shape
 from kvoffload.session import memory_limits
 from kvoffload.session.memory_limits import MemoryLimits
 from kvoffload.units import gib

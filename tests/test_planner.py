@@ -15,7 +15,9 @@ import pytest
 
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.planning import cost, planner
-from kvoffload.types import Plan, PlanInputs, Rates
+from kvoffload.planning.inputs import PlanInputs
+from kvoffload.planning.plan import Plan
+from kvoffload.planning.rates import Rates
 from kvoffload.units import gb, gib
 
 SAME = 1e-9  # relative: step times closer than this are the same

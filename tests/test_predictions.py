@@ -10,7 +10,7 @@ import pytest
 from kvoffload.bench import PRESETS, Lab, core_for_the_link, predictions
 from kvoffload.bench.predictions import Checked, Combination
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.types import Rates
+from kvoffload.planning.rates import Rates
 
 ONE = Combination(2, 256, 4, 0.3)
 

@@ -14,9 +14,9 @@ from kvoffload.backend.base import HostBuffer
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError, ProfileError
 from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.machine.quantities import Curve, Point, Quantity
 from kvoffload.profiler import compute, host, host_memory, link, profile, trials, workbench
 from kvoffload.profiler.profile import measure_hardware, with_link
-from kvoffload.types import Curve, Point, Quantity
 
 pytestmark = pytest.mark.timing
 QUICK_S, FULL_S = 15.0, 60.0

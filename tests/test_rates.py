@@ -9,8 +9,8 @@ import pytest
 from kvoffload.errors import ProfileError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.machine.quantities import Curve, Point, Quantity
+from kvoffload.model.shape import ModelShape
 from kvoffload.planning.rates import least_chunk_bytes, rates_from_profile
-from kvoffload.types import ModelShape
 
 SHAPE = ModelShape(
     num_layers=2,

@@ -31,13 +31,13 @@ from kvoffload import bench
 from kvoffload.cli import measured_run, report_page
 from kvoffload.errors import ConfigError
 from kvoffload.model.stored_facts import facts_of
+from kvoffload.planning.workload import Workload
 from kvoffload.profiler import page as pages
 from kvoffload.profiler import sections
 from kvoffload.profiler.chart import Chart
 from kvoffload.profiler.study import ROW_METRICS, Compared, Study, compared_rows, typical_steps
 from kvoffload.profiler.trace import STEPS_THREAD, trace
 from kvoffload.timeline import Span, Timeline
-from kvoffload.types import Workload
 
 TINY = bench.Preset(
     architecture="opt", hidden=64, heads=4, kv_heads=4, ffn=64, layers=2, batch=4, cached_tokens=256, h2d_gb_per_s=0.02

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.machine.quantities import Curve, Point, Quantity
 from kvoffload.profiler.rows import profile_rows
-from kvoffload.types import Curve, Point, Quantity
 
 RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"
 

@@ -16,6 +16,8 @@ from matrix import profile as emulated_profile
 
 from kvoffload import HardwareProfile, InfeasiblePlanError, OffloadConfig
 from kvoffload.backend import CudaBackend, EmulatedBackend
+from kvoffload.model.shape import ModelShape
+from kvoffload.planning.rates import Rates
 from kvoffload.planning.sizing import (
     LEAST_GAP_S,
     MAX_SLOTS,
@@ -25,7 +27,6 @@ from kvoffload.planning.sizing import (
     choose_sizes,
 )
 from kvoffload.session.decide import Decider, Decision
-from kvoffload.types import ModelShape, Rates
 
 MIB = 2**20
 SHAPE = ModelShape(  # of OPT-6.7B

@@ -13,7 +13,7 @@ from test_forecast import task
 from kvoffload.advise.forecast import Row, forecast
 from kvoffload.advise.verdict import LEAST_GAIN, Verdict, judge, of_rows
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.types import Workload
+from kvoffload.planning.workload import Workload
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "will_it_help.py"

@@ -21,10 +21,11 @@ from kvoffload.config import OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, UnsupportedModelError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.facts import Facts
-from kvoffload.model.shape import is_model, model_shape
+from kvoffload.model.model_shape import is_model, model_shape
 from kvoffload.model.stored_facts import facts_of
 from kvoffload.planning import planner
-from kvoffload.types import Plan, Workload
+from kvoffload.planning.plan import Plan
+from kvoffload.planning.workload import Workload
 from kvoffload.units import count, counted, duration, gb
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,8 @@ from kvoffload.advise.ways import Alternative, Task
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.planning import cost, planner
-from kvoffload.types import Plan, PlanInputs
+from kvoffload.planning.inputs import PlanInputs
+from kvoffload.planning.plan import Plan
 from kvoffload.units import count, gb
 
 Name = Literal["no offload", "sub-batches", "offload", "full transfer", "paper's schedule"]

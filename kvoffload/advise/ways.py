@@ -17,8 +17,11 @@ from typing import Literal, NamedTuple
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.model.shape import ModelShape
 from kvoffload.planning import cost, planner
-from kvoffload.planning.rates import least_chunk_bytes, rates_from_profile
+from kvoffload.planning.inputs import PlanInputs
+from kvoffload.planning.plan import Plan
+from kvoffload.planning.rates import Rates, least_chunk_bytes, rates_from_profile
 from kvoffload.planning.sizing import (
     LEAST_GAP_S,
     Geometry,
@@ -27,7 +30,7 @@ from kvoffload.planning.sizing import (
     prefill_peak_bytes,
     split_to_plan,
 )
-from kvoffload.types import ModelShape, Plan, PlanInputs, Rates, Workload
+from kvoffload.planning.workload import Workload
 from kvoffload.units import gb
 
 PREFILL_TOKENS = 16384  # of all sequences, in one forward of the prefill

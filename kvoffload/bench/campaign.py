@@ -42,9 +42,9 @@ from kvoffload.bench.providers import Bed, Decoder, DynamicCache, Ours, Provider
 from kvoffload.bench.serving import Group, Objective, Outcome, Sameness, Samples, samples
 from kvoffload.errors import InfeasiblePlanError, KVOffloadError
 from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.planning.rates import Rates
 from kvoffload.profiler.energy import open_meter
 from kvoffload.profiler.stored import load_or_measure
-from kvoffload.types import Rates
 
 logger = logging.getLogger(__name__)
 

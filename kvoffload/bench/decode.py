@@ -21,10 +21,10 @@ from kvoffload.bench.lab import Lab, core_for_the_link, device_name
 from kvoffload.bench.presets import PRESETS
 from kvoffload.config import OffloadConfig
 from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.planning.rates import Rates
 from kvoffload.session.session import Session
 from kvoffload.session.stats import GenerationStats
 from kvoffload.timeline import Timeline
-from kvoffload.types import Rates
 
 MAX_RATE_DRIFT_FRACTION = 0.1
 MAX_TRIES = 4

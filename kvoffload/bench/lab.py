@@ -24,9 +24,11 @@ from kvoffload.errors import ConfigError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.live import shape_of_model
 from kvoffload.planning import cost, planner
+from kvoffload.planning.inputs import PlanInputs
+from kvoffload.planning.plan import Plan
+from kvoffload.planning.rates import Rates
 from kvoffload.profiler.environment import cpu_name
 from kvoffload.profiler.profile import with_link
-from kvoffload.types import Plan, PlanInputs, Rates
 
 MODES = ("full_transfer", "recompute_all", "sequential", "kvpr", "planned")
 # The same with a layer's K/V put together before attention, where `MODES` attend chunk by chunk.

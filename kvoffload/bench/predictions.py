@@ -25,7 +25,7 @@ from kvoffload.bench.lab import Lab
 from kvoffload.bench.presets import PRESETS
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.planning import cost
-from kvoffload.types import Rates
+from kvoffload.planning.rates import Rates
 
 BENCH = "predictions"
 BATCHES = (2, 4, 8)

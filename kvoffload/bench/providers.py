@@ -30,7 +30,7 @@ from kvoffload.bench.serving import Group, Outcome, generate
 from kvoffload.bench.whole_layer_cache import WholeLayerCache
 from kvoffload.config import GIB, EmulatedLink, OffloadConfig
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.types import Workload
+from kvoffload.planning.workload import Workload
 from kvoffload.units import gb
 
 

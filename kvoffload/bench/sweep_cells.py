@@ -15,7 +15,7 @@ from kvoffload import hf
 from kvoffload.bench.model_types import FIRST_TOKEN, VOCABULARY
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.types import Curve, Point
+from kvoffload.machine.quantities import Curve, Point
 
 PROMPT_TOKENS, NEW_TOKENS, TURN_TOKENS = 37, 12, 6
 LINK = EmulatedLink(h2d_gb_per_s=5.0, d2h_gb_per_s=5.0)

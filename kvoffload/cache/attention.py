@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from kvoffload.cache.layer import CacheLayer
+from kvoffload.planning.placement import Form
 from kvoffload.store.tail import KVShape
-from kvoffload.types import Form
 
 
 def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,13 +20,12 @@ from kvoffload.cache.agreement import Probe, Recompute, reproduces, sampled
 from kvoffload.pipeline.chunks import Chunk, chunks_of, resident_runs
 from kvoffload.pipeline.transfer import TransferEngine
 from kvoffload.pipeline.write_back import WriteBack
-from kvoffload.planning.placement import Kind, Placement, Run, next_runs
+from kvoffload.planning.placement import Form, Kind, Placement, Run, next_runs
 from kvoffload.store.block_memory import BlockMemory
 from kvoffload.store.carried import CarriedPositions, PositionLayout
 from kvoffload.store.positions import PositionTable
 from kvoffload.store.store import Block, HostPool, RowTable
 from kvoffload.store.tail import KVShape, NewTokens, RowShape, Tail
-from kvoffload.types import Form
 
 RECORDING_ROOM_TOKENS = 32  # tail room for tokens that a crop may take back
 _FORMS: tuple[Form, Form] = ("activation", "kv")

@@ -26,8 +26,9 @@ from kvoffload.errors import ConfigError
 from kvoffload.model.facts import Facts
 from kvoffload.model.shape import shape_of
 from kvoffload.planning import cost, planner
+from kvoffload.planning.rates import Rates
+from kvoffload.planning.workload import Workload
 from kvoffload.profiler.study import MeasuredRun, simulated, typical_steps
-from kvoffload.types import Rates, Workload
 from kvoffload.units import counted
 
 NEW_TOKENS = 12

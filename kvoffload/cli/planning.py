@@ -32,7 +32,7 @@ from kvoffload.cli.terminal import print_json, progress, waiting
 from kvoffload.config import OffloadConfig
 from kvoffload.model.facts import Facts
 from kvoffload.model.stored_facts import facts_of, is_known
-from kvoffload.types import Workload
+from kvoffload.planning.workload import Workload
 
 
 def plan(

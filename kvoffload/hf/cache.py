@@ -14,9 +14,9 @@ from transformers.cache_utils import DynamicCache
 from kvoffload.cache.cache import OffloadedCache
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.errors import ConfigError, KVOffloadError
-from kvoffload.hf.first_tokens import FirstTokens, Measure
 from kvoffload.hf.layer import OffloadedLayer
 from kvoffload.hf.layer_beside import LayerBeside, offloaded
+from kvoffload.hf.layer_owner import FirstTokens, Measure
 from kvoffload.hf.masks import MaskReader
 from kvoffload.units import counted
 
@@ -140,6 +140,47 @@ class OffloadedHFCache(DynamicCache):
                 "take a session.new_cache(), or change its rows first (batch_repeat_interleave, batch_select_indices)"
             )
 
+    # ---- what its layers ask, which is for the session to answer ---------------------------------------------------
+
+    @property
+    def num_forwards(self) -> int:
+        """Forwards of the model that came to the first offloaded layer."""
+        return self.session.num_forwards
+
+    @property
+    def num_generations(self) -> int:
+        """Calls of `generate()`."""
+        return self.session.num_generations
+
+    @property
+    def offers_segments(self) -> bool:
+        """Whether attention may take chunks one by one."""
+        return self.session.offers_segments
+
+    def check_usable(self) -> None:
+        """Refuse what the session cannot serve now."""
+        self.session.check_usable(self)
+
+    def use_whole_layers(self) -> None:
+        """A layer of a cache that was planned without layer buffers needs them."""
+        self.session.use_whole_layers(self)
+
+    def carries_positions(self, first: FirstTokens, *, row_bytes: int, token_bytes: int) -> bool:
+        """Whether blocks carry their position embeddings."""
+        return self.session.carries_positions(self, first, row_bytes=row_bytes, token_bytes=token_bytes)
+
+    def cannot_recompute(self, first: FirstTokens) -> None:
+        """K and V of the first layer do not follow from its activation."""
+        self.session.cannot_recompute(self, first)
+
+    def before_first_append(self, layer: CacheLayer, first: FirstTokens, measure: Measure | None) -> None:
+        """A layer got its first tokens, and stores them next."""
+        self.session.before_first_append(self, layer, first, measure)
+
+    def add_setup(self, seconds: float) -> None:
+        """Time spent on memory and measurements during a forward."""
+        self.session.add_setup(seconds)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedHFCache:
         """Refused: its tokens are in host memory and in flight.
 
@@ -165,7 +206,7 @@ class OffloadedHFCache(DynamicCache):
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         removed = min(-tokens_to_remove, self.core.layers[0].num_tokens)
-        self.session.check_usable(self)  # another cache may have had the engine's buffers
+        self.check_usable()  # another cache may have had the engine's buffers
         for layer in (*self._others, *self._beside):
             layer.crop(tokens_to_remove)
         with torch.no_grad():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -17,38 +16,17 @@ from kvoffload.cache import recompute
 from kvoffload.cache.agreement import Recompute
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.hf.arguments import name_of_cache
+from kvoffload.hf.layer_owner import FirstTokens, LayerOwner
 from kvoffload.pipeline.transfer import TransferEngine
 from kvoffload.store.carried import CarriedPositions, PositionLayout, rows_are_equal
 from kvoffload.store.positions import INDEX_BYTES
 from kvoffload.store.tail import KVShape
 
-if TYPE_CHECKING:
-    from kvoffload.hf.cache import OffloadedHFCache
-
 VERIFIED_TOKENS = 16  # the last of the first forward (padding comes first), on which recomputation is checked
-
-# Prepares the recomputation of that many tokens of all rows of a layer, to be timed.
-Measure = Callable[[int], Callable[[], None]]
-
-
-class FirstTokens(NamedTuple):
-    """Sizes of what a layer was given first."""
-
-    rows: int
-    tokens: int
-    kv_row_bytes: int
-    activation_row_bytes: int
-
-    @classmethod
-    def of(cls, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None) -> FirstTokens:
-        """Of keys [rows, heads, tokens, dim], values likewise, and activation [rows, tokens, hidden]."""
-        kv_row_bytes = (keys[0, :, 0].numel() + values[0, :, 0].numel()) * keys.element_size()
-        x_row_bytes = kv_row_bytes if activation is None else activation[0, 0].numel() * activation.element_size()
-        return cls(keys.shape[0], keys.shape[2], kv_row_bytes, x_row_bytes)
 
 
 def settle_position_layout(
-    owner: OffloadedHFCache,
+    owner: LayerOwner,
     core: CacheLayer,
     first: FirstTokens,
     activation: torch.Tensor | None,
@@ -76,7 +54,7 @@ def settle_position_layout(
         settled = cache.layers[0].layout
         return layout if layout and settled and layout.row_bytes <= settled.row_bytes else None
     token_bytes = sum(part.shape[2] * part.element_size() + INDEX_BYTES for part in embeddings or ())
-    is_wanted = owner.session.carries_positions(owner, first, row_bytes=row_bytes, token_bytes=token_bytes)
+    is_wanted = owner.carries_positions(first, row_bytes=row_bytes, token_bytes=token_bytes)
     cache.carry_positions(is_wanted)
     return layout if is_wanted else None
 

@@ -10,7 +10,7 @@ import functools
 import time
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -21,12 +21,10 @@ from kvoffload.cache.agreement import Probe
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.errors import KVOffloadError, UnsupportedModelError
 from kvoffload.hf.attention_call import asks_for_own_attention, can_segment, question, wants_contiguous
-from kvoffload.hf.first_tokens import FirstTokens, prepare_measurement, settle_position_layout, way_to_recompute
+from kvoffload.hf.first_tokens import prepare_measurement, settle_position_layout, way_to_recompute
+from kvoffload.hf.layer_owner import FirstTokens, LayerOwner
 from kvoffload.hf.masks import Padding
 from kvoffload.store.tail import KVShape
-
-if TYPE_CHECKING:
-    from kvoffload.hf.cache import OffloadedHFCache
 
 
 class _Update(NamedTuple):
@@ -46,7 +44,7 @@ class OffloadedLayer(CacheLayerMixin):
     dtype: Any
     device: Any
 
-    def __init__(self, owner: OffloadedHFCache, core: CacheLayer, module: nn.Module | None) -> None:
+    def __init__(self, owner: LayerOwner, core: CacheLayer, module: nn.Module | None) -> None:
         self.core = core  # first: what transformers sets below may be kept there
         super().__init__()  # type: ignore[no-untyped-call]
         self._owner = weakref.ref(owner)  # a cycle would keep the cache, and its memory, until the next collection
@@ -95,7 +93,7 @@ class OffloadedLayer(CacheLayerMixin):
                 torch.empty(rows, shape.key_heads, tokens, shape.key_dim, dtype=shape.dtype, device="meta"),
                 torch.empty(rows, shape.value_heads, tokens, shape.value_dim, dtype=shape.dtype, device="meta"),
             )
-        owner.session.check_usable(owner)
+        owner.check_usable()
         return attention.read_back(core)
 
     def _refuse_assignment(self, value: torch.Tensor | None) -> None:
@@ -133,7 +131,7 @@ class OffloadedLayer(CacheLayerMixin):
         """Cache new tokens and return all of K and V, [rows, heads, tokens, head_dim]."""
         owner, core = self._owner(), self.core
         assert owner is not None
-        owner.session.check_usable(owner)
+        owner.check_usable()
         owner.check_rows(key_states.shape[0])
         if torch.is_grad_enabled() and key_states.requires_grad:
             raise UnsupportedModelError("gradients do not flow through an offloaded cache: use torch.no_grad()")
@@ -141,7 +139,7 @@ class OffloadedLayer(CacheLayerMixin):
         if activation is not None and activation.shape[:2] != key_states.permute(0, 2, 1, 3).shape[:2]:
             activation = None
         update = _Update(key_states, value_states, activation)
-        if self._is_in_module and owner.session.offers_segments and (core.shape is None or core.is_segmented):
+        if self._is_in_module and owner.offers_segments and (core.shape is None or core.is_segmented):
             self._pending = update
             return key_states, value_states
         with torch.no_grad():
@@ -173,7 +171,7 @@ class OffloadedLayer(CacheLayerMixin):
                 f"{type(module).__name__} attends twice in one forward; use OffloadConfig(attention='whole_layer')"
             )
         core.is_segmented = False
-        owner.session.use_whole_layers(owner)
+        owner.use_whole_layers()
         owner.warn_whole_layer(module)
 
     def attend(
@@ -231,10 +229,10 @@ class OffloadedLayer(CacheLayerMixin):
             self._append(update)
         return output
 
-    def _padding(self, owner: OffloadedHFCache, query: torch.Tensor, mask: torch.Tensor | None) -> Padding | None:
+    def _padding(self, owner: LayerOwner, query: torch.Tensor, mask: torch.Tensor | None) -> Padding | None:
         return owner.masks.read(
             mask,
-            forward=owner.session.num_forwards,
+            forward=owner.num_forwards,
             rows=query.shape[0],
             query_tokens=query.shape[2],
             cached_tokens=self.core.num_tokens,
@@ -271,20 +269,20 @@ class OffloadedLayer(CacheLayerMixin):
                 f"layer {core.position} does not compute the K and V that it cached any more (weights, adapters, hooks "
                 "or the precision changed since): take a new cache, or use split='transfer'"
             )
-        self._generation = owner.session.num_generations
+        self._generation = owner.num_generations
         if core.recompute is not None and update.activation is None:
             raise UnsupportedModelError(
                 f"layer {core.position} was updated outside its attention module; use split='transfer'"
             )
         if core.recompute is not None and self._embeddings:
             core.streams = core.cache.positions.capture(
-                owner.session.num_forwards, core.position, self._embeddings, core.num_tokens
+                owner.num_forwards, core.position, self._embeddings, core.num_tokens
             )
 
-    def _begins_turn(self, owner: OffloadedHFCache, update: _Update) -> bool:
+    def _begins_turn(self, owner: LayerOwner, update: _Update) -> bool:
         """Whether these may be the first tokens of a further turn; several that a crop follows are a step's."""
         several = update.keys.shape[2] > 1 and not self.record_past
-        return self.core.num_tokens > 0 and (several or self._generation != owner.session.num_generations)
+        return self.core.num_tokens > 0 and (several or self._generation != owner.num_generations)
 
     def _append(self, update: _Update) -> None:
         owner, core = self._owner(), self.core
@@ -296,16 +294,16 @@ class OffloadedLayer(CacheLayerMixin):
                 owner.core.engine.prefetch(owner.core)
 
     def _bind(
-        self, owner: OffloadedHFCache, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None
+        self, owner: LayerOwner, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None
     ) -> None:
         """First tokens: choose how to recompute, let the session settle the plan, make room."""
-        core, session = self.core, owner.session
+        core = self.core
         self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
         core.is_full_precision = keys.dtype == values.dtype and keys.dtype in (torch.float32, torch.float64)
         core.is_full_precision &= not torch.is_autocast_enabled(keys.device.type)
         first = FirstTokens.of(keys, values, activation)
         if core.position == 0:
-            session.before_first_append(owner, core, first, None)  # whether activations are wanted at all
+            owner.before_first_append(core, first, None)  # whether activations are wanted at all
         measure = None
         if core.cache.placement.needs_activations:
             core.layout = settle_position_layout(owner, core, first, activation, self._embeddings)
@@ -318,17 +316,17 @@ class OffloadedLayer(CacheLayerMixin):
             if core.recompute is None:
                 owner.warn_not_recomputable(core.position, self._module)
                 if core.position == 0:
-                    session.cannot_recompute(owner, first)
+                    owner.cannot_recompute(first)
             elif activation is not None:
                 embeddings, shape = self._embeddings or (), KVShape.of(keys, values)
                 core.probe = Probe.of(activation, embeddings, keys, values)
                 measure = functools.partial(
                     prepare_measurement, core.cache.engine, core.recompute, activation, embeddings, shape
                 )
-        session.before_first_append(owner, core, first, measure)
+        owner.before_first_append(core, first, measure)
         began = time.perf_counter()
         core.bind(keys, values, activation)  # allocates and pins
-        session.add_setup(time.perf_counter() - began)
+        owner.add_setup(time.perf_counter() - began)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the K/V that the next attention sees."""

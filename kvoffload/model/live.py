@@ -20,8 +20,7 @@ from kvoffload.model.fields import ITEMSIZE_BYTES, dtype_of, itemsize_bytes, rea
 from kvoffload.model.guess import guessed
 from kvoffload.model.kv_widths import projected_widths
 from kvoffload.model.learn import facts_of_model, without_memory
-from kvoffload.model.shape import shape_of
-from kvoffload.types import ModelShape
+from kvoffload.model.shape import ModelShape, shape_of
 
 logger = logging.getLogger(__name__)
 

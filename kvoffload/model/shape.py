@@ -1,45 +1,69 @@
-"""The dimensions of a model that the planner needs, from everything that is known of it.
+"""The dimensions of a model that planning needs, from everything that is known of it. Torch-free.
 
-Owns the choice where layers differ, and the public `model_shape`. Does not own the facts (`facts`).
+Owns the choice where layers differ. Does not own the facts (`facts`). The cost model's symbols stand
+behind the fields.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from kvoffload.model.facts import KV, Facts
-from kvoffload.model.stored_facts import facts_of
-from kvoffload.types import ModelShape
 
 
-def model_shape(model_or_config: Any) -> ModelShape:
-    """The dimensions of a decoder as planning sees them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The dimensions of a decoder that the cost model needs."""
 
-    Args:
-        model_or_config: a transformers model, a configuration object, a dict, or the path of a `config.json` or of the
-            folder it is in.
+    num_layers: int  # N
+    num_offloaded_layers: int  # L: layers with an unbounded cache
+    hidden_size: int  # h
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int  # n_kv
+    head_dim: int  # d
+    vocab_size: int
+    kv_itemsize_bytes: int  # p_kv
+    activation_itemsize_bytes: int  # p_x
+    weight_bytes: int
+    mlp_matrices: int = 2  # 3 where the MLP is gated
+    cached_values: int = 0  # of one token in one layer, where they are not 2 x num_kv_heads x head_dim; else 0
+    active_layer_weights: int = 0  # that one token meets in a layer on average; 0: those of the dimensions above
+    window_tokens: int = 0  # tokens that a layer with a bounded cache holds, the most of any
+    window_row_bytes: int = 0  # K and V of one of these tokens in all layers with a bounded cache together
+    held_row_bytes: int = 0  # the same of layers whose cache grows but stays on the device
+    is_exact: bool = True  # False: guessed by the keys of a configuration that transformers does not know
 
-    Returns:
-        Counts of layers; `kv_row_bytes` and `activation_row_bytes`, bytes of one token of one sequence in one layer (of
-        the offloaded layers, the largest where they differ); `weight_bytes`, bytes of all parameters as they are
-        stored (a model's own, or what its configuration describes, vision and audio towers included). `is_exact` is
-        False where the installed transformers does not know the model type and the keys of its configuration had to
-        do.
+    @property
+    def kv_row_bytes(self) -> int:
+        """Bytes of K and V of one token of one sequence in one layer."""
+        values = self.cached_values or 2 * self.num_kv_heads * self.head_dim  # keys and values
+        return values * self.kv_itemsize_bytes
 
-    Raises:
-        ConfigError: there is no such file, or transformers refuses the configuration; with its message.
-        UnsupportedModelError: no decoder with a cache.
-    """
-    if is_model(model_or_config):
-        from kvoffload.model.live import shape_of_model
+    @property
+    def activation_row_bytes(self) -> int:
+        """Bytes of the activation of one token of one sequence in one layer."""
+        return self.hidden_size * self.activation_itemsize_bytes
 
-        return shape_of_model(model_or_config)
-    return shape_of(facts_of(model_or_config))
+    @property
+    def recompute_flops(self) -> int:
+        """Floating-point operations to recompute K and V of one token of one sequence."""
+        return 2 * self.hidden_size * 2 * self.num_kv_heads * self.head_dim  # multiply-add, keys and values
 
+    @property
+    def dense_width(self) -> int:
+        """Outputs of the matrix whose rate stands for a layer's: the MLP's, or where none is known the projections'."""
+        return self.intermediate_size or self.hidden_size
 
-def is_model(model_or_config: Any) -> bool:
-    """Whether it is a model, which has parameters of its own."""
-    return hasattr(model_or_config, "config") and hasattr(model_or_config, "parameters")
+    @property
+    def dense_flops(self) -> int:
+        """Floating-point operations of the projections and the MLP of one layer for one token."""
+        if self.active_layer_weights:
+            return 2 * self.active_layer_weights  # multiply-add
+        q_and_out = 2 * self.hidden_size * self.num_heads * self.head_dim
+        kv = 2 * self.hidden_size * self.num_kv_heads * self.head_dim
+        mlp = self.mlp_matrices * self.hidden_size * self.intermediate_size
+        return 2 * (q_and_out + kv + mlp)  # multiply-add
 
 
 def shape_of(facts: Facts) -> ModelShape:

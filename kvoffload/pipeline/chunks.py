@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from kvoffload.planning.placement import transfer_order
+from kvoffload.config import Schedule
+from kvoffload.planning.placement import Form, transfer_order
 from kvoffload.store.store import Block
-from kvoffload.types import Form, Schedule
 
 
 class Chunk(NamedTuple):

@@ -27,11 +27,11 @@ from typing import Protocol
 import torch
 
 from kvoffload.backend import Backend, Event
+from kvoffload.config import Schedule
 from kvoffload.pipeline.chunks import Chunk
 from kvoffload.pipeline.room import Room
 from kvoffload.pipeline.write_back import D2HSlot, WriteBack
 from kvoffload.store.store import Block
-from kvoffload.types import Schedule
 
 
 class LayerSource(Protocol):

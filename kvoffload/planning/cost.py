@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvoffload.planning.rates import rates_from_profile as rates_from_profile  # as: also importable from here
-from kvoffload.planning.simulation import simulate as simulate
-from kvoffload.types import Constraint, PlanInputs, Schedule
+from kvoffload.config import Schedule
+from kvoffload.planning.inputs import PlanInputs
+from kvoffload.planning.plan import Constraint
 
 
 class Terms(NamedTuple):

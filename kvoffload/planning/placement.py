@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from kvoffload.types import Form, Schedule
+from kvoffload.config import Schedule
+
+Form = Literal["kv", "activation"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

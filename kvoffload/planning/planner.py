@@ -20,7 +20,8 @@ import pulp
 
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.planning import cost
-from kvoffload.types import Constraint, Plan, PlanInputs
+from kvoffload.planning.inputs import PlanInputs
+from kvoffload.planning.plan import Constraint, Plan
 from kvoffload.units import gb, gib
 
 EQUAL_FRACTION = 1e-9  # step times closer than this are the same

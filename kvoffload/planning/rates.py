@@ -6,15 +6,44 @@ what a step costs at these rates (`cost`), nor what was measured since (`measure
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from dataclasses import dataclass
 
-from kvoffload.errors import ProfileError
+from kvoffload.errors import ConfigError, ProfileError
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.types import Form, ModelShape, Rates
+from kvoffload.model.shape import ModelShape
+from kvoffload.planning.placement import Form
 
 CHUNK_SPEED_FRACTION = 0.95
 HOST_TIME_FRACTION = 0.25  # of a chunk's copy, that the host may take to issue the chunk
 LARGEST_CHUNK_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What the machine does with one layer of one model at one batch: the coefficients of the cost model.
+
+    "Token" means one position of the whole batch.
+    """
+
+    h2d_activation_bytes_per_s: float  # B_x, at the activation chunk's size
+    h2d_kv_bytes_per_s: float  # B_kv, at the kv chunk's size
+    recompute_s_per_token: float  # gamma_r, at the chunk's GEMM shape
+    attention_s_per_token: float  # gamma_a
+    dense_s: float  # t_dense: the rest of one layer
+    head_s: float = 0.0  # t_head: final norm, LM head and sampling on the device
+    gap_s: float = 0.0  # t_gap: host time between the last attention of a step and the first of the next
+    host_s_per_layer: float = 0.0  # o_layer
+    host_s_per_chunk: float = 0.0  # o_chunk
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if not value >= 0 or math.isinf(value):
+                raise ConfigError(f"Rates.{spec.name} must be finite and not negative, got {value!r}")
+        if self.h2d_activation_bytes_per_s <= 0 or self.h2d_kv_bytes_per_s <= 0:
+            raise ConfigError("link bandwidth must be above zero: an unpaced link has none")
 
 
 def rates_from_profile(

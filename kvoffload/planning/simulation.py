@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvoffload.planning.placement import transfer_order
+from kvoffload.planning.plan import Plan
+from kvoffload.planning.rates import Rates
 from kvoffload.timeline import Lane, Span
-from kvoffload.types import Plan, Rates
 
 
 class Simulation(NamedTuple):

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
-from kvoffload.types import ModelShape, Rates
+from kvoffload.model.shape import ModelShape
+from kvoffload.planning.rates import Rates
 from kvoffload.units import counted, gib
 
 TARGET_CHUNK_BYTES = 32 * 2**20  # K/V of a chunk: large enough for full link and GEMM rate on GPUs measured by others

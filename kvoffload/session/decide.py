@@ -19,9 +19,12 @@ from kvoffload.backend import Backend
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.model.shape import ModelShape
 from kvoffload.planning import planner
+from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.placement import Placement, reserved_blocks
-from kvoffload.planning.rates import least_chunk_bytes, rates_from_profile
+from kvoffload.planning.plan import Plan
+from kvoffload.planning.rates import Rates, least_chunk_bytes, rates_from_profile
 from kvoffload.planning.sizing import (
     LEAST_GAP_S,
     Geometry,
@@ -34,7 +37,6 @@ from kvoffload.planning.sizing import (
 )
 from kvoffload.session.measured_rates import MeasuredRates
 from kvoffload.session.memory_limits import MemoryLimits, check_full_host
-from kvoffload.types import ModelShape, Plan, PlanInputs, Rates
 
 logger = logging.getLogger(__name__)
 MIN_GAIN_FRACTION = 0.01

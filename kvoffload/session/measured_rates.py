@@ -28,9 +28,10 @@ import torch
 from kvoffload.backend import Backend, DeviceClock, Stretch
 from kvoffload.backend.clock import LEAST_CALLS
 from kvoffload.cache import ops
+from kvoffload.model.shape import ModelShape
+from kvoffload.planning.rates import Rates
 from kvoffload.planning.sizing import Geometry, Sizes
 from kvoffload.profiler.trials import summarize
-from kvoffload.types import ModelShape, Rates
 
 logger = logging.getLogger(__name__)
 

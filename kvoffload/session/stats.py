@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from kvoffload.types import Plan
+from kvoffload.planning.plan import Plan
 from kvoffload.units import counted, duration, gb
 
 

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 import torch
 
 from kvoffload.backend import Backend, Event
-from kvoffload.planning.placement import Placement, reserved_blocks
+from kvoffload.planning.placement import Form, Placement, reserved_blocks
 from kvoffload.store.store import Extent, HostPool
 from kvoffload.store.tail import RowShape
-from kvoffload.types import Form
 
 
 class BlockMemory:

@@ -17,7 +17,7 @@ import torch
 from kvoffload.backend import Backend, Event
 from kvoffload.backend.base import HostBuffer
 from kvoffload.errors import HostMemoryError
-from kvoffload.types import Form
+from kvoffload.planning.placement import Form
 from kvoffload.units import gib
 
 SLAB_BYTES = 64 * 2**20

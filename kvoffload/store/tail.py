@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from kvoffload.backend import Backend
-from kvoffload.types import Form
+from kvoffload.planning.placement import Form
 
 
 class KVShape(NamedTuple):

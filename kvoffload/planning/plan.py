@@ -1,0 +1,67 @@
+"""Where the cached blocks live, and what is expected of it: the answer to a planning problem. Plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kvoffload.config import Schedule
+
+Objective = Literal["latency", "throughput"]
+Constraint = Literal["link", "device", "host", "device_memory", "host_memory"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Where the cached blocks of every offloaded layer live, and what the cost model expects of it."""
+
+    num_layers: int
+    num_offloaded_layers: int
+    block_tokens: int
+    chunk_blocks: int
+    num_slots: int
+    resident_kv_blocks: int  # r
+    resident_activation_blocks: int  # r_x
+    kv_blocks: int  # t: transferred
+    activation_blocks: int  # x: transferred as activations and recomputed
+    kv_bytes_per_token: int
+    activation_bytes_per_token: int
+    predicted_step_s: float
+    full_transfer_step_s: float  # the same model's prediction with x = r_x = 0
+    binding_constraint: Constraint
+    schedule: Schedule = "pipelined"
+    weight_bytes_per_step: int = 0
+    num_micro_batches: int = 1
+    objective: Objective = "latency"
+    is_segmented: bool = False
+    device_bytes: int = 0  # predicted use
+    host_bytes: int = 0  # predicted use
+    recommendation: str = ""  # what a person should do, with the reason; empty inside the runtime
+    version: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """All cached blocks of one layer."""
+        return self.resident_kv_blocks + self.resident_activation_blocks + self.kv_blocks + self.activation_blocks
+
+    @property
+    def split_fraction(self) -> float:
+        """Share of the offloaded blocks stored as activations, 0..1."""
+        offloaded = self.kv_blocks + self.activation_blocks
+        return self.activation_blocks / offloaded if offloaded else 0.0
+
+    @property
+    def link_bytes_per_step(self) -> int:
+        """Bytes from host to device in one decode step."""
+        per_layer = self.block_tokens * (
+            self.activation_blocks * self.activation_bytes_per_token + self.kv_blocks * self.kv_bytes_per_token
+        )
+        return self.num_offloaded_layers * per_layer + self.weight_bytes_per_step
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with the derived values included."""
+        data = dataclasses.asdict(self)
+        data["split_fraction"] = self.split_fraction
+        data["link_bytes_per_step"] = self.link_bytes_per_step
+        return data
