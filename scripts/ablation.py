@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What each part of the runtime is worth on this machine; the variants are those of `kvoffload.bench.ablation`.
+"""What each part of the runtime is worth on this machine; the variants are those of `campaign.ablation`.
 
 scripts/ablation.py --quick
 """
@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvoffload.bench import PRESETS, ablation, rows
+from campaign import ablation, rows
+from kvoffload.bench import PRESETS
 from kvoffload.cli.terminal import script
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Every way to decode, side by side, over the workloads of `kvoffload.bench.cells`; what this machine can run of it.
+"""Every way to decode, side by side, over the workloads of `campaign.cells`; what this machine can run of it.
 
 scripts/bench_campaign.py --budget-minutes 4
 scripts/bench_campaign.py --cells 'latency,long' --repeats 5
@@ -15,12 +15,11 @@ import torch
 import typer
 from rich.console import Console
 
-from kvoffload.bench import campaign, rows
-from kvoffload.bench.cells import choose
-from kvoffload.bench.external import external_providers
-from kvoffload.bench.providers import providers
-from kvoffload.bench.serving import Objective
-from kvoffload.bench.tables import campaign_tables
+from campaign import campaign, rows
+from campaign.cells import choose
+from campaign.providers import providers
+from campaign.serving import Objective
+from campaign.tables import campaign_tables
 from kvoffload.cli.terminal import script
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,7 +39,7 @@ def main(
     """Compare all providers."""
     patterns, is_emulated = [part.strip() for part in cells.split(",")], not torch.cuda.is_available()
     chosen = choose(patterns, is_emulated=is_emulated)
-    known = providers() | external_providers()
+    known = providers()
     names = [name.strip() for name in only.split(",") if name.strip()] or list(known)
     if unknown := [name for name in names if name not in known]:
         raise typer.BadParameter(f"unknown providers {', '.join(unknown)}; known: {', '.join(known)}")

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from campaign import rows
 from kvoffload import bench
-from kvoffload.bench import rows
 from kvoffload.cli.options import a_file_to_write
 from kvoffload.cli.terminal import script
 

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvoffload.bench import host_time, rows
+from campaign import host_time, rows
 from kvoffload.cli.terminal import script
 
 RESULTS = Path(__file__).parent / "results"

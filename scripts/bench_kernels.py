@@ -28,8 +28,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from campaign import rows
 from kvoffload.backend import DeviceClock
-from kvoffload.bench import rows
 from kvoffload.cache import ops
 from kvoffload.cli.options import a_file_to_write
 from kvoffload.cli.terminal import script

@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from kvoffload.bench import PRESETS, Lab, core_for_the_link, rows
+from campaign import rows
+from kvoffload.bench import PRESETS, Lab, core_for_the_link
 from kvoffload.bench.decode import steps
 from kvoffload.cli.terminal import script
 from kvoffload.profiler.stored import load_or_measure

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kvoffload.bench import core_for_the_link, predictions, rows
+from campaign import predictions, rows
+from kvoffload.bench import core_for_the_link
 from kvoffload.cli.terminal import script
 from kvoffload.profiler.stored import load_or_measure
 

@@ -59,7 +59,7 @@ if ((tier == 1)); then
 fi
 
 commit=unknown # as rows name it
-((dry_run)) || commit=$("$python" -c 'from kvoffload.bench.rows import commit; print(commit())' || echo unknown)
+((dry_run)) || commit=$("$python" -c 'from campaign.rows import commit; print(commit())' || echo unknown)
 ended="$results/.gpu_suite-$commit" # one line for each step that ended well
 
 summary=()

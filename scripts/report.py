@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from kvoffload.bench import published, rows
+from campaign import published, rows
 from kvoffload.cli.terminal import script
 from kvoffload.errors import ConfigError
 

@@ -16,9 +16,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from kvoffload.bench import sweep_cells, sweep_page, sweep_rows, sweep_run
-from kvoffload.bench.rows import Row
-from kvoffload.bench.tiny_models import model_types
+from campaign import sweep_cells, sweep_page, sweep_rows, sweep_run
+from campaign.rows import Row
+from campaign.tiny_models import model_types
 from kvoffload.cli.terminal import script
 from kvoffload.errors import ConfigError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from kvoffload.bench import rows
-from kvoffload.bench.cells import CELLS, Cell
+from campaign import rows
+from campaign.cells import CELLS, Cell
 from kvoffload.bench.presets import Preset
 
 TINY = Preset(

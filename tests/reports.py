@@ -9,7 +9,7 @@ from typing import Any
 
 from configs import CONFIGS
 
-from kvoffload.bench import rows
+from campaign import rows
 from kvoffload.config import OffloadConfig
 from kvoffload.planning import cost
 from kvoffload.planning.workload import Workload

@@ -15,9 +15,12 @@ from typing import Any
 
 import pytest
 
-from kvoffload.bench import PRESETS, Lab, ablation
-from kvoffload.bench.ablation import FACTORS, FULL, Found, Setting, Variant, factors, settings, variants
+from campaign import ablation
+from campaign.ablation import FACTORS, FULL, Found, Setting, Variant, factors, settings, variants
+from kvoffload.bench import PRESETS, Lab
 from kvoffload.machine.hardware_profile import HardwareProfile
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 @pytest.fixture(scope="module")
@@ -152,14 +155,14 @@ def test_loaded_means_a_busy_process_for_every_core_and_none_behind(monkeypatch:
 def test_busy_cores_end_with_a_benchmark_that_is_killed() -> None:
     script = (
         "import os, signal, subprocess\n"
-        "from kvoffload.bench import ablation\n"
+        "from campaign import ablation\n"
         "started, begin = [], subprocess.Popen\n"
         "ablation.subprocess.Popen = lambda *a, **k: started.append(begin(*a, **k)) or started[-1]\n"
         "with ablation._busy_cores():\n"
         "    print(*(one.pid for one in started), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as killed:
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=SCRIPTS) as killed:
         assert killed.stdout is not None
         alive = [int(word) for word in killed.stdout.readline().split()]
         assert killed.wait() == -signal.SIGKILL

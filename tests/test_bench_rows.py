@@ -10,8 +10,8 @@ from pathlib import Path
 
 from campaigns import row_of
 
-from kvoffload.bench import campaign, rows
-from kvoffload.bench.tables import campaign_tables
+from campaign import campaign, rows
+from campaign.tables import campaign_tables
 
 
 def test_rows_hold_exact_percentiles() -> None:

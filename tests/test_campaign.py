@@ -12,15 +12,14 @@ import pytest
 import torch
 from campaigns import TINY, tiny_cell
 
+from campaign import campaign, rows
+from campaign.cells import Cell
+from campaign.providers import Bed, DynamicCache, Ours, WholeLayerBothWays, providers
+from campaign.serving import Objective, Outcome
+from campaign.tables import campaign_tables
 from kvoffload.advise.forecast import peak_flops_per_s
-from kvoffload.bench import campaign, rows
-from kvoffload.bench.cells import Cell
-from kvoffload.bench.external import external_providers
 from kvoffload.bench.lab import Lab
 from kvoffload.bench.presets import PRESETS, Preset
-from kvoffload.bench.providers import Bed, DynamicCache, Ours, Provider, WholeLayerBothWays, providers
-from kvoffload.bench.serving import Objective, Outcome
-from kvoffload.bench.tables import campaign_tables
 from kvoffload.errors import ConfigError
 from kvoffload.machine.hardware_profile import HardwareProfile
 
@@ -36,7 +35,7 @@ def _recorded_profile() -> Iterator[None]:
 
 def _run(cells: list[Cell], names: list[str], path: Path, **settings: Any) -> list[str]:
     told: list[str] = []
-    chosen = [(providers() | external_providers())[name] for name in names]
+    chosen = [providers()[name] for name in names]
     campaign.run(cells, chosen, path, campaign.Settings(**settings), told.append)
     return told
 
@@ -49,13 +48,13 @@ def _figures(path: Path) -> dict[str, dict[str, Any]]:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All providers in one cell with room for two of three sequences."""
     path = tmp_path_factory.mktemp("campaign") / "rows.csv"
-    _run([tiny_cell()], [*providers(), *external_providers()], path)
+    _run([tiny_cell()], list(providers()), path)
     return path
 
 
 def test_every_provider_has_figures_or_a_reason(measured: Path) -> None:
     figures = _figures(measured)
-    assert set(figures) == {*providers(), *external_providers()}
+    assert set(figures) == set(providers())
     for name, found in figures.items():
         assert ("note" in found) != ("tpot" in found), name
         if "tpot" in found:
@@ -63,7 +62,6 @@ def test_every_provider_has_figures_or_a_reason(measured: Path) -> None:
                 found
             )
     assert "needs CUDA" in figures["hf_offloaded"]["note"]
-    assert "not installed" in figures["flexllmgen"]["note"]
 
 
 def test_exact_providers_have_the_logits_of_the_plain_cache(measured: Path) -> None:
@@ -260,8 +258,7 @@ def test_tables_show_the_fastest_first_and_every_reason(measured: Path) -> None:
     table, reasons = campaign_tables(rows.load(measured))
     speeds = [float(str(text)) for text in table.columns[3].cells]
     assert speeds == sorted(speeds, reverse=True)
-    assert "flexllmgen" in list(reasons.columns[0].cells)
-    assert isinstance(next(iter(providers().values())), Provider)
+    assert "hf_offloaded" in list(reasons.columns[0].cells)
     assert {"cpu-mha", "opt-66b", "qwen3-8b"} <= set(PRESETS)
 
 

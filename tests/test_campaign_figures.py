@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from campaigns import tiny_cell
 
+from campaign import campaign
+from campaign.providers import Ours
+from campaign.serving import Group, Sameness
 from kvoffload.advise.forecast import memory_bytes_per_s
-from kvoffload.bench import campaign
-from kvoffload.bench.providers import Ours
-from kvoffload.bench.serving import Group, Sameness
 from kvoffload.machine.hardware_profile import HardwareProfile
 
 

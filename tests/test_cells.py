@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from campaigns import TINY, tiny_cell
 
-from kvoffload.bench.cells import CELLS, Cell, choose
+from campaign.cells import CELLS, Cell, choose
 
 
 def test_cells_ask_something_fit_their_machine_and_come_most_informative_first() -> None:

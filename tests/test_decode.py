@@ -7,8 +7,8 @@ from typing import Any
 
 from bench_decode import save_csv
 
+from campaign.rows import load
 from kvoffload.bench import decode
-from kvoffload.bench.rows import load
 
 
 def _row(mode: str, step_s: float) -> dict[str, Any]:

@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
-from gpu.steps import STEPS
 from test_layering import ALLOWED
 from typer.testing import CliRunner
 
-from kvoffload.bench.rows import is_gpu, load
+from campaign.rows import is_gpu, load
+from gpu.steps import STEPS
 from kvoffload.cli import app
 from kvoffload.config import OffloadConfig
 from kvoffload.session.stats import GenerationStats

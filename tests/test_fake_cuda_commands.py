@@ -20,10 +20,11 @@ import torch
 from fake_cuda import FakeCuda
 from fake_cuda_kernels import use_twins
 
+from campaign import ablation, campaign, cells
+from campaign.cells import Cell
+from campaign.rows import load
 from kvoffload.backend import clock
-from kvoffload.bench import PRESETS, Lab, Preset, ablation, campaign, cells, decode, lab, rates
-from kvoffload.bench.cells import Cell
-from kvoffload.bench.rows import load
+from kvoffload.bench import PRESETS, Lab, Preset, decode, lab, rates
 from kvoffload.cli import measured_run
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.stored_facts import facts_of

@@ -17,11 +17,11 @@ import fake_cuda
 import gpu_suite
 import pytest
 import torch
+
+from campaign.rows import load
 from gpu import ready, rehearsal, smoke, steps, worker
 from gpu.steps import STEPS, Step, Suite
-
 from kvoffload.bench import presets
-from kvoffload.bench.rows import load
 from kvoffload.kernels import reference
 from kvoffload.machine.hardware_profile import HardwareProfile
 
@@ -170,14 +170,14 @@ def test_what_the_time_is_too_short_for_is_noted(tmp_path: Path) -> None:
 
 def test_rows_that_were_told_are_there_when_the_process_is_killed(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from kvoffload.bench import rows\n"
+        "import sys; from pathlib import Path; from campaign import rows\n"
         "for n in range(10**6):\n"
         "    rows.save(Path(sys.argv[1]), [rows.row('smoke', f'p{n}', 'rate', 'GB/s', 'x', [1.0], {'n': n}, 'none')])\n"
         "    print(n, flush=True)\n"
     )
     path = tmp_path / "smoke.csv"
     command = [sys.executable, "-c", code, str(path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "KVOFFLOAD_COMMIT": "abc1234"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}", "KVOFFLOAD_COMMIT": "abc1234"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         told = [int(process.stdout.readline()) for _ in range(12)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvoffload.bench import host_time
+from campaign import host_time
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,10 @@ from fake_cuda_tensors import DEVICE
 from models import make_model
 
 import kvoffload
+from campaign import campaign, cells
+from campaign.providers import Ours, Provider
 from kvoffload.backend import CheckingBackend, CudaBackend, clock, cuda, free_pinned, pinned
-from kvoffload.bench import campaign, cells, rates
-from kvoffload.bench.providers import Decoder, Ours
+from kvoffload.bench import rates
 from kvoffload.machine import system_memory
 from kvoffload.session.memory_limits import HOST_SHARE
 
@@ -171,7 +172,7 @@ def test_every_page_is_touched_by_the_thread_that_pins_it_while_that_is_near_the
 
 
 @dataclasses.dataclass
-class _Stand(Decoder):
+class _Stand(Provider):
     """Stands for another's way, which leaves pinned memory behind in PyTorch's cache."""
 
     name: str

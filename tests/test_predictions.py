@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kvoffload.bench import PRESETS, Lab, core_for_the_link, predictions
-from kvoffload.bench.predictions import Checked, Combination
+from campaign import predictions
+from campaign.predictions import Checked, Combination
+from kvoffload.bench import PRESETS, Lab, core_for_the_link
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.planning.rates import Rates
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from campaigns import gpu_bed
 
-from kvoffload.bench import providers as kvproviders
-from kvoffload.bench.providers import HFQuantized, Ours
-from kvoffload.bench.serving import Group
+from campaign import providers as kvproviders
+from campaign.providers import HFQuantized, Ours
+from campaign.serving import Group
 
 
 @pytest.mark.parametrize(("installed", "backend"), [("hqq", "hqq"), ("optimum", "quanto")])

@@ -10,7 +10,7 @@ import pytest
 from run_script import run_script
 from typer.testing import Result
 
-from kvoffload.bench import published, rows
+from campaign import published, rows
 
 ROOT = Path(__file__).parents[1]
 

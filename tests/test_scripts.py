@@ -9,7 +9,7 @@ import torch
 from run_script import run_script
 from typer.testing import CliRunner
 
-from kvoffload.bench import rows
+from campaign import rows
 from kvoffload.cli.terminal import script
 from kvoffload.errors import ConfigError
 

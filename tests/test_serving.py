@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from kvoffload.bench.serving import Group, Objective, Outcome, Sameness, samples
+from campaign.serving import Group, Objective, Outcome, Sameness, samples
 
 
 def _outcome(groups: list[Group], total_s: float, tokens: list[list[int]] | None = None) -> Outcome:

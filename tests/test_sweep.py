@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from kvoffload.bench import sweep
-from kvoffload.bench.sweep import Outcome, compare, distance, judge
-from kvoffload.bench.sweep_cells import MODES, QUICK, QUICK_CELLS, SPLITS, WAYS
-from kvoffload.bench.sweep_rows import form_of
-from kvoffload.bench.tiny_models import model_types, tiny_model
+from campaign import sweep
+from campaign.sweep import Outcome, compare, distance, judge
+from campaign.sweep_cells import MODES, QUICK, QUICK_CELLS, SPLITS, WAYS
+from campaign.sweep_rows import form_of
+from campaign.tiny_models import model_types, tiny_model
 from kvoffload.cache import segments
 from kvoffload.errors import UnsupportedModelError
 

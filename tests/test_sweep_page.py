@@ -3,10 +3,10 @@ from __future__ import annotations
 from run_script import run_script
 from test_sweep_rows import report
 
-from kvoffload.bench.sweep import Report, Verdict
-from kvoffload.bench.sweep_cells import CELLS
-from kvoffload.bench.sweep_page import page
-from kvoffload.bench.sweep_rows import row_of
+from campaign.sweep import Report, Verdict
+from campaign.sweep_cells import CELLS
+from campaign.sweep_page import page
+from campaign.sweep_rows import row_of
 
 
 def refused(model_type: str, model_class: str) -> Report:

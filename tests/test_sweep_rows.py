@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from kvoffload.bench import sweep_rows
-from kvoffload.bench.sweep import Report, Verdict
-from kvoffload.bench.sweep_cells import CELLS, MODES
+from campaign import sweep_rows
+from campaign.sweep import Report, Verdict
+from campaign.sweep_cells import CELLS, MODES
 from kvoffload.errors import ConfigError
 
 EQUAL = {cell: Verdict("equal", h2d_bytes=100, recomputed_tokens=int(cell[1] == "recompute")) for cell in CELLS}

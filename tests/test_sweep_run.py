@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from kvoffload.bench.rows import Row
-from kvoffload.bench.sweep import Report, Verdict
-from kvoffload.bench.sweep_run import run
+from campaign.rows import Row
+from campaign.sweep import Report, Verdict
+from campaign.sweep_run import run
 
 
 def scripted(model_type: str, cells: Iterable[tuple[str, str]], on_stage: Callable[[str], Any]) -> Report:

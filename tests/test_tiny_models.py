@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, DynamicCache
 
-from kvoffload.bench.model_types import LAYERS, OVERRIDES, VOCABULARY, WIDTH, WINDOW
-from kvoffload.bench.tiny_models import model_types, tiny_config, tiny_model
+from campaign.model_types import LAYERS, OVERRIDES, VOCABULARY, WIDTH, WINDOW
+from campaign.tiny_models import model_types, tiny_config, tiny_model
 
 
 def test_every_list_of_text_models_is_there_and_a_composite_type_is_made_whole() -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from modes import given
 
+from campaign.whole_layer_cache import WholeLayerCache
 from kvoffload.backend import CheckingBackend, EmulatedBackend, RaceError
 from kvoffload.backend.base import HostBuffer
 from kvoffload.backend.checking import CheckedEvent
 from kvoffload.bench.presets import Preset, make_model
-from kvoffload.bench.whole_layer_cache import WholeLayerCache
 from kvoffload.config import EmulatedLink
 
 SHAPE = Preset(

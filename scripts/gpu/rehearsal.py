@@ -29,11 +29,12 @@ import fake_cuda
 import pytest
 import torch
 from fake_cuda_kernels import use_twins
+
+from campaign import cells, rows
 from gpu import smoke, worker
 from gpu.steps import START_S, STEPS, TIER_1_S, Step
-
 from kvoffload.backend import CudaBackend
-from kvoffload.bench import PRESETS, Preset, cells, lab, rates, rows
+from kvoffload.bench import PRESETS, Preset, lab, rates
 from kvoffload.cache import ops
 from kvoffload.kernels import linear_rope, reference
 from kvoffload.profiler import budget, compute, host_memory, profile, trials

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 import kvoffload
+from campaign import rows
 from kvoffload.backend import CudaBackend
-from kvoffload.bench import Preset, rows
+from kvoffload.bench import Preset
 from kvoffload.bench.presets import make_model
 from kvoffload.cache import ops
 from kvoffload.kernels import reference

@@ -111,8 +111,8 @@ def cell(name: str, *names: str) -> Callable[[Suite], None]:
     """One cell of the campaign, with some of its providers."""
 
     def run(suite: Suite) -> None:
-        from kvoffload.bench import campaign, cells
-        from kvoffload.bench.providers import providers
+        from campaign import campaign, cells
+        from campaign.providers import providers
 
         suite.profile()  # stored, or measured and stored, for the campaign
         chosen = [providers()[one] for one in names]
@@ -125,7 +125,7 @@ def kernels(suite: Suite) -> None:
     """Kernels of one shape beside what bounds each."""
     import bench_kernels
 
-    from kvoffload.bench import rows
+    from campaign import rows
 
     found = bench_kernels.measure("cuda", True, lambda new: rows.save(suite.results / "kernels.csv", new))
     suite.tell(f"{len(found)} rows of kernels")

@@ -16,9 +16,9 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from kvoffload.bench.rows import Row, commit, versions
-from kvoffload.bench.sweep import Report, Verdict
-from kvoffload.bench.sweep_cells import MODES, SPLITS
+from campaign.rows import Row, commit, versions
+from campaign.sweep import Report, Verdict
+from campaign.sweep_cells import MODES, SPLITS
 from kvoffload.errors import ConfigError
 
 SCHEMA = "1"

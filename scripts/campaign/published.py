@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from kvoffload.bench import ablation
-from kvoffload.bench.campaign import SPEED, summary
+from campaign import ablation
+from campaign.campaign import SPEED, summary
+from campaign.rows import Row, is_gpu
 from kvoffload.bench.lab import MODES
-from kvoffload.bench.rows import Row, is_gpu
 
 NO_GPU = "No GPU figure has been measured yet."
 DASH = "–"

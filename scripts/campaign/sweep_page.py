@@ -9,9 +9,9 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from kvoffload.bench.rows import Row
-from kvoffload.bench.sweep import TOLERANCE
-from kvoffload.bench.sweep_cells import MODES, NEW_TOKENS, PROMPT_TOKENS, SPLITS
+from campaign.rows import Row
+from campaign.sweep import TOLERANCE
+from campaign.sweep_cells import MODES, NEW_TOKENS, PROMPT_TOKENS, SPLITS
 
 HEAD = """# Models
 

@@ -1,7 +1,6 @@
 """Ways to decode one cell, behind one small interface: plain transformers, its own offloading, and ours.
 
-Owns how each is called and why it cannot run somewhere. Does not own the clock (`serving`), the workloads (`cells`) or
-the tools of others (`external`).
+Owns how each is called and why it cannot run somewhere. Does not own the clock (`serving`) or the workloads (`cells`).
 
     dynamic_cache            transformers, the whole batch on the device: the truth for tokens and logits
     on_device_sub_batches    the same in the largest equal parts that fit, one after the other
@@ -20,14 +19,14 @@ from typing import Any
 
 import torch
 
+from campaign.cells import Cell
+from campaign.serving import Group, Outcome, generate
+from campaign.whole_layer_cache import WholeLayerCache
 from kvoffload import hf
 from kvoffload.advise.ways import Task
 from kvoffload.api import offload
 from kvoffload.backend import Backend, CudaBackend, EmulatedBackend
-from kvoffload.bench.cells import Cell
 from kvoffload.bench.lab import Lab
-from kvoffload.bench.serving import Group, Outcome, generate
-from kvoffload.bench.whole_layer_cache import WholeLayerCache
 from kvoffload.config import GIB, EmulatedLink, OffloadConfig
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.planning.workload import Workload
@@ -93,27 +92,22 @@ class Bed:
         return options
 
 
-class Provider:
-    """One way to decode."""
+class Provider(ABC):
+    """One way to decode; `is_exact` where its float32 tokens must be those of `dynamic_cache`."""
 
     name: str
+    is_exact = True
 
     def problem(self, bed: Bed) -> str | None:
         """Why it cannot run here, in words for a row; None if it can."""
         return None
-
-
-class Decoder(Provider, ABC):
-    """One that decodes here, under our clock; `is_exact` where its float32 tokens must be those of `dynamic_cache`."""
-
-    is_exact = True
 
     @abstractmethod
     def run(self, bed: Bed, new_tokens: int, *, keeps_logits: bool) -> Outcome:
         """Decode `new_tokens` of every sequence."""
 
 
-class DynamicCache(Decoder):
+class DynamicCache(Provider):
     """transformers as it is."""
 
     name = "dynamic_cache"
@@ -210,7 +204,7 @@ class HFQuantized(HFOffloaded):
         return "needs the package optimum-quanto or hqq" if _quantizer() is None else None
 
 
-class WholeLayerBothWays(Decoder):
+class WholeLayerBothWays(Provider):
     """What HFOffloaded moves, over our backend; without `writes_back` only the fetches."""
 
     def __init__(self, *, writes_back: bool = True) -> None:
@@ -250,7 +244,7 @@ class WholeLayerBothWays(Decoder):
             backend.close()
 
 
-class Ours(Decoder):
+class Ours(Provider):
     """kvoffload in one of the modes of `Lab.config`, with changes to its options."""
 
     def __init__(self, mode: str, name: str | None = None, **changes: Any) -> None:
@@ -287,10 +281,10 @@ class Ours(Decoder):
         )
 
 
-def providers() -> dict[str, Decoder]:
+def providers() -> dict[str, Provider]:
     """All of them but the tools of others, by name."""
     ours = [Ours(mode) for mode in ("full_transfer", "sequential", "kvpr", "planned")]
-    found: list[Decoder] = [DynamicCache(), OnDeviceSubBatches(), HFOffloaded(), HFQuantized(), WholeLayerBothWays()]
+    found: list[Provider] = [DynamicCache(), OnDeviceSubBatches(), HFOffloaded(), HFQuantized(), WholeLayerBothWays()]
     return {provider.name: provider for provider in [*found, *ours]}
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import transformers
 
-from kvoffload.bench.rows import Row
-from kvoffload.bench.sweep import Report, Verdict, judge
-from kvoffload.bench.sweep_cells import CELLS
-from kvoffload.bench.sweep_rows import row_of
+from campaign.rows import Row
+from campaign.sweep import Report, Verdict, judge
+from campaign.sweep_cells import CELLS
+from campaign.sweep_rows import row_of
 
 LIMIT_S = 180.0  # for one type
 START_LIMIT_S = 120.0  # for a process to import everything

@@ -19,7 +19,7 @@ import statistics
 from dataclasses import replace
 from typing import NamedTuple
 
-from kvoffload.bench import rows
+from campaign import rows
 from kvoffload.bench.decode import MAX_RATE_DRIFT_FRACTION, MAX_TRIES, NUM_UNEVEN_STEPS, steps
 from kvoffload.bench.lab import Lab
 from kvoffload.bench.presets import PRESETS

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from kvoffload.bench.model_types import (
+from campaign.model_types import (
     FIRST_TOKEN,
     HEAD_DIM,
     HEADS,

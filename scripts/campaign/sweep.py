@@ -22,9 +22,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from campaign.sweep_cells import CELLS, MODES, NEW_TOKENS, WAYS, Mode, call, prompt
+from campaign.tiny_models import tiny_model
 from kvoffload.api import offload
-from kvoffload.bench.sweep_cells import CELLS, MODES, NEW_TOKENS, WAYS, Mode, call, prompt
-from kvoffload.bench.tiny_models import tiny_model
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import KVOffloadError
 from kvoffload.session.session import Session

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from campaign.model_types import FIRST_TOKEN, VOCABULARY
 from kvoffload import hf
-from kvoffload.bench.model_types import FIRST_TOKEN, VOCABULARY
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.machine.quantities import Curve, Point

@@ -34,12 +34,12 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from kvoffload.bench import rows
-from kvoffload.bench.cells import Cell
+from campaign import rows
+from campaign.cells import Cell
+from campaign.providers import Bed, WholeLayerBothWays
 from kvoffload.bench.decode import NUM_UNEVEN_STEPS, steps
 from kvoffload.bench.lab import Lab, core_for_the_link, device_name
 from kvoffload.bench.presets import PRESETS
-from kvoffload.bench.providers import Bed, WholeLayerBothWays
 from kvoffload.config import GIB
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.profiler.stored import load_or_measure

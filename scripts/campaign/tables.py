@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from kvoffload.bench.campaign import SPEED, summary
-from kvoffload.bench.rows import Row
+from campaign.campaign import SPEED, summary
+from campaign.rows import Row
 
 _COLUMNS = (
     ("TTFT s", "ttft", "{:.2f}", 1.0),

@@ -31,15 +31,14 @@ from typing import Any
 
 import torch
 
+from campaign import rows
+from campaign.cells import GB, Cell
+from campaign.providers import Bed, DynamicCache, Ours, Provider
+from campaign.serving import Group, Objective, Outcome, Sameness, Samples, samples
 from kvoffload.advise.forecast import decode_mbu, decode_mfu
 from kvoffload.advise.ways import Task
 from kvoffload.backend import free_pinned
-from kvoffload.bench import rows
-from kvoffload.bench.cells import GB, Cell
-from kvoffload.bench.external import External
 from kvoffload.bench.lab import Lab, core_for_the_link
-from kvoffload.bench.providers import Bed, Decoder, DynamicCache, Ours, Provider
-from kvoffload.bench.serving import Group, Objective, Outcome, Sameness, Samples, samples
 from kvoffload.errors import InfeasiblePlanError, KVOffloadError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.planning.rates import Rates
@@ -179,11 +178,7 @@ def _measured(provider: Provider, bed: Bed, reference: Outcome, settings: Settin
     try:
         why = provider.problem(bed)
         if why is None:
-            if isinstance(provider, External):
-                figures = provider.figures(bed)
-            else:
-                assert isinstance(provider, Decoder)
-                figures = _figures(provider, bed, reference, settings)
+            figures = _figures(provider, bed, reference, settings)
     except AssertionError:  # wrong tokens, or our own invariants: nothing measured here can be trusted
         raise
     except torch.OutOfMemoryError:
@@ -208,7 +203,7 @@ def _link_without_a_lab(cell: Cell) -> str:
     return "emulated, not measured" if cell.preset.is_emulated else "not measured"
 
 
-def _figures(provider: Decoder, bed: Bed, reference: Outcome, settings: Settings) -> Samples:
+def _figures(provider: Provider, bed: Bed, reference: Outcome, settings: Settings) -> Samples:
     cell = bed.cell
     checked = provider.run(bed, min(CHECKED_TOKENS, cell.new_tokens), keeps_logits=True)
     sameness = Sameness.of(checked, reference)
@@ -246,7 +241,7 @@ def _mbu(task: Task, groups: Sequence[Group]) -> float:
     return moved / sum(group.decode_s for group in groups)
 
 
-def _must_be_equal(provider: Decoder, cell: Cell, sameness: Sameness) -> None:
+def _must_be_equal(provider: Provider, cell: Cell, sameness: Sameness) -> None:
     """A figure of wrong tokens is no figure."""
     distance = sameness.max_abs_logit_difference
     if sameness.first_differing_token is not None or not distance <= FLOAT32_TOLERANCE:  # NaN is no equality
