@@ -52,7 +52,7 @@ setup(
     package_data={
         "kvoffload": ["py.typed"],
         "kvoffload.machine": ["presets.json"],
-        "kvoffload.profiler": ["page.css", "page.js"],
+        "kvoffload.profiler.drawing": ["page.css", "page.js"],
     },
     include_package_data=False,
     install_requires=RUNTIME,

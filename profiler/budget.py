@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from kvoffload.profiler.link import ALL_SIZES_BYTES, MAX_COPY_S, SIZES_BYTES
+from kvoffload.machine.quantities import SIZES_BYTES
+from kvoffload.profiler.link import ALL_SIZES_BYTES, MAX_COPY_S
 
 Thoroughness = Literal["quick", "full"]
 Progress = Callable[[str, float], None]  # what is being measured, share done 0..1

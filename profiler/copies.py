@@ -19,9 +19,9 @@ import torch
 from kvoffload.backend import Backend, EmulatedBackend
 from kvoffload.config import EmulatedLink
 from kvoffload.machine import system_memory
-from kvoffload.machine.quantities import Curve
+from kvoffload.machine.quantities import SIZES_BYTES, Curve, given_curve
 from kvoffload.profiler.budget import Budget, Steps
-from kvoffload.profiler.link import MAX_COPY_S, SIZES_BYTES, LinkCurves, given_curve, measure_link
+from kvoffload.profiler.link import MAX_COPY_S, LinkCurves, measure_link
 
 MEMORY_SHARE = 8  # a copy is at most this part of the memory that is free on either side
 

@@ -23,8 +23,8 @@ import torch
 from kvoffload.backend import Backend
 from kvoffload.cache import ops
 from kvoffload.pipeline.chunks import Chunk
-from kvoffload.pipeline.room import Room
-from kvoffload.pipeline.transfer import TransferEngine
+from kvoffload.pipeline.device_memory import Room
+from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.placement import Form
 from kvoffload.profiler.trials import Trials, time_trials
 from kvoffload.store.positions import PositionTable

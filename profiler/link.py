@@ -33,13 +33,12 @@ import torch
 from kvoffload.backend import Backend
 from kvoffload.backend.base import HostBuffer
 from kvoffload.backend.clock import LEAST_CALLS
-from kvoffload.machine.quantities import Curve, Point
+from kvoffload.machine.quantities import SIZES_BYTES, Curve, Point
 from kvoffload.profiler.trials import better, least_calls, time_trials
 
 logger = logging.getLogger(__name__)
 
 Way = Literal["h2d", "d2h", "both"]
-SIZES_BYTES = tuple(2**exponent for exponent in range(12, 27, 2))  # 4 KiB .. 64 MiB
 ALL_SIZES_BYTES = (*SIZES_BYTES, 2**28, 2**30)
 MAX_COPY_S = 0.05  # sizes that take longer are left out: the rate is flat long before
 TRIAL_S = 0.01  # long against the one wake-up at its end
@@ -108,13 +107,6 @@ def measure_link(
         if not pageable:
             backend.release_host(host)
     return LinkCurves(curves["h2d"], curves["d2h"], curves["both"], host.pinned_bytes > 0, tuple(noisy))
-
-
-def given_curve(bytes_per_s: float, latency_s: float) -> Curve:
-    """The curve of a link whose speed is a given: `latency_s + bytes / bytes_per_s`."""
-    sizes = (*SIZES_BYTES, 2**30)
-    points = tuple(Point((float(size),), latency_s + size / bytes_per_s, 0.0) for size in sizes)
-    return Curve(unit="bytes", points=points, provenance="assumed")
 
 
 class _Copier:

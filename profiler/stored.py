@@ -20,9 +20,9 @@ from kvoffload.config import EmulatedLink
 from kvoffload.errors import ConfigError, ProfileError
 from kvoffload.machine.cache_folder import cache_folder, write_whole
 from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.machine.machine import find_profile
 from kvoffload.profiler.budget import Progress
 from kvoffload.profiler.device import Link, machine_key, resolve_device
-from kvoffload.profiler.hardware import find_profile
 from kvoffload.profiler.profile import MAX_OTHER_LOAD_FRACTION, METHOD, measure_hardware, some_of, with_link
 from kvoffload.units import counted
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kvoffload.profiler.fit import Interpolated, Work, elementwise_work, gemm_work
-from kvoffload.profiler.fitting import Observation, fit
+from kvoffload.machine.fit import Interpolated, Work, elementwise_work, gemm_work
+from kvoffload.machine.fitting import Observation, fit
 
 DATA = Path(__file__).parent / "data" / "llmcompass"
 PEAKS = {"A100": (312e12, 2039e9), "MI210": (181e12, 1638e9)}  # FLOP/s, bytes/s

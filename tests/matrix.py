@@ -30,7 +30,7 @@ from kvoffload.model.model_shape import model_shape
 from kvoffload.model.self_attention import attention_modules
 from kvoffload.planning.rates import least_chunk_bytes
 from kvoffload.planning.sizing import Geometry, choose_sizes
-from kvoffload.session import decide
+from kvoffload.session import generation_plan
 from kvoffload.session.measured_rates import MeasuredRates
 from kvoffload.session.session import Session
 
@@ -172,7 +172,9 @@ def half_resident_gib(
         return fixed + tokens * row / 2
 
     found, token_bytes = budget(geometry), position_bytes(model) if keeps else 0
-    if geometry.max_tokens * token_bytes > decide.POSITION_SHARE * found:  # blocks carry them, and slots are larger
+    if (
+        geometry.max_tokens * token_bytes > generation_plan.POSITION_SHARE * found
+    ):  # blocks carry them, and slots are larger
         found = budget(replace(geometry, position_row_bytes=-(-token_bytes // mode.sequences // 16) * 16))
     return found / GIB
 

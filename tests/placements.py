@@ -6,7 +6,7 @@ import dataclasses
 import random
 from typing import Any
 
-from kvoffload.planning import cost
+from kvoffload.planning import step_time
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.rates import Rates
@@ -44,7 +44,7 @@ def with_rates(inputs: PlanInputs, **changes: Any) -> PlanInputs:
 
 def placed(inputs: PlanInputs, r: int, r_x: int, x: int, t: int) -> Plan:
     """A plan for any placement, good or bad."""
-    step_s, binding = cost.predict_step_s(inputs, r, r_x, x, t)
+    step_s, binding = step_time.predict_step_s(inputs, r, r_x, x, t)
     return Plan(
         **{name: getattr(inputs, name) for name in ("num_layers", "num_offloaded_layers", "block_tokens")},
         **{name: getattr(inputs, name) for name in ("chunk_blocks", "num_slots", "schedule", "is_segmented")},
@@ -57,7 +57,7 @@ def placed(inputs: PlanInputs, r: int, r_x: int, x: int, t: int) -> Plan:
         activation_bytes_per_token=inputs.activation_bytes_per_token,
         weight_bytes_per_step=inputs.weight_bytes_per_step,
         predicted_step_s=step_s,
-        full_transfer_step_s=cost.full_transfer_step_s(inputs),
+        full_transfer_step_s=step_time.full_transfer_step_s(inputs),
         binding_constraint=binding,
     )
 

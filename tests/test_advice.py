@@ -14,12 +14,12 @@ from configs import CONFIGS, LLAMA_2_7B
 from models import make_model
 
 from kvoffload.advise.advice import _describe_plan, advise, plan
-from kvoffload.advise.ways import Task
+from kvoffload.advise.task import Task
 from kvoffload.config import GIB, EmulatedLink, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, ProfileError, UnsupportedModelError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.model_shape import model_shape
-from kvoffload.planning import cost, planner
+from kvoffload.planning import planner, step_time
 from kvoffload.planning.workload import Workload
 from kvoffload.profiler.profile import with_link
 from kvoffload.units import count, duration
@@ -266,7 +266,7 @@ def test_the_prediction_on_the_device_has_no_link_in_it() -> None:
     tail_tokens = SMALL.prompt_tokens + 63 - inputs.num_blocks * inputs.block_tokens
     assert tail_tokens > 0
     attended_s = 32 * tail_tokens * inputs.rates.attention_s_per_token
-    assert one.step_s == max(cost.device_s(inputs, 0, 0) + attended_s, cost.host_s(inputs, 0, 0))
+    assert one.step_s == max(step_time.device_s(inputs, 0, 0) + attended_s, step_time.host_s(inputs, 0, 0))
 
 
 def test_advice_is_plain_data_with_the_plan_in_it() -> None:

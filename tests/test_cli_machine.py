@@ -11,7 +11,7 @@ from commands import cache_fixture as cache_fixture
 from commands import model_fixture as model_fixture
 
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.profiler import profile, rows, stored
+from kvoffload.profiler import fact_rows, profile, stored
 
 
 def test_env_shows_the_link_in_use_against_its_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_profile_of_an_unpaced_link_says_it_has_no_speed(cache: Path) -> None:
     from kvoffload.config import EmulatedLink
 
     assert profile.with_link(HardwareProfile.load(RECORDED), EmulatedLink()).h2d is None
-    unpaced = rows.profile_rows(profile.with_link(HardwareProfile.load(RECORDED), EmulatedLink()))
+    unpaced = fact_rows.profile_rows(profile.with_link(HardwareProfile.load(RECORDED), EmulatedLink()))
     assert dict(unpaced)["H2D, D2H"].startswith("no speed")
 
 

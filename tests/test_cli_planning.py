@@ -12,7 +12,7 @@ from commands import model_fixture as model_fixture
 from commands import run_badly, run_well, table_words
 from configs import CONFIGS, LLAMA_2_7B
 
-from kvoffload.profiler import report
+from kvoffload.profiler.drawing import terminal_tables
 
 
 def test_plan_recommends_and_compares(model: Path) -> None:
@@ -37,10 +37,10 @@ def test_plan_cuts_no_figure_on_a_narrow_terminal(
     width: int, options: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--config", CONFIGS / "llama-2-7b.json", "--hardware", "a100-40gb-pcie4", "--batch", 64, *options]
-    monkeypatch.setattr(report, "WIDTH", 1000)
+    monkeypatch.setattr(terminal_tables, "WIDTH", 1000)
     wide = run_well("plan", *arguments)
     assert wide.count("TTFT") == 1
-    monkeypatch.setattr(report, "WIDTH", width)
+    monkeypatch.setattr(terminal_tables, "WIDTH", width)
     narrow = run_well("plan", *arguments)
     assert "…" not in narrow
     figures = Counter({word: number for word, number in table_words(wide).items() if word[0].isdigit()})

@@ -14,7 +14,7 @@ from toys import MODELS
 
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.stored_facts import facts_of
-from kvoffload.profiler import report
+from kvoffload.profiler.drawing import terminal_tables
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -52,9 +52,9 @@ def test_the_command_works_for_every_configuration(name: str) -> None:
 def test_no_figure_is_cut_on_a_narrow_terminal(width: int, kv_on_host: float, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--config", CONFIGS / "llama-2-7b.json", "--hardware", "a100-40gb-pcie4", "--batch", 64]
     arguments += ["--kv-on-host", kv_on_host]
-    monkeypatch.setattr(report, "WIDTH", 1000)
+    monkeypatch.setattr(terminal_tables, "WIDTH", 1000)
     wide = run_well("roofline", *arguments)
-    monkeypatch.setattr(report, "WIDTH", width)
+    monkeypatch.setattr(terminal_tables, "WIDTH", width)
     narrow = run_well("roofline", *arguments)
     assert "…" not in narrow
     assert "1.99e+03" in table_words(wide)

@@ -23,7 +23,7 @@ from models import make_model
 
 from kvoffload import HardwareProfile, OffloadConfig, offload
 from kvoffload.backend import CudaBackend
-from kvoffload.bench import PRESETS, Lab, rates
+from kvoffload.bench import PRESETS, Lab, current_rates
 from kvoffload.kernels import tiles
 from kvoffload.planning.rates import Rates
 from kvoffload.profiler import compute, host
@@ -101,8 +101,10 @@ def test_the_hosts_time_for_a_chunk_of_either_form_is_that_of_all_it_launches(de
 
 def _lab(monkeypatch: pytest.MonkeyPatch) -> Lab:
     """A small one, whose rates are each the median of five stretches."""
-    median_s = rates._median_s
-    monkeypatch.setattr(rates, "_median_s", lambda work, device, budget_s, idle_s=0.0: median_s(work, device, 0.0))
+    median_s = current_rates._median_s
+    monkeypatch.setattr(
+        current_rates, "_median_s", lambda work, device, budget_s, idle_s=0.0: median_s(work, device, 0.0)
+    )
     preset = replace(
         PRESETS["opt-6.7b"], hidden=64, heads=4, kv_heads=4, ffn=64, layers=2, batch=2, cached_tokens=64, vocab=96
     )
@@ -127,7 +129,7 @@ def test_a_step_that_waits_for_its_host_is_the_hosts_and_not_the_heads(
     device: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab = _lab(monkeypatch)
-    step_s = rates.step_s_without_cache(lab.model, lab.ids)
+    step_s = current_rates.step_s_without_cache(lab.model, lab.ids)
     before = device.streams.clock.host_busy_s
     with torch.no_grad():
         lab.model(lab.ids[:, :1], use_cache=False)
@@ -183,7 +185,7 @@ def test_the_gap_between_steps_is_that_of_real_steps(monkeypatch: pytest.MonkeyP
         gap_s = session.decider.measured.gap_s
         assert gap_s is not None
         assert 0.9 * pause_s <= gap_s < pause_s + 0.75 * assumed_s
-        rates = Rates(
+        current_rates = Rates(
             h2d_activation_bytes_per_s=1.0,
             h2d_kv_bytes_per_s=1.0,
             recompute_s_per_token=0.0,
@@ -191,7 +193,7 @@ def test_the_gap_between_steps_is_that_of_real_steps(monkeypatch: pytest.MonkeyP
             dense_s=0.0,
             gap_s=assumed_s,
         )
-        assert session.decider.measured.correct(rates, 1).gap_s == gap_s
+        assert session.decider.measured.correct(current_rates, 1).gap_s == gap_s
 
 
 def test_a_link_without_pinned_memory_is_not_called_pinned(device: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

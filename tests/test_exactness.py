@@ -30,7 +30,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvoffload.cache import ops, segments
+from kvoffload.cache import attention, ops
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.hf import OffloadedHFCache, attention_modules
 from kvoffload.pipeline.write_back import WriteBack
@@ -51,8 +51,8 @@ class Shadow:
         monkeypatch.setattr(Cache, "update", self._make_update())
         for name in ("reorder_cache", "crop"):
             monkeypatch.setattr(OffloadedHFCache, name, self._follow(name))
-        self._attend = segments.attend
-        monkeypatch.setattr(segments, "attend", self._watch_segments)
+        self._attend = attention.attend
+        monkeypatch.setattr(attention, "attend", self._watch_segments)
 
     def _compare(self, position: int, found: Any, wanted: Any) -> None:
         for ours, theirs in zip(found, wanted, strict=True):

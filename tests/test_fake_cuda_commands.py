@@ -24,7 +24,7 @@ from campaign import ablation, campaign, cells
 from campaign.cells import Cell
 from campaign.rows import load
 from kvoffload.backend import clock
-from kvoffload.bench import PRESETS, Lab, Preset, decode, lab, rates
+from kvoffload.bench import PRESETS, Lab, Preset, current_rates, decode, lab
 from kvoffload.cli import measured_run
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.stored_facts import facts_of
@@ -79,9 +79,11 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeCuda
     monkeypatch.setattr(clock, "LEAST_CALLS", 1)  # nothing takes any time here
     monkeypatch.setattr(decode, "MAX_TRIES", 1)
     monkeypatch.setattr(ablation, "_busy_cores", contextlib.nullcontext)
-    monkeypatch.setattr(lab, "step_s_without_cache", functools.cache(rates.step_s_without_cache))
-    median_s = rates._median_s
-    monkeypatch.setattr(rates, "_median_s", lambda work, device, budget_s, idle_s=0.0: median_s(work, device, 0.0, 0.0))
+    monkeypatch.setattr(lab, "step_s_without_cache", functools.cache(current_rates.step_s_without_cache))
+    median_s = current_rates._median_s
+    monkeypatch.setattr(
+        current_rates, "_median_s", lambda work, device, budget_s, idle_s=0.0: median_s(work, device, 0.0, 0.0)
+    )
     with fake_cuda.fake_cuda("lazy") as fake:
         yield fake
 

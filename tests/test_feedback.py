@@ -13,10 +13,10 @@ from modes import given, prompt
 
 from kvoffload import EmulatedLink, OffloadConfig
 from kvoffload.backend import EmulatedBackend
-from kvoffload.planning import cost, planner
+from kvoffload.planning import planner, step_time
 from kvoffload.profiler.profile import with_link
-from kvoffload.session.decide import Decision
-from kvoffload.session.run import MAX_PREDICTION_ERROR_FRACTION
+from kvoffload.session.generation import MAX_PREDICTION_ERROR_FRACTION
+from kvoffload.session.generation_plan import Decision
 from kvoffload.session.session import Session
 
 pytestmark = pytest.mark.timing
@@ -68,7 +68,7 @@ def test_a_link_that_changes_its_speed_is_planned_with_at_its_new_speed(factor: 
     truth = dataclasses.replace(decision.inputs, rates=rates)
     best, ours = planner.solve(truth), decision.plan
     placed = (ours.resident_kv_blocks, ours.resident_activation_blocks, ours.activation_blocks, ours.kv_blocks)
-    assert cost.predict_step_s(truth, *placed)[0] <= 1.05 * best.predicted_step_s
+    assert step_time.predict_step_s(truth, *placed)[0] <= 1.05 * best.predicted_step_s
     assert ours.version > 0
 
 

@@ -13,7 +13,7 @@ from kvoffload.backend import EmulatedBackend
 from kvoffload.config import EmulatedLink
 from kvoffload.hf.first_tokens import prepare_measurement, way_to_recompute
 from kvoffload.hf.layer_owner import FirstTokens
-from kvoffload.pipeline.transfer import TransferEngine
+from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.store.carried import CarriedPositions
 from kvoffload.store.positions import PositionTable
 from kvoffload.store.tail import KVShape

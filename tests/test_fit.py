@@ -15,9 +15,9 @@ import pytest
 from llmcompass import PEAKS, Row, mean
 
 from kvoffload.errors import ProfileError
+from kvoffload.machine.fit import FIT_SCHEMA_VERSION, Fit, Interpolated, Work, elementwise_work, gemm_work
+from kvoffload.machine.fitting import MAX_SHAPES, Observation, choose_points, fit, fit_profile
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.profiler.fit import FIT_SCHEMA_VERSION, Fit, Interpolated, Work, elementwise_work, gemm_work
-from kvoffload.profiler.fitting import MAX_SHAPES, Observation, choose_points, fit, fit_profile
 
 RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"
 

@@ -23,7 +23,7 @@ from kvoffload import OffloadConfig
 from kvoffload.backend import Backend, CheckingBackend, CudaBackend, EmulatedBackend
 from kvoffload.model.model_shape import model_shape
 from kvoffload.model.shape import ModelShape
-from kvoffload.pipeline.transfer import TransferEngine
+from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.rates import Rates
 from kvoffload.planning.sizing import Geometry, Sizes, choose_sizes
 from kvoffload.session.measured_rates import MeasuredRates

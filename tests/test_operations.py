@@ -9,10 +9,10 @@ import pytest
 from configs import LLAMA_2_13B
 from toys import TOY, machine, model
 
-from kvoffload.profiler.hardware import find_machine
-from kvoffload.profiler.operations import Operation, Precision, forward
-from kvoffload.profiler.roofline import evaluate
-from kvoffload.profiler.timing import Setting
+from kvoffload.advise.roofline import evaluate
+from kvoffload.advise.timing import Setting
+from kvoffload.machine.machine import find_machine
+from kvoffload.model.operations import Operation, Precision, forward
 
 DATA = Path(__file__).parent / "data"
 VIEWER = {  # case: model, hardware, batch, tokens

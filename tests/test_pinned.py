@@ -23,7 +23,7 @@ import kvoffload
 from campaign import campaign, cells
 from campaign.providers import Ours, Provider
 from kvoffload.backend import CheckingBackend, CudaBackend, clock, cuda, free_pinned, pinned
-from kvoffload.bench import rates
+from kvoffload.bench import current_rates
 from kvoffload.machine import system_memory
 from kvoffload.session.memory_limits import HOST_SHARE
 
@@ -204,8 +204,10 @@ def test_in_a_cell_ours_come_first_and_what_a_provider_leaves_pinned_is_gone_bef
     tiny = {"hidden": 64, "heads": 4, "kv_heads": 4, "ffn": 64, "layers": 2, "batch": 2, "vocab": 96}
     preset = dataclasses.replace(cell.preset, **tiny, cached_tokens=48, dtype=torch.float32)
     cell = dataclasses.replace(cell, preset=preset, new_tokens=4, device_memory_gb=None)
-    median_s = rates._median_s
-    monkeypatch.setattr(rates, "_median_s", lambda work, device, budget_s, idle_s=0.0: median_s(work, device, 0.0))
+    median_s = current_rates._median_s
+    monkeypatch.setattr(
+        current_rates, "_median_s", lambda work, device, budget_s, idle_s=0.0: median_s(work, device, 0.0)
+    )
     ran: list[Any] = []
     others = [_Stand(name, ran, device) for name in ("one", "two")]
     chosen = [others[0], _Ours("full_transfer", ran), others[1], _Ours("sequential", ran)]

@@ -14,7 +14,7 @@ import pulp
 import pytest
 
 from kvoffload.errors import ConfigError, InfeasiblePlanError
-from kvoffload.planning import cost, planner
+from kvoffload.planning import planner, step_time
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.rates import Rates
@@ -76,7 +76,7 @@ def every_placement(inputs: PlanInputs) -> Iterator[tuple[int, int, int, int]]:
     s = inputs.num_blocks
     for x in range(inputs.stored_activation_blocks, s + 1):
         for t in range(inputs.stored_kv_blocks, s + 1 - x):
-            if cost.host_bytes(inputs, x, t) > inputs.host_bytes:
+            if step_time.host_bytes(inputs, x, t) > inputs.host_bytes:
                 continue
             if inputs.split is not None:
                 nearest = max(round(inputs.split * (x + t)), inputs.stored_activation_blocks)
@@ -85,14 +85,14 @@ def every_placement(inputs: PlanInputs) -> Iterator[tuple[int, int, int, int]]:
             for r_x in range(inputs.stored_resident_activation_blocks, s + 1 - x - t - inputs.stored_resident_blocks):
                 if inputs.split is not None and r_x > inputs.stored_resident_activation_blocks:
                     continue
-                if cost.device_bytes(inputs, s - x - t - r_x, r_x) <= inputs.device_bytes:
+                if step_time.device_bytes(inputs, s - x - t - r_x, r_x) <= inputs.device_bytes:
                     yield s - x - t - r_x, r_x, x, t
 
 
 def brute_force(inputs: PlanInputs) -> tuple[float, int, int, int] | None:
     """(T, host bytes, x, r_x) of the best placement; what is on the host is what crosses the link."""
     timed = [
-        (cost.predict_step_s(inputs, *p)[0], cost.host_bytes(inputs, *p[2:]), p[2], p[1])
+        (step_time.predict_step_s(inputs, *p)[0], step_time.host_bytes(inputs, *p[2:]), p[2], p[1])
         for p in every_placement(inputs)
     ]
     if not timed:
@@ -198,9 +198,9 @@ def test_no_hand_made_plan_is_faster() -> None:
             (0, r, round(share * (s - r)), s - r - round(share * (s - r))) for r in resident for share in shares
         ]
         for r, r_x, x, t in by_hand:
-            fits = cost.device_bytes(inputs, r, r_x) <= inputs.device_bytes
-            if fits and cost.host_bytes(inputs, x, t) <= inputs.host_bytes:
-                assert plan.predicted_step_s <= cost.predict_step_s(inputs, r, r_x, x, t)[0] * (1 + SAME)
+            fits = step_time.device_bytes(inputs, r, r_x) <= inputs.device_bytes
+            if fits and step_time.host_bytes(inputs, x, t) <= inputs.host_bytes:
+                assert plan.predicted_step_s <= step_time.predict_step_s(inputs, r, r_x, x, t)[0] * (1 + SAME)
 
 
 @pytest.mark.timing
@@ -273,9 +273,9 @@ def test_residents_are_activations_where_that_saves_transfer() -> None:
     inputs = paper_instance(4096, device_bytes=10**9 + 32 * 16 * 200 * 16384)  # 200 blocks of K/V or 400 of activations
     plan = planner.solve(inputs)
     assert plan.resident_activation_blocks > plan.resident_kv_blocks
-    assert plan.device_bytes == cost.device_bytes(inputs, plan.resident_kv_blocks, plan.resident_activation_blocks)
-    assert plan.host_bytes == cost.host_bytes(inputs, plan.activation_blocks, plan.kv_blocks)
-    assert plan.full_transfer_step_s == cost.predict_step_s(inputs, 200, 0, 0, 800)[0]
+    assert plan.device_bytes == step_time.device_bytes(inputs, plan.resident_kv_blocks, plan.resident_activation_blocks)
+    assert plan.host_bytes == step_time.host_bytes(inputs, plan.activation_blocks, plan.kv_blocks)
+    assert plan.full_transfer_step_s == step_time.predict_step_s(inputs, 200, 0, 0, 800)[0]
 
 
 def test_what_fits_on_the_device_stays_there() -> None:
@@ -326,7 +326,7 @@ def test_the_binding_constraint_names_what_limits_the_step() -> None:
     assert planner.solve(dataclasses.replace(inputs, rates=dense)).binding_constraint == "device"
     # recomputation four times as slow: the best split is 0.33, but the host holds K/V of half the cache only
     slow = dataclasses.replace(inputs.rates, recompute_s_per_token=4 * inputs.rates.recompute_s_per_token)
-    tight = dataclasses.replace(inputs, rates=slow, host_bytes=cost.host_bytes(inputs, 1000, 0) * 5 // 4)
+    tight = dataclasses.replace(inputs, rates=slow, host_bytes=step_time.host_bytes(inputs, 1000, 0) * 5 // 4)
     plan = planner.solve(tight)
     assert plan.binding_constraint == "host_memory"
     assert plan.host_bytes <= tight.host_bytes

@@ -13,16 +13,16 @@ from configs import CONFIGS
 from transformers import BitsAndBytesConfig, LlamaConfig
 
 from kvoffload.advise.advice import advise
+from kvoffload.advise.roofline import evaluate, setting_of
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError
 from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.machine.machine import find_machine
 from kvoffload.model.facts import QuantizedWeights
 from kvoffload.model.model_shape import model_shape
 from kvoffload.model.stored_facts import facts_of
 from kvoffload.planning.workload import Workload
-from kvoffload.profiler.hardware import find_machine
-from kvoffload.profiler.report import summary
-from kvoffload.profiler.roofline import evaluate, setting_of
+from kvoffload.profiler.drawing.terminal_tables import summary
 
 LLAMA: dict[str, Any] = json.loads((CONFIGS / "llama-2-7b.json").read_text())
 MIXTRAL: dict[str, Any] = json.loads((CONFIGS / "mixtral-8x7b.json").read_text())

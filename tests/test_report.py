@@ -32,11 +32,11 @@ from kvoffload.cli import measured_run, report_page
 from kvoffload.errors import ConfigError
 from kvoffload.model.stored_facts import facts_of
 from kvoffload.planning.workload import Workload
-from kvoffload.profiler import page as pages
-from kvoffload.profiler import sections
-from kvoffload.profiler.chart import Chart
-from kvoffload.profiler.study import ROW_METRICS, Compared, Study, compared_rows, typical_steps
-from kvoffload.profiler.trace import STEPS_THREAD, trace
+from kvoffload.profiler.drawing import page as pages
+from kvoffload.profiler.drawing import sections
+from kvoffload.profiler.drawing.chart import Chart
+from kvoffload.profiler.drawing.study import ROW_METRICS, Compared, Study, compared_rows, typical_steps
+from kvoffload.profiler.drawing.trace import STEPS_THREAD, trace
 from kvoffload.timeline import Span, Timeline
 
 TINY = bench.Preset(

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from reports import made, with_everything
 
-from kvoffload.profiler import page as pages
-from kvoffload.profiler import sections
+from kvoffload.profiler.drawing import page as pages
+from kvoffload.profiler.drawing import sections
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from toys import MODELS, TOY, machine, model
 
+from kvoffload.advise.roofline import Roofline, Row, evaluate, setting_of
+from kvoffload.advise.timing import Setting
 from kvoffload.errors import ConfigError, UnsupportedModelError
-from kvoffload.profiler.hardware import find_machine
-from kvoffload.profiler.operations import Precision
-from kvoffload.profiler.report import si, summary
-from kvoffload.profiler.roofline import Roofline, Row, evaluate, setting_of
-from kvoffload.profiler.timing import Setting
+from kvoffload.machine.machine import find_machine
+from kvoffload.model.operations import Precision
+from kvoffload.profiler.drawing.terminal_tables import si, summary
 
 DATA = Path(__file__).parent / "data"
 

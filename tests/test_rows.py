@@ -8,7 +8,7 @@ from typing import Any
 
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.machine.quantities import Curve, Point, Quantity
-from kvoffload.profiler.rows import profile_rows
+from kvoffload.profiler.fact_rows import profile_rows
 
 RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"
 

@@ -16,7 +16,7 @@ from modes import MODES, PROMPT_TOKENS, Outcome, emptied, given, outcome, plain_
 from transformers import PreTrainedModel
 
 from kvoffload import ConfigError
-from kvoffload.cache import attention, segments
+from kvoffload.cache import attention, whole_layer
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.session.session import Session
 
@@ -137,18 +137,18 @@ def test_a_cache_that_is_collected_in_the_middle_of_a_step_of_another(
                 collected_at.append(layer.num_tokens)
 
         def assemble(layer: CacheLayer, *new: torch.Tensor) -> Any:
-            result = attention.assemble(layer, *new)
+            result = whole_layer.assemble(layer, *new)
             collect(layer)  # K and V stand ready, attention has not read them yet
             return result
 
-        add = segments._Answer.add
+        add = attention._Answer.add
 
         def add_segment(answer: Any, kv: torch.Tensor, first_block: int) -> None:
             collect(answer._layer)  # the chunk is in its slot
             add(answer, kv, first_block)
 
-        monkeypatch.setattr("kvoffload.hf.layer.attention", SimpleNamespace(assemble=assemble))
-        monkeypatch.setattr(segments._Answer, "add", add_segment)
+        monkeypatch.setattr("kvoffload.hf.cache_layer.whole_layer", SimpleNamespace(assemble=assemble))
+        monkeypatch.setattr(attention._Answer, "add", add_segment)
         gc.disable()
         try:
             del abandoned

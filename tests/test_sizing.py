@@ -26,7 +26,7 @@ from kvoffload.planning.sizing import (
     Geometry,
     choose_sizes,
 )
-from kvoffload.session.decide import Decider, Decision
+from kvoffload.session.generation_plan import Decider, Decision
 
 MIB = 2**20
 SHAPE = ModelShape(  # of OPT-6.7B

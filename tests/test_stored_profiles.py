@@ -12,9 +12,9 @@ import pytest
 from kvoffload.config import EmulatedLink
 from kvoffload.errors import ProfileError
 from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.machine.machine import find_profile
 from kvoffload.profiler import stored
 from kvoffload.profiler.device import machine_key, resolve_device
-from kvoffload.profiler.hardware import find_profile
 from kvoffload.profiler.profile import METHOD
 
 RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"

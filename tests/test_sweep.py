@@ -12,7 +12,7 @@ from campaign.sweep import Outcome, compare, distance, judge
 from campaign.sweep_cells import MODES, QUICK, QUICK_CELLS, SPLITS, WAYS
 from campaign.sweep_rows import form_of
 from campaign.tiny_models import model_types, tiny_model
-from kvoffload.cache import segments
+from kvoffload.cache import attention
 from kvoffload.errors import UnsupportedModelError
 
 # The part of the sweep that runs with the tests, and what must come of it.
@@ -46,8 +46,8 @@ def test_each_kind_is_a_type_and_every_mode_and_split_is_met_in_the_part() -> No
 
 def one(change: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> sweep.Verdict:
     """A llama whose attention over segments gives what `change` makes of it."""
-    attend = segments.attend
-    monkeypatch.setattr(segments, "attend", lambda *args: change(attend(*args)))
+    attend = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *args: change(attend(*args)))
     return judge("llama", [("greedy", "transfer")]).verdicts["greedy", "transfer"]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_forecast import task
 
-from kvoffload.advise.forecast import Row, forecast
+from kvoffload.advise.comparison import Row, forecast
 from kvoffload.advise.verdict import LEAST_GAIN, Verdict, judge, of_rows
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.planning.workload import Workload

@@ -7,9 +7,9 @@ from typing import Any
 
 from configs import CONFIGS
 
+from kvoffload.machine.machine import Machine
 from kvoffload.model.facts import Facts
 from kvoffload.model.stored_facts import facts_of
-from kvoffload.profiler.hardware import Machine
 
 MODELS = ("opt-6.7b", "llama-2-7b", "llama-3.1-8b", "mixtral-8x7b", "qwen3-8b")  # in `CONFIGS`
 TOY = {  # every size another prime or so, that no two can be taken for each other

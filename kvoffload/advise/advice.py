@@ -16,7 +16,7 @@ import dataclasses
 import logging
 from typing import Any, NamedTuple
 
-from kvoffload.advise.ways import Alternative, Task
+from kvoffload.advise.task import Alternative, Task
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, UnsupportedModelError
 from kvoffload.machine.hardware_profile import HardwareProfile

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from kvoffload.advise.forecast import Row, forecast
-from kvoffload.advise.ways import Task
+from kvoffload.advise.comparison import Row, forecast
+from kvoffload.advise.task import Task
 
 LEAST_GAIN = 1.05  # predictions are not better than that
 

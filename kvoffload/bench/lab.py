@@ -17,13 +17,13 @@ import torch
 
 from kvoffload.backend import Backend, CudaBackend
 from kvoffload.backend.clock import LEAST_CALLS
+from kvoffload.bench.current_rates import attention_s_per_token, forward_s, recompute_s_per_token, step_s_without_cache
 from kvoffload.bench.presets import Preset, make_model
-from kvoffload.bench.rates import attention_s_per_token, forward_s, recompute_s_per_token, step_s_without_cache
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.errors import ConfigError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.live import shape_of_model
-from kvoffload.planning import cost, planner
+from kvoffload.planning import planner, step_time
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.rates import Rates
@@ -172,7 +172,7 @@ class Lab:
             )
         plan = planner.solve(inputs)
         if mode == "sequential":
-            return cost.sequential_step_s(inputs, 0, plan.activation_blocks, plan.kv_blocks)
+            return step_time.sequential_step_s(inputs, 0, plan.activation_blocks, plan.kv_blocks)
         return plan.predicted_step_s
 
     # ---- modes ---------------------------------------------------------------------------------------------------

@@ -1,153 +1,141 @@
-"""The whole-layer attention path: one layer's K and V stand in a layer buffer before the model's own attention runs.
+"""Attention over segments: each chunk is attended where it arrives, and the partial results are merged.
 
-Taken where attention over segments (segments.py) does not know the model or the call. Owns the assembly of that buffer
-from resident blocks, arriving chunks, the tail and the new tokens. The model's attention function then reads views of
-it; the buffer is free for another layer once that attention has been issued.
+Owns the order of a layer's segments (resident blocks, chunks as they come, tail and new tokens) and the running result.
+No place on the device holds a whole layer, so its memory does not grow with the context. Partial results merge by
+log-sum-exp (online softmax: Milakov and Gimelshein 2018; FlashAttention, arXiv 2205.14135, section 3.1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
+from kvoffload.cache import ops
 from kvoffload.cache.layer import CacheLayer
-from kvoffload.planning.placement import Form
-from kvoffload.store.tail import KVShape
+from kvoffload.cache.whole_layer import ResidentBlocks
+from kvoffload.store.tail import NewTokens
 
 
-def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All cached K and V of a layer followed by the new tokens', in logical order.
+class Question(NamedTuple):
+    """What a forward asks of one layer."""
 
-    The layer's job stays current until `layer.cache.engine.finish_current()`.
+    query: torch.Tensor  # [rows, q_tokens, q_heads, head_dim]
+    scale: float
+    valid: torch.Tensor | None = None  # int32 [rows, words]: bit p % 32 of word p // 32, may position p be attended
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None  # [q_heads]: a logit without a value
+
+
+def attend(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor, question: Question) -> torch.Tensor:
+    """Attention over all cached tokens of a layer and the new ones, causal among the new.
 
     Args:
-        layer: a layer that has cached tokens; its state does not change.
-        keys: of the new tokens, [rows, heads, tokens, dim]; values likewise.
+        layer: a segmented layer that has cached tokens; its state does not change.
+        keys: of the new tokens, [rows, heads, q_tokens, head_dim]; values likewise.
+        question: the queries and how to score.
 
     Returns:
-        K and V, [rows, heads, cached + new tokens, dim], views of a layer buffer.
+        [rows, q_tokens, q_heads, head_dim] in the dtype of the queries.
     """
-    cache, engine, shape, tail = layer.cache, layer.cache.engine, layer.shape, layer.tail
-    assert shape is not None and tail is not None
-    row_bytes = cache.rows * shape.row_bytes
-    total = layer.num_tokens + keys.shape[2]
-    engine.ensure_buffers(max(total * row_bytes, layer.stored_kv_bytes))  # blocks land with the rows they have
-    job = engine.begin(cache, layer, in_layer_buffer=True)
-    assert job.buffer is not None
-    landing = job.buffer.bytes
-    resident = _ResidentPlacing(layer, landing)
-    shares = max(1, job.num_activation_chunks)  # so that a long recomputation never keeps the ring full
-    if job.num_activation_chunks == 0:
-        resident.place(1)
-    for chunk, room in engine.arriving(job):
-        tokens = len(chunk.blocks) * cache.placement.block_tokens
-        rows = chunk.blocks[0].rows
-        row = layer.row_shapes["activation"]
-        stored = room.view(row.dtype, (tokens, rows, row.width))
-        out = _tokens(landing, chunk.landing_offset, tokens, rows, shape)
-        engine.backend.compute(reads=(stored,), writes=(out,))
-        layer.recompute_into(chunk.first_block, chunk.blocks[0], stored, out)
-        resident.place(1 / shares)
-    resident.place(1)
-    index = cache.gather_index(layer)
-    if index is None:
-        target = landing
-    else:
-        stored = landing[: layer.stored_kv_bytes].view(shape.dtype).view(-1, shape.width)
-        target = engine.gather_buffer(total * row_bytes)
-        gathered = target[: layer.num_stored_tokens * row_bytes].view(shape.dtype).view(-1, shape.width)
-        engine.backend.compute(reads=(stored,))
-        torch.index_select(stored, 0, index, out=gathered)
-    everything = _tokens(target, 0, total, cache.rows, shape)
-    newest = everything[layer.num_stored_tokens :]
-    engine.backend.compute(writes=(newest,))
-    newest[: tail.num_tokens] = tail.kv
-    new_keys, new_values = shape.split(newest[tail.num_tokens :])
-    new_keys.copy_(keys.permute(2, 0, 1, 3))
-    new_values.copy_(values.permute(2, 0, 1, 3))
-    engine.backend.compute(reads=(everything,))  # the attention that follows
-    all_keys, all_values = shape.split(everything)
-    return all_keys.permute(1, 2, 0, 3), all_values.permute(1, 2, 0, 3)
+    cache, engine, tail = layer.cache, layer.cache.engine, layer.tail
+    assert tail is not None
+    block_tokens = cache.placement.block_tokens
+    answer = _Answer(layer, question)
+    resident = ResidentBlocks(layer, max_blocks=cache.placement.chunk_blocks)
 
+    job = engine.begin(cache, layer, in_layer_buffer=False)
+    shares = max(1, len(job.chunks))  # spread, so that work which frees no slot never keeps the ring full for long
 
-def read_back(layer: CacheLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """All cached K and V of a layer, [rows, heads, tokens, dim], in memory of their own; between two forwards.
-
-    Every block crosses the link or is recomputed, as in a decode step of this layer; what was prefetched is dropped.
-    """
-    engine, shape = layer.cache.engine, layer.shape
-    assert shape is not None
-    rows, device, buffer_bytes = layer.cache.rows, engine.backend.device, engine.buffer_bytes
-    keys = torch.empty(rows, shape.key_heads, 0, shape.key_dim, dtype=shape.dtype, device=device)
-    values = torch.empty(rows, shape.value_heads, 0, shape.value_dim, dtype=shape.dtype, device=device)
-    with torch.no_grad():
-        keys, values = (part.clone() for part in assemble(layer, keys, values))
-    engine.finish_current()
-    engine.resize_buffers(buffer_bytes)  # attention over segments has none, and no room for them is planned
-    return keys, values
-
-
-class ResidentRun(NamedTuple):
-    """Consecutive resident blocks of one form, contiguous on the device."""
-
-    form: Form
-    first_block: int
-    data: torch.Tensor  # [tokens, stored rows, width]
-
-
-class ResidentBlocks:
-    """The blocks of a layer that live on the device (its first ones), taken bit by bit.
-
-    Args:
-        layer: whose blocks.
-        max_blocks: the most that one run may have.
-    """
-
-    def __init__(self, layer: CacheLayer, max_blocks: int | None = None) -> None:
-        self._layer = layer
-        self._runs = layer.resident_runs()
-        self._count = len(self._runs)
-        self._max_blocks = max_blocks or max(1, self._count)
-        self._taken = 0
-        self._due = 0.0
-
-    def due(self, share: float) -> Iterator[ResidentRun]:
-        """A further share of the blocks."""
-        blocks, block_tokens = self._layer.blocks, self._layer.cache.placement.block_tokens
-        self._due = min(float(self._count), self._due + share * self._count)
-        while self._taken < round(self._due):
-            first, idx = blocks[self._taken], self._taken
-            length = min(self._runs[idx], round(self._due) - idx, self._max_blocks)
-            assert first.resident is not None
-            shape = (length * block_tokens, first.rows, first.resident.shape[2])
-            self._taken += length
-            yield ResidentRun(first.form, idx, first.resident.as_strided(shape, first.resident.stride()))
-
-
-class _ResidentPlacing:
-    """Copies or recomputes resident blocks into the layer buffer."""
-
-    def __init__(self, layer: CacheLayer, landing: torch.Tensor) -> None:
-        self._layer, self._landing, self._offset = layer, landing, 0
-        self._blocks = ResidentBlocks(layer)
-
-    def place(self, share: float) -> None:
-        """A further share of the blocks."""
-        layer, shape = self._layer, self._layer.shape
-        assert shape is not None
-        for run in self._blocks.due(share):
-            tokens, rows, _ = run.data.shape
-            out = _tokens(self._landing, self._offset, tokens, rows, shape)
-            layer.cache.engine.backend.compute(writes=(out,))
+    def attend_resident(share: float = 1 / shares) -> None:
+        for run in resident.due(share):
             if run.form == "kv":
-                out.copy_(run.data)
+                answer.add(run.data.view(answer.layout(*run.data.shape[:2])[1]), run.first_block)
             else:
-                layer.recompute_into(run.first_block, layer.blocks[run.first_block], run.data, out)
-            self._offset += tokens * rows * shape.row_bytes
+                answer.add_recomputed(run.data, run.first_block)
+
+    for chunk, room in engine.arriving(job, between=attend_resident):
+        tokens, rows = len(chunk.blocks) * block_tokens, chunk.blocks[0].rows
+        answer.is_sampled = chunk is job.chunks[0] and question.query.shape[1] == 1
+        if chunk.form == "kv":
+            kv = room.view(*answer.layout(tokens, rows))
+            engine.backend.compute(reads=(kv,))
+            answer.add(kv, chunk.first_block)
+        else:
+            row = layer.row_shapes["activation"]
+            stored = room.view(row.dtype, (tokens, rows, row.width))
+            engine.backend.compute(reads=(stored,))
+            answer.add_recomputed(stored, chunk.first_block)
+    attend_resident(1)  # what rounding left, or all of it
+    answer.add_newest(keys, values)
+    return answer.finish()
 
 
-def _tokens(buffer: torch.Tensor, offset: int, tokens: int, rows: int, shape: KVShape) -> torch.Tensor:
-    """Part of a layer buffer as [tokens, rows, width]."""
-    return buffer[offset : offset + tokens * rows * shape.row_bytes].view(shape.dtype).view(tokens, rows, shape.width)
+class _Answer:
+    """The running result of one layer's attention."""
+
+    def __init__(self, layer: CacheLayer, question: Question) -> None:
+        assert layer.shape is not None
+        query = question.query
+        self._layer, self._question, self._shape = layer, question, layer.shape
+        self._out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+        self._lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+        self._is_first = True
+        self.is_sampled = False  # whether the next attention is timed: one of a layer's chunks in a step
+
+    def layout(self, tokens: int, rows: int) -> tuple[torch.dtype, tuple[int, ...]]:
+        """How attention reads K and V: [tokens, rows, 2, heads, head_dim]."""
+        shape = self._shape
+        return shape.dtype, (tokens, rows, 2, shape.key_heads, shape.key_dim)
+
+    def add_recomputed(self, stored: torch.Tensor, first_block: int) -> None:
+        """Attend to blocks stored as activations, [tokens, rows, width], which are on the device."""
+        layer, backend = self._layer, self._layer.cache.engine.backend
+        tokens, rows = stored.shape[:2]
+        scratch = layer.cache.engine.scratch
+        kv = scratch.view(self._shape.dtype, (tokens, rows, self._shape.width))
+        backend.compute(writes=(kv,))
+        layer.recompute_into(first_block, layer.blocks[first_block], stored, kv)
+        backend.compute(reads=(kv,))
+        self.add(scratch.view(*self.layout(tokens, rows)), first_block)
+
+    def add(self, kv: torch.Tensor, first_block: int) -> None:
+        """Attend to stored blocks, as `layout` says."""
+        block_tokens = self._layer.cache.placement.block_tokens
+        table = self._layer.cache.row_table.table
+        if table is not None:
+            table = table[first_block : first_block + kv.shape[0] // block_tokens]
+        self._attend(kv, first_block * block_tokens, table)
+
+    def add_newest(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Attend to the tail and the new tokens, [rows, heads, tokens, head_dim]."""
+        tail = self._layer.tail
+        assert tail is not None
+        newest = tail.with_new(NewTokens(keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)))
+        self._attend(newest.view(self.layout(*newest.shape[:2])[1]), self._layer.num_stored_tokens, None)
+
+    def _attend(self, kv: torch.Tensor, first_position: int, row_table: torch.Tensor | None) -> None:
+        question = self._question
+        row_tokens = kv.shape[0] * question.query.shape[0] if self.is_sampled else 0
+        with self._layer.cache.engine.backend.sampling("attention", row_tokens):
+            ops.segment_attention(
+                question.query,
+                kv,
+                self._out,
+                self._lse,
+                scale=question.scale,
+                is_first=self._is_first,
+                first_position=first_position,
+                query_position=self._layer.num_tokens,
+                valid=question.valid,
+                row_table=row_table,
+                block_tokens=self._layer.cache.placement.block_tokens if row_table is not None else 0,
+                softcap=question.softcap,
+            )
+        self._is_first = self.is_sampled = False
+
+    def finish(self) -> torch.Tensor:
+        """The result, with attention sinks entering now."""
+        result = torch.empty_like(self._question.query, memory_format=torch.contiguous_format)
+        ops.finish(self._out, self._lse, result, self._question.sinks)
+        return result

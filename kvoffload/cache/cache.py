@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kvoffload.cache.agreement import rows_are_alike
 from kvoffload.cache.layer import CacheLayer
+from kvoffload.cache.verification import rows_are_alike
 from kvoffload.errors import UnsupportedModelError
-from kvoffload.pipeline.transfer import TransferEngine
+from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.placement import Placement
 from kvoffload.store.carried import CarriedPositions
 from kvoffload.store.positions import PositionTable

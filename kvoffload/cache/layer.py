@@ -16,9 +16,9 @@ from typing import Protocol
 
 import torch
 
-from kvoffload.cache.agreement import Probe, Recompute, reproduces, sampled
+from kvoffload.cache.verification import Probe, Recompute, reproduces, sampled
 from kvoffload.pipeline.chunks import Chunk, chunks_of, resident_runs
-from kvoffload.pipeline.transfer import TransferEngine
+from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.pipeline.write_back import WriteBack
 from kvoffload.planning.placement import Form, Kind, Placement, Run, next_runs
 from kvoffload.store.block_memory import BlockMemory

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kvoffload.cache import ops
-from kvoffload.cache.agreement import Recompute, reproduces
+from kvoffload.cache.verification import Recompute, reproduces
 from kvoffload.store.tail import KVShape
 
 # Of the second comparison: beyond what models clip K and V at, within float16 together with whatever adds up to them.

@@ -17,7 +17,7 @@ from kvoffload.machine.hardware_profile import HardwareProfile
 def env(as_json: AsJson = False) -> None:
     """Show the facts that decide how fast offloading can be: PCIe, NUMA, memory and pinning limits."""
     from kvoffload.profiler.environment import environment
-    from kvoffload.profiler.rows import fact_rows
+    from kvoffload.profiler.fact_rows import fact_rows
 
     facts = environment()
     if as_json:
@@ -61,7 +61,7 @@ def profile(
     if as_json:
         print_json(measured.to_json())
     else:
-        from kvoffload.profiler.rows import profile_rows
+        from kvoffload.profiler.fact_rows import profile_rows
 
         print_rows(f"Profile of {measured.device_name}", profile_rows(measured))
     if not is_kept:
@@ -97,7 +97,7 @@ def machine_named(hardware: str, link: EmulatedLink | None, *, needs_speed: bool
             )
         with progress("measuring") as tell:
             return stored.load_or_measure(link=link or "auto", progress=tell)
-    from kvoffload.profiler.hardware import find_profile
+    from kvoffload.machine.machine import find_profile
 
     machine = find_profile(hardware)
     if link is None:

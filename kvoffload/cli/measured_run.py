@@ -25,10 +25,10 @@ from kvoffload.bench.decode import NUM_UNEVEN_STEPS, recorded_steps
 from kvoffload.errors import ConfigError
 from kvoffload.model.facts import Facts
 from kvoffload.model.shape import shape_of
-from kvoffload.planning import cost, planner
+from kvoffload.planning import planner, step_time
 from kvoffload.planning.rates import Rates
 from kvoffload.planning.workload import Workload
-from kvoffload.profiler.study import MeasuredRun, simulated, typical_steps
+from kvoffload.profiler.drawing.study import MeasuredRun, simulated, typical_steps
 from kvoffload.units import counted
 
 NEW_TOKENS = 12
@@ -75,7 +75,7 @@ def measure(
 
     def predicted_s(rates: Rates) -> float:
         placed = (executed.activation_blocks, executed.kv_blocks)
-        return cost.predict_step_s(replace(inputs, rates=rates), 0, 0, *placed)[0]
+        return step_time.predict_step_s(replace(inputs, rates=rates), 0, 0, *placed)[0]
 
     mean = _mean(before, after)
     step_s = tuple(stats.decode_step_s[NUM_UNEVEN_STEPS:])

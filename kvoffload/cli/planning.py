@@ -67,8 +67,8 @@ def plan(
 ) -> None:
     """Say whether offloading pays for a workload, how fast it will be, what it costs and what limits it."""
     from kvoffload.advise.advice import advise, task_of
-    from kvoffload.advise.forecast import Economics, foresee, grid
-    from kvoffload.profiler.hardware import what_if
+    from kvoffload.advise.comparison import Economics, foresee, grid
+    from kvoffload.machine.machine import what_if
 
     config = OffloadConfig(split=split, device_gib=device_gib, host_gib=host_gib)
     workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, num_beams=num_beams)
@@ -83,7 +83,7 @@ def plan(
     if as_json:
         print_json(advice.to_json() | seen.to_json())
         return
-    from kvoffload.profiler.report import print_forecast
+    from kvoffload.profiler.drawing.terminal_tables import print_forecast
 
     typer.echo(advice.plan.recommendation)
     typer.echo(f"On {machine.device_name}, {machine.link_name}:")
@@ -107,8 +107,8 @@ def roofline(
     as_json: AsJson = False,
 ) -> None:
     """Show what every operation computes and moves, what bounds it and what would move that bound."""
-    from kvoffload.profiler.hardware import find_machine, machine_of
-    from kvoffload.profiler.roofline import evaluate, setting_of
+    from kvoffload.advise.roofline import evaluate, setting_of
+    from kvoffload.machine.machine import find_machine, machine_of
 
     dims = facts_shown(config)
     setting = setting_of(
@@ -130,7 +130,7 @@ def roofline(
     if as_json:
         print_json(found.to_json())
         return
-    from kvoffload.profiler.report import print_roofline
+    from kvoffload.profiler.drawing.terminal_tables import print_roofline
 
     print_roofline(found)
 
@@ -156,7 +156,7 @@ def report(
     """Write one HTML file with charts: roofline, step timeline, split, batch and context, memory, measurements."""
     from kvoffload import __version__
     from kvoffload.cli import report_page as reports
-    from kvoffload.profiler import chart, study
+    from kvoffload.profiler.drawing import chart, study
 
     chart.require_plotly()
     options = OffloadConfig(device_gib=device_gib)

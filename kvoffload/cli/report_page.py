@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from kvoffload.errors import ConfigError
-from kvoffload.profiler import page as pages
-from kvoffload.profiler import sections
-from kvoffload.profiler.study import MeasuredRun, Study
-from kvoffload.profiler.trace import write_trace
+from kvoffload.profiler.drawing import page as pages
+from kvoffload.profiler.drawing import sections
+from kvoffload.profiler.drawing.study import MeasuredRun, Study
+from kvoffload.profiler.drawing.trace import write_trace
 from kvoffload.timeline import Timeline
 
 

@@ -58,7 +58,7 @@ def custom_generate(
     as_json: AsJson = False,
 ) -> None:
     """Write a custom_generate/ folder: transformers, and tools that call it, then generate through kvoffload."""
-    from kvoffload.profiler.hardware import find_profile
+    from kvoffload.machine.machine import find_profile
 
     if hardware != "auto":
         find_profile(hardware)  # now, not in the first call

@@ -5,13 +5,13 @@ modules of one model, methods are shadowed on one instance.
 """
 
 from kvoffload.hf.arguments import generation_name, given_cache, returned_cache
-from kvoffload.hf.cache import OffloadedHFCache
+from kvoffload.hf.cache_layer import OffloadedLayer
 from kvoffload.hf.contract import check_release
 from kvoffload.hf.hooks import ModelHooks
 from kvoffload.hf.interface import SegmentAttention
-from kvoffload.hf.layer import OffloadedLayer
 from kvoffload.hf.layer_owner import FirstTokens, Measure
 from kvoffload.hf.models import check_supported, offloadable_layers, unwrap
+from kvoffload.hf.offloaded_cache import OffloadedHFCache
 from kvoffload.hf.shadows import CONTINUOUS_BATCHING, Shadows
 from kvoffload.model.self_attention import attention_modules
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from kvoffload.cache.segments import Question
+from kvoffload.cache.attention import Question
 from kvoffload.hf.masks import Padding
 
 # What attention functions are called with. A window is in the mask; the others say nothing about the result.

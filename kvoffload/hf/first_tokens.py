@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from kvoffload.cache import recompute
-from kvoffload.cache.agreement import Recompute
 from kvoffload.cache.layer import CacheLayer
+from kvoffload.cache.verification import Recompute
 from kvoffload.hf.arguments import name_of_cache
 from kvoffload.hf.layer_owner import FirstTokens, LayerOwner
-from kvoffload.pipeline.transfer import TransferEngine
+from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.store.carried import CarriedPositions, PositionLayout, rows_are_equal
 from kvoffload.store.positions import INDEX_BYTES
 from kvoffload.store.tail import KVShape

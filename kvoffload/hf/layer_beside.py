@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 )
 
 from kvoffload.cache.layer import CacheLayer
-from kvoffload.hf.layer import OffloadedLayer
+from kvoffload.hf.cache_layer import OffloadedLayer
 from kvoffload.hf.layer_owner import LayerOwner
 
 

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvoffload.errors import ConfigError, ProfileError
+from kvoffload.machine.dtypes import BITS
 
 DATASHEET_SCHEMA_VERSION = 1
 PRESETS = Path(__file__).parent / "presets.json"
-BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "float8": 8, "int8": 8, "float4": 4, "int4": 4}
 COPY_BYTES = (*(2**exponent for exponent in range(12, 27, 2)), 2**30)  # the sizes of a profile's curves
 GEMM_ROWS = tuple(4**exponent for exponent in range(8))
 GEMM_WEIGHTS = (1024, 2048, 4096, 8192)

@@ -16,6 +16,8 @@ from kvoffload.errors import ProfileError
 
 Provenance = Literal["measured", "datasheet", "assumed"]
 
+SIZES_BYTES = tuple(2**exponent for exponent in range(12, 27, 2))  # 4 KiB .. 64 MiB
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantity:
@@ -136,3 +138,10 @@ def _provenance(text: str) -> Provenance:
             found: Provenance = known
             return found
     raise ValueError(f"unknown provenance {text!r}")
+
+
+def given_curve(bytes_per_s: float, latency_s: float) -> Curve:
+    """The curve of a link whose speed is a given: `latency_s + bytes / bytes_per_s`."""
+    sizes = (*SIZES_BYTES, 2**30)
+    points = tuple(Point((float(size),), latency_s + size / bytes_per_s, 0.0) for size in sizes)
+    return Curve(unit="bytes", points=points, provenance="assumed")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kvoffload.errors import ConfigError, UnsupportedModelError
+from kvoffload.machine.dtypes import ITEMSIZE_BYTES
 
-ITEMSIZE_BYTES = {"float64": 8, "float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 _NAMES = {
     "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),

@@ -15,8 +15,9 @@ import warnings
 from typing import Any
 
 from kvoffload.errors import UnsupportedModelError
+from kvoffload.machine.dtypes import ITEMSIZE_BYTES
 from kvoffload.model.facts import Facts
-from kvoffload.model.fields import ITEMSIZE_BYTES, dtype_of, itemsize_bytes, reader
+from kvoffload.model.fields import dtype_of, itemsize_bytes, reader
 from kvoffload.model.guess import guessed
 from kvoffload.model.kv_widths import projected_widths
 from kvoffload.model.learn import facts_of_model, without_memory

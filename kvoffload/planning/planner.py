@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pulp
 
 from kvoffload.errors import ConfigError, InfeasiblePlanError
-from kvoffload.planning import cost
+from kvoffload.planning import step_time
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.plan import Constraint, Plan
 from kvoffload.units import gb, gib
@@ -66,7 +66,7 @@ def solve(inputs: PlanInputs) -> Plan:
     if placement is None:
         raise _infeasible(inputs)
     r, r_x, x, t = placement
-    step_s, binding = cost.predict_step_s(inputs, *placement)
+    step_s, binding = step_time.predict_step_s(inputs, *placement)
     if _waits_for_host_memory(inputs, placement, step_s):
         binding = "host_memory"
     return Plan(
@@ -83,14 +83,14 @@ def solve(inputs: PlanInputs) -> Plan:
         kv_bytes_per_token=inputs.kv_bytes_per_token,
         activation_bytes_per_token=inputs.activation_bytes_per_token,
         predicted_step_s=step_s,
-        full_transfer_step_s=cost.full_transfer_step_s(inputs),
+        full_transfer_step_s=step_time.full_transfer_step_s(inputs),
         binding_constraint=binding,
         schedule=inputs.schedule,
         weight_bytes_per_step=inputs.weight_bytes_per_step,
         num_micro_batches=inputs.num_micro_batches,
         objective=inputs.objective,
-        device_bytes=cost.device_bytes(inputs, r, r_x),
-        host_bytes=cost.host_bytes(inputs, x, t),
+        device_bytes=step_time.device_bytes(inputs, r, r_x),
+        host_bytes=step_time.host_bytes(inputs, x, t),
     )
 
 
@@ -112,8 +112,8 @@ class Program(NamedTuple):
 
 def program(inputs: PlanInputs) -> Program:
     """Write down section 7 for a free split: variables in blocks, minimise T."""
-    c = cost.terms(inputs)
-    unit_s = (cost.full_transfer_step_s(inputs) or 1.0) / OBJECTIVE_SCALE
+    c = step_time.terms(inputs)
+    unit_s = (step_time.full_transfer_step_s(inputs) or 1.0) / OBJECTIVE_SCALE
     s, per_chunk = inputs.num_blocks, inputs.chunk_blocks
     beta_x, beta_kv = inputs.activation_bytes_per_token, inputs.kv_bytes_per_token
     weighted = pulp.LpAffineExpression
@@ -154,9 +154,9 @@ def program(inputs: PlanInputs) -> Program:
     problem += weighted([(chunks_t, per_chunk), (t, -1)]) >= 0
     problem += weighted([(step, 1), (chunks_x, -chunk_host), (chunks_t, -chunk_host)]) >= c.host_fixed_s / unit_s
     # device memory: L*(beta_kv*r + beta_x*r_x) + fixed_device_bytes <= device_bytes, in units of beta_kv
-    problem += weighted([(r, 1), (r_x, beta_x / beta_kv)]) <= cost.resident_capacity_bytes(inputs) / beta_kv
+    problem += weighted([(r, 1), (r_x, beta_x / beta_kv)]) <= step_time.resident_capacity_bytes(inputs) / beta_kv
     # host memory: L*(beta_x*x + beta_kv*t) <= host_bytes, in units of beta_kv
-    problem += weighted([(x, beta_x / beta_kv), (t, 1)]) <= cost.host_capacity_bytes(inputs) / beta_kv
+    problem += weighted([(x, beta_x / beta_kv), (t, 1)]) <= step_time.host_capacity_bytes(inputs) / beta_kv
     return Program(problem, step, x, unit_s)
 
 
@@ -195,15 +195,15 @@ def _allowed(inputs: PlanInputs, placement: Placement) -> bool:
         and r_x >= inputs.stored_resident_activation_blocks
         and x >= inputs.stored_activation_blocks
         and t >= inputs.stored_kv_blocks
-        and cost.device_bytes(inputs, r, r_x) <= inputs.device_bytes
-        and cost.host_bytes(inputs, x, t) <= inputs.host_bytes
+        and step_time.device_bytes(inputs, r, r_x) <= inputs.device_bytes
+        and step_time.host_bytes(inputs, x, t) <= inputs.host_bytes
     )
 
 
 def _place_at_split(inputs: PlanInputs) -> Placement:
     """At a fixed share every term grows with the number of offloaded blocks: take the fewest, allowed or not."""
     r_x = inputs.stored_resident_activation_blocks
-    room = cost.resident_capacity_bytes(inputs) - inputs.activation_bytes_per_token * r_x
+    room = step_time.resident_capacity_bytes(inputs) - inputs.activation_bytes_per_token * r_x
     offloaded = inputs.num_blocks - r_x - room // inputs.kv_bytes_per_token
     offloaded = max(offloaded, inputs.stored_activation_blocks + inputs.stored_kv_blocks)
     x = split_blocks(inputs, offloaded)
@@ -217,7 +217,7 @@ def _search(inputs: PlanInputs, relaxed_x: float, bound_s: float) -> Placement |
     than the best whole one found are an interval around `relaxed_x`, as the relaxation is convex, and the least
     fractional t is less than two blocks below the whole one: that says when a direction can end.
     """
-    c = cost.terms(inputs)
+    c = step_time.terms(inputs)
     barrier_s = c.attention_s if inputs.schedule == "kvpr" else 0.0  # `any_x` may be next to nothing
     most_x = inputs.num_blocks - inputs.stored_kv_blocks - inputs.stored_resident_blocks
     most_x -= inputs.stored_resident_activation_blocks
@@ -234,7 +234,7 @@ def _search(inputs: PlanInputs, relaxed_x: float, bound_s: float) -> Placement |
                 break
             placement = _least_kv(inputs, x, most_r_x)
             fractional_t = max(0, placement.t - 2)
-            fewest_bytes = cost.host_bytes(inputs, x, fractional_t)  # what is on the host crosses the link
+            fewest_bytes = step_time.host_bytes(inputs, x, fractional_t)  # what is on the host crosses the link
             if fewest_bytes > (best_rank[0] if optimal else inputs.host_bytes):
                 break
             if c.schedule_s(x, fractional_t) - barrier_s > limit_s:
@@ -244,20 +244,20 @@ def _search(inputs: PlanInputs, relaxed_x: float, bound_s: float) -> Placement |
             if not optimal and (step_s := _shortest_s(inputs, c, x, most_r_x)) < best_s * (1 - EQUAL_FRACTION):
                 best, best_s = None, step_s
                 placement = _least_kv(inputs, x, _most_recomputed(inputs, c, step_s * (1 + EQUAL_FRACTION)) - x)
-            rank = (cost.host_bytes(inputs, x, placement.t), x, placement.r_x)
+            rank = (step_time.host_bytes(inputs, x, placement.t), x, placement.r_x)
             if best is None or rank < best_rank:
                 best, best_rank = placement, rank
     return best
 
 
-def _most_recomputed(inputs: PlanInputs, c: cost.Terms, limit_s: float) -> int:
+def _most_recomputed(inputs: PlanInputs, c: step_time.Terms, limit_s: float) -> int:
     """The most blocks the device can recompute when its step may take `limit_s`; negative if it cannot at all."""
     if c.device_s(inputs.num_blocks) <= limit_s:
         return inputs.num_blocks
     return math.floor((limit_s - c.device_fixed_s) / c.recompute_s) if c.recompute_s else -1
 
 
-def _shortest_s(inputs: PlanInputs, c: cost.Terms, x: int, most_r_x: int) -> float:
+def _shortest_s(inputs: PlanInputs, c: step_time.Terms, x: int, most_r_x: int) -> float:
     """The shortest step at a given x, by bisection: with more r_x the device takes longer, link and host less long."""
 
     def step_s(r_x: int) -> tuple[float, Constraint]:
@@ -274,7 +274,7 @@ def _shortest_s(inputs: PlanInputs, c: cost.Terms, x: int, most_r_x: int) -> flo
 def _least_kv(inputs: PlanInputs, x: int, most_r_x: int) -> Placement:
     """Choose the least t, then the least r_x, at a given x, with at most `most_r_x` for r_x."""
     beta_x, beta_kv = inputs.activation_bytes_per_token, inputs.kv_bytes_per_token
-    capacity = cost.resident_capacity_bytes(inputs)
+    capacity = step_time.resident_capacity_bytes(inputs)
     r_x = inputs.stored_resident_activation_blocks
     most_resident = inputs.num_blocks - x - inputs.stored_kv_blocks
     if beta_x < beta_kv:  # an activation in place of K/V makes room: as many as may be, then K/V in what is left
@@ -290,18 +290,18 @@ def _least_kv(inputs: PlanInputs, x: int, most_r_x: int) -> Placement:
 
 def _waits_for_host_memory(inputs: PlanInputs, placement: Placement, step_s: float) -> bool:
     """Whether host memory is full to within one block and the step would be faster with more."""
-    free_bytes = inputs.host_bytes - cost.host_bytes(inputs, placement.x, placement.t)
-    if free_bytes >= max(cost.host_bytes(inputs, 1, 0), cost.host_bytes(inputs, 0, 1)):
+    free_bytes = inputs.host_bytes - step_time.host_bytes(inputs, placement.x, placement.t)
+    if free_bytes >= max(step_time.host_bytes(inputs, 1, 0), step_time.host_bytes(inputs, 0, 1)):
         return False
-    every_bytes = cost.host_bytes(inputs, inputs.num_blocks, inputs.num_blocks)
+    every_bytes = step_time.host_bytes(inputs, inputs.num_blocks, inputs.num_blocks)
     roomy = _place(dataclasses.replace(inputs, host_bytes=every_bytes))
-    return roomy is not None and cost.predict_step_s(inputs, *roomy)[0] < step_s * (1 - EQUAL_FRACTION)
+    return roomy is not None and step_time.predict_step_s(inputs, *roomy)[0] < step_s * (1 - EQUAL_FRACTION)
 
 
 def _infeasible(inputs: PlanInputs) -> InfeasiblePlanError:
     """Says which memory is too small, by how much, and what to do."""
     r, r_x = inputs.stored_resident_blocks, inputs.stored_resident_activation_blocks
-    needed = cost.device_bytes(inputs, r, r_x)
+    needed = step_time.device_bytes(inputs, r, r_x)
     if needed > inputs.device_bytes:
         return InfeasiblePlanError(
             f"device memory: working buffers{' and resident blocks' if r + r_x else ''} need {_size(needed)}, the "
@@ -313,7 +313,7 @@ def _infeasible(inputs: PlanInputs) -> InfeasiblePlanError:
             x, t = x + t - inputs.stored_kv_blocks, inputs.stored_kv_blocks
     else:
         _, _, x, t = _place_at_split(inputs)
-    needed = cost.host_bytes(inputs, x, t)
+    needed = step_time.host_bytes(inputs, x, t)
     return InfeasiblePlanError(
         f"host memory: the KV cache needs at least {_size(needed)} beside the "
         f"{_size(inputs.device_bytes - inputs.fixed_device_bytes)} free for it on the device, the limit is "

@@ -27,13 +27,13 @@ from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.errors import ConfigError, KVOffloadError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.live import shape_of_model
-from kvoffload.pipeline.transfer import TransferEngine
+from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.placement import Placement
 from kvoffload.profiler.stored import find_stored, resolve_profile
-from kvoffload.session.decide import Decider
-from kvoffload.session.decisions import Decisions
+from kvoffload.session.cache_plans import Decisions
+from kvoffload.session.generation import Run
+from kvoffload.session.generation_plan import Decider
 from kvoffload.session.progress import AllocationProgress
-from kvoffload.session.run import Run
 from kvoffload.session.stats import GenerationStats
 from kvoffload.store.store import HostPool
 from kvoffload.timeline import Timeline, assemble

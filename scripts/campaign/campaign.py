@@ -35,8 +35,8 @@ from campaign import rows
 from campaign.cells import GB, Cell
 from campaign.providers import Bed, DynamicCache, Ours, Provider
 from campaign.serving import Group, Objective, Outcome, Sameness, Samples, samples
-from kvoffload.advise.forecast import decode_mbu, decode_mfu
-from kvoffload.advise.ways import Task
+from kvoffload.advise.comparison import decode_mbu, decode_mfu
+from kvoffload.advise.task import Task
 from kvoffload.backend import free_pinned
 from kvoffload.bench.lab import Lab, core_for_the_link
 from kvoffload.errors import InfeasiblePlanError, KVOffloadError

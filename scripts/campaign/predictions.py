@@ -24,7 +24,7 @@ from kvoffload.bench.decode import MAX_RATE_DRIFT_FRACTION, MAX_TRIES, NUM_UNEVE
 from kvoffload.bench.lab import Lab
 from kvoffload.bench.presets import PRESETS
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.planning import cost
+from kvoffload.planning import step_time
 from kvoffload.planning.rates import Rates
 
 BENCH = "predictions"
@@ -106,8 +106,8 @@ def check(one: Combination, profile: HardwareProfile, new_tokens: int) -> Checke
             break
     inputs = lab.inputs(rates, split=split, is_segmented=True)
     activation_blocks = one.split_sixteenths * inputs.num_blocks // 16
-    link_s = cost.link_s(inputs, activation_blocks, inputs.num_blocks - activation_blocks)
-    device_s = cost.device_s(inputs, 0, activation_blocks)
+    link_s = step_time.link_s(inputs, activation_blocks, inputs.num_blocks - activation_blocks)
+    device_s = step_time.device_s(inputs, 0, activation_blocks)
     return Checked(one, statistics.mean(bounds), statistics.mean(measured), link_s / device_s, lab.link_name)
 
 

@@ -23,7 +23,7 @@ from campaign.cells import Cell
 from campaign.serving import Group, Outcome, generate
 from campaign.whole_layer_cache import WholeLayerCache
 from kvoffload import hf
-from kvoffload.advise.ways import Task
+from kvoffload.advise.task import Task
 from kvoffload.api import offload
 from kvoffload.backend import Backend, CudaBackend, EmulatedBackend
 from kvoffload.bench.lab import Lab

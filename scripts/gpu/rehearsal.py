@@ -34,7 +34,7 @@ from campaign import cells, rows
 from gpu import smoke, worker
 from gpu.steps import START_S, STEPS, TIER_1_S, Step
 from kvoffload.backend import CudaBackend
-from kvoffload.bench import PRESETS, Preset, lab, rates
+from kvoffload.bench import PRESETS, Preset, current_rates, lab
 from kvoffload.cache import ops
 from kvoffload.kernels import linear_rope, reference
 from kvoffload.profiler import budget, compute, host_memory, profile, trials
@@ -245,7 +245,7 @@ def _count(patch: pytest.MonkeyPatch, meter: Meter) -> None:
     """Models, backends, and what lasts as long as its budget."""
     make_model, median_s, seconds, begin, measure = (
         lab.make_model,
-        rates._median_s,
+        current_rates._median_s,
         measured_rates._seconds,
         CudaBackend.__init__,
         profile.measure_hardware,
@@ -274,7 +274,7 @@ def _count(patch: pytest.MonkeyPatch, meter: Meter) -> None:
         return measure(*args, **kwargs)
 
     patch.setattr(lab, "make_model", made)
-    patch.setattr(rates, "_median_s", median)
+    patch.setattr(current_rates, "_median_s", median)
     patch.setattr(measured_rates, "_seconds", seconds_of)
     patch.setattr(CudaBackend, "__init__", backend)
     patch.setattr(profile, "measure_hardware", measured)

@@ -14,9 +14,10 @@ import pytest
 
 from kvoffload.errors import ProfileError
 from kvoffload.machine import datasheet
-from kvoffload.machine.datasheet import BITS, Datasheet, preset, preset_names
+from kvoffload.machine.datasheet import Datasheet, preset, preset_names
+from kvoffload.machine.dtypes import BITS
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.profiler.hardware import find_machine, find_profile, machine_of
+from kvoffload.machine.machine import find_machine, find_profile, machine_of
 
 RECORDED = Path(__file__).parent / "data" / "profile_emulated_2_threads.json"
 # figures a reader can check against the vendors' pages: half precision TFLOP/s dense, GB, GB/s, watts
@@ -212,7 +213,7 @@ def test_an_unreadable_or_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_finding_a_preset_loads_neither_torch_nor_numpy() -> None:
     program = (
-        "import sys; from kvoffload.profiler.hardware import find_machine; find_machine('h200-pcie5'); "
+        "import sys; from kvoffload.machine.machine import find_machine; find_machine('h200-pcie5'); "
         "print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
     )
     root = Path(__file__).parents[1]

@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from kvoffload.advise.ways import Alternative, Task
+from kvoffload.advise.task import Alternative, Task
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.planning import cost, planner
+from kvoffload.planning import planner, step_time
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.plan import Plan
 from kvoffload.units import count, gb
@@ -225,7 +225,7 @@ def _figures(
     """All figures of one way; `mean` is its placement at the mean context, None without offloading."""
     workload, profile = task.workload, task.profile
     x, t, r_x = (mean.activation_blocks, mean.kv_blocks, mean.resident_activation_blocks) if mean else (0, 0, 0)
-    terms = cost.terms(inputs)
+    terms = step_time.terms(inputs)
     link_s = terms.activation_link_s * x + terms.kv_link_s * t
     flops = task.prefill_flops(found.batch) + (workload.new_tokens - 1) * task.step_flops(found.batch)
     new_tokens = workload.batch * workload.new_tokens
@@ -248,7 +248,7 @@ def _figures(
         total_s=found.total_s,
         tokens_per_s=found.tokens_per_s,
         link_utilization=min(1.0, link_s / found.step_s),
-        device_utilization=min(1.0, (cost.device_s(inputs, r_x, x) + task.tail_s(inputs)) / found.step_s),
+        device_utilization=min(1.0, (step_time.device_s(inputs, r_x, x) + task.tail_s(inputs)) / found.step_s),
         device_bytes=found.device_bytes,
         mfu=found.runs * flops / (peak_flops_per_s(profile) * found.total_s),
         mbu=decode_mbu(task, found.batch, found.step_s),

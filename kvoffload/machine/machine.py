@@ -18,9 +18,11 @@ from typing import Any
 
 from kvoffload.errors import ConfigError, ProfileError
 from kvoffload.machine import datasheet
-from kvoffload.machine.datasheet import BITS, Datasheet
+from kvoffload.machine.datasheet import Datasheet
+from kvoffload.machine.dtypes import BITS
+from kvoffload.machine.fit import Fit
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.profiler.fit import Fit
+from kvoffload.machine.quantities import given_curve
 
 LINK_BYTES = 2**26  # the copy whose rate is taken for the link's
 
@@ -73,7 +75,7 @@ def machine_of(profile: HardwareProfile) -> Machine:
     """The machine of a profile, measured or made from a datasheet."""
     if "datasheet" in profile.extra:
         return _from_datasheet(datasheet.read(profile.extra["datasheet"], source=profile.device_name))
-    from kvoffload.profiler.fitting import fit_profile  # with numpy, which datasheets do without
+    from kvoffload.machine.fitting import fit_profile  # with numpy, which datasheets do without
 
     fits = fit_profile(profile)
     best = max(2 * math.prod(point.x) / point.seconds for point in profile.gemm.points)  # multiply-add
@@ -109,8 +111,6 @@ def what_if(
         ConfigError: unknown link, or a size that no device has.
     """
     if link is not None:
-        from kvoffload.profiler.link import given_curve  # with torch, which the rest does without
-
         spec = datasheet.link_named(link)
         curve = given_curve(spec.bytes_per_s, spec.latency_s)
         profile = profile.behind(spec.link_name, curve, curve)

@@ -7,7 +7,7 @@ import weakref
 
 import torch
 
-from kvoffload.pipeline.room import Room
+from kvoffload.pipeline.device_memory import Room
 
 
 def test_the_same_part_and_view_are_the_same_tensor() -> None:

@@ -15,17 +15,17 @@ from configs import CONFIGS
 from typer.testing import Result
 
 from kvoffload.advise.advice import advise, task_of
-from kvoffload.advise.forecast import MAX_SEARCHED, Economics, Grid, Row, forecast, foresee, grid, limits
-from kvoffload.advise.ways import Task
+from kvoffload.advise.comparison import MAX_SEARCHED, Economics, Grid, Row, forecast, foresee, grid, limits
+from kvoffload.advise.task import Task
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.machine.datasheet import link_named
 from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.machine.machine import what_if
 from kvoffload.model.model_shape import model_shape
 from kvoffload.planning import planner
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.workload import Workload
-from kvoffload.profiler.hardware import what_if
 
 ROOT = Path(__file__).parents[1]
 A100 = HardwareProfile.preset("a100-40gb-pcie4")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from kvoffload.errors import ConfigError
-from kvoffload.profiler.report import si
+from kvoffload.profiler.drawing.terminal_tables import si
 
 # Okabe and Ito's palette, which colour-blind people can tell apart, a little darker where it is pale.
 BLUE, ORANGE, GREEN, PINK, PURPLE, GREY = "#2f81c7", "#d97a06", "#12936b", "#c2548c", "#7b6fd0", "#8a8f98"

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 from kvoffload.cache.cache import OffloadedCache
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.errors import ConfigError, KVOffloadError
-from kvoffload.hf.layer import OffloadedLayer
+from kvoffload.hf.cache_layer import OffloadedLayer
 from kvoffload.hf.layer_beside import LayerBeside, offloaded
 from kvoffload.hf.layer_owner import FirstTokens, Measure
 from kvoffload.hf.masks import MaskReader

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvoffload.profiler.chart import (
+from kvoffload.profiler.drawing.chart import (
     BLUE,
     GREEN,
     GREY,
@@ -17,9 +17,9 @@ from kvoffload.profiler.chart import (
     require_plotly,
     time_unit,
 )
-from kvoffload.profiler.report import seconds, si
-from kvoffload.profiler.study import MeasuredRun, Study
-from kvoffload.profiler.trace import LABELS
+from kvoffload.profiler.drawing.study import MeasuredRun, Study
+from kvoffload.profiler.drawing.terminal_tables import seconds, si
+from kvoffload.profiler.drawing.trace import LABELS
 from kvoffload.timeline import LANES, Lane, Timeline
 from kvoffload.units import counted
 

@@ -29,7 +29,7 @@ import torch
 from kvoffload.backend import Backend, Event
 from kvoffload.config import Schedule
 from kvoffload.pipeline.chunks import Chunk
-from kvoffload.pipeline.room import Room
+from kvoffload.pipeline.device_memory import Room
 from kvoffload.pipeline.write_back import D2HSlot, WriteBack
 from kvoffload.store.store import Block
 

@@ -18,11 +18,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from kvoffload.advise.timing import Bound, Remedy, Setting, Timed, Timer, remedies_of, work_of
 from kvoffload.errors import UnsupportedModelError
+from kvoffload.machine.machine import Machine
 from kvoffload.model.facts import Facts
-from kvoffload.profiler.hardware import Machine
-from kvoffload.profiler.operations import Precision, attending, forward
-from kvoffload.profiler.timing import Bound, Remedy, Setting, Timed, Timer, remedies_of, work_of
+from kvoffload.model.operations import Precision, attending, forward
 
 CONTEXT_POINTS = 4  # at which the steps of a task are evaluated: the time is nearly linear in the context
 _SUMMED = (

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin
 
-from kvoffload.cache import attention, segments
-from kvoffload.cache.agreement import Probe
+from kvoffload.cache import attention, whole_layer
 from kvoffload.cache.layer import CacheLayer
+from kvoffload.cache.verification import Probe
 from kvoffload.errors import KVOffloadError, UnsupportedModelError
 from kvoffload.hf.attention_call import asks_for_own_attention, can_segment, question, wants_contiguous
 from kvoffload.hf.first_tokens import prepare_measurement, settle_position_layout, way_to_recompute
@@ -94,7 +94,7 @@ class OffloadedLayer(CacheLayerMixin):
                 torch.empty(rows, shape.value_heads, tokens, shape.value_dim, dtype=shape.dtype, device="meta"),
             )
         owner.check_usable()
-        return attention.read_back(core)
+        return whole_layer.read_back(core)
 
     def _refuse_assignment(self, value: torch.Tensor | None) -> None:
         if value is not None:  # transformers says None when it makes a layer
@@ -146,7 +146,7 @@ class OffloadedLayer(CacheLayerMixin):
             self._prepare(update, is_segmented=False)
             result = (key_states, value_states)
             if core.num_tokens:
-                result = attention.assemble(core, key_states, value_states)
+                result = whole_layer.assemble(core, key_states, value_states)
                 if self._wants_contiguous:
                     result = (result[0].contiguous(), result[1].contiguous())
             self._append(update)
@@ -221,11 +221,11 @@ class OffloadedLayer(CacheLayerMixin):
                 if padding is None:
                     if not asks_for_own_attention(module, kwargs, query.device):
                         owner.warn_whole_layer(module)
-                    key, value = attention.assemble(core, key, value)
+                    key, value = whole_layer.assemble(core, key, value)
                     with core.cache.engine.backend.recording("attention"):
                         output = original(module, query, key, value, mask, **kwargs)
                 else:
-                    output = segments.attend(core, key, value, question(query, padding, kwargs)), None
+                    output = attention.attend(core, key, value, question(query, padding, kwargs)), None
             self._append(update)
         return output
 

@@ -15,7 +15,7 @@ from kvoffload.backend import EmulatedBackend
 from kvoffload.config import GIB
 from kvoffload.model.model_shape import model_shape
 from kvoffload.planning.sizing import Geometry
-from kvoffload.session.decide import Decider
+from kvoffload.session.generation_plan import Decider
 
 
 @pytest.fixture

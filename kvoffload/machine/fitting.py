@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvoffload.errors import ProfileError
+from kvoffload.machine.dtypes import ITEMSIZE_BYTES
+from kvoffload.machine.fit import Fit, OperationClass, Work, gemm_work
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.model.fields import ITEMSIZE_BYTES
-from kvoffload.profiler.fit import Fit, OperationClass, Work, gemm_work
 
 _Array = npt.NDArray[np.float64]
 

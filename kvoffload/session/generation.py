@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from kvoffload import hf
 from kvoffload.backend import Backend, LinkUse, Pace
-from kvoffload.pipeline.transfer import TransferEngine
+from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.plan import Plan
 from kvoffload.session.stats import GenerationStats
 from kvoffload.store.store import HostPool

@@ -18,7 +18,7 @@ from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
-from kvoffload.planning import cost, planner
+from kvoffload.planning import planner, step_time
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.rates import Rates, least_chunk_bytes, rates_from_profile
@@ -136,7 +136,7 @@ class Task(NamedTuple):
         """What the plan is predicted to take; the prefill writes the cache back while it computes."""
         inputs = self.inputs(self.mean_tokens())
         mean = planner.solve(inputs)
-        device_s = cost.device_s(inputs, mean.resident_activation_blocks, mean.activation_blocks)
+        device_s = step_time.device_s(inputs, mean.resident_activation_blocks, mean.activation_blocks)
         step_s = max(mean.predicted_step_s, device_s + self.tail_s(inputs))
         written = 0.0
         if chosen.host_bytes and self.profile.d2h is not None:
@@ -155,7 +155,7 @@ class Task(NamedTuple):
         runs = -(-self.workload.batch // largest)
         batch = -(-self.workload.batch // runs)  # equal parts
         inputs = self.inputs(self.mean_tokens(), batch)
-        step_s = max(cost.device_s(inputs, 0, 0) + self.tail_s(inputs), cost.host_s(inputs, 0, 0))
+        step_s = max(step_time.device_s(inputs, 0, 0) + self.tail_s(inputs), step_time.host_s(inputs, 0, 0))
         used = self.shape.weight_bytes + self.resident_bytes(batch)
         way: Way = "on_device" if runs == 1 else "sub_batches"
         return self._alternative(way, batch, runs, self._prefill_s(batch), step_s, used)

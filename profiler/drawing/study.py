@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvoffload.advise.advice import Advice, advise, task_of
-from kvoffload.advise.forecast import Row, forecast
-from kvoffload.advise.ways import Task
+from kvoffload.advise.comparison import Row, forecast
+from kvoffload.advise.roofline import Roofline, evaluate, setting_of
+from kvoffload.advise.task import Task
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.machine.machine import Machine, machine_of
 from kvoffload.model.facts import Facts
 from kvoffload.model.stored_facts import facts_of
-from kvoffload.planning import cost
+from kvoffload.planning import step_time
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.simulation import simulate
 from kvoffload.planning.workload import Workload
-from kvoffload.profiler.hardware import Machine, machine_of
-from kvoffload.profiler.roofline import Roofline, evaluate, setting_of
 from kvoffload.timeline import Span, Timeline, assemble
 
 SIZE_FACTORS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the workload's batch and prompt
@@ -234,9 +234,9 @@ def split_points(inputs: PlanInputs) -> Iterator[SplitPoint]:
 
     Every such placement is tried: which blocks of either form stay on the device is free too.
     """
-    terms = cost.terms(inputs)
-    paper = cost.terms(replace(inputs, schedule="kvpr"))
-    capacity, host_capacity = cost.resident_capacity_bytes(inputs), cost.host_capacity_bytes(inputs)
+    terms = step_time.terms(inputs)
+    paper = step_time.terms(replace(inputs, schedule="kvpr"))
+    capacity, host_capacity = step_time.resident_capacity_bytes(inputs), step_time.host_capacity_bytes(inputs)
     beta_x, beta_kv = inputs.activation_bytes_per_token, inputs.kv_bytes_per_token
     for kept in range(inputs.num_blocks + 1):
         found: list[tuple[float, float, int, int, int]] = []

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from kvoffload.profiler.chart import Chart, plotly_javascript, plotly_version
+from kvoffload.profiler.drawing.chart import Chart, plotly_javascript, plotly_version
 
 FOLDER = Path(__file__).parent
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"

@@ -14,7 +14,7 @@ from modes import COMMON, given, plain_cache, prompt
 from transformers import PreTrainedModel
 
 from kvoffload import UnsupportedModelError
-from kvoffload.cache.agreement import Probe, rows_are_alike, sampled
+from kvoffload.cache.verification import Probe, rows_are_alike, sampled
 from kvoffload.session.session import Session
 from kvoffload.store.tail import KVShape, NewTokens
 

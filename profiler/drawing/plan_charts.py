@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvoffload.profiler.chart import (
+from kvoffload.profiler.drawing.chart import (
     BLUE,
     GREEN,
     GREY,
@@ -20,8 +20,8 @@ from kvoffload.profiler.chart import (
     ticks,
     time_unit,
 )
-from kvoffload.profiler.report import seconds, si
-from kvoffload.profiler.study import Compared, SizePoint, SplitPoint, Study, best_row
+from kvoffload.profiler.drawing.study import Compared, SizePoint, SplitPoint, Study, best_row
+from kvoffload.profiler.drawing.terminal_tables import seconds, si
 from kvoffload.units import count, counted
 
 WAYS = {  # colour, symbol and dash of a way to do the work

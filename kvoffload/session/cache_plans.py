@@ -16,9 +16,9 @@ from typing import Any
 from kvoffload import hf
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.errors import HostMemoryError, InfeasiblePlanError
-from kvoffload.pipeline.transfer import TransferEngine
+from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.sizing import Geometry, grown, widened, with_kv_rows
-from kvoffload.session.decide import Decider, Decision
+from kvoffload.session.generation_plan import Decider, Decision
 from kvoffload.session.progress import AllocationProgress
 from kvoffload.store.store import HostPool
 

@@ -29,12 +29,12 @@ from kvoffload import OffloadConfig
 from kvoffload.backend import CheckingBackend, EmulatedBackend, RaceError
 from kvoffload.backend.checking import CheckedEvent
 from kvoffload.config import GIB
-from kvoffload.pipeline import transfer, write_back
+from kvoffload.pipeline import engine, write_back
 from kvoffload.session.session import Session
 from kvoffload.store.carried import PositionLayout
 
 # by module, in the order of their imports
-SOURCES = {module.__name__: Path(module.__file__ or "").read_text() for module in (write_back, transfer)}
+SOURCES = {module.__name__: Path(module.__file__ or "").read_text() for module in (write_back, engine)}
 
 
 # ---- mutants ---------------------------------------------------------------------------------------------------------

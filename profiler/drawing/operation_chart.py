@@ -5,9 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kvoffload.profiler.chart import BLUE, GREY, ORANGE, PINK, Chart, figure, layout_of, log_axis, require_plotly
-from kvoffload.profiler.report import seconds, si
-from kvoffload.profiler.roofline import Phase, Roofline, Row
+from kvoffload.advise.roofline import Phase, Roofline, Row
+from kvoffload.profiler.drawing.chart import (
+    BLUE,
+    GREY,
+    ORANGE,
+    PINK,
+    Chart,
+    figure,
+    layout_of,
+    log_axis,
+    require_plotly,
+)
+from kvoffload.profiler.drawing.terminal_tables import seconds, si
 from kvoffload.units import counted
 
 POINTS_OF_A_ROOF = 60

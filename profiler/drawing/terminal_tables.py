@@ -1,6 +1,6 @@
 """Predictions as tables for a terminal.
 
-Owns columns and units. Does not own the numbers (`roofline`, `kvoffload/advise/forecast.py`).
+Owns columns and units. Does not own the numbers (`roofline`, `kvoffload/advise/comparison.py`).
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from kvoffload.advise import forecast
-from kvoffload.advise.forecast import Cell, Forecast, Limits
-from kvoffload.profiler.figures import Figures
-from kvoffload.profiler.roofline import Phase, Roofline, Row, remedy_text
+from kvoffload.advise import comparison
+from kvoffload.advise.comparison import Cell, Forecast, Limits
+from kvoffload.advise.roofline import Phase, Roofline, Row, remedy_text
+from kvoffload.profiler.drawing.figures import Figures
 from kvoffload.units import count, counted
 
 WIDTH = 160  # where the output is no terminal
@@ -46,7 +46,7 @@ def limit_lines(limits: Limits) -> list[str]:
     def number(value: int, of: str = "") -> str:
         if not value:
             return "none"
-        return count(value) + of + " or more" * (value >= forecast.MAX_SEARCHED)
+        return count(value) + of + " or more" * (value >= comparison.MAX_SEARCHED)
 
     return [
         f"largest batch with these prompts: {number(limits.largest_batch_on_device)} on the device, "
@@ -56,7 +56,7 @@ def limit_lines(limits: Limits) -> list[str]:
     ]
 
 
-def _forecast_figures(rows: Sequence[forecast.Row]) -> Figures:
+def _forecast_figures(rows: Sequence[comparison.Row]) -> Figures:
     has_price = any(row.price_per_million_new_tokens is not None for row in rows)
     has_co2 = any(row.co2_g is not None for row in rows)
     names = [

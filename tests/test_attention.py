@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from kvoffload import ConfigError, OffloadConfig, UnsupportedModelError, hf
-from kvoffload.cache import segments
+from kvoffload.cache import attention
 from kvoffload.config import GIB
 from kvoffload.hf import SegmentAttention
 from kvoffload.hf.masks import MaskReader, pack
@@ -37,13 +37,13 @@ class Watch:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_calls = 0
-        attend = segments.attend
+        attend = attention.attend
 
         def counted(*args: Any) -> torch.Tensor:
             self.num_calls += 1
             return attend(*args)
 
-        monkeypatch.setattr(segments, "attend", counted)
+        monkeypatch.setattr(attention, "attend", counted)
 
 
 @pytest.fixture
@@ -421,13 +421,13 @@ def test_resident_blocks_are_attended_to_between_the_chunks_that_arrive(monkeypa
     """Otherwise their work stands in front of the chunks, whose slots it keeps full while the link waits."""
     model = make_model("opt", num_hidden_layers=2)
     attended: list[int] = []
-    real = segments._Answer.add
+    real = attention._Answer.add
 
     def noted(self: Any, kv: torch.Tensor, first_block: int, **options: Any) -> None:
         attended.append(first_block)
         real(self, kv, first_block, **options)
 
-    monkeypatch.setattr(segments._Answer, "add", noted)
+    monkeypatch.setattr(attention._Answer, "add", noted)
     with Session(model, config(split="transfer", chunk_blocks=1, device_gib=60_000 / GIB)) as session, torch.no_grad():
         ids = prompt(1, 97)
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from kvoffload.errors import ConfigError
-from kvoffload.profiler.fit import Fit, Work
-from kvoffload.profiler.hardware import Machine
-from kvoffload.profiler.operations import CONVENTIONS, AttentionConvention, Operation, Precision
+from kvoffload.machine.fit import Fit, Work
+from kvoffload.machine.machine import Machine
+from kvoffload.model.operations import CONVENTIONS, AttentionConvention, Operation, Precision
 
 Bound = Literal["compute", "memory", "link", "launch"]
 MIN_GAIN = 1.02  # of an operation; a smaller one is no remedy

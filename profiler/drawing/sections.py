@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 from kvoffload.machine.quantities import Quantity
 from kvoffload.model.shape import shape_of
-from kvoffload.profiler.operation_chart import roofline_chart
-from kvoffload.profiler.page import Page, Section, Table
-from kvoffload.profiler.plan_charts import compared_chart, memory_chart, sizes_chart, split_chart
-from kvoffload.profiler.report import seconds, si
-from kvoffload.profiler.study import Study
-from kvoffload.profiler.timeline_chart import measured_chart, planned_chart
+from kvoffload.profiler.drawing.operation_chart import roofline_chart
+from kvoffload.profiler.drawing.page import Page, Section, Table
+from kvoffload.profiler.drawing.plan_charts import compared_chart, memory_chart, sizes_chart, split_chart
+from kvoffload.profiler.drawing.study import Study
+from kvoffload.profiler.drawing.terminal_tables import seconds, si
+from kvoffload.profiler.drawing.timeline_chart import measured_chart, planned_chart
 from kvoffload.units import counted
 
 NOT_MEASURED = (

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from kvoffload.errors import ConfigError
+from kvoffload.machine.fit import OperationClass
 from kvoffload.model.facts import KV, Facts
 from kvoffload.model.matrix import Matrix
-from kvoffload.profiler.fit import OperationClass
 
 AttentionConvention = Literal["fused", "unfused"]
 CONVENTIONS = ("fused", "unfused")

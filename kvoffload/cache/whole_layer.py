@@ -1,0 +1,153 @@
+"""The whole-layer attention path: one layer's K and V stand in a layer buffer before the model's own attention runs.
+
+Taken where attention over segments (segments.py) does not know the model or the call. Owns the assembly of that buffer
+from resident blocks, arriving chunks, the tail and the new tokens. The model's attention function then reads views of
+it; the buffer is free for another layer once that attention has been issued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from kvoffload.cache.layer import CacheLayer
+from kvoffload.planning.placement import Form
+from kvoffload.store.tail import KVShape
+
+
+def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All cached K and V of a layer followed by the new tokens', in logical order.
+
+    The layer's job stays current until `layer.cache.engine.finish_current()`.
+
+    Args:
+        layer: a layer that has cached tokens; its state does not change.
+        keys: of the new tokens, [rows, heads, tokens, dim]; values likewise.
+
+    Returns:
+        K and V, [rows, heads, cached + new tokens, dim], views of a layer buffer.
+    """
+    cache, engine, shape, tail = layer.cache, layer.cache.engine, layer.shape, layer.tail
+    assert shape is not None and tail is not None
+    row_bytes = cache.rows * shape.row_bytes
+    total = layer.num_tokens + keys.shape[2]
+    engine.ensure_buffers(max(total * row_bytes, layer.stored_kv_bytes))  # blocks land with the rows they have
+    job = engine.begin(cache, layer, in_layer_buffer=True)
+    assert job.buffer is not None
+    landing = job.buffer.bytes
+    resident = _ResidentPlacing(layer, landing)
+    shares = max(1, job.num_activation_chunks)  # so that a long recomputation never keeps the ring full
+    if job.num_activation_chunks == 0:
+        resident.place(1)
+    for chunk, room in engine.arriving(job):
+        tokens = len(chunk.blocks) * cache.placement.block_tokens
+        rows = chunk.blocks[0].rows
+        row = layer.row_shapes["activation"]
+        stored = room.view(row.dtype, (tokens, rows, row.width))
+        out = _tokens(landing, chunk.landing_offset, tokens, rows, shape)
+        engine.backend.compute(reads=(stored,), writes=(out,))
+        layer.recompute_into(chunk.first_block, chunk.blocks[0], stored, out)
+        resident.place(1 / shares)
+    resident.place(1)
+    index = cache.gather_index(layer)
+    if index is None:
+        target = landing
+    else:
+        stored = landing[: layer.stored_kv_bytes].view(shape.dtype).view(-1, shape.width)
+        target = engine.gather_buffer(total * row_bytes)
+        gathered = target[: layer.num_stored_tokens * row_bytes].view(shape.dtype).view(-1, shape.width)
+        engine.backend.compute(reads=(stored,))
+        torch.index_select(stored, 0, index, out=gathered)
+    everything = _tokens(target, 0, total, cache.rows, shape)
+    newest = everything[layer.num_stored_tokens :]
+    engine.backend.compute(writes=(newest,))
+    newest[: tail.num_tokens] = tail.kv
+    new_keys, new_values = shape.split(newest[tail.num_tokens :])
+    new_keys.copy_(keys.permute(2, 0, 1, 3))
+    new_values.copy_(values.permute(2, 0, 1, 3))
+    engine.backend.compute(reads=(everything,))  # the attention that follows
+    all_keys, all_values = shape.split(everything)
+    return all_keys.permute(1, 2, 0, 3), all_values.permute(1, 2, 0, 3)
+
+
+def read_back(layer: CacheLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """All cached K and V of a layer, [rows, heads, tokens, dim], in memory of their own; between two forwards.
+
+    Every block crosses the link or is recomputed, as in a decode step of this layer; what was prefetched is dropped.
+    """
+    engine, shape = layer.cache.engine, layer.shape
+    assert shape is not None
+    rows, device, buffer_bytes = layer.cache.rows, engine.backend.device, engine.buffer_bytes
+    keys = torch.empty(rows, shape.key_heads, 0, shape.key_dim, dtype=shape.dtype, device=device)
+    values = torch.empty(rows, shape.value_heads, 0, shape.value_dim, dtype=shape.dtype, device=device)
+    with torch.no_grad():
+        keys, values = (part.clone() for part in assemble(layer, keys, values))
+    engine.finish_current()
+    engine.resize_buffers(buffer_bytes)  # attention over segments has none, and no room for them is planned
+    return keys, values
+
+
+class ResidentRun(NamedTuple):
+    """Consecutive resident blocks of one form, contiguous on the device."""
+
+    form: Form
+    first_block: int
+    data: torch.Tensor  # [tokens, stored rows, width]
+
+
+class ResidentBlocks:
+    """The blocks of a layer that live on the device (its first ones), taken bit by bit.
+
+    Args:
+        layer: whose blocks.
+        max_blocks: the most that one run may have.
+    """
+
+    def __init__(self, layer: CacheLayer, max_blocks: int | None = None) -> None:
+        self._layer = layer
+        self._runs = layer.resident_runs()
+        self._count = len(self._runs)
+        self._max_blocks = max_blocks or max(1, self._count)
+        self._taken = 0
+        self._due = 0.0
+
+    def due(self, share: float) -> Iterator[ResidentRun]:
+        """A further share of the blocks."""
+        blocks, block_tokens = self._layer.blocks, self._layer.cache.placement.block_tokens
+        self._due = min(float(self._count), self._due + share * self._count)
+        while self._taken < round(self._due):
+            first, idx = blocks[self._taken], self._taken
+            length = min(self._runs[idx], round(self._due) - idx, self._max_blocks)
+            assert first.resident is not None
+            shape = (length * block_tokens, first.rows, first.resident.shape[2])
+            self._taken += length
+            yield ResidentRun(first.form, idx, first.resident.as_strided(shape, first.resident.stride()))
+
+
+class _ResidentPlacing:
+    """Copies or recomputes resident blocks into the layer buffer."""
+
+    def __init__(self, layer: CacheLayer, landing: torch.Tensor) -> None:
+        self._layer, self._landing, self._offset = layer, landing, 0
+        self._blocks = ResidentBlocks(layer)
+
+    def place(self, share: float) -> None:
+        """A further share of the blocks."""
+        layer, shape = self._layer, self._layer.shape
+        assert shape is not None
+        for run in self._blocks.due(share):
+            tokens, rows, _ = run.data.shape
+            out = _tokens(self._landing, self._offset, tokens, rows, shape)
+            layer.cache.engine.backend.compute(writes=(out,))
+            if run.form == "kv":
+                out.copy_(run.data)
+            else:
+                layer.recompute_into(run.first_block, layer.blocks[run.first_block], run.data, out)
+            self._offset += tokens * rows * shape.row_bytes
+
+
+def _tokens(buffer: torch.Tensor, offset: int, tokens: int, rows: int, shape: KVShape) -> torch.Tensor:
+    """Part of a layer buffer as [tokens, rows, width]."""
+    return buffer[offset : offset + tokens * rows * shape.row_bytes].view(shape.dtype).view(tokens, rows, shape.width)
