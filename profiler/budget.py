@@ -55,7 +55,7 @@ BUDGETS: dict[Thoroughness, Budget] = {
 }
 
 
-class Steps:
+class ProgressParts:
     """Progress over parts of different length, told as their begin."""
 
     def __init__(self, tell: Progress, lengths_s: dict[str, float]) -> None:

@@ -20,7 +20,7 @@ from kvoffload.backend import Backend, EmulatedBackend
 from kvoffload.config import EmulatedLink
 from kvoffload.machine import system_memory
 from kvoffload.machine.quantities import SIZES_BYTES, Curve, given_curve
-from kvoffload.profiler.budget import Budget, Steps
+from kvoffload.profiler.budget import Budget, ProgressParts
 from kvoffload.profiler.link import MAX_COPY_S, LinkCurves, measure_link
 
 MEMORY_SHARE = 8  # a copy is at most this part of the memory that is free on either side
@@ -36,7 +36,7 @@ class Copies(NamedTuple):
     noisy: list[str]
 
 
-def measure_copies(backend: Backend, budget: Budget, steps: Steps) -> Copies:
+def measure_copies(backend: Backend, budget: Budget, steps: ProgressParts) -> Copies:
     """A GPU's link from pinned and pageable memory; of an emulated one what is given, and what is achieved."""
     steps.begin("link")
     if isinstance(backend, EmulatedBackend):

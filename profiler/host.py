@@ -23,7 +23,7 @@ import torch
 from kvoffload.backend import Backend
 from kvoffload.cache import ops
 from kvoffload.pipeline.chunks import Chunk
-from kvoffload.pipeline.device_memory import Room
+from kvoffload.pipeline.device_memory import DeviceMemory
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.placement import Form
 from kvoffload.profiler.trials import Trials, time_trials
@@ -101,7 +101,7 @@ class _StandInChunks:
     def expects_another_step(self) -> bool:
         return True
 
-    def use(self, chunk: Chunk, room: Room) -> None:
+    def use(self, chunk: Chunk, room: DeviceMemory) -> None:
         """What a decode step does with a chunk, on hardly any numbers."""
         kv = room.view(torch.float32, (self._tokens, 1, 2 * WIDTH))
         self._backend.compute(reads=(kv,))

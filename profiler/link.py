@@ -38,7 +38,7 @@ from kvoffload.profiler.trials import better, least_calls, time_trials
 
 logger = logging.getLogger(__name__)
 
-Way = Literal["h2d", "d2h", "both"]
+Direction = Literal["h2d", "d2h", "both"]
 ALL_SIZES_BYTES = (*SIZES_BYTES, 2**28, 2**30)
 MAX_COPY_S = 0.05  # sizes that take longer are left out: the rate is flat long before
 TRIAL_S = 0.01  # long against the one wake-up at its end
@@ -56,7 +56,7 @@ class LinkCurves(NamedTuple):
 
     def named(self, ending: str) -> dict[str, Curve]:
         """The three curves as a profile names them, e.g. "h2d_pageable"."""
-        return {f"{way}{ending}": getattr(self, way) for way in get_args(Way)}
+        return {f"{way}{ending}": getattr(self, way) for way in get_args(Direction)}
 
 
 def measure_link(
@@ -87,8 +87,8 @@ def measure_link(
     rotation = max(2 * largest, rotation_bytes or min(ROTATION_BYTES, 4 * largest))  # 2: one for each direction
     host = HostBuffer(_pageable(rotation), 0) if pageable else backend.allocate_host(rotation)
     noisy: list[str] = []
-    curves: dict[Way, Curve] = {}
-    ways: tuple[Way, ...] = get_args(Way)
+    curves: dict[Direction, Curve] = {}
+    ways: tuple[Direction, ...] = get_args(Direction)
     try:
         device_memory = backend.allocate_device(2 * largest)
         host.tensor.zero_()
@@ -115,7 +115,7 @@ class _Copier:
     def __init__(
         self,
         backend: Backend,
-        way: Way,
+        way: Direction,
         host: torch.Tensor,
         device_memory: torch.Tensor,
         clock: Callable[[], float],
@@ -139,7 +139,11 @@ class _Copier:
             if self.way != "h2d":
                 self.backend.copy_to_host(self.destinations[part], self.leaving[:size], ())
 
-        ways: dict[Way, tuple[Literal["h2d", "d2h"], ...]] = {"h2d": ("h2d",), "d2h": ("d2h",), "both": ("h2d", "d2h")}
+        ways: dict[Direction, tuple[Literal["h2d", "d2h"], ...]] = {
+            "h2d": ("h2d",),
+            "d2h": ("d2h",),
+            "both": ("h2d", "d2h"),
+        }
         found = self.backend.time_copies(queue, n, ways[self.way], is_pageable=self.is_pageable, clock=self.clock)
         return found.seconds
 

@@ -43,7 +43,7 @@ from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.machine.quantities import Quantity
 from kvoffload.planning.placement import Form
 from kvoffload.profiler import energy, environment
-from kvoffload.profiler.budget import BUDGETS, Progress, Steps, Thoroughness, lengths
+from kvoffload.profiler.budget import BUDGETS, Progress, ProgressParts, Thoroughness, lengths
 from kvoffload.profiler.compute import measure_compute
 from kvoffload.profiler.copies import given_curves, measure_copies
 from kvoffload.profiler.device import Link, default_dtype, device_memory_bytes, device_name, machine_key, resolve_device
@@ -97,7 +97,7 @@ def measure_hardware(
         is_paced=isinstance(link, EmulatedLink) and link.h2d_gb_per_s is not None,
         has_meter=meter.missing is None,
     )
-    steps = Steps(progress or (lambda _what, _share: None), lengths_s)
+    steps = ProgressParts(progress or (lambda _what, _share: None), lengths_s)
     began, cpu_before = time.perf_counter(), environment.cpu_seconds()
     backend = _backend(device, link)
     with contextlib.ExitStack() as stack:

@@ -18,7 +18,7 @@ from rich.console import Console
 from campaign import campaign, rows
 from campaign.cells import choose
 from campaign.providers import providers
-from campaign.serving import Objective
+from campaign.serving import LatencyObjective
 from campaign.tables import campaign_tables
 from kvoffload.cli.terminal import script
 
@@ -53,7 +53,7 @@ def main(
     settings = campaign.Settings(
         budget_s=None if budget_minutes is None else 60 * budget_minutes,
         repeats=repeats,
-        objective=Objective(ttft_objective_s, tpot_objective_s),
+        objective=LatencyObjective(ttft_objective_s, tpot_objective_s),
         resumes=not fresh,
     )
     campaign.run(chosen, [known[name] for name in names], csv_path, settings, console.print)

@@ -15,7 +15,7 @@ from campaigns import TINY, tiny_cell
 from campaign import campaign, rows
 from campaign.cells import Cell
 from campaign.providers import Bed, DynamicCache, Ours, WholeLayerBothWays, providers
-from campaign.serving import Objective, Outcome
+from campaign.serving import LatencyObjective, Outcome
 from campaign.tables import campaign_tables
 from kvoffload.advise.comparison import peak_flops_per_s
 from kvoffload.bench.lab import Lab
@@ -229,7 +229,7 @@ def test_repeats_and_objective_are_part_of_what_was_measured(tmp_path: Path) -> 
     assert config["repeats"] == 1
     assert config["objective"] == {"ttft_s": 10.0, "tpot_s": 0.5}
     assert _run([tiny_cell()], ["full_transfer"], path) == ["tiny: measured before"]
-    for changes in ({"repeats": 2}, {"objective": Objective(1.0, 0.5)}):
+    for changes in ({"repeats": 2}, {"objective": LatencyObjective(1.0, 0.5)}):
         assert _run([tiny_cell()], ["full_transfer"], path, **changes) != ["tiny: measured before"]
 
 

@@ -11,7 +11,7 @@ from campaigns import tiny_cell
 
 from campaign import campaign
 from campaign.providers import Ours
-from campaign.serving import Group, Sameness
+from campaign.serving import Sameness, ServedGroup
 from kvoffload.advise.comparison import memory_bytes_per_s
 from kvoffload.machine.hardware_profile import HardwareProfile
 
@@ -35,7 +35,7 @@ def test_utilization_is_of_all_tokens_and_of_the_steps_that_ran(tmp_path: Path) 
     task: Any = Task()
     peak = memory_bytes_per_s(task.profile)
     # two sequences in 2 steps, one sequence in 1 step that gave two tokens
-    groups = [Group(2, 0.0, [1.0, 1.5, 2.0]), Group(1, 2.0, [3.0, 4.0, 4.0])]
+    groups = [ServedGroup(2, 0.0, [1.0, 1.5, 2.0]), ServedGroup(1, 2.0, [3.0, 4.0, 4.0])]
     assert campaign._mbu(task, groups) == pytest.approx((2 * 1200 + 1 * 1100) / (peak * 2.0))
 
 

@@ -25,7 +25,7 @@ from kvoffload import OffloadConfig
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.config import GIB
 from kvoffload.hf import OffloadedHFCache, first_tokens
-from kvoffload.planning.placement import Kind, Placement, next_runs
+from kvoffload.planning.placement import BlockKind, Placement, next_runs
 from kvoffload.planning.sizing import Geometry, choose_sizes
 from kvoffload.session import generation_plan
 from kvoffload.session.session import Session
@@ -354,7 +354,7 @@ def test_a_resident_block_that_becomes_kv_goes_to_the_host_and_so_do_those_behin
         stored_kv_blocks=0,
         stored_activation_blocks=0,
         can_recompute=False,
-        first=Kind("activation", is_resident=True),
+        first=BlockKind("activation", is_resident=True),
     )
     assert runs == [("kv", False, 3)]
 

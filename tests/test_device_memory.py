@@ -7,11 +7,11 @@ import weakref
 
 import torch
 
-from kvoffload.pipeline.device_memory import Room
+from kvoffload.pipeline.device_memory import DeviceMemory
 
 
 def test_the_same_part_and_view_are_the_same_tensor() -> None:
-    room = Room(torch.arange(64, dtype=torch.uint8))
+    room = DeviceMemory(torch.arange(64, dtype=torch.uint8))
     assert room.part(24) is room.part(24)
     view = room.view(torch.float32, (2, 3))
     assert view is room.view(torch.float32, (2, 3))
@@ -21,7 +21,7 @@ def test_the_same_part_and_view_are_the_same_tensor() -> None:
 
 
 def test_a_view_that_was_made_in_inference_mode_can_be_written_outside() -> None:
-    room = Room(torch.zeros(16, dtype=torch.uint8))
+    room = DeviceMemory(torch.zeros(16, dtype=torch.uint8))
     with torch.inference_mode():
         view = room.view(torch.int32, (4,))
     view.fill_(7)
@@ -31,7 +31,7 @@ def test_a_view_that_was_made_in_inference_mode_can_be_written_outside() -> None
 
 def test_an_emptied_room_holds_no_memory() -> None:
     data = torch.zeros(16, dtype=torch.uint8)
-    room, storage = Room(data), weakref.ref(data.untyped_storage())
+    room, storage = DeviceMemory(data), weakref.ref(data.untyped_storage())
     room.view(torch.int32, (2, 2))
     del data
     room.empty()

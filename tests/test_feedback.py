@@ -16,7 +16,7 @@ from kvoffload.backend import EmulatedBackend
 from kvoffload.planning import planner, step_time
 from kvoffload.profiler.profile import with_link
 from kvoffload.session.generation import MAX_PREDICTION_ERROR_FRACTION
-from kvoffload.session.generation_plan import Decision
+from kvoffload.session.generation_plan import GenerationPlan
 from kvoffload.session.session import Session
 
 pytestmark = pytest.mark.timing
@@ -24,7 +24,7 @@ SPEED_GB_PER_S = 0.02
 NEW_TOKENS = 60
 
 
-def play(at_step: int, new_speed_gb_per_s: float, split: Any = "auto") -> tuple[Session, Decision]:
+def play(at_step: int, new_speed_gb_per_s: float, split: Any = "auto") -> tuple[Session, GenerationPlan]:
     """A generation whose link changes its speed at a step."""
     model = make_model("opt", hidden_size=64, ffn_dim=64, word_embed_proj_dim=64)
     link = EmulatedLink(h2d_gb_per_s=SPEED_GB_PER_S)

@@ -15,7 +15,7 @@ from kvoffload.backend import EmulatedBackend
 from kvoffload.config import GIB
 from kvoffload.model.model_shape import model_shape
 from kvoffload.planning.sizing import Geometry
-from kvoffload.session.generation_plan import Decider
+from kvoffload.session.generation_plan import GenerationPlanner
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_where_memory_for_recomputing_costs_more_than_it_gains_auto_is_sized_as_
     chosen = set()
     for budget in range(60_000, 400_000, 10_000):
         config = OffloadConfig(device_gib=budget / GIB, link=FAST_LINK, profile=slow, block_tokens=4)
-        decider = Decider(config, shape, backend, lambda: slow)
+        decider = GenerationPlanner(config, shape, backend, lambda: slow)
         try:
             plain = decider.decide(geometry, can_recompute=False, **known)
         except kvoffload.InfeasiblePlanError:
@@ -62,7 +62,7 @@ def test_activations_that_are_no_smaller_than_kv_with_their_positions_are_not_pl
 ) -> None:
     config = OffloadConfig(link=FAST_LINK, profile=profile(), device_gib="min", block_tokens=4, chunk_blocks=2, slots=2)
     shape = model_shape(make_model("llama", num_key_value_heads=4).config)
-    decider = Decider(config, shape, backend, profile)
+    decider = GenerationPlanner(config, shape, backend, profile)
     geometry = Geometry(num_offloaded_layers=3, rows=2, max_tokens=100, kv_row_bytes=200, activation_row_bytes=160)
     for num_bytes, is_smaller in ((16, True), (48, False)):
         decision = decider.decide(

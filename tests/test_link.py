@@ -9,14 +9,14 @@ from replay import ReplayedLink
 from kvoffload.backend import EmulatedBackend
 from kvoffload.config import EmulatedLink
 from kvoffload.profiler import copies, link
-from kvoffload.profiler.budget import BUDGETS, Steps, lengths
+from kvoffload.profiler.budget import BUDGETS, ProgressParts, lengths
 
 PCIE = {"h2d": 25e9, "d2h": 20e9}
 
 
-def steps(told: list[tuple[str, float]] | None = None) -> Steps:
+def steps(told: list[tuple[str, float]] | None = None) -> ProgressParts:
     parts = lengths(BUDGETS["full"], has_link=True, is_paced=True, has_meter=False)
-    return Steps(lambda what, share: told.append((what, share)) if told is not None else None, parts)
+    return ProgressParts(lambda what, share: told.append((what, share)) if told is not None else None, parts)
 
 
 def measure(backend: ReplayedLink, **options: object) -> link.LinkCurves:

@@ -10,7 +10,7 @@ from configs import LLAMA_2_13B
 from toys import TOY, machine, model
 
 from kvoffload.advise.roofline import evaluate
-from kvoffload.advise.timing import Setting
+from kvoffload.advise.timing import RooflineSetting
 from kvoffload.machine.machine import find_machine
 from kvoffload.model.operations import Operation, Precision, forward
 
@@ -31,7 +31,7 @@ def operations(found: list[Operation]) -> dict[str, Operation]:
 def test_totals_are_the_corrected_ones_of_llm_viewer(case: str, phase: str) -> None:
     name, hardware, batch, seq = VIEWER[case]
     expected = json.loads((DATA / "llmviewer" / "totals.json").read_text())[case]["corrected"][phase]
-    setting = Setting(batch=batch, seq=seq, convention="unfused")
+    setting = RooflineSetting(batch=batch, seq=seq, convention="unfused")
     totals = evaluate(model(name), find_machine(hardware), setting).to_json()[phase]
     for field in ("OPs", "memory_access", "load_weight", "load_kv_cache"):
         assert totals[field] == expected[field]
@@ -103,7 +103,7 @@ def test_a_window_bounds_what_its_layers_attend_to() -> None:
     assert found["attention (window)"].kv_read_bytes == found["attention"].kv_read_bytes / 11 * 4
     prompt = operations(forward(dims, Precision(), batch=1, queries=11, context=11))
     assert prompt["attention (window)"].flops == 6 * (4 * 5 / 2 + 7 * 4) * 61
-    whole = evaluate(dims, machine(), Setting(batch=2, seq=11, new_tokens=3))
+    whole = evaluate(dims, machine(), RooflineSetting(batch=2, seq=11, new_tokens=3))
     assert whole.kv_bytes == 2 * (13 + 2 * 4) * 2 * 2 * 14 * 2
 
 
@@ -125,7 +125,7 @@ def test_layers_that_share_a_cache_read_it_and_store_nothing() -> None:
     sharing = model(TOY | kinds | {"model_type": "gemma4_text", "global_head_dim": 14, "num_kv_shared_layers": 1})
     found = operations(forward(sharing, Precision(), batch=1, queries=1, context=11))
     assert (found["k_proj"].layers, found["attention"].layers) == (2, 3)
-    assert evaluate(sharing, machine(), Setting(seq=11, new_tokens=1)).kv_bytes == 2 * 11 * 2 * 2 * 14 * 2
+    assert evaluate(sharing, machine(), RooflineSetting(seq=11, new_tokens=1)).kv_bytes == 2 * 11 * 2 * 2 * 14 * 2
 
 
 def test_latent_attention_caches_little_and_expands_it_at_every_step() -> None:
@@ -147,4 +147,4 @@ def test_latent_attention_caches_little_and_expands_it_at_every_step() -> None:
     assert found["kv_a_proj_with_mqa"].kv_written_bytes == 2 * 7 * (8 + 6)
     assert found["attention"].kv_read_bytes == 0.0
     assert found["attention"].read_bytes == 2 * 7 * 6 * 10 + 2 * 7 * 6 * 11 * (10 + 5)
-    assert evaluate(dims, machine(), Setting(batch=7, seq=11, new_tokens=1)).kv_bytes == 3 * 7 * 11 * 14 * 2
+    assert evaluate(dims, machine(), RooflineSetting(batch=7, seq=11, new_tokens=1)).kv_bytes == 3 * 7 * 11 * 14 * 2

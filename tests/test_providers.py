@@ -12,7 +12,7 @@ from campaigns import gpu_bed
 
 from campaign import providers as kvproviders
 from campaign.providers import HFQuantized, Ours
-from campaign.serving import Group
+from campaign.serving import ServedGroup
 
 
 @pytest.mark.parametrize(("installed", "backend"), [("hqq", "hqq"), ("optimum", "quanto")])
@@ -30,7 +30,7 @@ def test_pinning_is_taken_out_of_every_time(monkeypatch: pytest.MonkeyPatch) -> 
     used = dict.fromkeys(("host_bytes", "h2d_bytes", "d2h_bytes", "device_kv_peak_decode_bytes"), 1)
     stats = SimpleNamespace(setup_s=2.0, device_kv_peak_prefill_bytes=3, **used)
     monkeypatch.setattr(kvproviders, "offload", lambda *args: nullcontext(SimpleNamespace(stats=stats)))
-    given = (torch.tensor([[1, 2]]), None, Group(1, 0.0, [5.0, 6.5]))
+    given = (torch.tensor([[1, 2]]), None, ServedGroup(1, 0.0, [5.0, 6.5]))
     clock = iter([10.0, 17.0])
     monkeypatch.setattr(kvproviders.time, "perf_counter", lambda: next(clock))
     lab = SimpleNamespace(config=lambda *args, **kwargs: None, model=None, device=torch.device("cpu"))

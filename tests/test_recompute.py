@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import kvoffload
 from kvoffload import OffloadConfig
 from kvoffload.cache import ops
-from kvoffload.cache.recompute import FastRecompute, GenericRecompute, choose
+from kvoffload.cache.recompute import FastRecompute, GenericRecompute, choose_path
 from kvoffload.hf import attention_modules, offloadable_layers
 from kvoffload.hf.arguments import name_of_cache
 from kvoffload.store.tail import KVShape
@@ -53,8 +53,8 @@ class Seen:
             self.keys.shape[1], self.keys.shape[3], self.values.shape[1], self.values.shape[3], self.keys.dtype
         )
 
-    def choose(self) -> Any:
-        return choose(
+    def choose_path(self) -> Any:
+        return choose_path(
             self.module,
             self.shape,
             self.activation,

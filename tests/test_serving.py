@@ -8,16 +8,16 @@ import math
 import pytest
 import torch
 
-from campaign.serving import Group, Objective, Outcome, Sameness, samples
+from campaign.serving import LatencyObjective, Outcome, Sameness, ServedGroup, samples
 
 
-def _outcome(groups: list[Group], total_s: float, tokens: list[list[int]] | None = None) -> Outcome:
+def _outcome(groups: list[ServedGroup], total_s: float, tokens: list[list[int]] | None = None) -> Outcome:
     return Outcome(tokens=torch.tensor(tokens or [[1]]), logits=None, groups=groups, total_s=total_s)
 
 
 def test_the_second_group_waits_for_the_first() -> None:
-    groups = [Group(2, 0.0, [1.0, 1.5, 2.0]), Group(1, 2.0, [3.0, 3.25, 3.5])]
-    found = samples([_outcome(groups, 3.5)], 30, Objective(ttft_s=2.0, tpot_s=1.0))
+    groups = [ServedGroup(2, 0.0, [1.0, 1.5, 2.0]), ServedGroup(1, 2.0, [3.0, 3.25, 3.5])]
+    found = samples([_outcome(groups, 3.5)], 30, LatencyObjective(ttft_s=2.0, tpot_s=1.0))
     assert found["ttft"] == ("s", [3.0])
     assert found["tpot"][1] == [pytest.approx((2 * 0.5 + 0.25) / 3)]
     assert found["prefill_tokens_per_s"][1] == [30 / 2.0]
@@ -53,8 +53,8 @@ def test_fewer_tokens_and_other_shapes_are_no_sameness() -> None:
 
 
 def test_goodput_drops_sequences_that_are_slow_after_a_prompt_start() -> None:
-    groups = [Group(2, 0.0, [1.0, 1.5, 2.0]), Group(1, 0.0, [1.0, 3.0, 5.0])]
-    found = samples([_outcome(groups, 5.0)], 30, Objective(ttft_s=2.0, tpot_s=1.0))
+    groups = [ServedGroup(2, 0.0, [1.0, 1.5, 2.0]), ServedGroup(1, 0.0, [1.0, 3.0, 5.0])]
+    found = samples([_outcome(groups, 5.0)], 30, LatencyObjective(ttft_s=2.0, tpot_s=1.0))
     assert found["goodput_tokens_per_s"][1] == [pytest.approx(2 * 3 / 5.0)]
 
 
@@ -62,5 +62,5 @@ def test_percentiles_of_latencies_are_exact() -> None:
     times = [0.0]
     for latency in range(101):
         times.append(times[-1] + latency)
-    found = samples([_outcome([Group(1, -1.0, times)], times[-1])], 30, Objective(1.0, 1.0))
+    found = samples([_outcome([ServedGroup(1, -1.0, times)], times[-1])], 30, LatencyObjective(1.0, 1.0))
     assert [found[f"inter_token_latency_p{q}"][1] for q in (90, 95, 99)] == [[90.0], [95.0], [99.0]]

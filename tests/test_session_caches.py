@@ -137,7 +137,7 @@ def test_a_cache_that_is_collected_in_the_middle_of_a_step_of_another(
                 collected_at.append(layer.num_tokens)
 
         def assemble(layer: CacheLayer, *new: torch.Tensor) -> Any:
-            result = whole_layer.assemble(layer, *new)
+            result = whole_layer.whole_kv(layer, *new)
             collect(layer)  # K and V stand ready, attention has not read them yet
             return result
 

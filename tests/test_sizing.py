@@ -26,7 +26,7 @@ from kvoffload.planning.sizing import (
     Geometry,
     choose_sizes,
 )
-from kvoffload.session.generation_plan import Decider, Decision
+from kvoffload.session.generation_plan import GenerationPlan, GenerationPlanner
 
 MIB = 2**20
 SHAPE = ModelShape(  # of OPT-6.7B
@@ -59,7 +59,7 @@ def device() -> Iterator[FakeCuda]:
         yield fake
 
 
-def decided(split: Any, stored: HardwareProfile | None = None) -> Decision:
+def decided(split: Any, stored: HardwareProfile | None = None) -> GenerationPlan:
     """For a real link."""
 
     def measured() -> HardwareProfile:
@@ -68,11 +68,11 @@ def decided(split: Any, stored: HardwareProfile | None = None) -> Decision:
 
     config = OffloadConfig(split=split, device_gib="min", host_gib=60)
     with contextlib.closing(CudaBackend(DEVICE)) as backend:
-        decider = Decider(config, SHAPE, backend, measured, lambda: stored)
+        decider = GenerationPlanner(config, SHAPE, backend, measured, lambda: stored)
         return decider.decide(GEOMETRY, prompt_tokens=1024, knows_length=True, host_held_bytes=0)
 
 
-def chunk_bytes(decision: Decision) -> int:
+def chunk_bytes(decision: GenerationPlan) -> int:
     return decision.sizes.block_tokens * decision.sizes.chunk_blocks * GEOMETRY.kv_bytes_per_token
 
 
@@ -159,6 +159,8 @@ def test_sizes_on_an_emulated_link_are_what_they_were(split: Any, wanted: tuple[
     config = OffloadConfig(split=split, link=FAST_LINK, device_gib="min")
     geometry = replace(GEOMETRY, rows=2, kv_row_bytes=4096, activation_row_bytes=2048)
     with contextlib.closing(EmulatedBackend(FAST_LINK)) as backend:
-        decider = Decider(config, SHAPE, backend, emulated_profile, lambda: HardwareProfile.preset("a100-40gb-pcie4"))
+        decider = GenerationPlanner(
+            config, SHAPE, backend, emulated_profile, lambda: HardwareProfile.preset("a100-40gb-pcie4")
+        )
         found = decider.decide(geometry, prompt_tokens=1024, knows_length=True, host_held_bytes=0)
     assert (found.sizes.block_tokens * found.sizes.chunk_blocks, found.sizes.num_slots) == wanted

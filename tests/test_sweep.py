@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from campaign import sweep
-from campaign.sweep import Outcome, compare, distance, judge
+from campaign.sweep import CellOutcome, compare, distance, verdict_of
 from campaign.sweep_cells import MODES, QUICK, QUICK_CELLS, SPLITS, WAYS
 from campaign.sweep_rows import form_of
 from campaign.tiny_models import model_types, tiny_model
@@ -26,7 +26,7 @@ FORMS = {
 
 @pytest.mark.parametrize("model_type", QUICK)
 def test_a_type_of_each_kind_is_equal_or_refused_for_its_reason(model_type: str) -> None:
-    report = judge(model_type, QUICK_CELLS)
+    report = verdict_of(model_type, QUICK_CELLS)
     found = {cell: (verdict.outcome, verdict.reason) for cell, verdict in report.verdicts.items()}
     assert form_of(report) == FORMS[model_type], found
     if form_of(report) != "refused":
@@ -44,11 +44,11 @@ def test_each_kind_is_a_type_and_every_mode_and_split_is_met_in_the_part() -> No
 # ---- the judge itself ------------------------------------------------------------------------------------------------
 
 
-def one(change: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> sweep.Verdict:
+def one(change: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> sweep.CellVerdict:
     """A llama whose attention over segments gives what `change` makes of it."""
     attend = attention.attend
     monkeypatch.setattr(attention, "attend", lambda *args: change(attend(*args)))
-    return judge("llama", [("greedy", "transfer")]).verdicts["greedy", "transfer"]
+    return verdict_of("llama", [("greedy", "transfer")]).verdicts["greedy", "transfer"]
 
 
 def test_a_fault_in_attention_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,13 +100,13 @@ def test_exceptions_of_ours_are_refusals_and_others_are_errors(
 
 
 def test_a_type_that_cannot_be_made_or_does_not_generate_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "pixel_values" in judge("blip").plain
+    assert "pixel_values" in verdict_of("blip").plain
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise ImportError("no timm")
 
     monkeypatch.setattr(sweep, "tiny_model", broken)
-    report = judge("llama")
+    report = verdict_of("llama")
     assert report.plain.startswith("not built: ImportError: no timm")
     assert not report.verdicts
     assert form_of(report) == "not run"
@@ -120,7 +120,7 @@ def test_a_model_whose_tokens_are_all_the_same_is_made_louder(monkeypatch: pytes
         return tiny_model(model_type, loudness=10.0 if len(tried) > 1 else 0.0)
 
     monkeypatch.setattr(sweep, "tiny_model", quiet)
-    report = judge("llama", [])
+    report = verdict_of("llama", [])
     assert tried == list(sweep.LOUDNESSES[:2])
     assert report.distinct >= sweep.ENOUGH_DISTINCT
 
@@ -142,6 +142,6 @@ def test_what_transformers_cannot_do_is_not_ours() -> None:
     ],
 )
 def test_the_distance_of_logits(ours: list[float], theirs: list[float], expected: float) -> None:
-    found, wanted = (Outcome([], [torch.tensor(values)]) for values in (ours, theirs))
+    found, wanted = (CellOutcome([], [torch.tensor(values)]) for values in (ours, theirs))
     assert distance(found, wanted) == pytest.approx(expected)
-    assert distance(Outcome([], []), wanted) == float("inf")
+    assert distance(CellOutcome([], []), wanted) == float("inf")

@@ -3,7 +3,7 @@ from __future__ import annotations
 from run_script import run_script
 from test_sweep_rows import report
 
-from campaign.sweep import Report, Verdict
+from campaign.sweep import CellVerdict, Report
 from campaign.sweep_cells import CELLS
 from campaign.sweep_page import page
 from campaign.sweep_rows import row_of
@@ -11,18 +11,18 @@ from campaign.sweep_rows import row_of
 
 def refused(model_type: str, model_class: str) -> Report:
     """A type that is refused everywhere."""
-    verdicts = dict.fromkeys(CELLS, Verdict("refused", f"offload: {model_class} has nothing that grows"))
+    verdicts = dict.fromkeys(CELLS, CellVerdict("refused", f"offload: {model_class} has nothing that grows"))
     return Report(model_type, model_class, "4 LinearAttentionLayer", verdicts=verdicts)
 
 
 def test_types_stand_by_what_became_of_them_with_counts() -> None:
-    stateful = {f"lookup__{way}": Verdict("plain", "stateful") for way in ("transfer", "recompute", "half", "auto")}
-    no_lookup = Verdict("plain", "of no matter")
+    stateful = {f"lookup__{way}": CellVerdict("plain", "stateful") for way in ("transfer", "recompute", "half", "auto")}
+    no_lookup = CellVerdict("plain", "of no matter")
     found = [
         report("bamba", **stateful),
         report("llama"),
-        report("bloom")._replace(verdicts={cell: Verdict("equal", h2d_bytes=1) for cell in CELLS}),
-        report("openai-gpt")._replace(verdicts={cell: Verdict("equal") for cell in CELLS}),
+        report("bloom")._replace(verdicts={cell: CellVerdict("equal", h2d_bytes=1) for cell in CELLS}),
+        report("openai-gpt")._replace(verdicts={cell: CellVerdict("equal") for cell in CELLS}),
         refused("mamba", "MambaForCausalLM"),
         refused("rwkv", "RwkvForCausalLM"),
         report("other", **stateful)._replace(
@@ -44,14 +44,16 @@ def test_types_stand_by_what_became_of_them_with_counts() -> None:
 
 
 def test_what_is_wrong_is_shown_with_its_modes() -> None:
-    text = page([row_of(report("doge", greedy__half=Verdict("wrong"), turns__half=Verdict("error", "IndexError: x")))])
+    text = page(
+        [row_of(report("doge", greedy__half=CellVerdict("wrong"), turns__half=CellVerdict("error", "IndexError: x")))]
+    )
     assert "| 1 | fall short |" in text
     assert "| wrong | `doge` (greedy) |" in text
     assert "| error: IndexError: x | `doge` (turns/half) |" in text
 
 
 def test_whole_layers_are_named() -> None:
-    warned = Verdict(
+    warned = CellVerdict(
         "equal", h2d_bytes=1, recomputed_tokens=1, warnings=("X attends so: whole layers are put together",)
     )
     text = page([row_of(report("axk1", greedy__half=warned)), row_of(report("llama"))])

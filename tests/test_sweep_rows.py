@@ -6,21 +6,21 @@ from pathlib import Path
 import pytest
 
 from campaign import sweep_rows
-from campaign.sweep import Report, Verdict
+from campaign.sweep import CellVerdict, Report
 from campaign.sweep_cells import CELLS, MODES
 from kvoffload.errors import ConfigError
 
-EQUAL = {cell: Verdict("equal", h2d_bytes=100, recomputed_tokens=int(cell[1] == "recompute")) for cell in CELLS}
+EQUAL = {cell: CellVerdict("equal", h2d_bytes=100, recomputed_tokens=int(cell[1] == "recompute")) for cell in CELLS}
 
 
-def report(model_type: str = "llama", **changes: Verdict) -> Report:
+def report(model_type: str = "llama", **changes: CellVerdict) -> Report:
     """All equal, but for cells such as `greedy__half`."""
     changed = {(mode, way): verdict for name, verdict in changes.items() for mode, _, way in [name.partition("__")]}
     return Report(model_type, "LlamaForCausalLM", "4 DynamicLayer", "", 9, 0.5, {**EQUAL, **changed}, 1.0)
 
 
 def test_a_row_has_one_word_where_all_splits_agree_and_one_for_each_where_not() -> None:
-    row = sweep_rows.row_of(report(beams__half=Verdict("wrong", error=0.3)))
+    row = sweep_rows.row_of(report(beams__half=CellVerdict("wrong", error=0.3)))
     assert (row["greedy"], row["whole_layer"], row["unpaced"]) == ("equal", "equal", "equal")
     assert row["beams"] == "transfer:equal recompute:equal half:wrong auto:equal"
     assert (row["form"], row["error"], row["host_bytes"], row["distinct_tokens"]) == ("short", "0.3", "100", "9")
@@ -28,7 +28,7 @@ def test_a_row_has_one_word_where_all_splits_agree_and_one_for_each_where_not() 
 
 
 def test_shortcomings_are_modes_and_reasons_and_nothing_else() -> None:
-    refused, wrong, error = Verdict("refused", "so"), Verdict("wrong"), Verdict("error", "IndexError: x")
+    refused, wrong, error = CellVerdict("refused", "so"), CellVerdict("wrong"), CellVerdict("error", "IndexError: x")
     row = sweep_rows.row_of(report(beams__half=refused, turns__half=wrong, greedy__unpaced=error))
     splits = "transfer:equal recompute:equal half:wrong auto:equal"
     assert sweep_rows.shortcomings(row) == f"turns: {splits}; unpaced: error; error: IndexError: x"
@@ -36,16 +36,16 @@ def test_shortcomings_are_modes_and_reasons_and_nothing_else() -> None:
 
 
 def test_the_form_says_what_became_of_a_type() -> None:
-    transferred = report()._replace(verdicts={cell: Verdict("equal", h2d_bytes=1) for cell in CELLS})
-    refused = report()._replace(verdicts=dict.fromkeys(CELLS, Verdict("refused", "so")))
-    plain = report()._replace(verdicts=dict.fromkeys(CELLS, Verdict("plain", "so")))
+    transferred = report()._replace(verdicts={cell: CellVerdict("equal", h2d_bytes=1) for cell in CELLS})
+    refused = report()._replace(verdicts=dict.fromkeys(CELLS, CellVerdict("refused", "so")))
+    plain = report()._replace(verdicts=dict.fromkeys(CELLS, CellVerdict("plain", "so")))
     cases = {
-        "recomputable": report(lookup__half=Verdict("plain", "so")),
+        "recomputable": report(lookup__half=CellVerdict("plain", "so")),
         "transferred": transferred,
-        "idle": report()._replace(verdicts=dict.fromkeys(CELLS, Verdict("equal"))),
+        "idle": report()._replace(verdicts=dict.fromkeys(CELLS, CellVerdict("equal"))),
         "refused": refused,
         "not run": plain,
-        "short": report(lookup__half=Verdict("inexact")),
+        "short": report(lookup__half=CellVerdict("inexact")),
     }
     assert {form: sweep_rows.form_of(one) for form, one in cases.items()} == {form: form for form in cases}
     assert set(cases) == set(sweep_rows.FORMS)
@@ -53,8 +53,8 @@ def test_the_form_says_what_became_of_a_type() -> None:
 
 
 def test_reasons_name_the_modes_they_are_of() -> None:
-    refused = Verdict("refused", "so")
-    lookup = {f"lookup__{way}": Verdict("plain", "stateful") for way in ("transfer", "recompute", "half", "auto")}
+    refused = CellVerdict("refused", "so")
+    lookup = {f"lookup__{way}": CellVerdict("plain", "stateful") for way in ("transfer", "recompute", "half", "auto")}
     row = sweep_rows.row_of(report(greedy__half=refused, turns__auto=refused, **lookup))
     assert json.loads(row["reasons"]) == {"refused: so": "greedy/half turns/auto", "plain: stateful": "lookup"}
     others = {cell: refused for cell in CELLS if cell[0] != "lookup"}

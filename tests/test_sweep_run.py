@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from campaign.rows import Row
-from campaign.sweep import Report, Verdict
+from campaign.sweep import CellVerdict, Report
 from campaign.sweep_run import run
 
 
@@ -20,7 +20,7 @@ def scripted(model_type: str, cells: Iterable[tuple[str, str]], on_stage: Callab
         os._exit(4)
     if model_type == "hangs":
         time.sleep(600)
-    return Report(model_type, verdicts={cell: Verdict("equal") for cell in cells}, plain=str(os.getpid()))
+    return Report(model_type, verdicts={cell: CellVerdict("equal") for cell in cells}, plain=str(os.getpid()))
 
 
 def test_a_type_that_ends_its_process_or_hangs_costs_only_its_own_row() -> None:

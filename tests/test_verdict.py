@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_forecast import task
 
-from kvoffload.advise.comparison import Row, forecast
+from kvoffload.advise.comparison import WayFigures, compare_ways
 from kvoffload.advise.verdict import LEAST_GAIN, Verdict, judge, of_rows
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.planning.workload import Workload
@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "will_it_help.py"
 
 
-def ways(**tokens_per_s: float) -> tuple[Row, ...]:
+def ways(**tokens_per_s: float) -> tuple[WayFigures, ...]:
     """Rows of the ways that work, with 1000 tokens each, and of the others, which say why they do not."""
     names = ("no offload", "sub-batches", "offload", "full transfer", "paper's schedule")
     rates = {name: tokens_per_s.get(name.replace(" ", "_").replace("-", "_"), 0.0) for name in names}
     return tuple(
-        Row(name, "", runs=3, tokens_per_s=rate, total_s=1000 / rate) if rate else Row(name, f"no {name}")
+        WayFigures(name, "", runs=3, tokens_per_s=rate, total_s=1000 / rate) if rate else WayFigures(name, f"no {name}")
         for name, rate in rates.items()
     )
 
@@ -44,7 +44,7 @@ def ways(**tokens_per_s: float) -> tuple[Row, ...]:
         (ways(), Verdict("nothing", reason="no offload")),
     ],
 )
-def test_the_gain_is_over_the_best_alternative_that_works(rows: tuple[Row, ...], expected: Verdict) -> None:
+def test_the_gain_is_over_the_best_alternative_that_works(rows: tuple[WayFigures, ...], expected: Verdict) -> None:
     found = of_rows(rows)
     assert found._replace(gain=0, gain_together=0, reason="") == expected._replace(gain=0, gain_together=0, reason="")
     assert (found.gain, found.gain_together) == pytest.approx((expected.gain, expected.gain_together))
@@ -65,7 +65,7 @@ def test_a_task_is_judged_by_its_forecast(preset: str, workload: Workload, answe
     found = judge(one)
     assert found.answer == answer
     if answer == "faster":
-        works = {row.name: row.tokens_per_s for row in forecast(one) if not row.problem}
+        works = {row.name: row.tokens_per_s for row in compare_ways(one) if not row.problem}
         others = [rate for name, rate in works.items() if name in ("no offload", "sub-batches", "full transfer")]
         assert found.gain == pytest.approx(works["offload"] / max(others))
 

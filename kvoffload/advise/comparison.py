@@ -64,7 +64,7 @@ class Economics:
         return cls(price_per_hour=price, power_w=sheet.get("power_w"), grid_g_per_kwh=grid_g_per_kwh)
 
 
-class Row(NamedTuple):
+class WayFigures(NamedTuple):
     """One way to do the workload; all numbers are 0 where `problem` says why it cannot be done."""
 
     name: Name
@@ -102,7 +102,7 @@ class Limits(NamedTuple):
     longest_prompt_offloaded: int
 
 
-class Cell(NamedTuple):
+class FastestAtSize(NamedTuple):
     """The fastest way at one size."""
 
     batch: int
@@ -120,12 +120,12 @@ class Grid(NamedTuple):
     prompts: list[int]
 
 
-class Forecast(NamedTuple):
+class Comparison(NamedTuple):
     """Everything that is foreseen of one task."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[WayFigures, ...]
     limits: Limits
-    cells: tuple[Cell, ...]
+    cells: tuple[FastestAtSize, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -136,12 +136,12 @@ class Forecast(NamedTuple):
         }
 
 
-def foresee(task: Task, money: Economics, over: Grid) -> Forecast:
+def compare(task: Task, money: Economics, over: Grid) -> Comparison:
     """The ways of `task`, its limits, and a sweep over `over`."""
-    return Forecast(forecast(task, money), limits(task), sweep(task, over.batches, over.prompts))
+    return Comparison(compare_ways(task, money), limits(task), sweep(task, over.batches, over.prompts))
 
 
-def forecast(task: Task, economics: Economics | None = None) -> tuple[Row, ...]:
+def compare_ways(task: Task, economics: Economics | None = None) -> tuple[WayFigures, ...]:
     """Every way to do `task`, in the order of the module's list."""
     money = economics or Economics()
     rows = [*_on_device(task, money)]
@@ -169,45 +169,45 @@ def limits(task: Task) -> Limits:
     )
 
 
-def sweep(task: Task, batches: list[int], prompts: list[int]) -> tuple[Cell, ...]:
+def sweep(task: Task, batches: list[int], prompts: list[int]) -> tuple[FastestAtSize, ...]:
     """The fastest way at every size of a grid."""
     return tuple(_cells(task, batches, prompts))
 
 
-def _cells(task: Task, batches: list[int], prompts: list[int]) -> Iterator[Cell]:
+def _cells(task: Task, batches: list[int], prompts: list[int]) -> Iterator[FastestAtSize]:
     for batch in batches:
         for prompt in prompts:
             workload = replace(task.workload, batch=batch, prompt_tokens=prompt)
-            rows = forecast(task._replace(workload=workload))
+            rows = compare_ways(task._replace(workload=workload))
             possible = [row for row in rows if not row.problem]
             offloaded = next((row.tokens_per_s for row in possible if row.name == "offload"), 0.0)
             best = max(possible, key=lambda row: row.tokens_per_s, default=None)
             if best is None:
-                yield Cell(batch, prompt, None, 0.0, 0.0, 0.0)
+                yield FastestAtSize(batch, prompt, None, 0.0, 0.0, 0.0)
             else:
-                yield Cell(batch, prompt, best.name, best.tpot_s, best.tokens_per_s, offloaded)
+                yield FastestAtSize(batch, prompt, best.name, best.tpot_s, best.tokens_per_s, offloaded)
 
 
-def _on_device(task: Task, money: Economics) -> Iterator[Row]:
+def _on_device(task: Task, money: Economics) -> Iterator[WayFigures]:
     """Both ways without offloading, of which one says why it is none."""
     found = task.on_device()
     needed, free = task.resident_bytes(task.workload.batch), task.free_bytes(task.workload.rows)
     short = f"the cache needs {gb(needed)} where {gb(max(0, free))} are free"
     if found is None:
-        yield Row("no offload", short)
-        yield Row("sub-batches", "not even one sequence fits")
+        yield WayFigures("no offload", short)
+        yield WayFigures("sub-batches", "not even one sequence fits")
         return
     inputs = task.inputs(task.mean_tokens(), found.batch)
     row = _figures("no offload", task, found, inputs, None, money)
     if found.runs == 1:
         yield row
-        yield Row("sub-batches", "the whole batch fits")
+        yield WayFigures("sub-batches", "the whole batch fits")
     else:
-        yield Row("no offload", short)
+        yield WayFigures("no offload", short)
         yield row._replace(name="sub-batches")
 
 
-def _offloaded(name: Name, task: Task, money: Economics) -> Row:
+def _offloaded(name: Name, task: Task, money: Economics) -> WayFigures:
     try:
         task = task.settled()
         chosen = planner.solve(task.inputs(task.workload.cached_tokens))
@@ -215,13 +215,13 @@ def _offloaded(name: Name, task: Task, money: Economics) -> Row:
         mean = planner.solve(inputs)
         found = task.offload(chosen)
     except InfeasiblePlanError as error:
-        return Row(name, str(error))
+        return WayFigures(name, str(error))
     return _figures(name, task, found, inputs, mean, money)._replace(host_bytes=chosen.host_bytes)
 
 
 def _figures(
     name: Name, task: Task, found: Alternative, inputs: PlanInputs, mean: Plan | None, money: Economics
-) -> Row:
+) -> WayFigures:
     """All figures of one way; `mean` is its placement at the mean context, None without offloading."""
     workload, profile = task.workload, task.profile
     x, t, r_x = (mean.activation_blocks, mean.kv_blocks, mean.resident_activation_blocks) if mean else (0, 0, 0)
@@ -236,7 +236,7 @@ def _figures(
         if money.grid_g_per_kwh is not None:
             co2_g = energy_j / 3.6e6 * money.grid_g_per_kwh  # joules of a kilowatt-hour
             decode_co2_g = co2_g * decode_s / found.total_s / new_tokens * MILLION
-    return Row(
+    return WayFigures(
         name=name,
         problem="",
         batch=found.batch,

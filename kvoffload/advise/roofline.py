@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from kvoffload.advise.timing import Bound, Remedy, Setting, Timed, Timer, remedies_of, work_of
+from kvoffload.advise.timing import Bound, Remedy, RooflineSetting, TimedOperation, Timer, remedies_of, work_of
 from kvoffload.errors import UnsupportedModelError
 from kvoffload.machine.machine import Machine
 from kvoffload.model.facts import Facts
@@ -31,7 +31,7 @@ _SUMMED = (
 )
 
 
-class Row(NamedTuple):
+class OperationTime(NamedTuple):
     """One operation of all its layers in one phase."""
 
     name: str
@@ -58,7 +58,7 @@ class Phase(NamedTuple):
     """All operations of one phase."""
 
     name: str
-    rows: tuple[Row, ...]
+    rows: tuple[OperationTime, ...]
     seconds: float  # the longer of device and link, step by step
     low_s: float
     high_s: float
@@ -101,7 +101,7 @@ class Roofline(NamedTuple):
 
     dims: Facts
     machine: Machine
-    setting: Setting
+    setting: RooflineSetting
     prefill: Phase
     decode: Phase
     task: Phase
@@ -157,7 +157,7 @@ class Roofline(NamedTuple):
 
 def setting_of(
     dims: Facts, *, bits: tuple[float | None, float | None, float | None], convention: Any, **others: Any
-) -> Setting:
+) -> RooflineSetting:
     """A setting whose precision is the model's own where `bits` (weights, activations, K and V) are None.
 
     Raises:
@@ -167,10 +167,10 @@ def setting_of(
     weight, activation, kv = (own_bits if one is None else one for one in bits)
     as_stored = bits[0] is None and dims.quantized is not None
     precision = Precision(weight_bits=None if as_stored else weight, activation_bits=activation, kv_bits=kv)
-    return Setting(precision=precision, convention=convention, **others)
+    return RooflineSetting(precision=precision, convention=convention, **others)
 
 
-def evaluate(dims: Facts, machine: Machine, setting: Setting) -> Roofline:
+def evaluate(dims: Facts, machine: Machine, setting: RooflineSetting) -> Roofline:
     """Times and bounds of every operation in every phase.
 
     Args:
@@ -204,7 +204,7 @@ def weight_bytes(dims: Facts, precision: Precision) -> int:
     return round(matrices * precision.weight_bits / 8) + others * dims.itemsize_bytes
 
 
-def kv_bytes(dims: Facts, setting: Setting) -> int:
+def kv_bytes(dims: Facts, setting: RooflineSetting) -> int:
     """Bytes of the whole cache at the end of the task."""
     tokens = setting.seq + setting.new_tokens - 1
     return round(setting.batch * dims.cached_values(tokens) * setting.precision.kv_bits / 8)
@@ -240,7 +240,7 @@ def _task(timer: Timer, dims: Facts, prefill: Phase, decode: Phase) -> Phase:
     setting, steps = timer.setting, timer.setting.new_tokens - 1
     if not steps:
         return prefill._replace(name="task")
-    grown: dict[str, list[Row]] = {}
+    grown: dict[str, list[OperationTime]] = {}
     fixed: tuple[float, ...] = ()
     mean_s = [0.0, 0.0, 0.0]
     points = min(CONTEXT_POINTS, steps)
@@ -272,23 +272,23 @@ def _task(timer: Timer, dims: Facts, prefill: Phase, decode: Phase) -> Phase:
             one._replace(phase_gain=seconds / max(1e-30, seconds - phase_s * (1 - 1 / one.phase_gain)))
             for one in decisive.remedies
         )
-        summed.append(Row(name=step.name, bound=decisive.bound, remedies=moved, **numbers))
+        summed.append(OperationTime(name=step.name, bound=decisive.bound, remedies=moved, **numbers))
     return Phase("task", tuple(summed), seconds, low_s, high_s)
 
 
-def _sums(rows: Iterable[Row]) -> tuple[float, ...]:
+def _sums(rows: Iterable[OperationTime]) -> tuple[float, ...]:
     """Seconds, the limits of their interval, and seconds of the link."""
     return tuple(map(sum, zip(*((row.seconds, row.low_s, row.high_s, row.link_s) for row in rows), strict=True)))
 
 
-def _row(timer: Timer, timed: Timed, remedies: tuple[Remedy, ...]) -> Row:
+def _row(timer: Timer, timed: TimedOperation, remedies: tuple[Remedy, ...]) -> OperationTime:
     one, layers, seconds = timed.operation, timed.operation.layers, timed.seconds
     low_s = high_s = seconds
     fitted = timer.fit(one)
     if fitted is not None:
         _, low_s, high_s = fitted.predict(work_of(one))
     crossing = layers * timed.link_bytes
-    return Row(
+    return OperationTime(
         one.name,
         layers * one.flops,
         layers * one.memory_bytes,
@@ -305,7 +305,7 @@ def _row(timer: Timer, timed: Timed, remedies: tuple[Remedy, ...]) -> Row:
     )
 
 
-def _row_json(row: Row, phase: Phase) -> dict[str, Any]:
+def _row_json(row: OperationTime, phase: Phase) -> dict[str, Any]:
     data = row._asdict()
     data["intensity"] = row.intensity
     data["share"] = max(row.seconds, row.link_s) / phase.seconds
@@ -314,7 +314,7 @@ def _row_json(row: Row, phase: Phase) -> dict[str, Any]:
     return data
 
 
-def remedy_text(row: Row) -> str:
+def remedy_text(row: OperationTime) -> str:
     """The best remedy of a row, for a table."""
     if not row.remedies:
         return ""

@@ -26,7 +26,7 @@ NARROWER: dict[float, int] = {32: 16, 16: 8, 8: 4}  # bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class RooflineSetting:
     """What is evaluated."""
 
     batch: int = 1
@@ -50,7 +50,7 @@ class Setting:
             raise ConfigError(f"unknown attention convention {self.convention!r}; known: {', '.join(CONVENTIONS)}")
 
 
-class Timed(NamedTuple):
+class TimedOperation(NamedTuple):
     """One operation, and what one of its layers takes."""
 
     operation: Operation
@@ -63,7 +63,7 @@ class Timed(NamedTuple):
 class Timer:
     """Seconds of operations on one machine; with `reads_cache` attention reads K/V from where it lives."""
 
-    def __init__(self, machine: Machine, setting: Setting, reads_cache: bool) -> None:
+    def __init__(self, machine: Machine, setting: RooflineSetting, reads_cache: bool) -> None:
         self.machine = machine
         self.setting = setting
         self.reads_cache = reads_cache
@@ -80,7 +80,7 @@ class Timer:
         fits = self.machine.fits
         return (fits.get(one.kind) or fits.get("gemm")) if fits else None
 
-    def time(self, one: Operation) -> Timed:
+    def time(self, one: Operation) -> TimedOperation:
         """What one layer takes, and what decides it."""
         fitted = self.fit(one)
         if fitted is None:
@@ -97,7 +97,7 @@ class Timer:
         bound: Bound = "compute" if compute_s > memory_s else "memory"
         if launch_s > max(compute_s, memory_s):
             bound = "launch"
-        return Timed(one, seconds, crossing, link_s, "link" if link_s > seconds else bound)
+        return TimedOperation(one, seconds, crossing, link_s, "link" if link_s > seconds else bound)
 
 
 def work_of(one: Operation) -> Work:
@@ -114,7 +114,9 @@ class Remedy(NamedTuple):
     phase_gain: float  # the same of the whole phase, if nothing else changes
 
 
-def remedies_of(timer: Timer, timed: Timed, twice: Operation, device_s: float, link_s: float) -> tuple[Remedy, ...]:
+def remedies_of(
+    timer: Timer, timed: TimedOperation, twice: Operation, device_s: float, link_s: float
+) -> tuple[Remedy, ...]:
     """What would make this operation faster, by how much, best first."""
     one, precision, bound = timed.operation, timer.setting.precision, timed.bound
     found = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from kvoffload.advise.comparison import Row, forecast
+from kvoffload.advise.comparison import WayFigures, compare_ways
 from kvoffload.advise.task import Task
 
 LEAST_GAIN = 1.05  # predictions are not better than that
@@ -40,10 +40,10 @@ def judge(task: Task) -> Verdict:
     """The verdict on `task`."""
     if task.free_bytes(task.workload.rows) <= 0 and task.free_bytes(task.workload.num_beams) <= 0:
         return Verdict("weights", reason="weights and the prefill leave no room on the device")
-    return of_rows(forecast(task))
+    return of_rows(compare_ways(task))
 
 
-def of_rows(rows: tuple[Row, ...]) -> Verdict:
+def of_rows(rows: tuple[WayFigures, ...]) -> Verdict:
     """The verdict on the ways of one task."""
     works = {row.name: row for row in rows if not row.problem}
     if "no offload" in works:
@@ -60,6 +60,6 @@ def of_rows(rows: tuple[Row, ...]) -> Verdict:
     return Verdict("faster" if gain >= LEAST_GAIN else "only way", gain, gain_together)
 
 
-def _gain(offload: Row, other: Row | None) -> float:
+def _gain(offload: WayFigures, other: WayFigures | None) -> float:
     """Infinite over what does not work."""
     return float("inf") if other is None else offload.tokens_per_s / other.tokens_per_s

@@ -20,7 +20,7 @@ from kvoffload.cache.verification import Probe, Recompute, reproduces, sampled
 from kvoffload.pipeline.chunks import Chunk, chunks_of, resident_runs
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.pipeline.write_back import WriteBack
-from kvoffload.planning.placement import Form, Kind, Placement, Run, next_runs
+from kvoffload.planning.placement import BlockKind, BlockRun, Form, Placement, next_runs
 from kvoffload.store.block_memory import BlockMemory
 from kvoffload.store.carried import CarriedPositions, PositionLayout
 from kvoffload.store.positions import PositionTable
@@ -77,7 +77,7 @@ class CacheLayer:
         self.tail: Tail | None = None
         self.row_shapes: dict[Form, RowShape] = {}  # of one token in a block, per form
         self._memory = BlockMemory(cache.pool)
-        self._reopened: Kind | None = None  # what the block was that a crop made partial
+        self._reopened: BlockKind | None = None  # what the block was that a crop made partial
         self._chunks: tuple[int, Sequence[Chunk]] = (-1, ())
         self._resident_runs: tuple[int, Sequence[int]] = (-1, ())
 
@@ -216,7 +216,7 @@ class CacheLayer:
         else:
             data = self.row_shapes[block.form].view(self.cache.engine.fetch(block), bt, block.rows)
         logical = self.cache.logical_rows(index)
-        self._reopened = Kind(block.form, block.resident is not None)
+        self._reopened = BlockKind(block.form, block.resident is not None)
         kv = data
         if block.form == "activation":
             kv = torch.empty(bt, block.rows, self.shape.width, dtype=self.shape.dtype, device=data.device)
@@ -276,7 +276,7 @@ class CacheLayer:
             self.cache.account()
         self.tail.advance(num_full * bt, new)
 
-    def _next_runs(self, num_full: int, copies: int, new: NewTokens) -> list[Run]:
+    def _next_runs(self, num_full: int, copies: int, new: NewTokens) -> list[BlockRun]:
         assert self.tail is not None
         first, self._reopened = self._reopened, None
         runs = functools.partial(
@@ -296,7 +296,7 @@ class CacheLayer:
             found = runs(can_recompute=False)
         return found
 
-    def _agrees(self, runs: Sequence[Run], copies: int, new: NewTokens) -> bool:
+    def _agrees(self, runs: Sequence[BlockRun], copies: int, new: NewTokens) -> bool:
         """Whether K and V of what is to be stored as activations follow from these, as those of the first tokens did.
 
         A few tokens of many are compared; waits for the device.

@@ -105,7 +105,7 @@ class FastRecompute:
                 ops.rope_(self._shape.keys_of(out), cos, sin)
 
 
-def choose(
+def choose_path(
     module: nn.Module,
     shape: KVShape,
     activation: torch.Tensor,

@@ -17,7 +17,7 @@ from kvoffload.planning.placement import Form
 from kvoffload.store.tail import KVShape
 
 
-def assemble(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def whole_kv(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """All cached K and V of a layer followed by the new tokens', in logical order.
 
     The layer's job stays current until `layer.cache.engine.finish_current()`.
@@ -83,7 +83,7 @@ def read_back(layer: CacheLayer) -> tuple[torch.Tensor, torch.Tensor]:
     keys = torch.empty(rows, shape.key_heads, 0, shape.key_dim, dtype=shape.dtype, device=device)
     values = torch.empty(rows, shape.value_heads, 0, shape.value_dim, dtype=shape.dtype, device=device)
     with torch.no_grad():
-        keys, values = (part.clone() for part in assemble(layer, keys, values))
+        keys, values = (part.clone() for part in whole_kv(layer, keys, values))
     engine.finish_current()
     engine.resize_buffers(buffer_bytes)  # attention over segments has none, and no room for them is planned
     return keys, values

@@ -20,7 +20,7 @@ from kvoffload.session.stats import GenerationStats
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "merges.txt", "tekken.json")
 
 
-class Answer(NamedTuple):
+class Reply(NamedTuple):
     """What a model said, with and without offloading."""
 
     text: str
@@ -76,7 +76,7 @@ def answer(
     max_new_tokens: int,
     compare: bool,
     streamer: Any = None,
-) -> Answer:
+) -> Reply:
     """Answer `prompt` with greedy decoding and the cache offloaded.
 
     Args:
@@ -97,7 +97,7 @@ def answer(
     assert session.stats is not None
     expected = generating.generate(**inputs, **kwargs) if compare else None
     length = inputs["input_ids"].shape[1]
-    return Answer(
+    return Reply(
         text=tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip(),
         tokens_equal=None if expected is None else bool(torch.equal(tokens, expected)),
         prompt_tokens=length,

@@ -24,7 +24,7 @@ CHAT_LINK = EmulatedLink(h2d_gb_per_s=1.0)
 class Demo(NamedTuple):
     """What the demo found."""
 
-    answer: chat.Answer
+    answer: chat.Reply
     result: dict[str, Any]  # as `bench.run`
 
     def to_json(self) -> dict[str, Any]:

@@ -109,7 +109,7 @@ Batch = Annotated[int, typer.Option(callback=whole(), help="Sequences.")]
 PromptTokens = Annotated[
     int, typer.Option("--prompt-tokens", "--seq", callback=whole(), help="Tokens of each prompt; --seq is the same.")
 ]
-NewTokens = Annotated[int, typer.Option(callback=whole(), help="Tokens to generate for each sequence.")]
+NumNewTokens = Annotated[int, typer.Option(callback=whole(), help="Tokens to generate for each sequence.")]
 LinkSpeed = Annotated[
     float | None,
     typer.Option(

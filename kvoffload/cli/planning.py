@@ -16,7 +16,7 @@ from kvoffload.cli.options import (
     HostGib,
     LinkSpeed,
     ModelConfig,
-    NewTokens,
+    NumNewTokens,
     PromptTokens,
     Split,
     a_file_to_write,
@@ -39,7 +39,7 @@ def plan(
     model: ModelConfig,
     batch: Batch = 1,
     prompt_tokens: PromptTokens = 1024,
-    new_tokens: NewTokens = 128,
+    new_tokens: NumNewTokens = 128,
     num_beams: Annotated[int, typer.Option(callback=whole(), help="Beams of each sequence.")] = 1,
     hardware: Hardware = "auto",
     link_gb_per_s: LinkSpeed = None,
@@ -67,7 +67,7 @@ def plan(
 ) -> None:
     """Say whether offloading pays for a workload, how fast it will be, what it costs and what limits it."""
     from kvoffload.advise.advice import advise, task_of
-    from kvoffload.advise.comparison import Economics, foresee, grid
+    from kvoffload.advise.comparison import Economics, compare, grid
     from kvoffload.machine.machine import what_if
 
     config = OffloadConfig(split=split, device_gib=device_gib, host_gib=host_gib)
@@ -79,7 +79,7 @@ def plan(
     machine = what_if(machine, link=link, device_memory_bytes=None if device_memory is None else device_memory * 1e9)
     money = Economics.of(machine, price_per_hour, grid_g_per_kwh)
     advice = advise(model, workload, machine, config)
-    seen = foresee(task_of(model, workload, machine, config), money, cells)
+    seen = compare(task_of(model, workload, machine, config), money, cells)
     if as_json:
         print_json(advice.to_json() | seen.to_json())
         return
@@ -95,7 +95,7 @@ def roofline(
     hardware: Hardware,
     batch: Batch = 1,
     prompt_tokens: PromptTokens = 1024,
-    new_tokens: NewTokens = 128,
+    new_tokens: NumNewTokens = 128,
     w_bits: Annotated[float | None, bits("Bits per weight; default: the model's own.")] = None,
     a_bits: Annotated[float | None, bits("Bits per activation.")] = None,
     kv_bits: Annotated[float | None, bits("Bits per value of K and V.")] = None,
@@ -139,7 +139,7 @@ def report(
     config: ModelConfig,
     batch: Batch = 1,
     prompt_tokens: PromptTokens = 1024,
-    new_tokens: NewTokens = 128,
+    new_tokens: NumNewTokens = 128,
     hardware: Hardware = "auto",
     link_gb_per_s: LinkSpeed = None,
     device_gib: DeviceGib = "auto",

@@ -146,7 +146,7 @@ class OffloadedLayer(CacheLayerMixin):
             self._prepare(update, is_segmented=False)
             result = (key_states, value_states)
             if core.num_tokens:
-                result = whole_layer.assemble(core, key_states, value_states)
+                result = whole_layer.whole_kv(core, key_states, value_states)
                 if self._wants_contiguous:
                     result = (result[0].contiguous(), result[1].contiguous())
             self._append(update)
@@ -221,7 +221,7 @@ class OffloadedLayer(CacheLayerMixin):
                 if padding is None:
                     if not asks_for_own_attention(module, kwargs, query.device):
                         owner.warn_whole_layer(module)
-                    key, value = whole_layer.assemble(core, key, value)
+                    key, value = whole_layer.whole_kv(core, key, value)
                     with core.cache.engine.backend.recording("attention"):
                         output = original(module, query, key, value, mask, **kwargs)
                 else:

@@ -86,7 +86,7 @@ def way_to_recompute(
     n = slice(-VERIFIED_TOKENS, None)
     parts = tuple(part[:, n] for part in embeddings)
     shape = KVShape.of(keys, values)
-    return recompute.choose(
+    return recompute.choose_path(
         module, shape, activation[:, n], parts, keys[:, :, n], values[:, :, n], cache_name=cache_name
     )
 

@@ -11,7 +11,7 @@ import math
 import torch
 
 
-class Room:
+class DeviceMemory:
     """A piece of device memory.
 
     Args:

@@ -29,7 +29,7 @@ import torch
 from kvoffload.backend import Backend, Event
 from kvoffload.config import Schedule
 from kvoffload.pipeline.chunks import Chunk
-from kvoffload.pipeline.device_memory import Room
+from kvoffload.pipeline.device_memory import DeviceMemory
 from kvoffload.pipeline.write_back import D2HSlot, WriteBack
 from kvoffload.store.store import Block
 
@@ -56,7 +56,7 @@ class CacheSource(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    room: Room
+    room: DeviceMemory
     released: Event  # compute is done with it
     is_busy: bool = False  # holds a chunk that compute has not released
 
@@ -107,7 +107,7 @@ class TransferEngine:
         self._slots: list[_Slot] = []
         self._buffers: list[LayerBuffer] = []
         self._gathered: torch.Tensor | None = None
-        self._scratch: Room | None = None
+        self._scratch: DeviceMemory | None = None
         self.write_back = WriteBack(backend)
         self.stage_limit_bytes: int | None = None  # what both stages together may take
         self._next_slot = self._next_buffer = 0
@@ -129,7 +129,7 @@ class TransferEngine:
         self.release_stages()
         if [slot.room.bytes.numel() for slot in self._slots] != [slot_bytes] * num_slots:
             slots = self._replace("slots", [slot.room for slot in self._slots], num_slots, slot_bytes)
-            self._slots = [_Slot(Room(data), released=self.backend.release()) for data in slots]
+            self._slots = [_Slot(DeviceMemory(data), released=self.backend.release()) for data in slots]
         if [buffer.bytes.numel() for buffer in self._buffers] != [buffer_bytes] * 2:
             for buffer in self._buffers:
                 buffer.take_over(self.backend)
@@ -141,11 +141,11 @@ class TransferEngine:
         if self._scratch is None or self._scratch.bytes.numel() != scratch_bytes:
             self._scratch = None
             self.account("scratch", scratch_bytes)
-            self._scratch = Room(self.backend.allocate_device(scratch_bytes))
+            self._scratch = DeviceMemory(self.backend.allocate_device(scratch_bytes))
         self._next_slot = self._next_buffer = 0
 
     def _replace(
-        self, purpose: str, old: Sequence[Room | LayerBuffer], count: int, num_bytes: int
+        self, purpose: str, old: Sequence[DeviceMemory | LayerBuffer], count: int, num_bytes: int
     ) -> list[torch.Tensor]:
         """New buffers of one purpose; the old ones go first, so that both never exist at once."""
         for holder in old:
@@ -189,7 +189,7 @@ class TransferEngine:
         )
 
     @property
-    def scratch(self) -> Room:
+    def scratch(self) -> DeviceMemory:
         """Memory that compute alone uses: for K and V of a recomputed chunk."""
         assert self._scratch is not None
         return self._scratch
@@ -270,7 +270,7 @@ class TransferEngine:
             self._next_position = 0
         self._pump()
 
-    def arriving(self, job: Job, between: Callable[[], None] = lambda: None) -> Iterator[tuple[Chunk, Room]]:
+    def arriving(self, job: Job, between: Callable[[], None] = lambda: None) -> Iterator[tuple[Chunk, DeviceMemory]]:
         """Chunks in order of transfer, each at the beginning of its slot on the device when yielded.
 
         With a layer buffer only activation chunks: kv chunks land there by themselves, all of them by the end. The

@@ -29,14 +29,14 @@ class Placement:
         return self.activation_share > 0 or self.resident_activation_blocks > 0 or self.may_change
 
 
-class Kind(NamedTuple):
+class BlockKind(NamedTuple):
     """What a block is: its form, and whether it stays on the device."""
 
     form: Form
     is_resident: bool
 
 
-class Run(NamedTuple):
+class BlockRun(NamedTuple):
     """Consecutive blocks of one kind."""
 
     form: Form
@@ -62,8 +62,8 @@ def next_runs(
     stored_activation_blocks: int,
     can_recompute: bool,
     has_resident_room: bool = True,
-    first: Kind | None = None,
-) -> list[Run]:
+    first: BlockKind | None = None,
+) -> list[BlockRun]:
     """Kinds of the next `count` blocks of a layer, in order.
 
     Args:
@@ -78,27 +78,27 @@ def next_runs(
     # Resident blocks are the first ones, also where room for them comes back after others went to the host.
     has_resident_room = has_resident_room and not stored_kv_blocks and not stored_activation_blocks
     if first is not None and first.form == "activation" and not can_recompute:
-        first, has_resident_room = Kind("kv", False), False
+        first, has_resident_room = BlockKind("kv", False), False
     if first is not None and first.is_resident and not has_resident_room:
-        first = Kind(first.form, False)
+        first = BlockKind(first.form, False)
     r = placement.resident_kv_blocks if has_resident_room else 0
     r_x = placement.resident_activation_blocks if has_resident_room and can_recompute else 0
     kinds = [] if first is None else [first]
     while len(kinds) < count and num_blocks + len(kinds) < r:
-        kinds.append(Kind("kv", True))
+        kinds.append(BlockKind("kv", True))
     while len(kinds) < count and num_blocks + len(kinds) < r + r_x:
-        kinds.append(Kind("activation", True))
+        kinds.append(BlockKind("activation", True))
     left = count - len(kinds)
     share = placement.activation_share if can_recompute else 0.0
     wanted = round(share * (stored_activation_blocks + stored_kv_blocks + left))
     as_activations = min(left, max(0, wanted - stored_activation_blocks))
-    kinds += [Kind("activation", False)] * as_activations + [Kind("kv", False)] * (left - as_activations)
-    runs: list[Run] = []
+    kinds += [BlockKind("activation", False)] * as_activations + [BlockKind("kv", False)] * (left - as_activations)
+    runs: list[BlockRun] = []
     for kind in kinds:
         if runs and runs[-1][:2] == kind:
             runs[-1] = runs[-1]._replace(num_blocks=runs[-1].num_blocks + 1)
         else:
-            runs.append(Run(*kind, 1))
+            runs.append(BlockRun(*kind, 1))
     return runs
 
 

@@ -29,7 +29,7 @@ OBJECTIVE_SCALE = 1000.0  # the solver sees times of about this size, far above 
 SOLVER_TOLERANCE = 1e-10
 
 
-class Placement(NamedTuple):
+class BlockCounts(NamedTuple):
     """Blocks of every offloaded layer by place; they add up to `PlanInputs.num_blocks`."""
 
     r: int  # resident K/V
@@ -174,20 +174,20 @@ def _relax(inputs: PlanInputs) -> tuple[float, float] | None:
     return x.varValue, step.varValue * unit_s * (1 - error_fraction)
 
 
-def _place(inputs: PlanInputs) -> Placement | None:
+def _place(inputs: PlanInputs) -> BlockCounts | None:
     """The best placement, or None if nothing fits."""
     if inputs.split is not None:
         at_split = _place_at_split(inputs)
         return at_split if _allowed(inputs, at_split) else None
     r_x = inputs.stored_resident_activation_blocks
-    all_resident = Placement(inputs.num_blocks - r_x, r_x, 0, 0)
+    all_resident = BlockCounts(inputs.num_blocks - r_x, r_x, 0, 0)
     if _allowed(inputs, all_resident):
         return all_resident  # no term can be smaller
     relaxed = _relax(inputs)
     return None if relaxed is None else _search(inputs, *relaxed)
 
 
-def _allowed(inputs: PlanInputs, placement: Placement) -> bool:
+def _allowed(inputs: PlanInputs, placement: BlockCounts) -> bool:
     """Whether a placement keeps what is stored and fits both memories, in whole bytes."""
     r, r_x, x, t = placement
     return (
@@ -200,17 +200,17 @@ def _allowed(inputs: PlanInputs, placement: Placement) -> bool:
     )
 
 
-def _place_at_split(inputs: PlanInputs) -> Placement:
+def _place_at_split(inputs: PlanInputs) -> BlockCounts:
     """At a fixed share every term grows with the number of offloaded blocks: take the fewest, allowed or not."""
     r_x = inputs.stored_resident_activation_blocks
     room = step_time.resident_capacity_bytes(inputs) - inputs.activation_bytes_per_token * r_x
     offloaded = inputs.num_blocks - r_x - room // inputs.kv_bytes_per_token
     offloaded = max(offloaded, inputs.stored_activation_blocks + inputs.stored_kv_blocks)
     x = split_blocks(inputs, offloaded)
-    return Placement(inputs.num_blocks - r_x - offloaded, r_x, x, offloaded - x)
+    return BlockCounts(inputs.num_blocks - r_x - offloaded, r_x, x, offloaded - x)
 
 
-def _search(inputs: PlanInputs, relaxed_x: float, bound_s: float) -> Placement | None:
+def _search(inputs: PlanInputs, relaxed_x: float, bound_s: float) -> BlockCounts | None:
     """The best whole placement, found by walking x away from the fractional optimum in both directions.
 
     At a given x the least t within a step time has a closed form. The x at which fractional placements are no worse
@@ -271,7 +271,7 @@ def _shortest_s(inputs: PlanInputs, c: step_time.Terms, x: int, most_r_x: int) -
     return min(step_s(r_x)[0] for r_x in (max(r_x_range.start, crossing - 1), crossing))
 
 
-def _least_kv(inputs: PlanInputs, x: int, most_r_x: int) -> Placement:
+def _least_kv(inputs: PlanInputs, x: int, most_r_x: int) -> BlockCounts:
     """Choose the least t, then the least r_x, at a given x, with at most `most_r_x` for r_x."""
     beta_x, beta_kv = inputs.activation_bytes_per_token, inputs.kv_bytes_per_token
     capacity = step_time.resident_capacity_bytes(inputs)
@@ -285,10 +285,10 @@ def _least_kv(inputs: PlanInputs, x: int, most_r_x: int) -> Placement:
         r_x = max(r_x, -(-(beta_kv * most_resident - capacity) // (beta_kv - beta_x)))
     else:
         most_resident = min(most_resident, r_x + (capacity - beta_x * r_x) // beta_kv)
-    return Placement(most_resident - r_x, r_x, x, inputs.num_blocks - x - most_resident)
+    return BlockCounts(most_resident - r_x, r_x, x, inputs.num_blocks - x - most_resident)
 
 
-def _waits_for_host_memory(inputs: PlanInputs, placement: Placement, step_s: float) -> bool:
+def _waits_for_host_memory(inputs: PlanInputs, placement: BlockCounts, step_s: float) -> bool:
     """Whether host memory is full to within one block and the step would be faster with more."""
     free_bytes = inputs.host_bytes - step_time.host_bytes(inputs, placement.x, placement.t)
     if free_bytes >= max(step_time.host_bytes(inputs, 1, 0), step_time.host_bytes(inputs, 0, 1)):

@@ -18,14 +18,14 @@ from kvoffload.cache.layer import CacheLayer
 from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.sizing import Geometry, grown, widened, with_kv_rows
-from kvoffload.session.generation_plan import Decider, Decision
+from kvoffload.session.generation_plan import GenerationPlan, GenerationPlanner
 from kvoffload.session.progress import AllocationProgress
 from kvoffload.store.store import HostPool
 
 logger = logging.getLogger(__name__)
 
 
-class Decisions:
+class CachePlans:
     """By cache, as long as the cache lives. Deciding can raise `InfeasiblePlanError` and `HostMemoryError`.
 
     Args:
@@ -39,7 +39,7 @@ class Decisions:
 
     def __init__(
         self,
-        decider: Decider,
+        decider: GenerationPlanner,
         engine: TransferEngine,
         pool: HostPool,
         progress: AllocationProgress,
@@ -53,14 +53,14 @@ class Decisions:
         self._progress = progress
         self._num_layers = num_layers
         self._offers_segments = offers_segments
-        self._decisions: weakref.WeakKeyDictionary[hf.OffloadedHFCache, Decision] = weakref.WeakKeyDictionary()
+        self._decisions: weakref.WeakKeyDictionary[hf.OffloadedHFCache, GenerationPlan] = weakref.WeakKeyDictionary()
         self._configured_for: Callable[[], Any] = lambda: None  # a weak reference
         self._position_row_bytes: dict[tuple[int, int], int] = {}  # that blocks of (rows, copies) carried last
 
     def __contains__(self, cache: hf.OffloadedHFCache) -> bool:
         return cache in self._decisions
 
-    def __getitem__(self, cache: hf.OffloadedHFCache) -> Decision:
+    def __getitem__(self, cache: hf.OffloadedHFCache) -> GenerationPlan:
         return self._decisions[cache]
 
     def forget(self, cache: hf.OffloadedHFCache) -> None:
@@ -200,7 +200,7 @@ class Decisions:
         stored_kv, stored_activation = (layer.count(form, resident=False) for form in ("kv", "activation"))
         self._change(cache, self._decider.replan(self._decisions[cache], stored_kv, stored_activation))
 
-    def _change(self, cache: hf.OffloadedHFCache, decision: Decision) -> None:
+    def _change(self, cache: hf.OffloadedHFCache, decision: GenerationPlan) -> None:
         self._decisions[cache] = decision
         cache.core.placement = decision.placement
 
@@ -247,7 +247,7 @@ class Decisions:
         self._apply(cache, decision)
         cache.core.rows, cache.core.prompt_copies = rows, copies
 
-    def _apply(self, cache: hf.OffloadedHFCache, decision: Decision) -> None:
+    def _apply(self, cache: hf.OffloadedHFCache, decision: GenerationPlan) -> None:
         self._decisions[cache] = decision
         cache.core.placement = decision.placement
         self._configure(cache)

@@ -59,7 +59,7 @@ class StepRates(NamedTuple):
     attention_s_per_row_token: float | None
 
 
-class Run:
+class Generation:
     """Made when `generate()` begins.
 
     Args:

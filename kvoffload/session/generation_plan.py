@@ -53,7 +53,7 @@ _UNKNOWN = Rates(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
+class GenerationPlan:
     """Everything chosen for one generation."""
 
     geometry: Geometry
@@ -98,7 +98,7 @@ class Decision:
         check_full_host(self.geometry, self.placement.prompt_tokens, self.full_host_bytes, self.host_cap_bytes)
 
 
-class Decider:
+class GenerationPlanner:
     """Makes the choices of a session.
 
     Args:
@@ -125,7 +125,7 @@ class Decider:
         self.limits = MemoryLimits(config, shape, backend)
         self.measured = MeasuredRates()
 
-    def decide(self, geometry: Geometry, *, can_recompute: bool = True, **known: Any) -> Decision:
+    def decide(self, geometry: Geometry, *, can_recompute: bool = True, **known: Any) -> GenerationPlan:
         """Sizes, plan and placement for a cache; the sizes of plain transfer where those are predicted to be faster.
 
         Recomputing takes memory for activations, which under a cap leaves less for resident blocks. Arguments and
@@ -160,7 +160,7 @@ class Decider:
         host_held_bytes: int,
         device_held_bytes: int = 0,
         can_recompute: bool = True,
-    ) -> Decision:
+    ) -> GenerationPlan:
         """Sizes, plan and placement for a cache that keeps activations or does not.
 
         Args:
@@ -202,7 +202,7 @@ class Decider:
             plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
         share = plan.split_fraction if fixed_split is None else fixed_split
         room = None if device_bytes is None else max(0, device_bytes - plan.device_bytes)
-        decision = Decision(
+        decision = GenerationPlan(
             stage_limit_bytes=room,
             host_cap_bytes=host_cap,
             reserved_share=share,
@@ -224,7 +224,7 @@ class Decider:
         decision.check_host()
         return decision
 
-    def prolong(self, decision: Decision, max_tokens: int, host_held_bytes: int) -> Decision:
+    def prolong(self, decision: GenerationPlan, max_tokens: int, host_held_bytes: int) -> GenerationPlan:
         """The same for a cache that a further turn makes longer than was planned.
 
         Raises:
@@ -241,7 +241,7 @@ class Decider:
         longer.check_host()
         return longer
 
-    def carries_positions(self, decision: Decision, token_bytes: int) -> bool:
+    def carries_positions(self, decision: GenerationPlan, token_bytes: int) -> bool:
         """Whether position embeddings travel with the blocks, as their table on the device would become too large.
 
         Args:
@@ -305,10 +305,10 @@ class Decider:
 
     def measure_chunk(
         self,
-        decision: Decision,
+        decision: GenerationPlan,
         prepare: Callable[[int], Callable[[], None]],
         ring: Callable[[], Sequence[torch.Tensor]] = tuple,
-    ) -> Decision:
+    ) -> GenerationPlan:
         """Time one chunk both ways and plan again with what was measured.
 
         Args:
@@ -339,7 +339,7 @@ class Decider:
         # The plan is for the mean length; at the full one only the form that was asked for first may fit.
         return corrected if corrected.fits_on_host else replace(decision, inputs=inputs)
 
-    def note_gap(self, decision: Decision, between_steps_s: float | None) -> None:
+    def note_gap(self, decision: GenerationPlan, between_steps_s: float | None) -> None:
         """What passed between the attention of two real steps corrects the gap that was assumed.
 
         Where the device is the CPU the gap is part of its work, and is left as it is.
@@ -347,7 +347,7 @@ class Decider:
         if decision.inputs is not None and not self.backend.emulated:
             self.measured.take_gap(between_steps_s, decision.inputs.rates)
 
-    def replan(self, decision: Decision, stored_kv_blocks: int, stored_activation_blocks: int) -> Decision:
+    def replan(self, decision: GenerationPlan, stored_kv_blocks: int, stored_activation_blocks: int) -> GenerationPlan:
         """The plan for blocks still to come, at the rates measured so far and with the blocks there are.
 
         Where no plan is within the caps any more the decision stays: whether the blocks fit is for the store to say.

@@ -30,9 +30,9 @@ from kvoffload.model.live import shape_of_model
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.placement import Placement
 from kvoffload.profiler.stored import find_stored, resolve_profile
-from kvoffload.session.cache_plans import Decisions
-from kvoffload.session.generation import Run
-from kvoffload.session.generation_plan import Decider
+from kvoffload.session.cache_plans import CachePlans
+from kvoffload.session.generation import Generation
+from kvoffload.session.generation_plan import GenerationPlanner
 from kvoffload.session.progress import AllocationProgress
 from kvoffload.session.stats import GenerationStats
 from kvoffload.store.store import HostPool
@@ -62,11 +62,13 @@ class Session:
         self._profile = None if is_measured else resolve_profile(config.profile, device=device, link=config.link)
         self.backend = backend or _make_backend(device, config)
         self.engine = TransferEngine(self.backend, overlap=config.overlap, schedule=config.schedule)
-        self.decider = Decider(config, shape_of_model(self.model), self.backend, self._load_profile, self._find_profile)
+        self.decider = GenerationPlanner(
+            config, shape_of_model(self.model), self.backend, self._load_profile, self._find_profile
+        )
         self._progress = AllocationProgress()
         self.pool = HostPool(self.backend, self.decider.limits.host_cap_bytes(), self._progress.update)
         self._lock = threading.Lock()
-        self._run: Run | None = None
+        self._run: Generation | None = None
         self._records_timeline = False  # from the next generate() on
         self._has_timeline = False
         self._caches: weakref.WeakSet[hf.OffloadedHFCache] = weakref.WeakSet()
@@ -83,7 +85,7 @@ class Session:
         is_unpaced = self.backend.emulated and getattr(config.link, "h2d_gb_per_s", None) is None
         if config.attention == "auto" and config.schedule == "pipelined" and not is_unpaced:
             self._segment_attention = hf.SegmentAttention.install(self.model, self._hooks)
-        self._decisions = Decisions(
+        self._decisions = CachePlans(
             self.decider,
             self.engine,
             self.pool,
@@ -219,7 +221,7 @@ class Session:
             if self._records_timeline:
                 self.backend.start_recording()  # anew
                 self._has_timeline = True
-            self._run = Run(self.backend, self.engine, prompt_tokens=_prompt_tokens(args, kwargs))
+            self._run = Generation(self.backend, self.engine, prompt_tokens=_prompt_tokens(args, kwargs))
             output = original(*args, **kwargs)
             if self._run.cache is not None:
                 decision = self._decisions[self._run.cache]

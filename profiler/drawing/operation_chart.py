@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kvoffload.advise.roofline import Phase, Roofline, Row
+from kvoffload.advise.roofline import OperationTime, Phase, Roofline
 from kvoffload.profiler.drawing.chart import (
     BLUE,
     GREY,
@@ -97,7 +97,7 @@ def _roof(go: Any, name: str, bytes_per_s: float, peak: float, low: float, high:
     )
 
 
-def _operation_cells(phase: Phase, row: Row) -> tuple[str, ...]:
+def _operation_cells(phase: Phase, row: OperationTime) -> tuple[str, ...]:
     return (
         phase.name,
         row.name,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvoffload.advise.advice import Advice, advise, task_of
-from kvoffload.advise.comparison import Row, forecast
+from kvoffload.advise.comparison import WayFigures, compare_ways
 from kvoffload.advise.roofline import Roofline, evaluate, setting_of
 from kvoffload.advise.task import Task
 from kvoffload.config import OffloadConfig
@@ -37,7 +37,7 @@ EQUAL_FRACTION = 0.005  # ways closer than this are as fast as each other
 MAX_SPREAD_FRACTION = 0.1  # of measured steps that are worth comparing
 SIMULATED_STEPS = 6  # the pipeline fills in the first half; the last has no step behind it to copy for
 ROW_METRICS = ("decode_step", "bound_step")  # of a results file: measured, predicted
-Progress = Callable[[str, float], None]
+Tell = Callable[[str, float], None]
 
 
 class SplitPoint(NamedTuple):
@@ -56,11 +56,11 @@ class SizePoint(NamedTuple):
 
     batch: int
     prompt_tokens: int
-    rows: tuple[Row, ...]
+    rows: tuple[WayFigures, ...]
     whole_bytes: int  # weights and the whole cache on the device
     usable_bytes: int  # of the device, beside what the prefill needs and what is kept free; 0: not even the weights fit
 
-    def row(self, name: str) -> Row | None:
+    def row(self, name: str) -> WayFigures | None:
         """One way, None where it cannot be done."""
         return next((row for row in self.rows if row.name == name and not row.problem), None)
 
@@ -152,7 +152,7 @@ def study(
     *,
     compared: tuple[Compared, ...] = (),
     measured: MeasuredRun | None = None,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> Study:
     """Work out every number of a report.
 
@@ -289,7 +289,7 @@ def _sized(task: Task, batch: int, prompt_tokens: int) -> SizePoint:
     whole_bytes = task.shape.weight_bytes + sized.resident_bytes(batch)
     free_bytes = sized.free_bytes(sized.workload.rows)
     usable_bytes = task.shape.weight_bytes + free_bytes if free_bytes > 0 else 0
-    return SizePoint(batch, prompt_tokens, forecast(sized), whole_bytes, usable_bytes)
+    return SizePoint(batch, prompt_tokens, compare_ways(sized), whole_bytes, usable_bytes)
 
 
 def _around(size: int) -> list[int]:
@@ -300,7 +300,7 @@ def _around(size: int) -> list[int]:
     return sorted(wanted)
 
 
-def best_row(point: SizePoint) -> Row | None:
+def best_row(point: SizePoint) -> WayFigures | None:
     """The fastest way at a size; of ways that are as fast to within `EQUAL_FRACTION` the first, which is simplest."""
     possible = [row for row in point.rows if not row.problem]
     fastest = max((row.tokens_per_s for row in possible), default=0.0)

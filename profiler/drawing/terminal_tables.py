@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from kvoffload.advise import comparison
-from kvoffload.advise.comparison import Cell, Forecast, Limits
-from kvoffload.advise.roofline import Phase, Roofline, Row, remedy_text
+from kvoffload.advise.comparison import Comparison, FastestAtSize, Limits
+from kvoffload.advise.roofline import OperationTime, Phase, Roofline, remedy_text
 from kvoffload.profiler.drawing.figures import Figures
 from kvoffload.units import count, counted
 
@@ -28,7 +28,7 @@ def print_roofline(found: Roofline) -> None:
     console.print("\n".join(summary(found)), highlight=False, markup=False)
 
 
-def print_forecast(seen: Forecast) -> None:
+def print_forecast(seen: Comparison) -> None:
     """Every way to do a workload, what still fits, and the sweep if there is one."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(*_forecast_figures(seen.rows).tables(console.width))
@@ -56,7 +56,7 @@ def limit_lines(limits: Limits) -> list[str]:
     ]
 
 
-def _forecast_figures(rows: Sequence[comparison.Row]) -> Figures:
+def _forecast_figures(rows: Sequence[comparison.WayFigures]) -> Figures:
     has_price = any(row.price_per_million_new_tokens is not None for row in rows)
     has_co2 = any(row.co2_g is not None for row in rows)
     names = [
@@ -100,7 +100,7 @@ def _maybe(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _sweep_figures(cells: Sequence[Cell]) -> Figures:
+def _sweep_figures(cells: Sequence[FastestAtSize]) -> Figures:
     """Batches down, prompts across: the fastest way and its tokens/s."""
     prompts = sorted({cell.prompt_tokens for cell in cells})
     found = {(cell.batch, cell.prompt_tokens): _sweep_cell(cell) for cell in cells}
@@ -109,7 +109,7 @@ def _sweep_figures(cells: Sequence[Cell]) -> Figures:
     return Figures("Fastest way, new tokens/s (offloaded)", names, lines)
 
 
-def _sweep_cell(cell: Cell) -> str:
+def _sweep_cell(cell: FastestAtSize) -> str:
     if cell.name is None:
         return "nothing works"
     return f"{cell.name} {cell.tokens_per_s:.4g} ({cell.offload_tokens_per_s:.4g})"
@@ -182,7 +182,7 @@ def _phase_figures(found: Roofline, phase: Phase) -> Figures:
     return Figures(f"{phase.name}: {what}", names, [*lines, cells], has_sum=True)
 
 
-def _cells(row: Row, has_link: bool, share: float, remedy: str) -> Sequence[str]:
+def _cells(row: OperationTime, has_link: bool, share: float, remedy: str) -> Sequence[str]:
     crossing = [si(row.link_bytes, "B"), si(row.host_bytes, "B")] * has_link
     time = seconds(max(row.seconds, row.link_s))
     return (

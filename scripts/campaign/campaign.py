@@ -34,7 +34,7 @@ import torch
 from campaign import rows
 from campaign.cells import GB, Cell
 from campaign.providers import Bed, DynamicCache, Ours, Provider
-from campaign.serving import Group, Objective, Outcome, Sameness, Samples, samples
+from campaign.serving import LatencyObjective, Outcome, Sameness, Samples, ServedGroup, samples
 from kvoffload.advise.comparison import decode_mbu, decode_mfu
 from kvoffload.advise.task import Task
 from kvoffload.backend import free_pinned
@@ -51,7 +51,7 @@ BENCH = "campaign"
 SPEED = "decode_tokens_per_s"  # of all sequences: what providers are ranked by, in parts or not
 CHECKED_TOKENS = 4
 FLOAT32_TOLERANCE = 5e-6  # of logits, tests/test_matrix.py
-GENEROUS = Objective(ttft_s=10.0, tpot_s=0.5)
+GENEROUS = LatencyObjective(ttft_s=10.0, tpot_s=0.5)
 Tell = Callable[[str], None]
 
 
@@ -68,7 +68,7 @@ class Settings:
 
     budget_s: float | None = None
     repeats: int = 1
-    objective: Objective = GENEROUS
+    objective: LatencyObjective = GENEROUS
     resumes: bool = True
 
     def config(self, cell: Cell) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def _figures(provider: Provider, bed: Bed, reference: Outcome, settings: Setting
     return found
 
 
-def _mbu(task: Task, groups: Sequence[Group]) -> float:
+def _mbu(task: Task, groups: Sequence[ServedGroup]) -> float:
     """Over the decoding of all groups: each moves its own bytes at every step, and a step may give several tokens."""
     moved = 0.0
     for group in groups:

@@ -129,7 +129,7 @@ def _no_launches(calls: Counter[str]) -> Iterator[None]:
         yield
 
 
-class Steps(NamedTuple):
+class DecodeSteps(NamedTuple):
     """Decode steps of one model and cache."""
 
     seconds: float  # of the thread, in a step
@@ -137,7 +137,7 @@ class Steps(NamedTuple):
     num_steps: int
 
 
-def make_model(layers: int) -> PreTrainedModel:
+def tiny_multi_head_model(layers: int) -> PreTrainedModel:
     """A tiny multi-head model, so that activations are half of K and V."""
     config = AutoConfig.for_model(
         "llama",
@@ -154,24 +154,24 @@ def make_model(layers: int) -> PreTrainedModel:
     return model
 
 
-def offloaded_steps(layers: int, chunks: int, split: Any) -> Steps:
+def offloaded_steps(layers: int, chunks: int, split: Any) -> DecodeSteps:
     """Steps with that many chunks in each layer, of which `split` says the form."""
     config = OffloadConfig(
         split=split, device_gib="min", block_tokens=BLOCK_TOKENS, chunk_blocks=1, link=EmulatedLink(h2d_gb_per_s=1e3)
     )
-    model = make_model(layers)
+    model = tiny_multi_head_model(layers)
     with counting() as calls, Session(model, config, CountingBackend()) as session:
         cache = session.new_cache()
         return _steps(model, cache, chunks, calls)
 
 
-def plain_steps(layers: int) -> Steps:
+def plain_steps(layers: int) -> DecodeSteps:
     """Steps with a short cache of transformers: the model's own time."""
-    model = make_model(layers)
+    model = tiny_multi_head_model(layers)
     return _steps(model, DynamicCache(config=model.config), 0, Counter())
 
 
-def _steps(model: PreTrainedModel, cache: Any, chunks: int, calls: Counter[str]) -> Steps:
+def _steps(model: PreTrainedModel, cache: Any, chunks: int, calls: Counter[str]) -> DecodeSteps:
     given = {hf.generation_name(): cache}
     ids = torch.zeros(1, chunks * BLOCK_TOKENS + 8, dtype=torch.long)
     seconds = []
@@ -186,7 +186,7 @@ def _steps(model: PreTrainedModel, cache: Any, chunks: int, calls: Counter[str])
                 began = time.thread_time()
                 model(ids[:, :1], **given)
                 seconds.append(time.thread_time() - began)
-    return Steps(min(seconds[SETTLING_STEPS:]), calls, STEPS)
+    return DecodeSteps(min(seconds[SETTLING_STEPS:]), calls, STEPS)
 
 
 class HostTime(NamedTuple):
@@ -202,7 +202,7 @@ class HostTime(NamedTuple):
 
 def measure(rounds: int = ROUNDS) -> HostTime:
     """All four, with what each chunk calls."""
-    cases: dict[str, Callable[[], Steps]] = {
+    cases: dict[str, Callable[[], DecodeSteps]] = {
         "few kv": lambda: offloaded_steps(FEW_LAYERS, FEW_CHUNKS, "transfer"),
         "many kv": lambda: offloaded_steps(FEW_LAYERS, MANY_CHUNKS, "transfer"),
         "few activation": lambda: offloaded_steps(FEW_LAYERS, FEW_CHUNKS, "recompute"),
@@ -211,7 +211,7 @@ def measure(rounds: int = ROUNDS) -> HostTime:
         "plain": lambda: plain_steps(FEW_LAYERS),
         "plain, many layers": lambda: plain_steps(MANY_LAYERS),
     }
-    found: dict[str, Steps] = {}
+    found: dict[str, DecodeSteps] = {}
     for _ in range(rounds):  # in turns, so that all of them meet the same machine
         for name, run in cases.items():
             steps = run()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from campaign.cells import Cell
-from campaign.serving import Group, Outcome, generate
+from campaign.serving import Outcome, ServedGroup, generate
 from campaign.whole_layer_cache import WholeLayerCache
 from kvoffload import hf
 from kvoffload.advise.task import Task
@@ -72,7 +72,7 @@ class Bed:
 
     def generate(
         self, new_tokens: int, *, started_s: float, keeps_logits: bool, rows: slice = slice(None), **options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Group]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, ServedGroup]:
         """Decode the prompts, or some rows of them, under the clock; arguments and result as of `serving.generate`."""
         return generate(
             self.lab.model,
@@ -266,7 +266,7 @@ class Ours(Provider):
         stats = session.stats
         assert stats is not None
         # Pinning happens once in a process that serves; it is reported apart, as `setup_s`.
-        served = Group(group.sequences, group.began_s, [max(0.0, at - stats.setup_s) for at in group.token_s])
+        served = ServedGroup(group.sequences, group.began_s, [max(0.0, at - stats.setup_s) for at in group.token_s])
         return Outcome(
             tokens=tokens,
             logits=logits,

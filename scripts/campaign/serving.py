@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from kvoffload.session.stats import GenerationStats
 
 
-class Group(NamedTuple):
+class ServedGroup(NamedTuple):
     """Sequences that were generated together."""
 
     sequences: int
@@ -56,7 +56,7 @@ class Outcome:
 
     tokens: torch.Tensor  # new ones, [sequences, new_tokens]
     logits: torch.Tensor | None  # float32 on the CPU, [steps, rows, vocabulary]
-    groups: list[Group]
+    groups: list[ServedGroup]
     total_s: float
     device_cache_bytes: int | None = None  # peak of what the cache holds on the device
     peak_device_bytes: int | None = None  # of the whole process, on a GPU
@@ -75,7 +75,7 @@ def generate(
     started_s: float,
     keeps_logits: bool,
     **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None, Group]:
+) -> tuple[torch.Tensor, torch.Tensor | None, ServedGroup]:
     """New tokens [sequences, new_tokens], logits, and their times since `started_s` on the clock `time.perf_counter`.
 
     Args:
@@ -114,7 +114,7 @@ def generate(
     logits = torch.stack([step.float().cpu() for step in found.logits]) if keeps_logits else None
     # Beams end where the best hypothesis does; the criteria see every step all the same.
     times = [at for at in times if at > 0]
-    return found.sequences[:, prompt_tokens:].cpu(), logits, Group(ids.shape[0], began_s, times)
+    return found.sequences[:, prompt_tokens:].cpu(), logits, ServedGroup(ids.shape[0], began_s, times)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -122,7 +122,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-class Objective(NamedTuple):
+class LatencyObjective(NamedTuple):
     """What a sequence's latency must be to count as served."""
 
     ttft_s: float
@@ -132,7 +132,7 @@ class Objective(NamedTuple):
 Samples = dict[str, tuple[str, list[float]]]  # metric -> unit and one number per run, or per token
 
 
-def samples(runs: Sequence[Outcome], prompt_tokens: int, objective: Objective) -> Samples:
+def samples(runs: Sequence[Outcome], prompt_tokens: int, objective: LatencyObjective) -> Samples:
     """The figures of some equal runs.
 
     `ttft` is that of the sequence that waits longest, `goodput` counts the new tokens of sequences within the
@@ -184,7 +184,7 @@ def _decode_rate(run: Outcome) -> float | None:
     return new / decode_s if decode_s else None
 
 
-def _goodput(run: Outcome, objective: Objective) -> float:
+def _goodput(run: Outcome, objective: LatencyObjective) -> float:
     served = sum(
         group.sequences * len(group.token_s)
         for group in run.groups

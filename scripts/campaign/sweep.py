@@ -38,14 +38,14 @@ ENOUGH_DISTINCT = 6  # tokens among those generated
 UPDATE = DynamicLayer.update
 
 
-class Outcome(NamedTuple):
+class CellOutcome(NamedTuple):
     """What was generated: per call the tokens, and the logits of all steps where the model gives them."""
 
     sequences: list[torch.Tensor]
     logits: list[torch.Tensor]
 
 
-class Verdict(NamedTuple):
+class CellVerdict(NamedTuple):
     """One mode in one way.
 
     Attributes:
@@ -86,11 +86,11 @@ class Report(NamedTuple):
     plain: str = ""
     distinct: int = 0
     reach: float = 0.0
-    verdicts: Mapping[tuple[str, str], Verdict] = MappingProxyType({})
+    verdicts: Mapping[tuple[str, str], CellVerdict] = MappingProxyType({})
     seconds: float = 0.0
 
 
-def judge(
+def verdict_of(
     model_type: str, cells: Iterable[tuple[str, str]] = CELLS, on_stage: Callable[[str], Any] = lambda stage: None
 ) -> Report:
     """Everything about one type; no exception of a model leaves it.
@@ -116,8 +116,8 @@ def _judge(model_type: str, cells: Iterable[tuple[str, str]], on_stage: Callable
     report = Report(model_type, type(model).__name__, cache_layers(model))
     if isinstance(wanted, Exception):
         return report._replace(plain=f"does not generate from text alone: {described(wanted)}")
-    verdicts: dict[tuple[str, str], Verdict] = {}
-    references: dict[str, Outcome | Exception] = {"greedy": wanted}
+    verdicts: dict[tuple[str, str], CellVerdict] = {}
+    references: dict[str, CellOutcome | Exception] = {"greedy": wanted}
     for mode, way in cells:
         if mode not in references:
             on_stage(f"plain {mode}")
@@ -132,9 +132,9 @@ def _judge(model_type: str, cells: Iterable[tuple[str, str]], on_stage: Callable
     return report._replace(distinct=_distinct(wanted), reach=_reach(model, wanted), verdicts=verdicts)
 
 
-def _loud_model(model_type: str) -> tuple[PreTrainedModel, Outcome | Exception]:
+def _loud_model(model_type: str) -> tuple[PreTrainedModel, CellOutcome | Exception]:
     """A model whose tokens differ, or else the one where most do, and what it generates."""
-    best: tuple[int, PreTrainedModel, Outcome | Exception] | None = None
+    best: tuple[int, PreTrainedModel, CellOutcome | Exception] | None = None
     for loudness in LOUDNESSES:
         model = tiny_model(model_type, loudness=loudness)
         if getattr(model, "generation_config", None) is not None:
@@ -160,14 +160,14 @@ def cache_layers(model: PreTrainedModel) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
-def _plain(model: PreTrainedModel, mode: str) -> Outcome | Exception:
+def _plain(model: PreTrainedModel, mode: str) -> CellOutcome | Exception:
     try:
         return _outcome(MODES[mode](model, None))
     except Exception as error:
         return error
 
 
-def _control(model: PreTrainedModel, mode: str, wanted: Outcome | Exception) -> float:
+def _control(model: PreTrainedModel, mode: str, wanted: CellOutcome | Exception) -> float:
     """How much logits differ for no other reason than rounding; 0 where tokens differ, too.
 
     Twice without us: with the plain attention of transformers, and with K and V that lie otherwise in memory.
@@ -200,18 +200,18 @@ def _side_by_side(layer: DynamicLayer, *args: Any, **kwargs: Any) -> tuple[torch
     return keys, values
 
 
-def same_tokens(found: Outcome, wanted: Outcome) -> bool:
+def same_tokens(found: CellOutcome, wanted: CellOutcome) -> bool:
     """Whether all calls gave the same tokens."""
     if len(found.sequences) != len(wanted.sequences):
         return False
     return all(torch.equal(ours, theirs) for ours, theirs in zip(found.sequences, wanted.sequences, strict=True))
 
 
-def _distinct(outcome: Outcome) -> int:
+def _distinct(outcome: CellOutcome) -> int:
     return len(set(outcome.sequences[0][:, -NEW_TOKENS:].flatten().tolist()))
 
 
-def _reach(model: PreTrainedModel, wanted: Outcome) -> float:
+def _reach(model: PreTrainedModel, wanted: CellOutcome) -> float:
     """How much the last logits change with the first tokens of the prompt."""
     ids = prompt()
     ids[:, :8] = prompt(tokens=8, seed=3)
@@ -222,12 +222,12 @@ def _reach(model: PreTrainedModel, wanted: Outcome) -> float:
     return distance(changed, wanted) if wanted.logits else 0.0
 
 
-def _outcome(outputs: list[Any]) -> Outcome:
+def _outcome(outputs: list[Any]) -> CellOutcome:
     sequences = [getattr(out, "sequences", out) for out in outputs]
-    return Outcome(sequences, [step for out in outputs for step in getattr(out, "logits", None) or ()])
+    return CellOutcome(sequences, [step for out in outputs for step in getattr(out, "logits", None) or ()])
 
 
-def distance(found: Outcome, wanted: Outcome) -> float:
+def distance(found: CellOutcome, wanted: CellOutcome) -> float:
     """Largest difference of logits, relative to the largest logit where that is above 1."""
     if len(found.logits) != len(wanted.logits):
         return float("inf")
@@ -242,10 +242,10 @@ def distance(found: Outcome, wanted: Outcome) -> float:
     return error / size
 
 
-def compare(model: PreTrainedModel, mode: Mode, config: OffloadConfig, wanted: Outcome | Exception) -> Verdict:
+def compare(model: PreTrainedModel, mode: Mode, config: OffloadConfig, wanted: CellOutcome | Exception) -> CellVerdict:
     """One offloaded run beside the plain outcome, or the exception that plain generation raised."""
     if isinstance(wanted, Exception):
-        return Verdict("plain", described(wanted))
+        return CellVerdict("plain", described(wanted))
     session: Session | None = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -253,15 +253,15 @@ def compare(model: PreTrainedModel, mode: Mode, config: OffloadConfig, wanted: O
             with offload(model, config) as session:
                 found = _outcome(mode(model, session.new_cache))
         except KVOffloadError as error:
-            return Verdict("refused", f"{'offload' if session is None else 'generate'}: {error}")
+            return CellVerdict("refused", f"{'offload' if session is None else 'generate'}: {error}")
         except Exception as error:
-            return Verdict("error", described(error))
+            return CellVerdict("error", described(error))
     said = tuple(dict.fromkeys(str(one.message) for one in caught if not issubclass(one.category, DeprecationWarning)))
     difference = distance(found, wanted)
     outcome = "wrong" if not same_tokens(found, wanted) else "equal" if difference <= TOLERANCE else "inexact"
     stats = session.stats
     h2d_bytes, recomputed_tokens = (stats.h2d_bytes, stats.recomputed_tokens) if stats else (0, 0)
-    return Verdict(outcome, "", difference, h2d_bytes, recomputed_tokens, said)
+    return CellVerdict(outcome, "", difference, h2d_bytes, recomputed_tokens, said)
 
 
 def described(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from campaign.rows import Row, commit, versions
-from campaign.sweep import Report, Verdict
+from campaign.sweep import CellVerdict, Report
 from campaign.sweep_cells import MODES, SPLITS
 from kvoffload.errors import ConfigError
 
@@ -85,14 +85,14 @@ def shortcomings(row: Row) -> str:
     return "; ".join([*(f"{name}: {row[name]}" for name in columns), *reasons])
 
 
-def _outcomes(found: dict[str, Verdict]) -> str:
+def _outcomes(found: dict[str, CellVerdict]) -> str:
     outcomes = {way: verdict.outcome for way, verdict in found.items()}
     if len(set(outcomes.values())) <= 1:
         return next(iter(outcomes.values()), "")
     return " ".join(f"{way}:{outcome}" for way, outcome in outcomes.items())
 
 
-def _reasons(verdicts: Mapping[tuple[str, str], Verdict]) -> dict[str, str]:
+def _reasons(verdicts: Mapping[tuple[str, str], CellVerdict]) -> dict[str, str]:
     """Each reason, and the modes and ways that gave it."""
     cells: dict[str, list[str]] = {}
     for (mode, way), verdict in verdicts.items():
