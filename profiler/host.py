@@ -27,8 +27,8 @@ from kvoffload.pipeline.device_memory import DeviceMemory
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.placement import Form
 from kvoffload.profiler.trials import Trials, time_trials
+from kvoffload.store.block import Block
 from kvoffload.store.positions import PositionTable
-from kvoffload.store.store import Block
 
 CHUNKS_PER_LAYER = 8
 CHUNK_TOKENS = {"cpu": 1, "cuda": 256}  # on a GPU several steps of a kernel, which are parts of their own

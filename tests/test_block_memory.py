@@ -12,7 +12,7 @@ from kvoffload.backend import EmulatedBackend
 from kvoffload.config import EmulatedLink
 from kvoffload.planning.placement import Form, Placement
 from kvoffload.store.block_memory import BlockMemory
-from kvoffload.store.store import HostPool
+from kvoffload.store.pool import HostPool
 from kvoffload.store.tail import RowShape
 
 KV, ACTIVATION = RowShape(128, torch.float16), RowShape(128, torch.uint8)  # so that sizes are a pool's

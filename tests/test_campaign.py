@@ -17,7 +17,7 @@ from campaign.cells import Cell
 from campaign.providers import Bed, DynamicCache, Ours, WholeLayerBothWays, providers
 from campaign.serving import LatencyObjective, Outcome
 from campaign.tables import campaign_tables
-from kvoffload.advise.comparison import peak_flops_per_s
+from kvoffload.advise.utilization import peak_flops_per_s
 from kvoffload.bench.lab import Lab
 from kvoffload.bench.presets import PRESETS, Preset
 from kvoffload.errors import ConfigError

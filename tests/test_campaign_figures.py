@@ -12,7 +12,7 @@ from campaigns import tiny_cell
 from campaign import campaign
 from campaign.providers import Ours
 from campaign.serving import Sameness, ServedGroup
-from kvoffload.advise.comparison import memory_bytes_per_s
+from kvoffload.advise.utilization import memory_bytes_per_s
 from kvoffload.machine.hardware_profile import HardwareProfile
 
 

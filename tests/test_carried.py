@@ -29,7 +29,7 @@ from kvoffload.planning.placement import BlockKind, Placement, next_runs
 from kvoffload.planning.sizing import Geometry, choose_sizes
 from kvoffload.session import generation_plan
 from kvoffload.session.session import Session
-from kvoffload.store import store
+from kvoffload.store import pool
 from kvoffload.store.carried import ALIGNMENT_BYTES, CarriedPositions, PositionLayout
 from kvoffload.store.positions import PositionTable
 
@@ -411,7 +411,7 @@ def test_where_the_host_has_no_room_for_them_they_stay_on_the_device(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also where a shorter call, whose blocks carried theirs, made it look as if they always did."""
-    monkeypatch.setattr(store, "SLAB_BYTES", 1)
+    monkeypatch.setattr(pool, "SLAB_BYTES", 1)
     tokens = 80 + COMMON["max_new_tokens"] - 1
     narrow = 3 * tokens * 2 * row_bytes(model).activation  # 3 layers, 2 rows
     wanted = [outcome([model.generate(prompt(2, length), **COMMON)]) for length in (40, 80)]

@@ -10,7 +10,7 @@ import torch
 from kvoffload.config import Schedule
 from kvoffload.pipeline.chunks import Chunk, chunks_of, resident_runs
 from kvoffload.planning.placement import Form
-from kvoffload.store.store import Block
+from kvoffload.store.block import Block
 
 BLOCK_BYTES = {"kv": 8, "activation": 4}  # of one row
 KV_BYTES_PER_ROW = BLOCK_BYTES["kv"]

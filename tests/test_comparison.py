@@ -15,7 +15,10 @@ from configs import CONFIGS
 from typer.testing import Result
 
 from kvoffload.advise.advice import advise, task_of
-from kvoffload.advise.comparison import MAX_SEARCHED, Economics, Grid, WayFigures, compare, compare_ways, grid, limits
+from kvoffload.advise.capacity import MAX_SEARCHED, limits
+from kvoffload.advise.comparison import WayFigures, compare_ways
+from kvoffload.advise.economics import Economics
+from kvoffload.advise.sweep import Grid, compare, grid
 from kvoffload.advise.task import Task
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import ConfigError, InfeasiblePlanError

@@ -24,7 +24,7 @@ from kvoffload.backend import EmulatedBackend
 from kvoffload.backend.base import HostBuffer
 from kvoffload.config import GIB
 from kvoffload.session.session import Session
-from kvoffload.store import store
+from kvoffload.store import pool
 
 LAYERS, BLOCK_TOKENS, CHUNK_BLOCKS, SLOTS = 3, 4, 2, 3
 
@@ -95,7 +95,7 @@ def measure(
     model: PreTrainedModel, call: Call, split: Any, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> tuple[CountingBackend, Any]:
     """Generate with exact slabs (else a slab is 64 MiB at least); the backend and the statistics."""
-    monkeypatch.setattr(store, "SLAB_BYTES", 1)
+    monkeypatch.setattr(pool, "SLAB_BYTES", 1)
     values: dict[str, Any] = {"device_gib": "min", "link": FAST_LINK, "profile": profile(), "slots": SLOTS}
     values |= {"block_tokens": BLOCK_TOKENS, "chunk_blocks": CHUNK_BLOCKS, "attention": "whole_layer", **options}
     backend = CountingBackend()

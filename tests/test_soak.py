@@ -27,7 +27,7 @@ from kvoffload import OffloadConfig
 from kvoffload.backend import EmulatedBackend
 from kvoffload.hf import ModelHooks, SegmentAttention
 from kvoffload.session.session import Session
-from kvoffload.store.store import HostPool
+from kvoffload.store.pool import HostPool
 
 logger = logging.getLogger(__name__)
 RSS_NOISE_BYTES = 8 * 2**20  # allocators keep some of what they were given

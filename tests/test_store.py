@@ -11,7 +11,9 @@ import torch
 from kvoffload import HostMemoryError
 from kvoffload.backend import Backend
 from kvoffload.backend.base import HostBuffer
-from kvoffload.store.store import ALIGNMENT_BYTES, SLAB_BYTES, Extent, HostPool, Region, RowTable
+from kvoffload.store.extent import Extent
+from kvoffload.store.pool import ALIGNMENT_BYTES, SLAB_BYTES, HostPool, Region
+from kvoffload.store.row_table import RowTable
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_forecast import task
+from test_comparison import task
 
 from kvoffload.advise.comparison import WayFigures, compare_ways
 from kvoffload.advise.verdict import LEAST_GAIN, Verdict, judge, of_rows

@@ -10,7 +10,9 @@ import torch
 from kvoffload.backend import EmulatedBackend
 from kvoffload.config import EmulatedLink
 from kvoffload.pipeline.write_back import D2HSlot, WriteBack
-from kvoffload.store.store import Block, Extent, HostPool
+from kvoffload.store.block import Block
+from kvoffload.store.extent import Extent
+from kvoffload.store.pool import HostPool
 
 SLOT = 64  # bytes; a block has half of that
 

@@ -15,8 +15,9 @@ from kvoffload.errors import UnsupportedModelError
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.placement import Placement
 from kvoffload.store.carried import CarriedPositions
+from kvoffload.store.pool import HostPool
 from kvoffload.store.positions import PositionTable
-from kvoffload.store.store import HostPool, RowTable
+from kvoffload.store.row_table import RowTable
 from kvoffload.store.tail import NewTokens
 
 

@@ -21,10 +21,12 @@ from kvoffload.pipeline.chunks import Chunk, chunks_of, resident_runs
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.pipeline.write_back import WriteBack
 from kvoffload.planning.placement import BlockKind, BlockRun, Form, Placement, next_runs
+from kvoffload.store.block import Block
 from kvoffload.store.block_memory import BlockMemory
 from kvoffload.store.carried import CarriedPositions, PositionLayout
+from kvoffload.store.pool import HostPool
 from kvoffload.store.positions import PositionTable
-from kvoffload.store.store import Block, HostPool, RowTable
+from kvoffload.store.row_table import RowTable
 from kvoffload.store.tail import KVShape, NewTokens, RowShape, Tail
 
 RECORDING_ROOM_TOKENS = 32  # tail room for tokens that a crop may take back

@@ -67,7 +67,8 @@ def plan(
 ) -> None:
     """Say whether offloading pays for a workload, how fast it will be, what it costs and what limits it."""
     from kvoffload.advise.advice import advise, task_of
-    from kvoffload.advise.comparison import Economics, compare, grid
+    from kvoffload.advise.economics import Economics
+    from kvoffload.advise.sweep import compare, grid
     from kvoffload.machine.machine import what_if
 
     config = OffloadConfig(split=split, device_gib=device_gib, host_gib=host_gib)

@@ -22,7 +22,7 @@ from kvoffload.cache.verification import Probe
 from kvoffload.errors import KVOffloadError, UnsupportedModelError
 from kvoffload.hf.attention_call import asks_for_own_attention, can_segment, question, wants_contiguous
 from kvoffload.hf.first_tokens import prepare_measurement, settle_position_layout, way_to_recompute
-from kvoffload.hf.layer_owner import FirstTokens, LayerOwner
+from kvoffload.hf.layer_owner import FirstTokens, OwningCache
 from kvoffload.hf.masks import Padding
 from kvoffload.store.tail import KVShape
 
@@ -44,7 +44,7 @@ class OffloadedLayer(CacheLayerMixin):
     dtype: Any
     device: Any
 
-    def __init__(self, owner: LayerOwner, core: CacheLayer, module: nn.Module | None) -> None:
+    def __init__(self, owner: OwningCache, core: CacheLayer, module: nn.Module | None) -> None:
         self.core = core  # first: what transformers sets below may be kept there
         super().__init__()  # type: ignore[no-untyped-call]
         self._owner = weakref.ref(owner)  # a cycle would keep the cache, and its memory, until the next collection
@@ -229,7 +229,7 @@ class OffloadedLayer(CacheLayerMixin):
             self._append(update)
         return output
 
-    def _padding(self, owner: LayerOwner, query: torch.Tensor, mask: torch.Tensor | None) -> Padding | None:
+    def _padding(self, owner: OwningCache, query: torch.Tensor, mask: torch.Tensor | None) -> Padding | None:
         return owner.masks.read(
             mask,
             forward=owner.num_forwards,
@@ -279,7 +279,7 @@ class OffloadedLayer(CacheLayerMixin):
                 owner.num_forwards, core.position, self._embeddings, core.num_tokens
             )
 
-    def _begins_turn(self, owner: LayerOwner, update: _Update) -> bool:
+    def _begins_turn(self, owner: OwningCache, update: _Update) -> bool:
         """Whether these may be the first tokens of a further turn; several that a crop follows are a step's."""
         several = update.keys.shape[2] > 1 and not self.record_past
         return self.core.num_tokens > 0 and (several or self._generation != owner.num_generations)
@@ -294,7 +294,7 @@ class OffloadedLayer(CacheLayerMixin):
                 owner.core.engine.prefetch(owner.core)
 
     def _bind(
-        self, owner: LayerOwner, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None
+        self, owner: OwningCache, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None
     ) -> None:
         """First tokens: choose how to recompute, let the session settle the plan, make room."""
         core = self.core

@@ -16,7 +16,7 @@ from kvoffload.cache import recompute
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.cache.verification import Recompute
 from kvoffload.hf.arguments import name_of_cache
-from kvoffload.hf.layer_owner import FirstTokens, LayerOwner
+from kvoffload.hf.layer_owner import FirstTokens, OwningCache
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.store.carried import CarriedPositions, PositionLayout, rows_are_equal
 from kvoffload.store.positions import INDEX_BYTES
@@ -26,7 +26,7 @@ VERIFIED_TOKENS = 16  # the last of the first forward (padding comes first), on 
 
 
 def settle_position_layout(
-    owner: LayerOwner,
+    owner: OwningCache,
     core: CacheLayer,
     first: FirstTokens,
     activation: torch.Tensor | None,

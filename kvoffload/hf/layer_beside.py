@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.hf.cache_layer import OffloadedLayer
-from kvoffload.hf.layer_owner import LayerOwner
+from kvoffload.hf.layer_owner import OwningCache
 
 
 class LayerBeside(OffloadedLayer):
@@ -30,7 +30,7 @@ class LayerBeside(OffloadedLayer):
         theirs: an unused layer of transformers; whatever ours lacks is looked up there.
     """
 
-    def __init__(self, owner: LayerOwner, core: CacheLayer, module: nn.Module | None, theirs: Any) -> None:
+    def __init__(self, owner: OwningCache, core: CacheLayer, module: nn.Module | None, theirs: Any) -> None:
         self.beside = theirs
         self._unused = copy.deepcopy(theirs)
         super().__init__(owner, core, module)
@@ -74,7 +74,7 @@ class HybridLayer(LayerBeside, LinearAttentionCacheLayerMixin):
         self.record_past = True
 
 
-def offloaded(theirs: Any, owner: LayerOwner, core: CacheLayer, module: nn.Module | None) -> OffloadedLayer:
+def offloaded(theirs: Any, owner: OwningCache, core: CacheLayer, module: nn.Module | None) -> OffloadedLayer:
     """Ours in the place of a layer of transformers that grows."""
     if isinstance(theirs, LinearAttentionAndFullAttentionLayer):
         return HybridLayer(owner, core, module, theirs)

@@ -32,7 +32,7 @@ class FirstTokens(NamedTuple):
         return cls(keys.shape[0], keys.shape[2], kv_row_bytes, x_row_bytes)
 
 
-class LayerOwner(Protocol):
+class OwningCache(Protocol):
     """The cache of a layer."""
 
     core: OffloadedCache

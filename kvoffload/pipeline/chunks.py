@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 
 from kvoffload.config import Schedule
-from kvoffload.planning.placement import Form, transfer_order
-from kvoffload.store.store import Block
+from kvoffload.planning.chunk_order import transfer_order
+from kvoffload.planning.placement import Form
+from kvoffload.store.block import Block
 
 
 class Chunk(NamedTuple):

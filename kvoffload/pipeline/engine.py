@@ -31,7 +31,7 @@ from kvoffload.config import Schedule
 from kvoffload.pipeline.chunks import Chunk
 from kvoffload.pipeline.device_memory import DeviceMemory
 from kvoffload.pipeline.write_back import D2HSlot, WriteBack
-from kvoffload.store.store import Block
+from kvoffload.store.block import Block
 
 
 class LayerSource(Protocol):

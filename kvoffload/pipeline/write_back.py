@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from kvoffload.backend import Backend, Event
-from kvoffload.store.store import Block, Extent
+from kvoffload.store.block import Block
+from kvoffload.store.extent import Extent
 
 
 @dataclass(slots=True, eq=False)

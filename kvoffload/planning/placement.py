@@ -1,11 +1,9 @@
-"""What a plan says about the blocks of every layer: which form the next one gets, in which order chunks travel."""
+"""What a plan says about the blocks of every layer: the form of the next ones, and whether they stay on the device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
-
-from kvoffload.config import Schedule
 
 Form = Literal["kv", "activation"]
 
@@ -100,16 +98,3 @@ def next_runs(
         else:
             runs.append(BlockRun(*kind, 1))
     return runs
-
-
-def transfer_order(num_activation_chunks: int, num_kv_chunks: int, schedule: Schedule) -> list[bool]:
-    """In which order a layer's chunks travel: True for an activation chunk, False for a kv chunk.
-
-    Spread evenly, so that activations arrive at the pace at which they are recomputed: with all of them in front the
-    link would stand still behind a full ring while kv chunks could travel. "kvpr" keeps the paper's order.
-    """
-    if schedule == "kvpr":
-        return [True] * num_activation_chunks + [False] * num_kv_chunks
-    keyed = [((idx + 0.5) / num_activation_chunks, True) for idx in range(num_activation_chunks)]
-    keyed += [((idx + 1) / num_kv_chunks, False) for idx in range(num_kv_chunks)]
-    return [is_activation for _, is_activation in sorted(keyed, key=lambda item: (item[0], not item[1]))]

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from kvoffload.planning.placement import transfer_order
+from kvoffload.planning.chunk_order import transfer_order
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.rates import Rates
 from kvoffload.timeline import Lane, Span

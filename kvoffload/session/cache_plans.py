@@ -20,7 +20,7 @@ from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.sizing import Geometry, grown, widened, with_kv_rows
 from kvoffload.session.generation_plan import GenerationPlan, GenerationPlanner
 from kvoffload.session.progress import AllocationProgress
-from kvoffload.store.store import HostPool
+from kvoffload.store.pool import HostPool
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from kvoffload.backend import Backend, LinkUse, Pace
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.plan import Plan
 from kvoffload.session.stats import GenerationStats
-from kvoffload.store.store import HostPool
+from kvoffload.store.pool import HostPool
 
 
 class _Readings(NamedTuple):

@@ -35,7 +35,7 @@ from kvoffload.session.generation import Generation
 from kvoffload.session.generation_plan import GenerationPlanner
 from kvoffload.session.progress import AllocationProgress
 from kvoffload.session.stats import GenerationStats
-from kvoffload.store.store import HostPool
+from kvoffload.store.pool import HostPool
 from kvoffload.timeline import Timeline, assemble
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ import torch
 
 from kvoffload.backend import Backend, Event
 from kvoffload.planning.placement import Form, Placement, reserved_blocks
-from kvoffload.store.store import Extent, HostPool
+from kvoffload.store.extent import Extent
+from kvoffload.store.pool import HostPool
 from kvoffload.store.tail import RowShape
 
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from kvoffload.advise import comparison
-from kvoffload.advise.comparison import Comparison, FastestAtSize, Limits
+from kvoffload.advise import capacity, comparison
+from kvoffload.advise.capacity import Limits
 from kvoffload.advise.roofline import OperationTime, Phase, Roofline, remedy_text
+from kvoffload.advise.sweep import Comparison, FastestAtSize
 from kvoffload.profiler.drawing.figures import Figures
 from kvoffload.units import count, counted
 
@@ -46,7 +47,7 @@ def limit_lines(limits: Limits) -> list[str]:
     def number(value: int, of: str = "") -> str:
         if not value:
             return "none"
-        return count(value) + of + " or more" * (value >= comparison.MAX_SEARCHED)
+        return count(value) + of + " or more" * (value >= capacity.MAX_SEARCHED)
 
     return [
         f"largest batch with these prompts: {number(limits.largest_batch_on_device)} on the device, "

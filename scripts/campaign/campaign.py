@@ -35,8 +35,8 @@ from campaign import rows
 from campaign.cells import GB, Cell
 from campaign.providers import Bed, DynamicCache, Ours, Provider
 from campaign.serving import LatencyObjective, Outcome, Sameness, Samples, ServedGroup, samples
-from kvoffload.advise.comparison import decode_mbu, decode_mfu
 from kvoffload.advise.task import Task
+from kvoffload.advise.utilization import decode_mbu, decode_mfu
 from kvoffload.backend import free_pinned
 from kvoffload.bench.lab import Lab, core_for_the_link
 from kvoffload.errors import InfeasiblePlanError, KVOffloadError

@@ -39,7 +39,7 @@ from kvoffload.cache import ops
 from kvoffload.kernels import linear_rope, reference
 from kvoffload.profiler import budget, compute, host_memory, profile, trials
 from kvoffload.session import measured_rates
-from kvoffload.store import store
+from kvoffload.store import pool
 
 FIRST_ROW_S = 90.0
 CHUNK_BYTES, CHUNK_S = 2**24, 150e-6  # of the shapes here; host time of one
@@ -176,7 +176,7 @@ def device() -> Iterator[Meter]:
     with pytest.MonkeyPatch.context() as patch, fake_cuda.fake_cuda("lazy", total_bytes=2**35) as fake:
         meter = Meter(fake, _use_small_shapes(patch))
         patch.setattr(smoke, "PIN_BYTES", 2**24)
-        patch.setattr(store, "SLAB_BYTES", 2**12)  # as much less as the shapes are smaller
+        patch.setattr(pool, "SLAB_BYTES", 2**12)  # as much less as the shapes are smaller
         meter.scale = Scale(cache=2**30 / smoke.PIN_BYTES)
         _count(patch, meter)
         patch.setattr(fake, "run", meter.run)

@@ -1,23 +1,18 @@
-"""Where cached tokens live on the host: a pool of slabs, extents in it, blocks in these, and the row table.
+"""Host memory of a session: slabs that outlive `generate()` calls, and the regions in use of them.
 
-Owns host memory and the map from a block to its bytes. Does not move bytes (transfer.py) and does not know layers'
-tails (cache.py). Every cached token is stored once, in the form of its block.
-
-The row table is what makes beam search free: `row_table[block, logical_row] -> physical row`; reordering beams
-changes the table, never a stored byte (the idea of block tables: PagedAttention, Kwon et al. 2023, section 4).
+Owns host memory. Does not know what is kept in a region (`extent`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from kvoffload.backend import Backend, Event
 from kvoffload.backend.base import HostBuffer
 from kvoffload.errors import HostMemoryError
-from kvoffload.planning.placement import Form
 from kvoffload.units import gib
 
 SLAB_BYTES = 64 * 2**20
@@ -158,119 +153,3 @@ class HostPool:
             else:
                 merged.append(span)
         self._free[region.slab_idx] = merged
-
-
-@dataclass(slots=True, eq=False)
-class Block:
-    """`block_tokens` cached tokens of one layer, for all rows that are stored.
-
-    Exactly one of `host` and `resident` is set. `written` completes when the bytes on the host are valid.
-    """
-
-    form: Form
-    rows: int
-    num_bytes: int
-    row_step: int = 1  # stored row i was logical row i * row_step when it was written
-    host: torch.Tensor | None = None  # uint8
-    resident: torch.Tensor | None = None  # on the device: [block_tokens, rows, width]
-    written: Event | None = None
-
-
-@dataclass(slots=True)
-class _Piece:
-    region: Region
-    used_bytes: int = 0
-
-
-@dataclass(slots=True)
-class Extent:
-    """Host memory of one layer and form; blocks append, so consecutive blocks are one contiguous copy."""
-
-    pool: HostPool
-    doubles: bool = False  # grow by doubling, where the maximum length is not known
-    pieces: list[_Piece] = field(default_factory=list)
-    guard: Event | None = None  # the last read of a block that was removed again
-
-    @property
-    def capacity_bytes(self) -> int:
-        return sum(piece.region.num_bytes for piece in self.pieces)
-
-    @property
-    def used_bytes(self) -> int:
-        return sum(piece.used_bytes for piece in self.pieces)
-
-    def reserve(self, num_bytes: int) -> None:
-        """Make room for that many bytes in all, in one piece if nothing was reserved before."""
-        missing = num_bytes - self.capacity_bytes
-        if missing > 0:
-            self.pieces.append(_Piece(self.pool.allocate(missing)))
-
-    def append(self, num_bytes: int) -> tuple[torch.Tensor, Event | None]:
-        """Bytes for a new block behind the last, and the event to wait for before writing them."""
-        room = [p for p in self.pieces if p.region.num_bytes - p.used_bytes >= num_bytes]
-        # Only the first piece behind the last used one keeps the order of blocks.
-        last_used = max((i for i, p in enumerate(self.pieces) if p.used_bytes), default=0)
-        piece = next((p for p in self.pieces[last_used:] if p in room), None)
-        if piece is None:
-            piece = _Piece(self.pool.allocate(max(num_bytes, self.capacity_bytes if self.doubles else 0)))
-            self.pieces.append(piece)
-        start = piece.used_bytes
-        piece.used_bytes += num_bytes
-        return piece.region.bytes[start : start + num_bytes], self.guard or piece.region.guard
-
-    def pop(self, num_bytes: int, guard: Event | None) -> None:
-        """Remove the last block; its bytes may be read until `guard`."""
-        piece = next(p for p in reversed(self.pieces) if p.used_bytes)
-        piece.used_bytes -= num_bytes
-        self.guard = guard
-
-    def close(self, guard: Event | None) -> None:
-        """Give all memory back to the pool."""
-        for piece in self.pieces:
-            self.pool.free(piece.region, guard)
-        self.pieces, self.guard = [], None
-
-
-class RowTable:
-    """`table[block, logical_row] -> physical row` of one cache, shared by its layers.
-
-    `table` is None while every stored row is its own logical row.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.rows = 0
-        self.num_blocks = 0
-        self.table: torch.Tensor | None = None  # int32 [num_blocks, rows]
-        self.version = 0
-
-    def extend(self, num_blocks: int, rows: int, copies: int = 1) -> None:
-        """Append blocks written in logical order; each stored row serves `copies` consecutive logical rows."""
-        self.rows = rows
-        self.num_blocks += num_blocks
-        if copies > 1 and self.table is None:
-            self.table = self._identity(self.num_blocks - num_blocks, 1)
-        if self.table is not None:
-            self.table = torch.cat([self.table, self._identity(num_blocks, copies)])
-        self.version += 1
-
-    def select(self, indices: torch.Tensor) -> None:
-        """Logical row i becomes what row `indices[i]` was (int64, any length: rows may be repeated or dropped)."""
-        indices = indices.to(self._device)
-        if self.num_blocks:
-            table = self._identity(self.num_blocks, 1) if self.table is None else self.table
-            self.table = table.index_select(1, indices)
-        self.rows = indices.numel()
-        self.version += 1
-
-    def truncate(self, num_blocks: int) -> None:
-        """Forget the blocks behind the first `num_blocks`."""
-        self.num_blocks = num_blocks
-        if self.table is not None:
-            self.table = self.table[:num_blocks] if num_blocks else None
-        self.version += 1
-
-    def _identity(self, num_blocks: int, copies: int) -> torch.Tensor:
-        with torch.inference_mode(False):
-            row = torch.arange(self.rows, dtype=torch.int32, device=self._device).div(copies, rounding_mode="floor")
-            return row.expand(num_blocks, -1)

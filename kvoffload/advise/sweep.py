@@ -1,0 +1,89 @@
+"""The ways of one task, its limits, and the fastest way at every size of a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from kvoffload.advise.capacity import MAX_SEARCHED, Limits, limits
+from kvoffload.advise.comparison import Name, WayFigures, compare_ways
+from kvoffload.advise.economics import Economics
+from kvoffload.advise.task import Task
+from kvoffload.errors import ConfigError
+from kvoffload.units import count
+
+
+class FastestAtSize(NamedTuple):
+    """The fastest way at one size."""
+
+    batch: int
+    prompt_tokens: int
+    name: Name | None  # None where nothing works
+    tpot_s: float
+    tokens_per_s: float
+    offload_tokens_per_s: float  # 0 where it does not work
+
+
+class Grid(NamedTuple):
+    """Sizes of a sweep."""
+
+    batches: list[int]
+    prompts: list[int]
+
+
+class Comparison(NamedTuple):
+    """Everything that is foreseen of one task."""
+
+    rows: tuple[WayFigures, ...]
+    limits: Limits
+    cells: tuple[FastestAtSize, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "forecast": [row._asdict() for row in self.rows],
+            "limits": self.limits._asdict(),
+            "sweep": [cell._asdict() for cell in self.cells],
+        }
+
+
+def compare(task: Task, money: Economics, over: Grid) -> Comparison:
+    """The ways of `task`, its limits, and a sweep over `over`."""
+    return Comparison(compare_ways(task, money), limits(task), sweep(task, over.batches, over.prompts))
+
+
+def sweep(task: Task, batches: list[int], prompts: list[int]) -> tuple[FastestAtSize, ...]:
+    """The fastest way at every size of a grid."""
+    return tuple(_cells(task, batches, prompts))
+
+
+def _cells(task: Task, batches: list[int], prompts: list[int]) -> Iterator[FastestAtSize]:
+    for batch in batches:
+        for prompt in prompts:
+            workload = replace(task.workload, batch=batch, prompt_tokens=prompt)
+            rows = compare_ways(task._replace(workload=workload))
+            possible = [row for row in rows if not row.problem]
+            offloaded = next((row.tokens_per_s for row in possible if row.name == "offload"), 0.0)
+            best = max(possible, key=lambda row: row.tokens_per_s, default=None)
+            if best is None:
+                yield FastestAtSize(batch, prompt, None, 0.0, 0.0, 0.0)
+            else:
+                yield FastestAtSize(batch, prompt, best.name, best.tpot_s, best.tokens_per_s, offloaded)
+
+
+def grid(text: str | None) -> Grid:
+    """The batches and prompts of a sweep, from a text such as "1,8,64:1024,8192"; empty for None.
+
+    Raises:
+        ConfigError: no such text.
+    """
+    if text is None:
+        return Grid([], [])
+    try:
+        batches, prompts = ([int(one) for one in part.split(",")] for part in text.split(":"))
+    except ValueError as error:
+        raise ConfigError(f"a sweep is batches and prompts such as 1,8,64:1024,8192, got {text!r}") from error
+    if min(*batches, *prompts) < 1 or max(*batches, *prompts) > MAX_SEARCHED:
+        raise ConfigError(f"batches and prompts of a sweep go from 1 to {count(MAX_SEARCHED)}, got {text!r}")
+    return Grid(batches, prompts)
