@@ -28,8 +28,9 @@ from kvoffload.hf import OffloadedHFCache, SegmentAttention, given_cache, offloa
 from kvoffload.machine.quantities import Curve, Point
 from kvoffload.model.model_shape import model_shape
 from kvoffload.model.self_attention import attention_modules
+from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.rates import least_chunk_bytes
-from kvoffload.planning.sizing import Geometry, choose_sizes
+from kvoffload.planning.sizing import choose_sizes
 from kvoffload.session import generation_plan
 from kvoffload.session.measured_rates import MeasuredRates
 from kvoffload.session.session import Session

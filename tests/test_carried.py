@@ -25,8 +25,9 @@ from kvoffload import OffloadConfig
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.config import GIB
 from kvoffload.hf import OffloadedHFCache, first_tokens
+from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.placement import BlockKind, Placement, next_runs
-from kvoffload.planning.sizing import Geometry, choose_sizes
+from kvoffload.planning.sizing import choose_sizes
 from kvoffload.session import generation_plan
 from kvoffload.session.session import Session
 from kvoffload.store import pool

@@ -14,7 +14,7 @@ from kvoffload import OffloadConfig
 from kvoffload.backend import EmulatedBackend
 from kvoffload.config import GIB
 from kvoffload.model.model_shape import model_shape
-from kvoffload.planning.sizing import Geometry
+from kvoffload.planning.geometry import Geometry
 from kvoffload.session.generation_plan import GenerationPlanner
 
 

@@ -24,8 +24,10 @@ from kvoffload.backend import Backend, CheckingBackend, CudaBackend, EmulatedBac
 from kvoffload.model.model_shape import model_shape
 from kvoffload.model.shape import ModelShape
 from kvoffload.pipeline.engine import TransferEngine
+from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.rates import Rates
-from kvoffload.planning.sizing import Geometry, Sizes, choose_sizes
+from kvoffload.planning.sizes import Sizes
+from kvoffload.planning.sizing import choose_sizes
 from kvoffload.session.measured_rates import MeasuredRates
 
 PROFILED = Rates(

@@ -19,17 +19,12 @@ from kvoffload.errors import InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning import planner, step_time
+from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.plan import Plan
+from kvoffload.planning.prefill import prefill_peak_bytes
 from kvoffload.planning.rates import Rates, least_chunk_bytes, rates_from_profile
-from kvoffload.planning.sizing import (
-    LEAST_GAP_S,
-    Geometry,
-    choose_sizes,
-    chunks_may_be_recomputed,
-    prefill_peak_bytes,
-    split_to_plan,
-)
+from kvoffload.planning.sizing import LEAST_GAP_S, choose_sizes, chunks_may_be_recomputed, split_to_plan
 from kvoffload.planning.workload import Workload
 from kvoffload.units import gb
 

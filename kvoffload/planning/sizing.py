@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
-from kvoffload.model.shape import ModelShape
+from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.rates import Rates
+from kvoffload.planning.sizes import Sizes
 from kvoffload.units import counted, gib
 
 TARGET_CHUNK_BYTES = 32 * 2**20  # K/V of a chunk: large enough for full link and GEMM rate on GPUs measured by others
@@ -23,66 +24,6 @@ MIN_BLOCK_TOKENS = 8
 MAX_SLOTS = 16
 LEAST_GAP_S = 5e-3  # between two steps, that the ring of a real link covers: sampling and a user's callbacks take it
 UNKNOWN_H2D_BYTES_PER_S = 50e9  # of a real link that nobody measured: PCIe 5.0 x16, a slower one's ring covers more
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Geometry:
-    """Bytes of one token of one row, and how many there are."""
-
-    num_offloaded_layers: int
-    rows: int
-    max_tokens: int  # cached at the end of the generation
-    kv_row_bytes: int
-    activation_row_bytes: int
-    position_row_bytes: int = 0  # of position embeddings, where a block has some behind each activation
-    beams: int = 1
-    other_device_bytes: int = 0  # layers that stay on the device
-    is_segmented: bool = False  # attention takes chunks one by one: no layer buffers, and kv chunks use the ring
-    least_chunk_bytes: int = TARGET_CHUNK_BYTES  # K/V of a chunk that keeps link and GEMM fast, see cost
-    least_gap_s: float = 0.0  # that the ring covers, whatever else it is for; 0 on an emulated link
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """beta_kv."""
-        return self.rows * self.kv_row_bytes
-
-    @property
-    def activation_bytes_per_token(self) -> int:
-        """beta_x."""
-        return self.rows * self.stored_activation_row_bytes
-
-    @property
-    def stored_activation_row_bytes(self) -> int:
-        """A row of a block stored as activations."""
-        return self.activation_row_bytes + self.position_row_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """Every size the engine and the layers need."""
-
-    block_tokens: int
-    chunk_blocks: int
-    num_slots: int
-    slot_bytes: int
-    buffer_bytes: int
-    num_buffers: int
-    d2h_slot_bytes: int
-    scratch_bytes: int  # K/V of a recomputed chunk
-    tail_bytes: int  # all layers
-    other_device_bytes: int
-
-    @property
-    def fixed_device_bytes(self) -> int:
-        """Device memory held whatever the plan is."""
-        return (
-            self.num_slots * self.slot_bytes
-            + self.num_buffers * self.buffer_bytes
-            + 2 * self.d2h_slot_bytes  # one being filled, one being written
-            + self.scratch_bytes
-            + self.tail_bytes
-            + self.other_device_bytes
-        )
 
 
 def choose_sizes(
@@ -291,47 +232,6 @@ def _describe(sizes: Sizes) -> str:
     else:
         parts.insert(0, f"{sizes.num_slots} slots of {gib(sizes.slot_bytes)}")
     return ", ".join(parts)
-
-
-def widened(sizes: Sizes, rows_before: int, rows: int) -> Sizes:
-    """The same sizes for more rows, where a cache had its rows repeated."""
-    return replace(
-        sizes,
-        slot_bytes=sizes.slot_bytes // rows_before * rows,
-        buffer_bytes=sizes.buffer_bytes // rows_before * rows,
-        scratch_bytes=sizes.scratch_bytes // rows_before * rows,
-        d2h_slot_bytes=sizes.d2h_slot_bytes // rows_before * rows,
-        tail_bytes=sizes.tail_bytes // rows_before * rows,
-    )
-
-
-def with_kv_rows(sizes: Sizes, geometry: Geometry, kv_row_bytes: int) -> Sizes:
-    """The same sizes with chunks that can have K and V so wide, where layers differ."""
-    chunk_bytes = sizes.block_tokens * sizes.chunk_blocks * geometry.rows * kv_row_bytes
-    return replace(
-        sizes,
-        slot_bytes=max(sizes.slot_bytes, chunk_bytes) if geometry.is_segmented else sizes.slot_bytes,
-        scratch_bytes=max(sizes.scratch_bytes, chunk_bytes) if sizes.scratch_bytes else 0,
-        d2h_slot_bytes=max(sizes.d2h_slot_bytes, chunk_bytes),
-    )
-
-
-def grown(sizes: Sizes, geometry: Geometry) -> Sizes:
-    """The same sizes with layer buffers for a longer cache."""
-    if geometry.is_segmented:
-        return sizes
-    return replace(sizes, buffer_bytes=max(sizes.buffer_bytes, geometry.max_tokens * geometry.kv_bytes_per_token))
-
-
-def prefill_peak_bytes(shape: ModelShape, *, num_tokens: int, rows: int) -> int:
-    """Device memory that a prefill of `num_tokens` tokens, of `rows` rows together, needs beside weights and cache."""
-    itemsize = shape.activation_itemsize_bytes
-    mlp = shape.mlp_matrices * shape.intermediate_size  # gate, up and their product live at once
-    attention = 4 * shape.num_heads * shape.head_dim  # queries, output and their transposed copies
-    kv = 3 * shape.kv_row_bytes  # one layer's K/V, and packed for two
-    per_token = (max(mlp, attention) + 4 * shape.hidden_size) * itemsize + kv  # residual, norm, input, output
-    logits = rows * shape.vocab_size * (itemsize + 4)  # and a float32 copy
-    return num_tokens * per_token + logits
 
 
 def _power_of_two(value: int) -> int:

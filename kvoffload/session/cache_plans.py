@@ -17,7 +17,8 @@ from kvoffload import hf
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.pipeline.engine import TransferEngine
-from kvoffload.planning.sizing import Geometry, grown, widened, with_kv_rows
+from kvoffload.planning.geometry import Geometry
+from kvoffload.planning.sizes import grown, widened, with_kv_rows
 from kvoffload.session.generation_plan import GenerationPlan, GenerationPlanner
 from kvoffload.session.progress import AllocationProgress
 from kvoffload.store.pool import HostPool

@@ -21,20 +21,13 @@ from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning import planner
+from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.placement import Placement, reserved_blocks
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.rates import Rates, least_chunk_bytes, rates_from_profile
-from kvoffload.planning.sizing import (
-    LEAST_GAP_S,
-    Geometry,
-    Sizes,
-    choose_sizes,
-    chunks_may_be_recomputed,
-    grown,
-    split_to_plan,
-    uncapped_sizes,
-)
+from kvoffload.planning.sizes import Sizes, grown
+from kvoffload.planning.sizing import LEAST_GAP_S, choose_sizes, chunks_may_be_recomputed, split_to_plan, uncapped_sizes
 from kvoffload.session.measured_rates import MeasuredRates
 from kvoffload.session.memory_limits import MemoryLimits, check_full_host
 

@@ -29,8 +29,9 @@ from kvoffload.backend import Backend, DeviceClock, Stretch
 from kvoffload.backend.clock import LEAST_CALLS
 from kvoffload.cache import ops
 from kvoffload.model.shape import ModelShape
+from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.rates import Rates
-from kvoffload.planning.sizing import Geometry, Sizes
+from kvoffload.planning.sizes import Sizes
 from kvoffload.profiler.trials import summarize
 
 logger = logging.getLogger(__name__)

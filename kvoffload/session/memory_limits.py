@@ -14,8 +14,10 @@ from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import HostMemoryError
 from kvoffload.machine import system_memory
 from kvoffload.model.shape import ModelShape
+from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
-from kvoffload.planning.sizing import Geometry, prefill_peak_bytes, smallest_sizes, split_to_plan, uncapped_sizes
+from kvoffload.planning.prefill import prefill_peak_bytes
+from kvoffload.planning.sizing import smallest_sizes, split_to_plan, uncapped_sizes
 from kvoffload.units import counted, gib
 
 HOST_SHARE = 0.8  # of the free host memory that "auto" takes at most

@@ -1,0 +1,39 @@
+"""The shape of one generation's cache: bytes of one token of one row, and how many there are. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvoffload.planning.sizing import TARGET_CHUNK_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """Bytes of one token of one row, and how many there are."""
+
+    num_offloaded_layers: int
+    rows: int
+    max_tokens: int  # cached at the end of the generation
+    kv_row_bytes: int
+    activation_row_bytes: int
+    position_row_bytes: int = 0  # of position embeddings, where a block has some behind each activation
+    beams: int = 1
+    other_device_bytes: int = 0  # layers that stay on the device
+    is_segmented: bool = False  # attention takes chunks one by one: no layer buffers, and kv chunks use the ring
+    least_chunk_bytes: int = TARGET_CHUNK_BYTES  # K/V of a chunk that keeps link and GEMM fast, see cost
+    least_gap_s: float = 0.0  # that the ring covers, whatever else it is for; 0 on an emulated link
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """beta_kv."""
+        return self.rows * self.kv_row_bytes
+
+    @property
+    def activation_bytes_per_token(self) -> int:
+        """beta_x."""
+        return self.rows * self.stored_activation_row_bytes
+
+    @property
+    def stored_activation_row_bytes(self) -> int:
+        """A row of a block stored as activations."""
+        return self.activation_row_bytes + self.position_row_bytes
