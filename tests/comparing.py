@@ -46,7 +46,7 @@ def compare(
     wanted = run()
     session = Session(wraps or model, config(split, **options), checking_backend())
     if split == "auto":
-        session.decider.measured = FixedRates(*row_bytes(model))
+        session.planner.measured = FixedRates(*row_bytes(model))
     with session:
         found = run()
     assert distance(outcome([found]), outcome([wanted])) <= tolerance

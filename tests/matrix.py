@@ -381,7 +381,7 @@ def run_offloaded(
     with leaves_no_trace(model):
         session = Session(model, config, backend=backend)
         if fixed_rates:
-            session.decider.measured = FixedRates(*bytes_of)
+            session.planner.measured = FixedRates(*bytes_of)
         observer = Observer(model, bytes_of)
         original = vars(model)["generate"]
 

@@ -182,7 +182,7 @@ def test_the_gap_between_steps_is_that_of_real_steps(monkeypatch: pytest.MonkeyP
     assumed_s = HardwareProfile.preset("a100-40gb-pcie4").gap_s
     for pause_s in (0.0, 3 * assumed_s):
         session = _run(FAST_HOST, monkeypatch, pause_s)
-        gap_s = session.decider.measured.gap_s
+        gap_s = session.planner.measured.gap_s
         assert gap_s is not None
         assert 0.9 * pause_s <= gap_s < pause_s + 0.75 * assumed_s
         current_rates = Rates(
@@ -193,7 +193,7 @@ def test_the_gap_between_steps_is_that_of_real_steps(monkeypatch: pytest.MonkeyP
             dense_s=0.0,
             gap_s=assumed_s,
         )
-        assert session.decider.measured.correct(current_rates, 1).gap_s == gap_s
+        assert session.planner.measured.correct(current_rates, 1).gap_s == gap_s
 
 
 def test_a_link_without_pinned_memory_is_not_called_pinned(device: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,10 +47,10 @@ def test_where_memory_for_recomputing_costs_more_than_it_gains_auto_is_sized_as_
         config = OffloadConfig(device_gib=budget / GIB, link=FAST_LINK, profile=slow, block_tokens=4)
         decider = GenerationPlanner(config, shape, backend, lambda: slow)
         try:
-            plain = decider.decide(geometry, can_recompute=False, **known)
+            plain = decider.plan_for(geometry, can_recompute=False, **known)
         except kvoffload.InfeasiblePlanError:
             continue
-        free = decider.decide(geometry, **known)
+        free = decider.plan_for(geometry, **known)
         assert free.plan.predicted_step_s <= 1.0102 * plain.plan.predicted_step_s, budget
         assert free.plan.full_transfer_step_s <= 1.0102 * plain.plan.predicted_step_s, budget
         chosen.add(free.placement.may_change)
@@ -65,7 +65,7 @@ def test_activations_that_are_no_smaller_than_kv_with_their_positions_are_not_pl
     decider = GenerationPlanner(config, shape, backend, profile)
     geometry = Geometry(num_offloaded_layers=3, rows=2, max_tokens=100, kv_row_bytes=200, activation_row_bytes=160)
     for num_bytes, is_smaller in ((16, True), (48, False)):
-        decision = decider.decide(
+        decision = decider.plan_for(
             replace(geometry, position_row_bytes=num_bytes),
             prompt_tokens=50,
             knows_length=True,

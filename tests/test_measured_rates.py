@@ -105,7 +105,7 @@ def test_steps_that_are_not_as_predicted_measure_all_three_rates(monkeypatch: py
     )
     with kvoffload.offload(model, config) as session:
         model.generate(ids, max_new_tokens=24, do_sample=False)
-        measured = session.decider.measured
+        measured = session.planner.measured
         assert session.stats is not None
     assert session.stats.recomputed_tokens > 0
     for one in (measured.recompute_s_per_row_token, measured.attention_s_per_row_token, measured.h2d_bytes_per_s):

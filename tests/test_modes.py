@@ -141,7 +141,7 @@ def test_one_session_serves_calls_of_any_shape_one_after_another(split: Any, mod
     wanted = [outcome(MODES[mode].run(model, None)) for mode in modes]
     with Session(model, config(split), checking_backend()) as session:
         if split == "auto":
-            session.decider.measured = FixedRates(*row_bytes(model))
+            session.planner.measured = FixedRates(*row_bytes(model))
         for mode, expected in zip(modes, wanted, strict=True):
             assert distance(outcome(MODES[mode].run(model, None)), expected) <= TOLERANCE
         session.new_cache()  # whoever asks for a new cache finds the memory of those that nobody holds any more
@@ -164,7 +164,7 @@ def test_auto_with_rates_measured_on_this_machine(model: PreTrainedModel) -> Non
     with Session(model, OffloadConfig(profile=profile(0.02), **options)) as session:
         found = outcome(MODES["left_padding"].run(model, None))
     assert distance(found, wanted) <= TOLERANCE
-    assert session.decider.measured.recompute_s_per_row_token is not None
+    assert session.planner.measured.recompute_s_per_row_token is not None
     assert session.stats is not None
     assert len(str(session.stats).splitlines()) == 4
 

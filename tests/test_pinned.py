@@ -146,7 +146,7 @@ def test_what_is_kept_counts_as_free_for_the_next_session(device: FakeCuda, monk
     model = make_model("llama").cuda()
     with kvoffload.offload(model, kvoffload.OffloadConfig(split="transfer")) as session:
         assert CheckingBackend(session.backend).kept_host_bytes == 10 * MIB
-        assert session.decider.limits.host_cap_bytes() == int(HOST_SHARE * 110 * MIB)
+        assert session.planner.limits.host_cap_bytes() == int(HOST_SHARE * 110 * MIB)
 
 
 def test_every_page_is_touched_by_the_thread_that_pins_it_while_that_is_near_the_device(

@@ -57,7 +57,7 @@ def test_a_custom_loop_with_a_cache_of_the_session(split: Any, model: PreTrained
     wanted = greedy_loop(model, plain_cache(model), prompt(2), 12)
     with Session(model, config(split), checking_backend()) as session:
         if split == "auto":
-            session.decider.measured = FixedRates(*row_bytes(model))
+            session.planner.measured = FixedRates(*row_bytes(model))
         cache = session.new_cache()
         found = greedy_loop(model, cache, prompt(2), 12)
         assert cache.get_seq_length() == PROMPT_TOKENS + 11

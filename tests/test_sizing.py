@@ -63,7 +63,7 @@ def decided(split: Any, stored: HardwareProfile | None = None) -> GenerationPlan
     config = OffloadConfig(split=split, device_gib="min", host_gib=60)
     with contextlib.closing(CudaBackend(DEVICE)) as backend:
         decider = GenerationPlanner(config, SHAPE, backend, measured, lambda: stored)
-        return decider.decide(GEOMETRY, prompt_tokens=1024, knows_length=True, host_held_bytes=0)
+        return decider.plan_for(GEOMETRY, prompt_tokens=1024, knows_length=True, host_held_bytes=0)
 
 
 def chunk_bytes(decision: GenerationPlan) -> int:
@@ -156,5 +156,5 @@ def test_sizes_on_an_emulated_link_are_what_they_were(split: Any, wanted: tuple[
         decider = GenerationPlanner(
             config, SHAPE, backend, emulated_profile, lambda: HardwareProfile.preset("a100-40gb-pcie4")
         )
-        found = decider.decide(geometry, prompt_tokens=1024, knows_length=True, host_held_bytes=0)
+        found = decider.plan_for(geometry, prompt_tokens=1024, knows_length=True, host_held_bytes=0)
     assert (found.sizes.block_tokens * found.sizes.chunk_blocks, found.sizes.num_slots) == wanted

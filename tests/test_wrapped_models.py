@@ -139,7 +139,7 @@ def test_inside_inference_mode(split: Any, mode: str, model: PreTrainedModel) ->
     wanted = outcome(MODES[mode].run(model, None))
     with Session(model, config(split), checking_backend()) as session:
         if split == "auto":
-            session.decider.measured = FixedRates(*row_bytes(model))
+            session.planner.measured = FixedRates(*row_bytes(model))
         with torch.inference_mode():
             found = outcome(MODES[mode].run(model, None))
         again = outcome(MODES[mode].run(model, None))  # buffers made in inference mode serve outside of it
@@ -161,7 +161,7 @@ def test_inside_autocast(split: Any, mode: str, model: PreTrainedModel) -> None:
     wanted = run()
     with Session(model, config(split), checking_backend()) as session:
         if split == "auto":
-            session.decider.measured = FixedRates(*row_bytes(model))
+            session.planner.measured = FixedRates(*row_bytes(model))
         found = run()
     stats = session.stats
     assert stats is not None

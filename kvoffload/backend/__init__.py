@@ -2,6 +2,7 @@
 
 from kvoffload.backend.base import Backend, Event, LinkUse, Pace
 from kvoffload.backend.checking import CheckingBackend, RaceError
+from kvoffload.backend.choice import backend_for
 from kvoffload.backend.clock import DeviceClock, Stretch
 from kvoffload.backend.cuda import CudaBackend
 from kvoffload.backend.emulated import EmulatedBackend
@@ -18,5 +19,6 @@ __all__ = [
     "Pace",
     "RaceError",
     "Stretch",
+    "backend_for",
     "free_pinned",
 ]

@@ -1,8 +1,8 @@
-"""The decision that holds for each cache of a session, and the engine's buffers made for it.
+"""The plan that holds for each cache of a session, and the engine's buffers made for it.
 
-Owns when a cache is decided for, and when again: for its first tokens as they really are, a further turn, more rows, a
-layer that needs layer buffers, steps that were not as predicted. Does not own how (`decide`), nor anything about one
-`generate()` (`run`) or the model (`session`).
+Owns when a cache is planned, and when again: for its first tokens as they really are, a further turn, more rows, a
+layer that needs layer buffers, steps that were not as predicted. Does not own how (`generation_plan`), nor anything
+about one `generate()` (`generation`) or the model (`session`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 
 
 class CachePlans:
-    """By cache, as long as the cache lives. Deciding can raise `InfeasiblePlanError` and `HostMemoryError`.
+    """By cache, as long as the cache lives. Planning can raise `InfeasiblePlanError` and `HostMemoryError`.
 
     Args:
-        decider: makes them.
+        planner: makes them.
         engine: whose buffers are for one cache at a time.
         pool: of host memory that the session holds.
         progress: told how much of it will be taken.
@@ -40,7 +40,7 @@ class CachePlans:
 
     def __init__(
         self,
-        decider: GenerationPlanner,
+        planner: GenerationPlanner,
         engine: TransferEngine,
         pool: HostPool,
         progress: AllocationProgress,
@@ -48,30 +48,30 @@ class CachePlans:
         num_layers: int,
         offers_segments: bool,
     ) -> None:
-        self._decider = decider
+        self._planner = planner
         self._engine = engine
         self._pool = pool
         self._progress = progress
         self._num_layers = num_layers
         self._offers_segments = offers_segments
-        self._decisions: weakref.WeakKeyDictionary[hf.OffloadedHFCache, GenerationPlan] = weakref.WeakKeyDictionary()
+        self._plans: weakref.WeakKeyDictionary[hf.OffloadedHFCache, GenerationPlan] = weakref.WeakKeyDictionary()
         self._configured_for: Callable[[], Any] = lambda: None  # a weak reference
         self._position_row_bytes: dict[tuple[int, int], int] = {}  # that blocks of (rows, copies) carried last
 
     def __contains__(self, cache: hf.OffloadedHFCache) -> bool:
-        return cache in self._decisions
+        return cache in self._plans
 
     def __getitem__(self, cache: hf.OffloadedHFCache) -> GenerationPlan:
-        return self._decisions[cache]
+        return self._plans[cache]
 
     def forget(self, cache: hf.OffloadedHFCache) -> None:
-        """Drop what was decided for a cache that starts anew, perhaps with other rows."""
-        self._decisions.pop(cache, None)
+        """Drop what was planned for a cache that starts anew, perhaps with other rows."""
+        self._plans.pop(cache, None)
 
     def lay_out_as_before(
         self, cache: hf.OffloadedHFCache, rows: int, copies: int, prompt_tokens: int, max_tokens: int
     ) -> None:
-        """Decide for a cache whose blocks carry what those of the last such cache did, if that is possible.
+        """Plan a cache whose blocks carry what those of the last such cache did, if that is possible.
 
         Args:
             cache: an empty one.
@@ -89,47 +89,47 @@ class CachePlans:
             self._lay_out(cache, rows, copies, prompt_tokens, max_tokens)
 
     def start_anew(self, cache: hf.OffloadedHFCache) -> None:
-        """Empty a cache and decide for the same rows and length again; its prompt is all that it held, row by row."""
-        geometry, num_tokens = self._decisions[cache].geometry, cache.core.layers[0].num_tokens
+        """Empty a cache and plan the same rows and length again; its prompt is all that it held, row by row."""
+        geometry, num_tokens = self._plans[cache].geometry, cache.core.layers[0].num_tokens
         cache.reset()
         self.lay_out_as_before(cache, geometry.rows, 1, num_tokens, geometry.max_tokens)
 
     def prefill_chunk_tokens(self, cache: hf.OffloadedHFCache, prompt_tokens: int) -> int | None:
         """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole."""
-        geometry = self._decisions[cache].geometry
-        return self._decider.limits.prefill_chunk_tokens(geometry, prompt_tokens, self._device_held_bytes)
+        geometry = self._plans[cache].geometry
+        return self._planner.limits.prefill_chunk_tokens(geometry, prompt_tokens, self._device_held_bytes)
 
     def prolong(self, cache: hf.OffloadedHFCache, max_tokens: int) -> None:
         """A further turn makes the cache longer than was planned."""
-        before = self._decisions[cache]
-        decision = self._decisions[cache] = self._decider.prolong(before, max_tokens, self._pool.slab_bytes)
-        changed = decision.sizes != before.sizes or self._configured_for() is not cache
-        cache.core.placement = decision.placement
+        before = self._plans[cache]
+        chosen = self._plans[cache] = self._planner.prolong(before, max_tokens, self._pool.slab_bytes)
+        changed = chosen.sizes != before.sizes or self._configured_for() is not cache
+        cache.core.placement = chosen.placement
         if changed:
             self._configure(cache)
 
     def keep_buffers(self, cache: hf.OffloadedHFCache) -> None:
         """Called with each update: the engine's buffers are those of this cache, and of all its rows."""
-        decision = self._decisions.get(cache)
-        if decision is not None and cache.core.rows > decision.geometry.rows:
-            sizes = widened(decision.sizes, decision.geometry.rows, cache.core.rows)
-            geometry = replace(decision.geometry, rows=cache.core.rows)
-            self._decisions[cache] = replace(decision, geometry=geometry, sizes=sizes)
+        chosen = self._plans.get(cache)
+        if chosen is not None and cache.core.rows > chosen.geometry.rows:
+            sizes = widened(chosen.sizes, chosen.geometry.rows, cache.core.rows)
+            geometry = replace(chosen.geometry, rows=cache.core.rows)
+            self._plans[cache] = replace(chosen, geometry=geometry, sizes=sizes)
             self._configure(cache)
-        elif decision is not None and self._configured_for() is not cache:
+        elif chosen is not None and self._configured_for() is not cache:
             self._configure(cache)
 
     def use_whole_layers(self, cache: hf.OffloadedHFCache) -> None:
         """A layer of a cache that was planned without layer buffers needs them."""
-        decision = self._decisions[cache]
-        if decision.geometry.is_segmented:
-            geometry = replace(decision.geometry, is_segmented=False)
-            sizes = grown(replace(decision.sizes, num_buffers=3 if geometry.beams > 1 else 2), geometry)
-            self._decisions[cache] = replace(decision, geometry=geometry, sizes=sizes)
+        chosen = self._plans[cache]
+        if chosen.geometry.is_segmented:
+            geometry = replace(chosen.geometry, is_segmented=False)
+            sizes = grown(replace(chosen.sizes, num_buffers=3 if geometry.beams > 1 else 2), geometry)
+            self._plans[cache] = replace(chosen, geometry=geometry, sizes=sizes)
             self._configure(cache)
 
     def settle(self, cache: hf.OffloadedHFCache, layer: CacheLayer, first: hf.FirstTokens, prompt_tokens: int) -> None:
-        """The first tokens of a layer are here: decide, if nothing is decided for them, and make its buffers.
+        """The first tokens of a layer are here: plan, if nothing is planned for them, and make its buffers.
 
         Args:
             cache: whose layer.
@@ -137,9 +137,9 @@ class CachePlans:
             first: what the layer really caches per token.
             prompt_tokens: of the `generate()` in progress; 0 if unknown.
         """
-        if cache not in self._decisions:
+        if cache not in self._plans:
             self._lay_out(cache, first.rows, 1, first.tokens, None, first, is_segmented=layer.is_segmented)
-        geometry = self._decisions[cache].geometry
+        geometry = self._plans[cache].geometry
         if layer.position == 0 and (first.kv_row_bytes, first.activation_row_bytes, layer.is_segmented) != (
             geometry.kv_row_bytes,
             geometry.activation_row_bytes,
@@ -154,11 +154,11 @@ class CachePlans:
 
     def _widen_buffers(self, cache: hf.OffloadedHFCache, kv_row_bytes: int) -> None:
         """Buffers for a layer whose K and V are wider than those of the first."""
-        decision = self._decisions[cache]
-        sizes = with_kv_rows(decision.sizes, decision.geometry, kv_row_bytes)
-        if sizes != decision.sizes:
+        chosen = self._plans[cache]
+        sizes = with_kv_rows(chosen.sizes, chosen.geometry, kv_row_bytes)
+        if sizes != chosen.sizes:
             logger.info("buffers grow to %d bytes on the device: K and V of layers differ", sizes.fixed_device_bytes)
-            self._decisions[cache] = replace(decision, sizes=sizes)
+            self._plans[cache] = replace(chosen, sizes=sizes)
             self._configure(cache)
 
     def carries_positions(
@@ -173,8 +173,8 @@ class CachePlans:
             row_bytes: of position embeddings behind each activation, if so; 0 where that cannot be.
             token_bytes: what a token takes in a table of them on the device.
         """
-        geometry, copies = self._decisions[cache].geometry, cache.core.prompt_copies
-        if not row_bytes or not self._decider.carries_positions(self._decisions[cache], token_bytes):
+        geometry, copies = self._plans[cache].geometry, cache.core.prompt_copies
+        if not row_bytes or not self._planner.carries_positions(self._plans[cache], token_bytes):
             row_bytes = 0
         if row_bytes != geometry.position_row_bytes:
             try:
@@ -188,26 +188,26 @@ class CachePlans:
         return row_bytes > 0
 
     def transfer_all(self, cache: hf.OffloadedHFCache, first: hf.FirstTokens, prompt_tokens: int) -> None:
-        """Decide again before the first tokens are stored, for K/V that do not follow from the activation."""
+        """Plan again before the first tokens are stored, for K/V that do not follow from the activation."""
         self._lay_out_anew(cache, first, prompt_tokens, can_recompute=False)
 
     def measure_chunk(self, cache: hf.OffloadedHFCache, prepare: hf.Measure) -> None:
         """Time one chunk both ways, and plan with what was measured."""
-        self._change(cache, self._decider.measure_chunk(self._decisions[cache], prepare, self._engine.idle_slots))
+        self._change(cache, self._planner.measure_chunk(self._plans[cache], prepare, self._engine.idle_slots))
 
     def replan(self, cache: hf.OffloadedHFCache) -> None:
         """Plan the blocks still to come at the rates measured so far."""
         layer = cache.core.layers[0]
         stored_kv, stored_activation = (layer.count(form, resident=False) for form in ("kv", "activation"))
-        self._change(cache, self._decider.replan(self._decisions[cache], stored_kv, stored_activation))
+        self._change(cache, self._planner.replan(self._plans[cache], stored_kv, stored_activation))
 
-    def _change(self, cache: hf.OffloadedHFCache, decision: GenerationPlan) -> None:
-        self._decisions[cache] = decision
-        cache.core.placement = decision.placement
+    def _change(self, cache: hf.OffloadedHFCache, chosen: GenerationPlan) -> None:
+        self._plans[cache] = chosen
+        cache.core.placement = chosen.placement
 
     def _lay_out_anew(self, cache: hf.OffloadedHFCache, first: hf.FirstTokens, prompt_tokens: int, **how: Any) -> None:
-        """Decide again for what an empty cache is really given."""
-        known, copies = self._decisions[cache].placement.max_tokens, cache.core.prompt_copies
+        """Plan again for what an empty cache is really given."""
+        known, copies = self._plans[cache].placement.max_tokens, cache.core.prompt_copies
         prompt_tokens = max(first.tokens, prompt_tokens)
         segmented = cache.core.layers[0].is_segmented
         self._lay_out(cache, first.rows, copies, prompt_tokens, known, first, is_segmented=segmented, **how)
@@ -225,8 +225,8 @@ class CachePlans:
         can_recompute: bool = True,
         is_segmented: bool | None = None,
     ) -> None:
-        """Decide for an empty cache and make the engine's buffers."""
-        shape = first or self._decider.shape
+        """Plan an empty cache and make the engine's buffers."""
+        shape = first or self._planner.shape
         geometry = Geometry(
             num_offloaded_layers=self._num_layers,
             rows=rows,
@@ -237,7 +237,7 @@ class CachePlans:
             beams=copies,
             is_segmented=self._offers_segments if is_segmented is None else is_segmented,
         )
-        decision = self._decider.decide(
+        chosen = self._planner.plan_for(
             geometry,
             prompt_tokens=prompt_tokens,
             knows_length=max_tokens is not None,
@@ -245,19 +245,19 @@ class CachePlans:
             device_held_bytes=self._device_held_bytes,
             can_recompute=can_recompute,
         )
-        self._apply(cache, decision)
+        self._apply(cache, chosen)
         cache.core.rows, cache.core.prompt_copies = rows, copies
 
-    def _apply(self, cache: hf.OffloadedHFCache, decision: GenerationPlan) -> None:
-        self._decisions[cache] = decision
-        cache.core.placement = decision.placement
+    def _apply(self, cache: hf.OffloadedHFCache, chosen: GenerationPlan) -> None:
+        self._plans[cache] = chosen
+        cache.core.placement = chosen.placement
         self._configure(cache)
-        self._progress.expect(self._pool.used_bytes + decision.plan.host_bytes)
+        self._progress.expect(self._pool.used_bytes + chosen.plan.host_bytes)
 
     def _configure(self, cache: hf.OffloadedHFCache) -> None:
         self._configured_for = lambda: None  # until all of it has worked
-        decision = self._decisions[cache]
-        sizes, self._engine.stage_limit_bytes = decision.sizes, decision.stage_limit_bytes
+        chosen = self._plans[cache]
+        sizes, self._engine.stage_limit_bytes = chosen.sizes, chosen.stage_limit_bytes
         self._engine.configure(
             slot_bytes=sizes.slot_bytes,
             num_slots=sizes.num_slots,

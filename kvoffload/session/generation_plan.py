@@ -118,18 +118,18 @@ class GenerationPlanner:
         self.limits = MemoryLimits(config, shape, backend)
         self.measured = MeasuredRates()
 
-    def decide(self, geometry: Geometry, *, can_recompute: bool = True, **known: Any) -> GenerationPlan:
+    def plan_for(self, geometry: Geometry, *, can_recompute: bool = True, **known: Any) -> GenerationPlan:
         """Sizes, plan and placement for a cache; the sizes of plain transfer where those are predicted to be faster.
 
         Recomputing takes memory for activations, which under a cap leaves less for resident blocks. Arguments and
-        errors as of `decide_sizes`.
+        errors as of `plan_sizes_for`.
         """
         if not can_recompute or split_to_plan(self.config, geometry) is not None or self.config.schedule != "pipelined":
-            return self.decide_sizes(geometry, can_recompute=can_recompute, **known)
+            return self.plan_sizes_for(geometry, can_recompute=can_recompute, **known)
         found, why = [], None
         for recomputes in (True, False):
             try:
-                found.append(self.decide_sizes(geometry, can_recompute=recomputes, **known))
+                found.append(self.plan_sizes_for(geometry, can_recompute=recomputes, **known))
             except (InfeasiblePlanError, HostMemoryError) as error:
                 why = why or error
         if not found:
@@ -144,7 +144,7 @@ class GenerationPlanner:
         full_s = min(free.plan.full_transfer_step_s, plain.plan.predicted_step_s)
         return replace(free, plan=replace(free.plan, full_transfer_step_s=full_s))
 
-    def decide_sizes(
+    def plan_sizes_for(
         self,
         geometry: Geometry,
         *,
@@ -195,7 +195,7 @@ class GenerationPlanner:
             plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
         share = plan.split_fraction if fixed_split is None else fixed_split
         room = None if device_bytes is None else max(0, device_bytes - plan.device_bytes)
-        decision = GenerationPlan(
+        chosen = GenerationPlan(
             stage_limit_bytes=room,
             host_cap_bytes=host_cap,
             reserved_share=share,
@@ -214,35 +214,35 @@ class GenerationPlanner:
             ),
             inputs=None if rates is None else inputs,
         )
-        decision.check_host()
-        return decision
+        chosen.check_host()
+        return chosen
 
-    def prolong(self, decision: GenerationPlan, max_tokens: int, host_held_bytes: int) -> GenerationPlan:
+    def prolong(self, chosen: GenerationPlan, max_tokens: int, host_held_bytes: int) -> GenerationPlan:
         """The same for a cache that a further turn makes longer than was planned.
 
         Raises:
             HostMemoryError: before any token of that turn, with the numbers.
         """
-        geometry = replace(decision.geometry, max_tokens=max(decision.geometry.max_tokens, max_tokens))
+        geometry = replace(chosen.geometry, max_tokens=max(chosen.geometry.max_tokens, max_tokens))
         longer = replace(
-            decision,
+            chosen,
             geometry=geometry,
-            sizes=grown(decision.sizes, geometry),
-            placement=replace(decision.placement, max_tokens=max_tokens),
-            host_cap_bytes=self.limits.full_host_cap_bytes(geometry, decision.placement.prompt_tokens, host_held_bytes),
+            sizes=grown(chosen.sizes, geometry),
+            placement=replace(chosen.placement, max_tokens=max_tokens),
+            host_cap_bytes=self.limits.full_host_cap_bytes(geometry, chosen.placement.prompt_tokens, host_held_bytes),
         )
         longer.check_host()
         return longer
 
-    def carries_positions(self, decision: GenerationPlan, token_bytes: int) -> bool:
+    def carries_positions(self, chosen: GenerationPlan, token_bytes: int) -> bool:
         """Whether position embeddings travel with the blocks, as their table on the device would become too large.
 
         Args:
-            decision: for the cache.
+            chosen: for the cache.
             token_bytes: what a token takes in the table.
         """
-        table_bytes = decision.geometry.max_tokens * token_bytes
-        return decision.placement.needs_activations and table_bytes > POSITION_SHARE * decision.device_budget_bytes
+        table_bytes = chosen.geometry.max_tokens * token_bytes
+        return chosen.placement.needs_activations and table_bytes > POSITION_SHARE * chosen.device_budget_bytes
 
     @property
     def _wants_profile(self) -> bool:
@@ -298,22 +298,22 @@ class GenerationPlanner:
 
     def measure_chunk(
         self,
-        decision: GenerationPlan,
+        chosen: GenerationPlan,
         prepare: Callable[[int], Callable[[], None]],
         ring: Callable[[], Sequence[torch.Tensor]] = tuple,
     ) -> GenerationPlan:
         """Time one chunk both ways and plan again with what was measured.
 
         Args:
-            decision: made from the profile.
+            chosen: made from the profile.
             prepare: returns the recomputation of that many tokens of all rows of one layer.
             ring: returns slots that lie idle.
         """
-        if decision.inputs is None or not decision.placement.may_change:
-            return decision
-        self.measured.time_chunk(self.backend, self.shape, decision.geometry, decision.sizes, prepare, ring)
-        rates = self.measured.correct(decision.inputs.rates, decision.geometry.rows)
-        inputs = replace(decision.inputs, rates=rates)
+        if chosen.inputs is None or not chosen.placement.may_change:
+            return chosen
+        self.measured.time_chunk(self.backend, self.shape, chosen.geometry, chosen.sizes, prepare, ring)
+        rates = self.measured.correct(chosen.inputs.rates, chosen.geometry.rows)
+        inputs = replace(chosen.inputs, rates=rates)
         plan = planner.solve(inputs)
         logger.info(
             "one layer checked: %.3g s per token recomputed, plan stores %.2f of the offloaded tokens as activations",
@@ -321,60 +321,58 @@ class GenerationPlanner:
             plan.split_fraction,
         )
         placement = replace(
-            decision.placement,
+            chosen.placement,
             resident_kv_blocks=plan.resident_kv_blocks,
             resident_activation_blocks=plan.resident_activation_blocks,
             activation_share=plan.split_fraction,
         )
         corrected = replace(
-            decision, inputs=inputs, plan=plan, placement=placement, reserved_share=placement.activation_share
+            chosen, inputs=inputs, plan=plan, placement=placement, reserved_share=placement.activation_share
         )
         # The plan is for the mean length; at the full one only the form that was asked for first may fit.
-        return corrected if corrected.fits_on_host else replace(decision, inputs=inputs)
+        return corrected if corrected.fits_on_host else replace(chosen, inputs=inputs)
 
-    def note_gap(self, decision: GenerationPlan, between_steps_s: float | None) -> None:
+    def note_gap(self, chosen: GenerationPlan, between_steps_s: float | None) -> None:
         """What passed between the attention of two real steps corrects the gap that was assumed.
 
         Where the device is the CPU the gap is part of its work, and is left as it is.
         """
-        if decision.inputs is not None and not self.backend.emulated:
-            self.measured.take_gap(between_steps_s, decision.inputs.rates)
+        if chosen.inputs is not None and not self.backend.emulated:
+            self.measured.take_gap(between_steps_s, chosen.inputs.rates)
 
-    def replan(self, decision: GenerationPlan, stored_kv_blocks: int, stored_activation_blocks: int) -> GenerationPlan:
+    def replan(self, chosen: GenerationPlan, stored_kv_blocks: int, stored_activation_blocks: int) -> GenerationPlan:
         """The plan for blocks still to come, at the rates measured so far and with the blocks there are.
 
         Where no plan is within the caps any more the decision stays: whether the blocks fit is for the store to say.
         """
-        if decision.inputs is None or not decision.placement.may_change:
-            return decision
+        if chosen.inputs is None or not chosen.placement.may_change:
+            return chosen
         num_blocks = max(
-            decision.inputs.num_blocks,
+            chosen.inputs.num_blocks,
             stored_kv_blocks
             + stored_activation_blocks
-            + decision.placement.resident_kv_blocks
-            + decision.placement.resident_activation_blocks
+            + chosen.placement.resident_kv_blocks
+            + chosen.placement.resident_activation_blocks
             + 1,
         )
         inputs = replace(
-            decision.inputs,
-            rates=self.measured.correct(decision.inputs.rates, decision.geometry.rows),
+            chosen.inputs,
+            rates=self.measured.correct(chosen.inputs.rates, chosen.geometry.rows),
             num_blocks=num_blocks,
-            host_bytes=_host_bytes(
-                decision.host_cap_bytes, decision.geometry, num_blocks, decision.inputs.block_tokens
-            ),
+            host_bytes=_host_bytes(chosen.host_cap_bytes, chosen.geometry, num_blocks, chosen.inputs.block_tokens),
             stored_kv_blocks=stored_kv_blocks,
             stored_activation_blocks=stored_activation_blocks,
-            stored_resident_blocks=decision.placement.resident_kv_blocks,
-            stored_resident_activation_blocks=decision.placement.resident_activation_blocks,
+            stored_resident_blocks=chosen.placement.resident_kv_blocks,
+            stored_resident_activation_blocks=chosen.placement.resident_activation_blocks,
         )
         try:
-            plan = replace(planner.solve(inputs), version=decision.plan.version + 1)
+            plan = replace(planner.solve(inputs), version=chosen.plan.version + 1)
         except InfeasiblePlanError as error:
             logger.debug("the plan stays as it is: %s", error)
-            return decision
-        placement = replace(decision.placement, activation_share=plan.split_fraction)
-        changed = replace(decision, inputs=inputs, plan=plan, placement=placement)
-        return changed if changed.fits_on_host else decision
+            return chosen
+        placement = replace(chosen.placement, activation_share=plan.split_fraction)
+        changed = replace(chosen, inputs=inputs, plan=plan, placement=placement)
+        return changed if changed.fits_on_host else chosen
 
 
 def _host_bytes(cap_bytes: int, geometry: Geometry, num_blocks: int, block_tokens: int) -> int:

@@ -1,0 +1,277 @@
+"""Calls of a model's `generate()`: one at a time, each with its cache, its statistics, and everything tidy afterwards.
+
+Owns what stands in the place of three methods of the model: `generate` (the guard, timing, clean-up),
+`_prepare_cache_for_generation` (which is told the maximum length, the batch and the beams) and
+`prepare_inputs_for_generation`. Does not own what is planned for a cache (`cache_plans`) nor what is counted
+(`generation`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kvoffload import hf
+from kvoffload.errors import ConfigError, KVOffloadError
+from kvoffload.pipeline.engine import TransferEngine
+from kvoffload.session.cache_plans import CachePlans
+from kvoffload.session.generation import Generation
+from kvoffload.session.generation_plan import GenerationPlanner
+from kvoffload.session.progress import AllocationProgress
+from kvoffload.session.stats import GenerationStats
+from kvoffload.store.pool import HostPool
+from kvoffload.timeline import Timeline, assemble
+
+logger = logging.getLogger(__name__)
+
+
+class GenerateCalls:
+    """The calls of one model's `generate()`, one at a time.
+
+    Args:
+        model: whose methods are stood in for, until `remove`.
+        owner: the session; caches that belong to another are refused.
+        engine: whose buffers are for one call at a time.
+        pool: of host memory.
+        planner: told what a call measured.
+        plans: by cache.
+        progress: stopped when a call is over.
+        new_cache: makes an empty cache of the session.
+        reap: takes back the memory of caches that nobody holds any more.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        owner: Any,
+        *,
+        engine: TransferEngine,
+        pool: HostPool,
+        planner: GenerationPlanner,
+        plans: CachePlans,
+        progress: AllocationProgress,
+        new_cache: Callable[[], hf.OffloadedHFCache],
+        reap: Callable[[], None],
+    ) -> None:
+        self.current: Generation | None = None
+        self.count = 0
+        self.stats: GenerationStats | None = None  # of the last call
+        self._owner = owner
+        self._engine, self._backend, self._pool = engine, engine.backend, pool
+        self._planner, self._plans, self._progress = planner, plans, progress
+        self._new_cache, self._reap = new_cache, reap
+        self._lock = threading.Lock()
+        self._records_timeline = False  # from the next call on
+        self._has_timeline = False
+        self._shadows = hf.Shadows(
+            model,
+            {
+                "generate": self.generate,
+                "_prepare_cache_for_generation": self.prepare_cache,
+                "prepare_inputs_for_generation": self.prepare_inputs,
+                **dict.fromkeys(hf.CONTINUOUS_BATCHING, _refuse_continuous_batching),
+            },
+        )
+        self._originals = self._shadows.originals
+
+    def remove(self) -> None:
+        """Give the model its own methods back."""
+        self._shadows.remove()
+
+    # ---- in the place of the model's methods ---------------------------------------------------------------------
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `generate`, guarded, timed and cleaned up after."""
+        original = self._originals["generate"]
+        if getattr(kwargs.get("generation_config"), "is_assistant", False):
+            return original(*args, **kwargs)  # the model drafts for itself (early exit), with transformers' cache
+        if not self._lock.acquire(blocking=False):
+            raise KVOffloadError(
+                "a generate() of this model is running already (from another thread, or from inside itself); "
+                "an offloaded model serves one call at a time"
+            )
+        self.count += 1
+        try:
+            self._engine.take_peak()
+            if self._records_timeline:
+                self._backend.start_recording()  # anew
+                self._has_timeline = True
+            generation = self.current = Generation(
+                self._backend, self._engine, prompt_tokens=_prompt_tokens(args, kwargs)
+            )
+            output = original(*args, **kwargs)
+            if generation.cache is not None:
+                plan = self._plans[generation.cache]
+                self._planner.note_gap(plan, generation.between_steps_s)
+                self.stats = generation.finish(plan.plan, self._pool, self._planner.measured.gap_s)
+            if hf.returned_cache(output) is generation.cache:
+                generation.owns_cache = False  # the caller has it now
+            return output
+        except BaseException:
+            if self.current is not None and self.current.cache is not None:
+                self.current.cache.close()  # it may have stopped between two layers
+            raise
+        finally:
+            ended, self.current = self.current, None
+            self._progress.stop()
+            try:
+                if not self._owner.is_closed:
+                    if self._backend.is_recording:
+                        self._backend.stop_recording()
+                    self._engine.drop()
+                    self._engine.release_stages()
+                    if ended is not None and ended.cache is not None and ended.owns_cache:
+                        ended.cache.close()
+                    self._reap()
+            finally:
+                self._lock.release()
+
+    def prepare_cache(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        if generation_config.is_assistant:
+            original = self._originals["_prepare_cache_for_generation"]
+            return original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        if generation_config.use_cache is False:
+            raise ConfigError("use_cache=False leaves nothing to offload: call generate() outside the session")
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ConfigError(
+                f"cache_implementation={generation_config.cache_implementation!r} asks for another cache than the "
+                "session's: leave it out, or call generate() outside the session"
+            )
+        generation = self.current
+        assert generation is not None
+        began = time.perf_counter()
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        cache = hf.given_cache((), model_kwargs)
+        if cache is None:
+            cache = self._new_cache()
+            generation.owns_cache = True
+            generation.use(cache)
+            prompt_tokens = min(generation.prompt_tokens, max_cache_length) or max_cache_length
+            self._plans.lay_out_as_before(cache, batch_size * copies, copies, prompt_tokens, max_cache_length)
+            chunk = self._plans.prefill_chunk_tokens(cache, prompt_tokens)
+            if chunk is not None and generation_config.prefill_chunk_size is None:
+                logger.info("prefilling in chunks of %d tokens so that the prompt fits on the device", chunk)
+                generation_config.prefill_chunk_size = chunk
+        elif not isinstance(cache, hf.OffloadedHFCache) or cache.session is not self._owner:
+            raise ConfigError(
+                f"generate() was given a {type(cache).__name__} that does not belong to this session: "
+                "use session.new_cache(), or call generate() outside the session"
+            )
+        else:
+            cache.check_rows(batch_size * copies)
+            generation.use(cache)
+            vars(cache)["_is_user_defined"] = True  # what transformers does to a cache it is given
+            if cache in self._plans:
+                self._plans.prolong(cache, max_cache_length)
+        model_kwargs[hf.generation_name()] = cache
+        generation.setup_s += time.perf_counter() - began
+        return None
+
+    def prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Put back a cache of ours that the model drops, as LongRoPE does beyond the original length.
+
+        There transformers begins anew with the whole text and no cache, since every token is rotated differently; ours
+        begins anew as well.
+        """
+        inputs = self._originals["prepare_inputs_for_generation"](*args, **kwargs)
+        generation, cache = self.current, hf.given_cache(args, kwargs)
+        is_ours = generation is not None and isinstance(cache, hf.OffloadedHFCache) and cache is generation.cache
+        if is_ours and hf.given_cache((), inputs) is None:
+            if cache.core.layers[0].num_tokens:
+                logger.info("the model starts its cache anew beyond its original length")
+                self._plans.start_anew(cache)
+            inputs[hf.generation_name()] = cache
+        return inputs
+
+    # ---- during a call -------------------------------------------------------------------------------------------
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the call in progress; 0 if unknown, or if there is none."""
+        return 0 if self.current is None else self.current.prompt_tokens
+
+    def refuse_other_threads(self) -> None:
+        """Refuse a cache in a thread while another generates.
+
+        Raises:
+            KVOffloadError: so it is.
+        """
+        if self.current is not None and self.current.thread != threading.get_ident():
+            raise KVOffloadError(
+                "a generate() of this model is running in another thread, and an offloaded model serves one call at a "
+                "time: wait for it"
+            )
+
+    def add_setup(self, seconds: float) -> None:
+        """Count time spent on memory and measurements during a forward as set-up, not as prefill."""
+        if self.current is not None:
+            self.current.add_setup(seconds)
+
+    def before_forward(self, cache: hf.OffloadedHFCache) -> None:
+        """A forward of the model begins, with a cache of the session."""
+        generation = self.current
+        if generation is not None and generation.cache is cache:
+            generation.note_forward()
+        elif generation is None and cache.core.layers[0].num_tokens:
+            self._engine.release_stages()  # the prefill, or a part of it, is over
+
+    def before_blocks(self, cache: hf.OffloadedHFCache | None) -> None:
+        """A step is about to store new blocks: the rates of real steps may change their form."""
+        generation = self.current
+        if cache is None or cache not in self._plans or generation is None or not generation.is_decoding:
+            return
+        plan = self._plans[cache]
+        if not plan.placement.may_change:
+            return
+        rates = generation.rates_if_surprised(plan.plan.predicted_step_s)
+        if rates is not None:
+            self._planner.measured.take(*rates)
+        self._planner.note_gap(plan, generation.between_steps_s)
+        self._plans.replan(cache)
+
+    # ---- timeline ------------------------------------------------------------------------------------------------
+
+    def record_timeline(self, is_wanted: bool) -> None:
+        """From the next call on, keep what ran when; False ends it, and frees what is kept."""
+        self._records_timeline = is_wanted
+        if not is_wanted:
+            self._has_timeline = False
+            self._backend.stop_recording(keep=False)
+
+    def timeline(self) -> Timeline:
+        """What ran when in the last call.
+
+        Raises:
+            KVOffloadError: nothing is recorded.
+        """
+        if not self._has_timeline:
+            raise KVOffloadError("nothing is recorded: call session.record_timeline() before generate()")
+        return assemble(self._backend.recorded())
+
+
+def _prompt_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tokens per sequence that `generate` was given; 0 if it was given none."""
+    named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+    for value in (*args[:1], *named):
+        if isinstance(value, torch.Tensor) and value.dim() >= 2:
+            return value.shape[1]
+    return 0
+
+
+def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> Any:
+    raise ConfigError(
+        "continuous batching (generate_batch, cache_implementation='paged') has a paged cache of its own: call it "
+        "outside the session, or generate() without it"
+    )
