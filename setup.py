@@ -15,6 +15,7 @@ RUNTIME = [
     "pulp>=3.0,<4",  # states the planner's linear program
     "highspy>=1.10,<2",  # solves it
     "numpy>=1.26",
+    "scipy>=1.11",  # fits the roofline
     "packaging>=24",  # compares releases of transformers, which requires it as well
     "typer>=0.15,<1",  # command line; transformers requires it as well
     "rich>=13.8",  # tables and progress on a terminal; typer requires it as well

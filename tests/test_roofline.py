@@ -233,7 +233,8 @@ def test_numbers_are_shown_with_three_digits_and_a_prefix() -> None:
 
 def test_the_roofline_of_a_preset_loads_neither_torch_nor_numpy() -> None:
     program = (
-        "import sys; from kvoffload.profiler import roofline, hardware; from kvoffload.model import stored_facts; "
+        "import sys; from kvoffload.advise import roofline; from kvoffload.machine import machine; "
+        "from kvoffload.model import stored_facts; "
         "print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
     )
     root = Path(__file__).parents[1]

@@ -17,9 +17,9 @@ from matrix import profile as emulated_profile
 from kvoffload import HardwareProfile, InfeasiblePlanError, OffloadConfig
 from kvoffload.backend import CudaBackend, EmulatedBackend
 from kvoffload.model.shape import ModelShape
-from kvoffload.planning.geometry import Geometry
+from kvoffload.planning.geometry import TARGET_CHUNK_BYTES, Geometry
 from kvoffload.planning.rates import Rates
-from kvoffload.planning.sizing import LEAST_GAP_S, MAX_SLOTS, TARGET_CHUNK_BYTES, UNKNOWN_H2D_BYTES_PER_S, choose_sizes
+from kvoffload.planning.sizing import LEAST_GAP_S, MAX_SLOTS, UNKNOWN_H2D_BYTES_PER_S, choose_sizes
 from kvoffload.session.generation_plan import GenerationPlan, GenerationPlanner
 
 MIB = 2**20

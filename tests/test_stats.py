@@ -66,7 +66,7 @@ def test_steps_bytes_and_rates_belong_together() -> None:
 def test_the_verdict_says_why_there_is_none_and_what_would_change_that() -> None:
     stats = _run()
     unknown = replace(stats.plan, full_transfer_step_s=0.0)
-    unpaced = replace(stats, plan=unknown, link_name="emulated unpaced")
+    unpaced = replace(stats, plan=unknown, link_name="emulated unpaced", link_has_speed=False)
     assert "no speed to predict with" in _verdict(unpaced)
     assert "link=kvoffload.EmulatedLink(h2d_gb_per_s=...)" in _verdict(unpaced)
     assert "profile=..." in _verdict(replace(stats, plan=unknown))

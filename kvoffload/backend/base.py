@@ -65,6 +65,7 @@ class Backend(ABC):
     device: torch.device
     link_name: str
     emulated: bool
+    has_speed = True  # False: an emulated link that copies as fast as it can, of which nothing can be predicted
     has_clock = False  # whether `time_copies` reads that of the device
     starved_s = 0.0  # that the device had nothing to do within forwards, as seen at every chunk; a CPU never has
     is_recording = False  # whether stretches are kept one by one, for `recorded`

@@ -54,7 +54,7 @@ class CheckingBackend(Backend):
         self.inner = inner
         self.device = inner.device
         self.link_name = inner.link_name
-        self.emulated = inner.emulated
+        self.emulated, self.has_speed = inner.emulated, inner.has_speed
         self.has_clock = inner.has_clock
         self.poison = poison
         self.num_checked = 0

@@ -164,6 +164,7 @@ class EmulatedBackend(Backend):
         d2h = link.d2h_gb_per_s if link.d2h_gb_per_s is not None else link.h2d_gb_per_s
         speed = "unpaced" if link.h2d_gb_per_s is None else f"{link.h2d_gb_per_s:g} GB/s"
         self.link_name = f"emulated {speed}"
+        self.has_speed = link.h2d_gb_per_s is not None
         self._directions = {
             "h2d": _Direction("h2d", _per_s(link.h2d_gb_per_s), link.latency_s),
             "d2h": _Direction("d2h", _per_s(d2h), link.latency_s),

@@ -12,12 +12,13 @@ them (Bayes' information criterion).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import least_squares
 
 from kvoffload.errors import ProfileError
 from kvoffload.machine.dtypes import ITEMSIZE_BYTES
@@ -31,7 +32,6 @@ MAX_SHAPES = 10  # of a profile's many, used for a fit
 UNKNOWN_PEAK_FRACTION = 0.8  # what the best measured rate is taken for where no datasheet is known
 NOISE_FRACTION = 0.05  # spread of log(measured / formula) that the priors are weighed against
 MIN_NOISE_FRACTION = 0.01  # the trials of one point are no closer together
-MAX_STEPS = 40
 # Typical value and spread of every parameter, both of its logarithm; a share of a peak is 1 / (1 + excess).
 _PRIORS = {
     "overhead_s": (math.log(1e-5), 2.0),  # a launch: one microsecond to a few hundred
@@ -157,7 +157,7 @@ def fit_profile(profile: HardwareProfile) -> dict[OperationClass, Fit]:
 
 
 def _solve(points: _Points, names: tuple[str, ...], rows: tuple[float, float] = (0.0, 0.0)) -> _Solution:
-    """Least squares by damped Gauss-Newton steps, from the typical values and the shortest time seen."""
+    """Least squares, from the typical values and the shortest time seen."""
     shortest = math.log(float(points.seconds.min()))
     typical = np.array([_PRIORS[name][0] for name in names])
     spread = np.array([_PRIORS[name][1] for name in names])
@@ -170,27 +170,13 @@ def _solve(points: _Points, names: tuple[str, ...], rows: tuple[float, float] = 
         error = np.log(_formula(points, dict(zip(names, np.exp(at), strict=True))) / points.seconds)
         return np.concatenate((error / NOISE_FRACTION, (at - typical) / spread))
 
-    now = residuals(parameters)
-    damping = 1e-2
-    for _ in range(MAX_STEPS):
-        jacobian = _jacobian(residuals, parameters, now)
-        normal = jacobian.T @ jacobian
-        while True:
-            step = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -jacobian.T @ now)
-            then = residuals(parameters + step)
-            if then @ then <= now @ now or damping > 1e6:
-                break
-            damping *= 4
-        gained = float(now @ now - then @ then)
-        if gained < 0:
-            break
-        parameters, now, damping = parameters + step, then, max(1e-6, damping / 8)
-        if gained < 1e-6 * float(now @ now):
-            break
+    # MINPACK's Levenberg-Marquardt (More 1978): few numbers, no bounds, priors among the residuals
+    found = least_squares(residuals, parameters, method="lm")
+    now: _Array = found.fun
     num = len(points.seconds)
     error = float(np.sum(now[:num] ** 2)) * NOISE_FRACTION**2
     criterion = num * math.log(error / num + MIN_NOISE_FRACTION**2) + (len(names) + (rows[1] > 0)) * math.log(num)
-    return _Solution(names, parameters, rows, _jacobian(residuals, parameters, now), error, criterion)
+    return _Solution(names, found.x, rows, found.jac, error, criterion)
 
 
 def _formula(points: _Points, values: dict[str, float]) -> _Array:
@@ -202,10 +188,6 @@ def _formula(points: _Points, values: dict[str, float]) -> _Array:
     longer = np.maximum(np.maximum(x, r), 1e-30)
     overlapped: _Array = longer * ((x / longer) ** p + (r / longer) ** p) ** (1 / p)
     return np.maximum(values.get("host_s", 0.0), values["overhead_s"] + overlapped + points.written_s * fetched)
-
-
-def _jacobian(residuals: Callable[[_Array], _Array], at: _Array, now: _Array) -> _Array:
-    return np.stack([(residuals(at + move) - now) / 1e-5 for move in 1e-5 * np.eye(len(at))], axis=1)
 
 
 def _as_fit(one: _Solution, num_points: int, peak_flops_per_s: float, peak_bytes_per_s: float) -> Fit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvoffload.planning.sizing import TARGET_CHUNK_BYTES
+TARGET_CHUNK_BYTES = 32 * 2**20  # K/V of a chunk: large enough for full link and GEMM rate on GPUs measured by others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,12 +11,11 @@ from dataclasses import replace
 
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
-from kvoffload.planning.geometry import Geometry
+from kvoffload.planning.geometry import TARGET_CHUNK_BYTES, Geometry
 from kvoffload.planning.rates import Rates
 from kvoffload.planning.sizes import Sizes
 from kvoffload.units import counted, gib
 
-TARGET_CHUNK_BYTES = 32 * 2**20  # K/V of a chunk: large enough for full link and GEMM rate on GPUs measured by others
 MIN_CHUNK_BYTES = 2**20  # K/V of a chunk: below this the host's time per chunk shows, and nothing is gained
 MIN_CHUNKS_PER_LAYER = 8  # finer than this the first and last chunk of a layer no longer matter
 MAX_BLOCK_TOKENS = 64

@@ -213,4 +213,5 @@ class Generation:
             device_kv_peak_prefill_bytes=self._prefill_peak_bytes + others,
             exact=self.recomputed_tokens == 0 or all(layer.is_full_precision for layer in core.layers),
             link_name=backend.link_name,
+            link_has_speed=backend.has_speed,
         )

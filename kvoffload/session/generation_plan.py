@@ -247,7 +247,7 @@ class GenerationPlanner:
     @property
     def _wants_profile(self) -> bool:
         """Whether a prediction decides something (a free split over a link with a speed), or was paid for already."""
-        if self.backend.emulated and "unpaced" in self.backend.link_name:
+        if not self.backend.has_speed:
             return False
         return self.config.fixed_split is None or self.config.profile != "auto"
 

@@ -68,8 +68,7 @@ class Session:
         self._segment_attention: hf.SegmentAttention | None = None
         # An unpaced emulated link has no device behind it whose memory could be saved: there the model's own attention
         # is faster, and the same to the last bit.
-        is_unpaced = self.backend.emulated and getattr(config.link, "h2d_gb_per_s", None) is None
-        if config.attention == "auto" and config.schedule == "pipelined" and not is_unpaced:
+        if config.attention == "auto" and config.schedule == "pipelined" and self.backend.has_speed:
             self._segment_attention = hf.SegmentAttention.install(self.model, self._hooks)
         self._plans = CachePlans(
             self.planner,

@@ -43,6 +43,7 @@ class GenerationStats:
     device_kv_peak_prefill_bytes: int
     exact: bool
     link_name: str = ""
+    link_has_speed: bool = True  # False: an emulated link that copies as fast as it can
 
     @property
     def decode_step_s_p50(self) -> float | None:
@@ -80,7 +81,7 @@ class GenerationStats:
         full = self.plan.full_transfer_step_s
         if step_s is None:
             return "verdict: none, no decode step was run: the first token comes from the prefill, generate more"
-        if not full and "unpaced" in self.link_name:
+        if not full and not self.link_has_speed:
             return (
                 "verdict: none, this link copies as fast as it can and has no speed to predict with: give it one with "
                 "link=kvoffload.EmulatedLink(h2d_gb_per_s=...), or --link-gb-per-s"

@@ -7,7 +7,7 @@ import sys
 
 from gpu.steps import NEEDED_BYTES
 
-PACKAGES = ("torch", "transformers", "triton", "pulp", "highspy", "typer", "rich")
+PACKAGES = ("torch", "transformers", "triton", "pulp", "highspy", "scipy", "typer", "rich")
 
 
 def without_packages() -> list[str]:
