@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from kvoffload.machine.fit import Interpolated, Work, elementwise_work, gemm_work
+from kvoffload.errors import ProfileError
+from kvoffload.machine.fit import Work, gemm_work
 from kvoffload.machine.fitting import Observation, fit
 
 DATA = Path(__file__).parent / "data" / "llmcompass"
 PEAKS = {"A100": (312e12, 2039e9), "MI210": (181e12, 1638e9)}  # FLOP/s, bytes/s
 HIDDEN, HEADS, HEAD_DIM, WAYS, BATCH = 12288, 96, 128, 4, 8  # GPT-3 175B, tensor parallel
 NVLINK_BYTES_PER_S = 600e9  # of an A100, both directions together: the datasheet's figure
+
+
+def elementwise_work(rows: int, width: int, *, reduces: bool = False, itemsize_bytes: float = 2) -> Work:
+    """One pass that reads and writes [rows, width]; with `reduces` every row is needed as a whole."""
+    num_bytes = rows * width * itemsize_bytes
+    return Work(0.0, num_bytes, num_bytes, width * itemsize_bytes if reduces else 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Interpolated:
+    """Times of a class that no formula fits, such as a collective that changes its protocol with the size.
+
+    Linear between the measured sizes in logarithms; below them as the smallest, beyond at the rate of the largest.
+    """
+
+    sizes_bytes: tuple[float, ...]  # ascending
+    measured_s: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        pairs = zip(self.sizes_bytes, self.sizes_bytes[1:], strict=False)
+        if len(self.sizes_bytes) != len(self.measured_s) or not all(small < large for small, large in pairs):
+            raise ProfileError("measured sizes must ascend, with one time for each")
+        if not self.sizes_bytes or not all(0 < value < math.inf for value in (*self.sizes_bytes, *self.measured_s)):
+            raise ProfileError("measured sizes and times must be above zero: measure again")
+
+    def seconds(self, num_bytes: float) -> float:
+        """Seconds for `num_bytes`."""
+        sizes, times = self.sizes_bytes, self.measured_s
+        idx = bisect.bisect_left(sizes, num_bytes)
+        if idx == 0:
+            return times[0]
+        if idx == len(sizes):
+            return times[-1] * num_bytes / sizes[-1]
+        share: float = math.log(num_bytes / sizes[idx - 1]) / math.log(sizes[idx] / sizes[idx - 1])
+        return float(times[idx - 1] * (times[idx] / times[idx - 1]) ** share)
 
 
 class Row(NamedTuple):

@@ -38,7 +38,7 @@ def play(at_step: int, new_speed_gb_per_s: float, split: Any = "auto") -> tuple[
         nonlocal steps
         steps += 1
         if steps == at_step:
-            backend.set_bandwidth(new_speed_gb_per_s)
+            backend._directions["h2d"].bytes_per_s = new_speed_gb_per_s * 1e9  # a link that degrades
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
     with Session(model, config, backend) as session:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import llmcompass
 import pytest
-from llmcompass import PEAKS, Row, mean
+from llmcompass import PEAKS, Interpolated, Row, elementwise_work, mean
 
 from kvoffload.errors import ProfileError
-from kvoffload.machine.fit import FIT_SCHEMA_VERSION, Fit, Interpolated, Work, elementwise_work, gemm_work
+from kvoffload.machine.fit import FIT_SCHEMA_VERSION, Fit, Work, gemm_work
 from kvoffload.machine.fitting import MAX_SHAPES, Observation, choose_points, fit, fit_profile
 from kvoffload.machine.hardware_profile import HardwareProfile
 

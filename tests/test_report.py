@@ -27,6 +27,7 @@ from reports import (
     write_rows,
 )
 
+from campaign import rows
 from kvoffload import bench
 from kvoffload.cli import measured_run, report_page
 from kvoffload.errors import ConfigError
@@ -122,9 +123,9 @@ def test_rows_of_the_benchmark_become_pairs_of_measured_and_predicted(tmp_path: 
 def test_rows_without_samples_or_without_a_partner_are_left_out(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "decode.csv")
     more: Any = {"config": {"preset": "cpu-mha"}, "link": "emulated 0.1 GB/s", "device": "a pretended CPU (1 thread)"}
-    empty = [bench.rows.row("decode", "none", metric, "s", "cpu-mha", [], **more) for metric in ROW_METRICS]
-    alone = bench.rows.row("decode", "alone", "decode_step", "s", "cpu-mha", [0.5], **more)
-    bench.rows.save(path, [*empty, alone])
+    empty = [rows.row("decode", "none", metric, "s", "cpu-mha", [], **more) for metric in ROW_METRICS]
+    alone = rows.row("decode", "alone", "decode_step", "s", "cpu-mha", [0.5], **more)
+    rows.save(path, [*empty, alone])
     assert len(compared_rows(path)) == len(PRETENDED_STEPS)
 
 

@@ -175,10 +175,6 @@ class EmulatedBackend(Backend):
         self._recording_since = 0.0
         self._closed = False
 
-    def set_bandwidth(self, h2d_gb_per_s: float) -> None:
-        """Change the H2D speed of copies that start from now on (a link that degrades)."""
-        self._directions["h2d"].bytes_per_s = h2d_gb_per_s * 1e9
-
     def allocate_host(self, num_bytes: int) -> HostBuffer:
         return HostBuffer(_aligned(num_bytes, torch.device("cpu")), 0)
 

@@ -141,7 +141,7 @@ def preset(name: str) -> Datasheet:
         near += [known for known in difflib.get_close_matches(name.lower(), presets, cutoff=0.5) if known not in near]
         hint = f"; near: {', '.join(near)}" if near else ""
         raise ProfileError(
-            f"unknown hardware preset {name!r}{hint}; known: {', '.join(sorted(presets))}; "
+            f"unknown hardware preset {name!r}{hint}; known: {', '.join(preset_names())}; "
             "or the path of a file with the fields of a preset"
         )
     return Datasheet.from_json(presets[name], source=f"preset {name}")

@@ -20,7 +20,6 @@ e_b are ours, each because shapes left out of a fit were predicted better with i
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 from kvoffload.errors import ProfileError
 
 FIT_SCHEMA_VERSION = 1
-OperationClass = Literal["gemm", "attention", "softmax", "norm", "elementwise", "all_reduce"]
+OperationClass = Literal["gemm", "attention", "softmax", "norm", "elementwise"]
 
 
 class Work(NamedTuple):
@@ -67,12 +66,6 @@ def gemm_work(m: int, n: int, k: int, *, count: int = 1, itemsize_bytes: float =
         count * (m * k + k * n) * itemsize_bytes,
         count * m * n * itemsize_bytes,
     )
-
-
-def elementwise_work(rows: int, width: int, *, reduces: bool = False, itemsize_bytes: float = 2) -> Work:
-    """One pass that reads and writes [rows, width]; with `reduces` every row is needed as a whole."""
-    num_bytes = rows * width * itemsize_bytes
-    return Work(0.0, num_bytes, num_bytes, width * itemsize_bytes if reduces else 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,35 +166,6 @@ class Fit:
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise ProfileError(f"{source} is damaged ({type(error).__name__}: {error}): fit it again") from error
-
-
-@dataclass(frozen=True, slots=True)
-class Interpolated:
-    """Times of a class that no formula fits, such as a collective that changes its protocol with the size.
-
-    Linear between the measured sizes in logarithms; below them as the smallest, beyond at the rate of the largest.
-    """
-
-    sizes_bytes: tuple[float, ...]  # ascending
-    measured_s: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        pairs = zip(self.sizes_bytes, self.sizes_bytes[1:], strict=False)
-        if len(self.sizes_bytes) != len(self.measured_s) or not all(small < large for small, large in pairs):
-            raise ProfileError("measured sizes must ascend, with one time for each")
-        if not self.sizes_bytes or not all(0 < value < math.inf for value in (*self.sizes_bytes, *self.measured_s)):
-            raise ProfileError("measured sizes and times must be above zero: measure again")
-
-    def seconds(self, num_bytes: float) -> float:
-        """Seconds for `num_bytes`."""
-        sizes, times = self.sizes_bytes, self.measured_s
-        idx = bisect.bisect_left(sizes, num_bytes)
-        if idx == 0:
-            return times[0]
-        if idx == len(sizes):
-            return times[-1] * num_bytes / sizes[-1]
-        share: float = math.log(num_bytes / sizes[idx - 1]) / math.log(sizes[idx] / sizes[idx - 1])
-        return float(times[idx - 1] * (times[idx] / times[idx - 1]) ** share)
 
 
 @lru_cache(maxsize=256)

@@ -39,7 +39,6 @@ class Machine:
     link_bytes_per_s: float  # host to device, as copies achieve it; infinite for an unpaced link
     power_w: float | None = None
     price_per_hour: float | None = None
-    host_memory_bytes: int | None = None
     fits: dict[str, Fit] = field(default_factory=dict)  # empty: the peaks are all that is known
     provenance: dict[str, str] = field(default_factory=dict)
 
@@ -87,7 +86,6 @@ def machine_of(profile: HardwareProfile) -> Machine:
         memory_bytes=profile.device_memory_bytes,
         memory_bytes_per_s=max(profile.device_copy_bytes_per_s, *read),
         link_bytes_per_s=profile.h2d.rate(LINK_BYTES) if profile.h2d else math.inf,
-        host_memory_bytes=profile.extra.get("host_memory_bytes"),
         fits={str(name): fitted for name, fitted in fits.items()},
         provenance={
             "peak_flops_per_s": profile.gemm.provenance,

@@ -117,7 +117,6 @@ class TransferEngine:
         self._next_position = 0
         self._gap: object | None = None  # the span from a step's last attention to the next one's first
         self.last_h2d: Event | None = None
-        self.num_issued_chunks = 0
 
     # ---- device memory -------------------------------------------------------------------------------------------
 
@@ -404,7 +403,6 @@ class TransferEngine:
         self.last_h2d = self.backend.copy_to_device(target, chunk.source, after)
         job.ready.append(self.last_h2d)
         job.slots.append(slot)
-        self.num_issued_chunks += 1
         return True
 
     def fetch(self, block: Block) -> torch.Tensor:

@@ -41,11 +41,6 @@ class KVShape(NamedTuple):
     def row_bytes(self) -> int:
         return self.width * self.dtype.itemsize
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether K and V are alike, so that data is `[tokens, rows, 2, kv_heads, head_dim]`."""
-        return (self.key_heads, self.key_dim) == (self.value_heads, self.value_dim)
-
     def split(self, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V `[tokens, rows, heads, dim]` as views of `[tokens, rows, width]`."""
         values = data[..., self.key_width :].view(*data.shape[:-1], self.value_heads, self.value_dim)

@@ -56,11 +56,6 @@ class Cell:
         """Of the longest prompt."""
         return self.preset.cached_tokens
 
-    @property
-    def is_multi_head(self) -> bool:
-        """Whether every query head has K and V of its own, so that activations are half of them."""
-        return self.preset.heads == self.preset.kv_heads
-
     def to_json(self) -> dict[str, object]:
         """What identifies the cell in a row, whatever machine it ran on."""
         return {
