@@ -105,7 +105,7 @@ def test_where_activations_are_no_smaller_the_plan_is_full_transfer_with_all_its
     """No memory is set aside for recomputing, so that planning is never behind not planning."""
     tight = HardwareProfile.preset("h200-pcie5" if name == "mixtral-8x7b" else "rtx3090-24gb-pcie4")
     rows = by_name(compare_ways(task(name, dataclasses.replace(BATCH, batch=256), tight)))
-    assert rows["offload"] == rows["full transfer"]._replace(name="offload")
+    assert rows["offload"] == rows["full_transfer"]._replace(name="offload")
 
 
 def test_the_gain_depends_on_the_device() -> None:
@@ -163,8 +163,8 @@ def test_the_page_states_the_errors_of_the_fit_as_they_are() -> None:
 
 def test_every_way_is_there_and_says_what_it_takes() -> None:
     rows = by_name(compare_ways(task()))
-    assert list(rows) == ["no offload", "sub-batches", "offload", "full transfer", "paper's schedule"]
-    assert "the cache needs" in rows["no offload"].problem
+    assert list(rows) == ["on_device", "sub_batches", "offload", "full_transfer", "kvpr"]
+    assert "the cache needs" in rows["on_device"].problem
     for name, row in rows.items():
         if row.problem:
             continue
@@ -175,31 +175,31 @@ def test_every_way_is_there_and_says_what_it_takes() -> None:
         assert 0 < row.device_utilization <= 1
         assert 0 < row.mfu < 1
         assert 0 < row.mbu <= 1.001
-    assert rows["sub-batches"].runs * rows["sub-batches"].batch == 64
-    assert rows["offload"].step_s < rows["paper's schedule"].step_s < rows["full transfer"].step_s
-    assert rows["offload"].host_bytes < rows["full transfer"].host_bytes
-    assert rows["full transfer"].link_utilization == pytest.approx(1.0)
-    assert rows["sub-batches"].link_utilization == 0.0
+    assert rows["sub_batches"].runs * rows["sub_batches"].batch == 64
+    assert rows["offload"].step_s < rows["kvpr"].step_s < rows["full_transfer"].step_s
+    assert rows["offload"].host_bytes < rows["full_transfer"].host_bytes
+    assert rows["full_transfer"].link_utilization == pytest.approx(1.0)
+    assert rows["sub_batches"].link_utilization == 0.0
 
 
 def test_what_fits_needs_no_parts() -> None:
     rows = by_name(compare_ways(task(workload=dataclasses.replace(BATCH, batch=4))))
-    assert rows["no offload"].runs == 1
-    assert rows["sub-batches"].problem == "the whole batch fits"
+    assert rows["on_device"].runs == 1
+    assert rows["sub_batches"].problem == "the whole batch fits"
     alone = by_name(compare_ways(task(workload=Workload(batch=1, prompt_tokens=200_000, new_tokens=8))))
-    assert alone["sub-batches"].problem == "not even one sequence fits"
+    assert alone["sub_batches"].problem == "not even one sequence fits"
 
 
 def test_a_way_that_does_not_work_says_why_and_the_others_stay() -> None:
     rows = by_name(compare_ways(task(host_gib=8.0)))
-    assert "host memory" in rows["full transfer"].problem
+    assert "host memory" in rows["full_transfer"].problem
     assert not rows["offload"].problem
     assert rows["offload"].host_bytes <= 8 * GIB
 
 
 def test_shares_of_the_peaks_by_hand() -> None:
     one = task(workload=dataclasses.replace(BATCH, batch=4))
-    row = by_name(compare_ways(one))["no offload"]
+    row = by_name(compare_ways(one))["on_device"]
     weights = 32 * (4 * 4096**2 + 2 * 4096 * 16384) + 4096 * 50272
     context = 1024 + 127 // 2
     cached = 4 * context * 32 * 2 * 4096
@@ -207,20 +207,20 @@ def test_shares_of_the_peaks_by_hand() -> None:
     step = 4 * (2 * weights + 32 * 4 * context * 4096)
     prefill = 4 * 1024 * 2 * (weights - 4096 * 50272) + 32 * 4 * 1024**2 / 2 * 4 * 4096
     assert row.mfu == pytest.approx((prefill + 127 * step) / (312e12 * row.total_s))
-    parts = by_name(compare_ways(task(workload=dataclasses.replace(BATCH, batch=64))))["sub-batches"]
+    parts = by_name(compare_ways(task(workload=dataclasses.replace(BATCH, batch=64))))["sub_batches"]
     assert parts.mfu == pytest.approx(16 * (prefill + 127 * step) / (312e12 * parts.total_s))  # 64 of 4 sequences
 
 
 def test_money_and_carbon_follow_from_time() -> None:
     rows = by_name(compare_ways(task(), Economics(price_per_hour=3.6, power_w=250, grid_g_per_kwh=400)))
-    row = rows["sub-batches"]
+    row = rows["sub_batches"]
     decode_s = row.total_s - row.runs * row.prefill_s
     assert row.price_per_million_prompt_tokens == pytest.approx(1e-3 * row.runs * row.prefill_s / (64 * 1024) * 1e6)
     assert row.price_per_million_new_tokens == pytest.approx(1e-3 * decode_s / (64 * 128) * 1e6)
     assert row.energy_j == pytest.approx(250 * row.total_s)
     assert row.co2_g == pytest.approx(250 * row.total_s / 3.6e6 * 400)
     assert row.co2_g_per_million_new_tokens == pytest.approx(250 * decode_s / 3.6e6 * 400 / (64 * 128) * 1e6)
-    bare = by_name(compare_ways(task()))["sub-batches"]
+    bare = by_name(compare_ways(task()))["sub_batches"]
     assert bare.price_per_million_new_tokens is bare.co2_g is bare.energy_j is None
     known = Economics.of(A100, None, 400.0)
     assert (known.price_per_hour, known.power_w, known.grid_g_per_kwh) == (None, 250, 400.0)
@@ -278,12 +278,12 @@ def test_limits_without_end_are_the_largest_searched_and_impossible_ones_zero() 
 def test_a_sweep_names_the_fastest_way_at_every_size() -> None:
     found = compare(task(), Economics(), Grid([1, 64], [1024, 200_000]))
     cells = {(cell.batch, cell.prompt_tokens): cell for cell in found.cells}
-    assert cells[1, 1024].name == "no offload"
-    assert cells[64, 1024].name == "sub-batches"
+    assert cells[1, 1024].name == "on_device"
+    assert cells[64, 1024].name == "sub_batches"
     assert cells[1, 200_000].name == "offload"
     assert cells[1, 200_000].tokens_per_s == cells[1, 200_000].offload_tokens_per_s
     rows = by_name(compare_ways(task()))
-    assert cells[64, 1024].tokens_per_s == rows["sub-batches"].tokens_per_s
+    assert cells[64, 1024].tokens_per_s == rows["sub_batches"].tokens_per_s
     assert cells[64, 1024].offload_tokens_per_s == rows["offload"].tokens_per_s
 
 
@@ -318,12 +318,12 @@ def test_an_unknown_link_lists_the_known_ones(text: str) -> None:
 
 def test_a_faster_link_and_a_larger_device_never_make_it_slower() -> None:
     steps = [
-        by_name(compare_ways(task(profile=what_if(A100, link=f"pcie{n}"))))["full transfer"].step_s
+        by_name(compare_ways(task(profile=what_if(A100, link=f"pcie{n}"))))["full_transfer"].step_s
         for n in (3, 4, 5, 6)
     ]
     assert steps == sorted(steps, reverse=True)
     larger = what_if(A100, device_memory_bytes=80e9)
-    assert by_name(compare_ways(task(profile=larger)))["no offload"].problem == ""
+    assert by_name(compare_ways(task(profile=larger)))["on_device"].problem == ""
     for wrong in (40.0, -1.0, float("nan"), 1e20):
         with pytest.raises(ConfigError, match="makes no sense"):
             what_if(A100, device_memory_bytes=wrong)
@@ -385,7 +385,7 @@ def test_auto_is_never_foreseen_to_be_slower_than_full_transfer(batch: int) -> N
     small = HardwareProfile.preset("l4-24gb-pcie4")
     workload = dataclasses.replace(BATCH, batch=batch)
     rows = by_name(compare_ways(task(workload=workload, profile=small)))
-    assert rows["offload"].tokens_per_s >= rows["full transfer"].tokens_per_s > 0
+    assert rows["offload"].tokens_per_s >= rows["full_transfer"].tokens_per_s > 0
     advice = advise(CONFIGS / "opt-6.7b.json", workload, small, OffloadConfig())
     alone = advise(CONFIGS / "opt-6.7b.json", workload, small, OffloadConfig(split="transfer"))
     assert advice.plan.full_transfer_step_s == alone.plan.predicted_step_s

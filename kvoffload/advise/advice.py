@@ -1,13 +1,13 @@
 """What to do with a workload on a machine: offload, run it on the device as it is, or in smaller batches there.
 
-Owns the comparison and the recommendation in words. Does not own the numbers of each way (`ways`), the split
+Owns the comparison and the recommendation in words. Does not own the numbers of each way (`task`), the split
 (`planner`) or any measurement.
 
     whole batch on the device   if weights, prefill peak and the whole cache fit
     sub-batches on the device   the largest batch that fits, run as often as needed, in equal parts
     offload                     the plan
 
-Whichever is predicted to end first is recommended, with the numbers.
+Whichever is predicted to end first is recommended, with the numbers; a simpler one where it is as fast (`ways`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import logging
 from typing import Any, NamedTuple
 
 from kvoffload.advise.task import Alternative, Task
+from kvoffload.advise.ways import best_of
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, UnsupportedModelError
 from kvoffload.machine.hardware_profile import HardwareProfile
@@ -40,7 +41,7 @@ class Advice(NamedTuple):
 
     @property
     def best(self) -> Alternative:
-        """The way that is predicted to end first."""
+        """What is recommended: the way that is predicted to end first, or a simpler one that is as fast."""
         return self.alternatives[0]
 
     def to_json(self) -> dict[str, Any]:
@@ -85,8 +86,14 @@ def advise(model_or_config: Any, workload: Workload, profile: HardwareProfile, c
         if on_device is None:
             raise
         raise InfeasiblePlanError(f"{error}. Without offloading: {_describe(on_device)}") from error
-    ways = sorted([offload, *([on_device] if on_device else [])], key=lambda one: (one.total_s, one.way == "offload"))
-    text = _recommend(task, chosen, offload, on_device) + _beyond_positions(facts, workload) + _doubted(facts)
+    ways = [offload, *([on_device] if on_device else [])]
+    best = best_of({one.way: one.total_s for one in ways})
+    ways.sort(key=lambda one: (one.way != best, one.total_s))
+    text = (
+        _recommend(task, chosen, offload, on_device, is_best=best == "offload")
+        + _beyond_positions(facts, workload)
+        + _doubted(facts)
+    )
     return Advice(dataclasses.replace(chosen, recommendation=text), tuple(ways), facts.doubt)
 
 
@@ -127,7 +134,7 @@ def _warn_of_unknown_weights(facts: Facts) -> None:
         )
 
 
-def _recommend(task: Task, chosen: Plan, offload: Alternative, on_device: Alternative | None) -> str:
+def _recommend(task: Task, chosen: Plan, offload: Alternative, on_device: Alternative | None, *, is_best: bool) -> str:
     """What to do, and the numbers that say so."""
     cache_bytes = task.resident_bytes(task.workload.batch)
     room = (
@@ -137,7 +144,7 @@ def _recommend(task: Task, chosen: Plan, offload: Alternative, on_device: Altern
     ours = _describe_plan(chosen, offload)
     if on_device is None:
         return f"Offload: {room}, and not even one sequence fits there whole. Predicted: {ours}."
-    if on_device.total_s > offload.total_s:
+    if is_best:
         return f"Offload: {room}. Predicted: {ours}; {_describe(on_device)}."
     if on_device.way == "on_device":
         return f"Do not offload: {room}, so it fits. Predicted: {_describe(on_device)}; {ours}."

@@ -3,12 +3,6 @@
 Owns the comparison in figures. Does not own the time and memory of a way (`task`), the choice of a placement
 (`kvoffload/planning/`) or the recommendation (`advice`). Torch-free.
 
-    no offload       the whole batch on the device
-    sub-batches      the largest part of it that fits, as often as needed
-    offload          the plan: residency, transfer and recomputation in one pipeline
-    full transfer    the same without recomputation
-    paper's schedule KVPR's barrier between layers (arXiv 2411.17089)
-
 TTFT is the prefill of the first run, TPOT a decode step at the mean context.
 """
 
@@ -16,24 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from kvoffload.advise.economics import MILLION, Economics
 from kvoffload.advise.task import Alternative, Task
 from kvoffload.advise.utilization import decode_mbu, peak_flops_per_s
+from kvoffload.advise.ways import Way
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.planning import planner, step_time
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.plan import Plan
 from kvoffload.units import gb
 
-Name = Literal["no offload", "sub-batches", "offload", "full transfer", "paper's schedule"]
-
 
 class WayFigures(NamedTuple):
     """One way to do the workload; all numbers are 0 where `problem` says why it cannot be done."""
 
-    name: Name
+    name: Way
     problem: str
     batch: int = 0  # sequences at once
     runs: int = 0
@@ -57,13 +50,13 @@ class WayFigures(NamedTuple):
 
 
 def compare_ways(task: Task, economics: Economics | None = None) -> tuple[WayFigures, ...]:
-    """Every way to do `task`, in the order of the module's list."""
+    """Every way to do `task`, in the order of `ways`."""
     money = economics or Economics()
     rows = [*_on_device(task, money)]
     for name, changes in (
         ("offload", {}),
-        ("full transfer", {"split": "transfer"}),
-        ("paper's schedule", {"split": "auto", "schedule": "kvpr"}),
+        ("full_transfer", {"split": "transfer"}),
+        ("kvpr", {"split": "auto", "schedule": "kvpr"}),
     ):
         rows.append(_offloaded(name, task._replace(config=replace(task.config, **changes)), money))  # type: ignore[arg-type]
     return tuple(rows)
@@ -75,20 +68,20 @@ def _on_device(task: Task, money: Economics) -> Iterator[WayFigures]:
     needed, free = task.resident_bytes(task.workload.batch), task.free_bytes(task.workload.rows)
     short = f"the cache needs {gb(needed)} where {gb(max(0, free))} are free"
     if found is None:
-        yield WayFigures("no offload", short)
-        yield WayFigures("sub-batches", "not even one sequence fits")
+        yield WayFigures("on_device", short)
+        yield WayFigures("sub_batches", "not even one sequence fits")
         return
     inputs = task.inputs(task.mean_tokens(), found.batch)
-    row = _figures("no offload", task, found, inputs, None, money)
+    row = _figures("on_device", task, found, inputs, None, money)
     if found.runs == 1:
         yield row
-        yield WayFigures("sub-batches", "the whole batch fits")
+        yield WayFigures("sub_batches", "the whole batch fits")
     else:
-        yield WayFigures("no offload", short)
-        yield row._replace(name="sub-batches")
+        yield WayFigures("on_device", short)
+        yield row._replace(name="sub_batches")
 
 
-def _offloaded(name: Name, task: Task, money: Economics) -> WayFigures:
+def _offloaded(name: Way, task: Task, money: Economics) -> WayFigures:
     try:
         task = task.settled()
         chosen = planner.solve(task.inputs(task.workload.cached_tokens))
@@ -101,7 +94,7 @@ def _offloaded(name: Name, task: Task, money: Economics) -> WayFigures:
 
 
 def _figures(
-    name: Name, task: Task, found: Alternative, inputs: PlanInputs, mean: Plan | None, money: Economics
+    name: Way, task: Task, found: Alternative, inputs: PlanInputs, mean: Plan | None, money: Economics
 ) -> WayFigures:
     """All figures of one way; `mean` is its placement at the mean context, None without offloading."""
     workload, profile = task.workload, task.profile

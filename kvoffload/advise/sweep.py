@@ -1,4 +1,4 @@
-"""The ways of one task, its limits, and the fastest way at every size of a grid."""
+"""The ways of one task, its limits, and the best way at every size of a grid."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kvoffload.advise.capacity import MAX_SEARCHED, Limits, limits
-from kvoffload.advise.comparison import Name, WayFigures, compare_ways
+from kvoffload.advise.comparison import WayFigures, compare_ways
 from kvoffload.advise.economics import Economics
 from kvoffload.advise.task import Task
+from kvoffload.advise.ways import Way, best_of
 from kvoffload.errors import ConfigError
 from kvoffload.units import count
 
 
-class FastestAtSize(NamedTuple):
-    """The fastest way at one size."""
+class BestAtSize(NamedTuple):
+    """The best way at one size."""
 
     batch: int
     prompt_tokens: int
-    name: Name | None  # None where nothing works
+    name: Way | None  # None where nothing works
     tpot_s: float
     tokens_per_s: float
     offload_tokens_per_s: float  # 0 where it does not work
@@ -37,7 +38,7 @@ class Comparison(NamedTuple):
 
     rows: tuple[WayFigures, ...]
     limits: Limits
-    cells: tuple[FastestAtSize, ...]
+    cells: tuple[BestAtSize, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -53,23 +54,24 @@ def compare(task: Task, money: Economics, over: Grid) -> Comparison:
     return Comparison(compare_ways(task, money), limits(task), sweep(task, over.batches, over.prompts))
 
 
-def sweep(task: Task, batches: list[int], prompts: list[int]) -> tuple[FastestAtSize, ...]:
-    """The fastest way at every size of a grid."""
+def sweep(task: Task, batches: list[int], prompts: list[int]) -> tuple[BestAtSize, ...]:
+    """The best way at every size of a grid."""
     return tuple(_cells(task, batches, prompts))
 
 
-def _cells(task: Task, batches: list[int], prompts: list[int]) -> Iterator[FastestAtSize]:
+def _cells(task: Task, batches: list[int], prompts: list[int]) -> Iterator[BestAtSize]:
     for batch in batches:
         for prompt in prompts:
             workload = replace(task.workload, batch=batch, prompt_tokens=prompt)
             rows = compare_ways(task._replace(workload=workload))
             possible = [row for row in rows if not row.problem]
             offloaded = next((row.tokens_per_s for row in possible if row.name == "offload"), 0.0)
-            best = max(possible, key=lambda row: row.tokens_per_s, default=None)
+            best = best_of({row.name: row.total_s for row in possible})
             if best is None:
-                yield FastestAtSize(batch, prompt, None, 0.0, 0.0, 0.0)
+                yield BestAtSize(batch, prompt, None, 0.0, 0.0, 0.0)
             else:
-                yield FastestAtSize(batch, prompt, best.name, best.tpot_s, best.tokens_per_s, offloaded)
+                row = next(row for row in possible if row.name == best)
+                yield BestAtSize(batch, prompt, best, row.tpot_s, row.tokens_per_s, offloaded)
 
 
 def grid(text: str | None) -> Grid:

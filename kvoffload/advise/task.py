@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from kvoffload.advise.ways import Way
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
@@ -22,17 +23,19 @@ from kvoffload.planning import planner, step_time
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.plan import Plan
-from kvoffload.planning.prefill import prefill_peak_bytes
-from kvoffload.planning.rates import Rates, least_chunk_bytes, rates_from_profile
-from kvoffload.planning.sizing import LEAST_GAP_S, choose_sizes, chunks_may_be_recomputed, split_to_plan
+from kvoffload.planning.prefill import (
+    DEVICE_SHARE,
+    HOST_SHARE,
+    MIN_PREFILL_TOKENS,
+    prefill_chunk_tokens,
+    prefill_peak_bytes,
+)
+from kvoffload.planning.problem import does_without, may_do_without, mean_tokens, pose
+from kvoffload.planning.sizing import smallest_sizes, split_to_plan, uncapped_sizes
 from kvoffload.planning.workload import Workload
 from kvoffload.units import gb
 
 PREFILL_TOKENS = 16384  # of all sequences, in one forward of the prefill
-USABLE_DEVICE_FRACTION = 0.9  # of what weights leave, where the cap is "auto"
-USABLE_HOST_FRACTION = 0.8  # of the host's memory, where the cap is "auto"
-
-Way = Literal["on_device", "sub_batches", "offload"]
 
 
 class Alternative(NamedTuple):
@@ -63,8 +66,21 @@ class Task(NamedTuple):
         """
         shape, config = self.shape, self.config
         rows = (batch or self.workload.batch) * self.workload.num_beams
-        cap = None if batch else self._device_cap_bytes(rows)
-        geometry = Geometry(
+        return pose(
+            shape,
+            self._geometry(rows),
+            config,
+            self.profile,
+            is_emulated=self.profile.emulated_link,
+            cached_tokens=cached_tokens,
+            device_cap_bytes=lambda settled: None if batch else self._device_cap_bytes(settled),
+            host_cap_bytes=self._host_cap_bytes(),
+            must_predict=True,
+        ).inputs
+
+    def _geometry(self, rows: int) -> Geometry:
+        shape, config = self.shape, self.config
+        return Geometry(
             num_offloaded_layers=shape.num_offloaded_layers,
             rows=rows,
             max_tokens=self.workload.cached_tokens,
@@ -73,53 +89,15 @@ class Task(NamedTuple):
             beams=self.workload.num_beams,
             other_device_bytes=self._other_layers_bytes(rows, self.workload.cached_tokens),
             is_segmented=config.attention == "auto" and config.schedule == "pipelined",
-            least_gap_s=0.0 if self.profile.emulated_link else LEAST_GAP_S,
-        )
-        split = split_to_plan(config, geometry)
-        least = least_chunk_bytes(self.profile, shape, recomputes=chunks_may_be_recomputed(config, geometry))
-        geometry = replace(geometry, least_chunk_bytes=least)
-        rates: Rates | None = None
-        for _ in range(2):  # the ring needs rates, rates need the size of a chunk
-            sizes = choose_sizes(geometry, config, keeps_activations=split != 0, device_bytes=cap, rates=rates)
-            rates = rates_from_profile(
-                self.profile,
-                shape,
-                batch=rows,
-                block_tokens=sizes.block_tokens,
-                chunk_blocks=sizes.chunk_blocks,
-                cached_tokens=max(1, cached_tokens),
-            )
-        assert rates is not None
-        num_blocks = cached_tokens // sizes.block_tokens
-        per_token = geometry.kv_bytes_per_token + geometry.activation_bytes_per_token
-        every_bytes = shape.num_offloaded_layers * num_blocks * sizes.block_tokens * per_token
-        return PlanInputs(
-            num_layers=shape.num_layers,
-            num_offloaded_layers=shape.num_offloaded_layers,
-            num_blocks=num_blocks,
-            block_tokens=sizes.block_tokens,
-            kv_bytes_per_token=geometry.kv_bytes_per_token,
-            activation_bytes_per_token=geometry.activation_bytes_per_token,
-            rates=rates,
-            chunk_blocks=sizes.chunk_blocks,
-            num_slots=max(2, sizes.num_slots),
-            device_bytes=sizes.fixed_device_bytes if cap is None else cap,
-            fixed_device_bytes=sizes.fixed_device_bytes,
-            host_bytes=min(self._host_cap_bytes(), every_bytes),
-            split=split,
-            schedule=config.schedule,
-            is_segmented=geometry.is_segmented,
         )
 
     def settled(self) -> Task:
-        """This task with "auto" as plain transfer where that is predicted to be faster.
-
-        Recomputing takes memory for activations, which under a cap leaves less for resident blocks.
-        """
-        if self.config.fixed_split is not None or self.config.schedule != "pipelined":
+        """This task with "auto" as plain transfer where that is predicted to be faster."""
+        geometry = self._geometry(self.workload.rows)
+        if not may_do_without(self.config, geometry):
             return self
         plain = self._replace(config=replace(self.config, split="transfer"))
-        return plain if plain._mean_step_s() < self._mean_step_s() else self
+        return plain if does_without(self._mean_step_s(), plain._mean_step_s()) else self
 
     def _mean_step_s(self) -> float:
         try:
@@ -171,7 +149,7 @@ class Task(NamedTuple):
 
     def mean_tokens(self) -> int:
         """Tokens in the cache of one sequence, halfway through the decoding."""
-        return self.workload.prompt_tokens + (self.workload.new_tokens - 1) // 2
+        return mean_tokens(self.workload.prompt_tokens, self.workload.cached_tokens)
 
     def prefill_flops(self, batch: int) -> float:
         """Operations for the prompts: projections and MLP, and causal attention (half of all pairs)."""
@@ -207,26 +185,51 @@ class Task(NamedTuple):
         return self.prefill_flops(batch) / flops_per_s
 
     def free_bytes(self, rows: int) -> int:
-        """Device memory that weights and the prefill peak of `rows` sequences leave; at most the configured cap."""
-        num_tokens = min(rows * self.workload.prompt_tokens, PREFILL_TOKENS)
-        left = self.profile.device_memory_bytes - self.shape.weight_bytes
-        free = int(USABLE_DEVICE_FRACTION * left) - prefill_peak_bytes(self.shape, num_tokens=num_tokens, rows=rows)
-        if isinstance(self.config.device_gib, str):
-            return free
-        return min(free, int(self.config.device_gib * GIB))
+        """Device memory that weights and the prefill peak of `rows` sequences leave; at most the configured cap.
 
-    def _device_cap_bytes(self, rows: int) -> int | None:
-        """What we may hold on the device; None for as little as works."""
-        free = self.free_bytes(rows)
-        if free <= 0:
-            one_works = self.free_bytes(self.workload.num_beams) > 0
-            smaller = ", quantised weights or a smaller batch" if one_works else " or quantised weights"
+        Without offloading: parts of a prefill have `PREFILL_TOKENS` tokens then.
+        """
+        num_tokens = min(rows * self.workload.prompt_tokens, PREFILL_TOKENS)
+        return self._capped(self._usable_bytes - prefill_peak_bytes(self.shape, num_tokens=num_tokens, rows=rows))
+
+    def has_room(self, rows: int) -> bool:
+        """Whether offloading `rows` sequences fits beside the weights, with the shortest parts of a prefill."""
+        geometry = self._geometry(rows)
+        return self._least_bytes(geometry) <= self._left_by_prefill(rows, MIN_PREFILL_TOKENS)
+
+    def _least_bytes(self, geometry: Geometry) -> int:
+        keeps = split_to_plan(self.config, geometry) != 0
+        return smallest_sizes(geometry, self.config, keeps_activations=keeps).fixed_device_bytes
+
+    def _left_by_prefill(self, rows: int, tokens: int) -> int:
+        """Device memory beside weights and parts of a prefill with so many tokens of each of `rows` sequences."""
+        tokens = min(tokens, self.workload.prompt_tokens)
+        return self._usable_bytes - prefill_peak_bytes(self.shape, num_tokens=rows * tokens, rows=rows)
+
+    @property
+    def _usable_bytes(self) -> int:
+        return int(DEVICE_SHARE * (self.profile.device_memory_bytes - self.shape.weight_bytes))
+
+    def _capped(self, num_bytes: int) -> int:
+        cap = self.config.device_gib
+        return num_bytes if isinstance(cap, str) else min(num_bytes, int(cap * GIB))
+
+    def _device_cap_bytes(self, geometry: Geometry) -> int | None:
+        """What we may hold on the device, as the runtime has it; None for as little as works."""
+        rows, prompt_tokens = geometry.rows, self.workload.prompt_tokens
+        if not self.has_room(rows):
+            left = self._left_by_prefill(rows, MIN_PREFILL_TOKENS)
+            smaller = ", quantised weights or a smaller batch" if self.has_room(self.workload.num_beams) else ""
             raise InfeasiblePlanError(
-                f"device memory: weights of {gb(self.shape.weight_bytes)} and the prefill leave nothing of "
-                f"{gb(self.profile.device_memory_bytes)}: use a larger device{smaller}"
+                f"device memory: weights of {gb(self.shape.weight_bytes)} and the prefill leave "
+                f"{gb(left) if left > 0 else 'nothing'} of {gb(self.profile.device_memory_bytes)}, offloading takes at "
+                f"least {gb(self._least_bytes(geometry))}: use a larger device{smaller or ' or quantised weights'}"
             )
-        is_least = self.config.device_gib == "min" or (self.config.device_gib == "auto" and self.profile.emulated_link)
-        return None if is_least else free
+        if self.config.device_gib == "min" or (self.config.device_gib == "auto" and self.profile.emulated_link):
+            return None
+        room = self._usable_bytes - uncapped_sizes(geometry, self.config).fixed_device_bytes
+        tokens = prefill_chunk_tokens(self.shape, rows=rows, prompt_tokens=prompt_tokens, room_bytes=room)
+        return self._capped(max(self._left_by_prefill(rows, tokens), self._least_bytes(geometry)))
 
     def _other_layers_bytes(self, rows: int, num_tokens: int) -> int:
         """Layers with a sliding window, or whose cache others read as well, which stay on the device."""
@@ -242,4 +245,4 @@ class Task(NamedTuple):
         if not isinstance(installed, int):
             return 2**62
         used = self.shape.weight_bytes if self.profile.emulated_link else 0  # the "device" is host memory there
-        return max(0, int(USABLE_HOST_FRACTION * installed) - used)
+        return max(0, int(HOST_SHARE * installed) - used)

@@ -13,8 +13,7 @@ from typing import Literal, NamedTuple
 
 from kvoffload.advise.comparison import WayFigures, compare_ways
 from kvoffload.advise.task import Task
-
-LEAST_GAIN = 1.05  # predictions are not better than that
+from kvoffload.advise.ways import LEAST_GAIN, best_of
 
 Answer = Literal[
     "faster",  # offload: nothing else is as fast
@@ -38,7 +37,7 @@ class Verdict(NamedTuple):
 
 def judge(task: Task) -> Verdict:
     """The verdict on `task`."""
-    if task.free_bytes(task.workload.rows) <= 0 and task.free_bytes(task.workload.num_beams) <= 0:
+    if not task.has_room(task.workload.num_beams):
         return Verdict("weights", reason="weights and the prefill leave no room on the device")
     return of_rows(compare_ways(task))
 
@@ -46,16 +45,16 @@ def judge(task: Task) -> Verdict:
 def of_rows(rows: tuple[WayFigures, ...]) -> Verdict:
     """The verdict on the ways of one task."""
     works = {row.name: row for row in rows if not row.problem}
-    if "no offload" in works:
+    if "on_device" in works:
         return Verdict("fits", gain=1.0, gain_together=1.0)
-    offload, parts, full = (works.get(name) for name in ("offload", "sub-batches", "full transfer"))
+    offload, parts, full = (works.get(name) for name in ("offload", "sub_batches", "full_transfer"))
     if offload is None:
         if parts is not None:
             return Verdict("parts", parts=parts.runs)
         return Verdict("nothing", reason=next(row.problem for row in rows if row.name == "offload"))
     gain_together = _gain(offload, full)
     gain = min(gain_together, _gain(offload, parts))
-    if parts is not None and gain < LEAST_GAIN and parts.total_s < offload.total_s * LEAST_GAIN:
+    if parts is not None and best_of({"sub_batches": parts.total_s, "offload": offload.total_s}) == "sub_batches":
         return Verdict("parts", gain, gain_together, parts.runs)
     return Verdict("faster" if gain >= LEAST_GAIN else "only way", gain, gain_together)
 

@@ -1,8 +1,12 @@
-"""Device memory that a prefill takes beside weights and cache."""
+"""Device memory that a prefill takes beside weights and cache, and how long a part of it may be."""
 
 from __future__ import annotations
 
 from kvoffload.model.shape import ModelShape
+
+DEVICE_SHARE = 0.9  # of the free device memory that "auto" takes at most
+HOST_SHARE = 0.8  # of the free host memory that "auto" takes at most
+MIN_PREFILL_TOKENS = 64  # of each sequence, in one part of a prefill
 
 
 def prefill_peak_bytes(shape: ModelShape, *, num_tokens: int, rows: int) -> int:
@@ -14,3 +18,14 @@ def prefill_peak_bytes(shape: ModelShape, *, num_tokens: int, rows: int) -> int:
     per_token = (max(mlp, attention) + 4 * shape.hidden_size) * itemsize + kv  # residual, norm, input, output
     logits = rows * shape.vocab_size * (itemsize + 4)  # and a float32 copy
     return num_tokens * per_token + logits
+
+
+def prefill_chunk_tokens(shape: ModelShape, *, rows: int, prompt_tokens: int, room_bytes: int) -> int:
+    """Tokens of each row that go through a model at once, so that the prefill fits in `room_bytes`.
+
+    The whole prompt, or half of it as often as needed, down to `MIN_PREFILL_TOKENS`, which may not fit either.
+    """
+    tokens = prompt_tokens
+    while tokens > MIN_PREFILL_TOKENS and prefill_peak_bytes(shape, num_tokens=rows * tokens, rows=rows) > room_bytes:
+        tokens = -(-tokens // 2)
+    return tokens

@@ -25,24 +25,14 @@ from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.placement import Placement, reserved_blocks
 from kvoffload.planning.plan import Plan
-from kvoffload.planning.rates import Rates, least_chunk_bytes, rates_from_profile
+from kvoffload.planning.problem import does_without, host_bytes_at, may_do_without, mean_tokens, pose
 from kvoffload.planning.sizes import Sizes, grown
-from kvoffload.planning.sizing import LEAST_GAP_S, choose_sizes, chunks_may_be_recomputed, split_to_plan, uncapped_sizes
+from kvoffload.planning.sizing import split_to_plan
 from kvoffload.session.measured_rates import MeasuredRates
 from kvoffload.session.memory_limits import MemoryLimits, check_full_host
 
 logger = logging.getLogger(__name__)
-MIN_GAIN_FRACTION = 0.01
 POSITION_SHARE = 0.01  # of the device budget that a table of position embeddings takes at most
-MIN_SEGMENT_ROWS, MIN_SEGMENT_BYTES = 1024, 2**16  # of a chunk on an emulated link that nobody measured
-# Stands in where the link has no known speed: only memory decides, and the prediction is not shown.
-_UNKNOWN = Rates(
-    h2d_activation_bytes_per_s=1e9,
-    h2d_kv_bytes_per_s=1e9,
-    recompute_s_per_token=0.0,
-    attention_s_per_token=0.0,
-    dense_s=0.0,
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +114,7 @@ class GenerationPlanner:
         Recomputing takes memory for activations, which under a cap leaves less for resident blocks. Arguments and
         errors as of `plan_sizes_for`.
         """
-        if not can_recompute or split_to_plan(self.config, geometry) is not None or self.config.schedule != "pipelined":
+        if not can_recompute or not may_do_without(self.config, geometry):
             return self.plan_sizes_for(geometry, can_recompute=can_recompute, **known)
         found, why = [], None
         for recomputes in (True, False):
@@ -138,8 +128,7 @@ class GenerationPlanner:
         if len(found) == 1:
             return found[0]
         free, plain = found
-        # A plan that may recompute can be corrected later, so only a real gain decides against it.
-        if plain.plan.predicted_step_s < (1 - MIN_GAIN_FRACTION) * free.plan.predicted_step_s:
+        if does_without(free.plan.predicted_step_s, plain.plan.predicted_step_s):
             return plain
         full_s = min(free.plan.full_transfer_step_s, plain.plan.predicted_step_s)
         return replace(free, plan=replace(free.plan, full_transfer_step_s=full_s))
@@ -167,31 +156,23 @@ class GenerationPlanner:
         Raises:
             InfeasiblePlanError, HostMemoryError: before any token, with the numbers.
         """
-        config, fixed_split = self.config, 0.0 if not can_recompute else split_to_plan(self.config, geometry)
-        profile = self._profile() if self._wants_profile else self._stored()
-        rates: Rates | None = None
-        recomputes = fixed_split != 0
-        if not self.backend.emulated:
-            geometry = replace(geometry, least_gap_s=LEAST_GAP_S)
-            recomputes = chunks_may_be_recomputed(self.config, geometry)
-        if profile is not None:
-            least = least_chunk_bytes(profile, self.shape, recomputes=recomputes)
-            geometry = replace(geometry, least_chunk_bytes=least)
-        elif self.backend.emulated:  # no copy is too small, only the host's time per chunk counts
-            least = max(MIN_SEGMENT_BYTES, MIN_SEGMENT_ROWS * geometry.kv_row_bytes)
-            geometry = replace(geometry, least_chunk_bytes=least)
-        if profile is not None and profile.h2d is not None:
-            rates = self._rates(profile, geometry)
-        device_bytes = self.limits.device_cap_bytes(geometry, prompt_tokens, device_held_bytes)
-        may_recompute = fixed_split != 0 and (fixed_split is not None or rates is not None)
-        sizes = choose_sizes(geometry, config, keeps_activations=may_recompute, device_bytes=device_bytes, rates=rates)
+        fixed_split = split_to_plan(self.config, geometry) if can_recompute else 0.0
         host_cap = self.limits.full_host_cap_bytes(geometry, prompt_tokens, host_held_bytes)
-        inputs = self._inputs(geometry, sizes, rates, prompt_tokens, device_bytes, host_cap, fixed_split)
-        if rates is None:
-            inputs = replace(inputs, split=fixed_split or 0.0, rates=_UNKNOWN)
+        geometry, sizes, inputs, device_bytes, has_rates = pose(
+            self.shape,
+            geometry,
+            self.config,
+            self._profile() if self._wants_profile else self._stored(),
+            is_emulated=self.backend.emulated,
+            cached_tokens=mean_tokens(prompt_tokens, geometry.max_tokens),
+            device_cap_bytes=lambda settled: self.limits.device_cap_bytes(settled, prompt_tokens, device_held_bytes),
+            host_cap_bytes=host_cap,
+            can_recompute=can_recompute,
+            correct=lambda rates: self.measured.correct(rates, geometry.rows),
+        )
         self.limits.check_least_host(geometry, inputs, prompt_tokens, host_held_bytes)
         plan = planner.solve(inputs)
-        if rates is None:
+        if not has_rates:
             plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
         share = plan.split_fraction if fixed_split is None else fixed_split
         room = None if device_bytes is None else max(0, device_bytes - plan.device_bytes)
@@ -208,11 +189,11 @@ class GenerationPlanner:
                 resident_kv_blocks=plan.resident_kv_blocks,
                 resident_activation_blocks=plan.resident_activation_blocks,
                 activation_share=share,
-                may_change=fixed_split is None and rates is not None,
+                may_change=fixed_split is None and has_rates,
                 max_tokens=geometry.max_tokens if knows_length else None,
                 prompt_tokens=prompt_tokens,
             ),
-            inputs=None if rates is None else inputs,
+            inputs=inputs if has_rates else None,
         )
         chosen.check_host()
         return chosen
@@ -250,49 +231,6 @@ class GenerationPlanner:
         if not self.backend.has_speed:
             return False
         return self.config.fixed_split is None or self.config.profile != "auto"
-
-    def _rates(self, profile: HardwareProfile, geometry: Geometry) -> Rates:
-        sizes = uncapped_sizes(geometry, self.config)
-        rates = rates_from_profile(
-            profile,
-            self.shape,
-            batch=geometry.rows,
-            block_tokens=sizes.block_tokens,
-            chunk_blocks=sizes.chunk_blocks,
-            cached_tokens=geometry.max_tokens,
-        )
-        return self.measured.correct(rates, geometry.rows)
-
-    def _inputs(
-        self,
-        geometry: Geometry,
-        sizes: Sizes,
-        rates: Rates | None,
-        prompt_tokens: int,
-        device_bytes: int | None,
-        host_cap_bytes: int,
-        split: float | None,
-    ) -> PlanInputs:
-        mean_tokens = (prompt_tokens + geometry.max_tokens) // 2 if prompt_tokens else geometry.max_tokens
-        num_blocks = max(1, mean_tokens // sizes.block_tokens)
-        # A kv block is resident in the form it has; the cap is checked at the full length by what is fixed.
-        return PlanInputs(
-            num_layers=self.shape.num_layers,
-            num_offloaded_layers=geometry.num_offloaded_layers,
-            num_blocks=num_blocks,
-            block_tokens=sizes.block_tokens,
-            kv_bytes_per_token=geometry.kv_bytes_per_token,
-            activation_bytes_per_token=geometry.activation_bytes_per_token,
-            rates=rates or _UNKNOWN,
-            chunk_blocks=sizes.chunk_blocks,
-            num_slots=max(2, sizes.num_slots),
-            device_bytes=sizes.fixed_device_bytes if device_bytes is None else device_bytes,
-            fixed_device_bytes=sizes.fixed_device_bytes,
-            host_bytes=_host_bytes(host_cap_bytes, geometry, num_blocks, sizes.block_tokens),
-            split=split,
-            schedule=self.config.schedule,
-            is_segmented=geometry.is_segmented,
-        )
 
     # ---- checked, not believed -----------------------------------------------------------------------------------
 
@@ -359,7 +297,7 @@ class GenerationPlanner:
             chosen.inputs,
             rates=self.measured.correct(chosen.inputs.rates, chosen.geometry.rows),
             num_blocks=num_blocks,
-            host_bytes=_host_bytes(chosen.host_cap_bytes, chosen.geometry, num_blocks, chosen.inputs.block_tokens),
+            host_bytes=host_bytes_at(chosen.host_cap_bytes, chosen.geometry, num_blocks, chosen.inputs.block_tokens),
             stored_kv_blocks=stored_kv_blocks,
             stored_activation_blocks=stored_activation_blocks,
             stored_resident_blocks=chosen.placement.resident_kv_blocks,
@@ -373,8 +311,3 @@ class GenerationPlanner:
         placement = replace(chosen.placement, activation_share=plan.split_fraction)
         changed = replace(chosen, inputs=inputs, plan=plan, placement=placement)
         return changed if changed.fits_on_host else chosen
-
-
-def _host_bytes(cap_bytes: int, geometry: Geometry, num_blocks: int, block_tokens: int) -> int:
-    """The part of a cap on the full length that so many blocks may take."""
-    return int(cap_bytes * min(1.0, num_blocks * block_tokens / max(1, geometry.max_tokens)))

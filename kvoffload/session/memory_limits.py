@@ -16,13 +16,9 @@ from kvoffload.machine import system_memory
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
-from kvoffload.planning.prefill import prefill_peak_bytes
+from kvoffload.planning.prefill import DEVICE_SHARE, HOST_SHARE, prefill_chunk_tokens, prefill_peak_bytes
 from kvoffload.planning.sizing import smallest_sizes, split_to_plan, uncapped_sizes
 from kvoffload.units import counted, gib
-
-HOST_SHARE = 0.8  # of the free host memory that "auto" takes at most
-DEVICE_SHARE = 0.9  # of the free device memory that "auto" takes at most
-MIN_PREFILL_TOKENS = 64
 
 
 class MemoryLimits:
@@ -70,9 +66,7 @@ class MemoryLimits:
             return None
         sizes = uncapped_sizes(geometry, self._config)
         room = self._free_device_bytes(held_bytes) - sizes.fixed_device_bytes
-        tokens = prompt_tokens
-        while tokens > MIN_PREFILL_TOKENS and self._prefill_peak_bytes(geometry, tokens) > room:
-            tokens = -(-tokens // 2)
+        tokens = prefill_chunk_tokens(self._shape, rows=geometry.rows, prompt_tokens=prompt_tokens, room_bytes=room)
         return None if tokens == prompt_tokens else tokens
 
     def _free_device_bytes(self, held_bytes: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kvoffload.advise.ways import LABELS, Way
 from kvoffload.profiler.drawing.chart import (
     BLUE,
     GREEN,
@@ -24,12 +25,12 @@ from kvoffload.profiler.drawing.study import Compared, SizePoint, SplitPoint, St
 from kvoffload.profiler.drawing.terminal_tables import seconds, si
 from kvoffload.units import count, counted
 
-WAYS = {  # colour, symbol and dash of a way to do the work
-    "no offload": (GREEN, "circle", "solid"),
-    "sub-batches": (PURPLE, "square", "dash"),
+STYLES: dict[Way, tuple[str, str, str]] = {  # colour, symbol and dash of a way to do the work
+    "on_device": (GREEN, "circle", "solid"),
+    "sub_batches": (PURPLE, "square", "dash"),
     "offload": (BLUE, "diamond", "solid"),
-    "full transfer": (ORANGE, "triangle-up", "dot"),
-    "paper's schedule": (PINK, "x", "dashdot"),
+    "full_transfer": (ORANGE, "triangle-up", "dot"),
+    "kvpr": (PINK, "x", "dashdot"),
 }
 
 
@@ -55,7 +56,7 @@ def split_chart(found: Study) -> Chart:
         line("link", [point.link_s for point in points], BLUE, "dot", 2),
         line("device", [point.device_s for point in points], ORANGE, "dash", 2),
         line("host", [point.host_s for point in points], GREY, "dashdot", 2),
-        line("paper's schedule", [point.paper_step_s for point in points], PINK, "longdashdot", 2),
+        line(LABELS["kvpr"], [point.paper_step_s for point in points], PINK, "longdashdot", 2),
         line("step", [point.step_s for point in points], GREEN, "solid", 4),
         go.Scatter(
             name="the plan",
@@ -77,7 +78,7 @@ def split_chart(found: Study) -> Chart:
         f"The plan keeps {chosen} of {counted(plan.num_blocks, 'block')} of each layer as activations: "
         f"{seconds(plan.predicted_step_s)} a step, limited by the {plan.binding_constraint.replace('_', ' ')}. "
         f"With none it would take {_step_at(points, 0)}, with all {_step_at(points, plan.num_blocks)}.",
-        ("blocks as activations", "link", "device", "host", "step", "paper's schedule"),
+        ("blocks as activations", "link", "device", "host", "step", LABELS["kvpr"]),
         tuple((str(point[0]), *(seconds(value) for value in point[1:])) for point in points),
     )
 
@@ -91,18 +92,18 @@ def sizes_chart(
 ) -> Chart:
     """New tokens per second of every way over one size."""
     go, data = require_plotly(), []
-    for way, (colour, symbol, dash) in WAYS.items():
+    for way, (colour, symbol, dash) in STYLES.items():
         found = [(size(point), point.row(way)) for point in points]
         if any(row is not None for _, row in found):
             data.append(
                 go.Scatter(
-                    name=way,
+                    name=LABELS[way],
                     mode="lines+markers",
                     x=[at for at, _ in found],
                     y=[None if row is None else row.tokens_per_s for _, row in found],
                     line={"color": colour, "dash": dash, "width": 2.5},
                     marker={"symbol": symbol, "size": 9},
-                    hovertemplate=f"{label} %{{x}}: %{{y:.4s}} tokens/s<extra>{way}</extra>",
+                    hovertemplate=f"{label} %{{x}}: %{{y:.4s}} tokens/s<extra>{LABELS[way]}</extra>",
                 )
             )
     sizes = [size(point) for point in points]
@@ -110,24 +111,29 @@ def sizes_chart(
     layout = layout_of(log_axis(label, sizes) | ticks(sizes), log_axis("new tokens per second", rates))
     rows = []
     for point in points:
-        cells = [point.row(way) for way in WAYS]
+        cells = [point.row(way) for way in STYLES]
         rows.append((str(size(point)), *("" if row is None else f"{row.tokens_per_s:.4g}" for row in cells)))
     return Chart(
-        name, title, figure(go, data, layout), _fastest_in_words(label, points, size), (label, *WAYS), tuple(rows)
+        name,
+        title,
+        figure(go, data, layout),
+        _best_in_words(label, points, size),
+        (label, *(LABELS[way] for way in STYLES)),
+        tuple(rows),
     )
 
 
-def _fastest_in_words(label: str, points: Sequence[SizePoint], size: Callable[[SizePoint], int]) -> str:
-    """Where the fastest way changes."""
+def _best_in_words(label: str, points: Sequence[SizePoint], size: Callable[[SizePoint], int]) -> str:
+    """Where the best way changes."""
     found: list[str] = []
     before = ""
     for point in points:
         fastest = best_row(point)
-        name = fastest.name if fastest else "nothing"
+        name = LABELS[fastest.name] if fastest else "nothing"
         if name != before:
             found.append(f"{name} from {count(size(point))} on")
         before = name
-    return f"Fastest over {label}: {', '.join(found)}."
+    return f"Best over {label}: {', '.join(found)}."
 
 
 def memory_chart(found: Study) -> Chart:
@@ -170,7 +176,7 @@ def memory_chart(found: Study) -> Chart:
         )
         for point, row in zip(points, offloaded, strict=True)
     )
-    fitting = [point.prompt_tokens for point in points if point.row("no offload")]
+    fitting = [point.prompt_tokens for point in points if point.row("on_device")]
     largest = f"up to prompts of {counted(max(fitting), 'token')}" if fitting else "at none"
     return Chart(
         "memory-chart",

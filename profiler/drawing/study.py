@@ -19,6 +19,7 @@ from kvoffload.advise.advice import Advice, advise, task_of
 from kvoffload.advise.comparison import WayFigures, compare_ways
 from kvoffload.advise.roofline import Roofline, evaluate, setting_of
 from kvoffload.advise.task import Task
+from kvoffload.advise.ways import Way, best_of
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
@@ -33,7 +34,6 @@ from kvoffload.planning.workload import Workload
 from kvoffload.timeline import Span, Timeline, assemble
 
 SIZE_FACTORS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the workload's batch and prompt
-EQUAL_FRACTION = 0.005  # ways closer than this are as fast as each other
 MAX_SPREAD_FRACTION = 0.1  # of measured steps that are worth comparing
 SIMULATED_STEPS = 6  # the pipeline fills in the first half; the last has no step behind it to copy for
 ROW_METRICS = ("decode_step", "bound_step")  # of a results file: measured, predicted
@@ -60,7 +60,7 @@ class SizePoint(NamedTuple):
     whole_bytes: int  # weights and the whole cache on the device
     usable_bytes: int  # of the device, beside what the prefill needs and what is kept free; 0: not even the weights fit
 
-    def row(self, name: str) -> WayFigures | None:
+    def row(self, name: Way) -> WayFigures | None:
         """One way, None where it cannot be done."""
         return next((row for row in self.rows if row.name == name and not row.problem), None)
 
@@ -301,10 +301,10 @@ def _around(size: int) -> list[int]:
 
 
 def best_row(point: SizePoint) -> WayFigures | None:
-    """The fastest way at a size; of ways that are as fast to within `EQUAL_FRACTION` the first, which is simplest."""
-    possible = [row for row in point.rows if not row.problem]
-    fastest = max((row.tokens_per_s for row in possible), default=0.0)
-    return next((row for row in possible if row.tokens_per_s >= (1 - EQUAL_FRACTION) * fastest), None)
+    """The best way at a size, None where nothing works."""
+    possible = {row.name: row for row in point.rows if not row.problem}
+    best = best_of({name: row.total_s for name, row in possible.items()})
+    return None if best is None else possible[best]
 
 
 def typical_steps(found: Timeline, step_s: float, count: int, after: int) -> Timeline:

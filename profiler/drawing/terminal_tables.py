@@ -13,7 +13,8 @@ from rich.console import Console
 from kvoffload.advise import capacity, comparison
 from kvoffload.advise.capacity import Limits
 from kvoffload.advise.roofline import OperationTime, Phase, Roofline, remedy_text
-from kvoffload.advise.sweep import Comparison, FastestAtSize
+from kvoffload.advise.sweep import BestAtSize, Comparison
+from kvoffload.advise.ways import LABELS
 from kvoffload.profiler.drawing.figures import Figures
 from kvoffload.units import count, counted
 
@@ -35,7 +36,7 @@ def print_forecast(seen: Comparison) -> None:
     console.print(*_forecast_figures(seen.rows).tables(console.width))
     for row in seen.rows:
         if row.problem:
-            console.print(f"{row.name}: {row.problem}", highlight=False, markup=False)
+            console.print(f"{LABELS[row.name]}: {row.problem}", highlight=False, markup=False)
     console.print("\n".join(limit_lines(seen.limits)), highlight=False, markup=False)
     if seen.cells:
         console.print(*_sweep_figures(seen.cells).tables(console.width))
@@ -81,7 +82,7 @@ def _forecast_figures(rows: Sequence[comparison.WayFigures]) -> Figures:
         if row.problem:
             continue  # told below the table
         cells = [
-            row.name,
+            LABELS[row.name],
             f"{row.runs} x {row.batch}" if row.runs > 1 else str(row.batch),
             *(seconds(value) for value in (row.ttft_s, row.tpot_s, row.total_s)),
             f"{row.tokens_per_s:.4g}",
@@ -101,19 +102,19 @@ def _maybe(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _sweep_figures(cells: Sequence[FastestAtSize]) -> Figures:
-    """Batches down, prompts across: the fastest way and its tokens/s."""
+def _sweep_figures(cells: Sequence[BestAtSize]) -> Figures:
+    """Batches down, prompts across: the best way and its tokens/s."""
     prompts = sorted({cell.prompt_tokens for cell in cells})
     found = {(cell.batch, cell.prompt_tokens): _sweep_cell(cell) for cell in cells}
     lines = [[str(batch), *(found[batch, prompt] for prompt in prompts)] for batch in sorted({one[0] for one in found})]
     names = ["batch", *(counted(prompt, "token") for prompt in prompts)]
-    return Figures("Fastest way, new tokens/s (offloaded)", names, lines)
+    return Figures("Best way, new tokens/s (offloaded)", names, lines)
 
 
-def _sweep_cell(cell: FastestAtSize) -> str:
+def _sweep_cell(cell: BestAtSize) -> str:
     if cell.name is None:
         return "nothing works"
-    return f"{cell.name} {cell.tokens_per_s:.4g} ({cell.offload_tokens_per_s:.4g})"
+    return f"{LABELS[cell.name]} {cell.tokens_per_s:.4g} ({cell.offload_tokens_per_s:.4g})"
 
 
 def summary(found: Roofline) -> list[str]:

@@ -1,0 +1,187 @@
+"""The planning problem of one generation: sizes and inputs, made here for the runtime, the advice and the benchmarks.
+
+Owns at which sizes rates are read, for which length a plan is made, what of a cap on the full length counts at that
+length, and from which gain on a plan without recomputation is preferred. Does not own the caps (measured by
+`kvoffload/session/`, worked out by `kvoffload/advise/`), the sizes (`sizing`) or the choice (`planner`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+from kvoffload.config import OffloadConfig
+from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.model.shape import ModelShape
+from kvoffload.planning.geometry import Geometry
+from kvoffload.planning.inputs import PlanInputs
+from kvoffload.planning.rates import Rates, least_chunk_bytes, rates_from_profile
+from kvoffload.planning.sizes import Sizes
+from kvoffload.planning.sizing import LEAST_GAP_S, choose_sizes, chunks_may_be_recomputed, split_to_plan, uncapped_sizes
+
+MIN_GAIN_FRACTION = 0.01  # a plan without recomputation, which could not be corrected later, has to win by more
+MIN_SEGMENT_ROWS, MIN_SEGMENT_BYTES = 1024, 2**16  # of a chunk on an emulated link that nobody measured
+# Stands in where the link has no known speed: only memory decides, and the prediction is not shown.
+UNKNOWN_RATES = Rates(
+    h2d_activation_bytes_per_s=1e9,
+    h2d_kv_bytes_per_s=1e9,
+    recompute_s_per_token=0.0,
+    attention_s_per_token=0.0,
+    dense_s=0.0,
+)
+
+
+class Problem(NamedTuple):
+    """What is planned, and with which sizes."""
+
+    geometry: Geometry
+    sizes: Sizes
+    inputs: PlanInputs
+    device_cap_bytes: int | None  # None: as little as works
+    has_rates: bool  # False: the link has no known speed, and only memory decides
+
+
+def mean_tokens(prompt_tokens: int, max_tokens: int) -> int:
+    """Tokens in the cache of one sequence halfway through the decoding, for which plans are made; 0: unknown prompt."""
+    return (prompt_tokens + max_tokens) // 2 if prompt_tokens else max_tokens
+
+
+def pose(
+    shape: ModelShape,
+    geometry: Geometry,
+    config: OffloadConfig,
+    profile: HardwareProfile | None,
+    *,
+    is_emulated: bool,
+    cached_tokens: int,
+    device_cap_bytes: Callable[[Geometry], int | None],
+    host_cap_bytes: int,
+    can_recompute: bool = True,
+    must_predict: bool = False,
+    correct: Callable[[Rates], Rates] = lambda rates: rates,
+) -> Problem:
+    """Sizes and inputs for a cache.
+
+    Args:
+        shape: the model.
+        geometry: of the cache, at its full length.
+        config: what the user fixed.
+        profile: the machine; None where nothing is known of it.
+        is_emulated: whether the link is.
+        cached_tokens: of each sequence, for which the blocks are placed.
+        device_cap_bytes: the cap on device memory, given the geometry with its chunk sizes; None: as little as works.
+        host_cap_bytes: the cap on host memory at the full length.
+        can_recompute: False where K/V do not follow from the activation.
+        must_predict: refuse a link without a known speed, instead of planning by memory alone.
+        correct: puts measured rates in the place of the profile's.
+
+    Raises:
+        InfeasiblePlanError: the smallest sizes exceed the cap on device memory.
+        ProfileError: a prediction must be made, and the link has no bandwidth.
+    """
+    fixed_split = split_to_plan(config, geometry) if can_recompute else 0.0
+    geometry = _with_chunk_sizes(shape, geometry, config, profile, is_emulated, fixed_split)
+    rates: Rates | None = None
+    if profile is not None and (must_predict or profile.h2d is not None):
+        rates = correct(_rates(shape, geometry, config, profile))
+    device_bytes = device_cap_bytes(geometry)
+    may_recompute = fixed_split != 0 and (fixed_split is not None or rates is not None)
+    sizes = choose_sizes(geometry, config, keeps_activations=may_recompute, device_bytes=device_bytes, rates=rates)
+    inputs = make_inputs(
+        shape,
+        geometry,
+        sizes,
+        rates or UNKNOWN_RATES,
+        num_blocks=max(1, cached_tokens // sizes.block_tokens),
+        device_bytes=sizes.fixed_device_bytes if device_bytes is None else device_bytes,
+        host_cap_bytes=host_cap_bytes,
+        split=fixed_split if rates is not None else fixed_split or 0.0,
+        config=config,
+    )
+    return Problem(geometry, sizes, inputs, device_bytes, rates is not None)
+
+
+def make_inputs(
+    shape: ModelShape,
+    geometry: Geometry,
+    sizes: Sizes,
+    rates: Rates,
+    *,
+    num_blocks: int,
+    device_bytes: int,
+    host_cap_bytes: int,
+    split: float | None,
+    config: OffloadConfig,
+) -> PlanInputs:
+    """The inputs for `num_blocks` cached blocks; `host_cap_bytes` is at the full length."""
+    return PlanInputs(
+        num_layers=shape.num_layers,
+        num_offloaded_layers=geometry.num_offloaded_layers,
+        num_blocks=num_blocks,
+        block_tokens=sizes.block_tokens,
+        kv_bytes_per_token=geometry.kv_bytes_per_token,
+        activation_bytes_per_token=geometry.activation_bytes_per_token,
+        rates=rates,
+        chunk_blocks=sizes.chunk_blocks,
+        num_slots=max(2, sizes.num_slots),
+        device_bytes=device_bytes,
+        fixed_device_bytes=sizes.fixed_device_bytes,
+        host_bytes=host_bytes_at(host_cap_bytes, geometry, num_blocks, sizes.block_tokens),
+        split=split,
+        schedule=config.schedule,
+        is_segmented=geometry.is_segmented,
+    )
+
+
+def host_bytes_at(cap_bytes: int, geometry: Geometry, num_blocks: int, block_tokens: int) -> int:
+    """The part of a cap on the full length that so many blocks may take; no more than they could in both forms."""
+    part = int(cap_bytes * min(1.0, num_blocks / max(1, geometry.max_tokens // block_tokens)))
+    per_token = geometry.kv_bytes_per_token + geometry.activation_bytes_per_token
+    return min(part, geometry.num_offloaded_layers * num_blocks * block_tokens * per_token)
+
+
+def may_do_without(config: OffloadConfig, geometry: Geometry) -> bool:
+    """Whether a plan without recomputation is worth a look beside the free one.
+
+    Recomputing takes memory for activations, which under a cap leaves less for resident blocks.
+    """
+    return split_to_plan(config, geometry) is None and config.schedule == "pipelined"
+
+
+def does_without(free_step_s: float, plain_step_s: float) -> bool:
+    """Whether the plan without recomputation is taken; the free one can be corrected later, so only for a real gain."""
+    return plain_step_s < (1 - MIN_GAIN_FRACTION) * free_step_s
+
+
+def _with_chunk_sizes(
+    shape: ModelShape,
+    geometry: Geometry,
+    config: OffloadConfig,
+    profile: HardwareProfile | None,
+    is_emulated: bool,
+    fixed_split: float | None,
+) -> Geometry:
+    recomputes = fixed_split != 0
+    if not is_emulated:
+        geometry = replace(geometry, least_gap_s=LEAST_GAP_S)
+        recomputes = chunks_may_be_recomputed(config, geometry)
+    if profile is not None:
+        return replace(geometry, least_chunk_bytes=least_chunk_bytes(profile, shape, recomputes=recomputes))
+    if is_emulated:  # no copy is too small, only the host's time per chunk counts
+        least = max(MIN_SEGMENT_BYTES, MIN_SEGMENT_ROWS * geometry.kv_row_bytes)
+        return replace(geometry, least_chunk_bytes=least)
+    return geometry
+
+
+def _rates(shape: ModelShape, geometry: Geometry, config: OffloadConfig, profile: HardwareProfile) -> Rates:
+    """At the sizes that are chosen without a cap, and at the full length."""
+    sizes = uncapped_sizes(geometry, config)
+    return rates_from_profile(
+        profile,
+        shape,
+        batch=geometry.rows,
+        block_tokens=sizes.block_tokens,
+        chunk_blocks=sizes.chunk_blocks,
+        cached_tokens=geometry.max_tokens,
+    )
