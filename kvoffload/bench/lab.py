@@ -19,14 +19,17 @@ from kvoffload.backend import Backend, CudaBackend
 from kvoffload.backend.clock import LEAST_CALLS
 from kvoffload.bench.current_rates import attention_s_per_token, forward_s, recompute_s_per_token, step_s_without_cache
 from kvoffload.bench.presets import Preset, make_model
-from kvoffload.config import EmulatedLink, OffloadConfig
+from kvoffload.config import EmulatedLink, OffloadConfig, Schedule
 from kvoffload.errors import ConfigError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.live import shape_of_model
 from kvoffload.planning import planner, step_time
+from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.plan import Plan
+from kvoffload.planning.problem import make_inputs
 from kvoffload.planning.rates import Rates
+from kvoffload.planning.sizing import choose_sizes
 from kvoffload.profiler.environment import cpu_name
 from kvoffload.profiler.profile import with_link
 
@@ -126,24 +129,32 @@ class Lab:
             ),
         )
 
-    def inputs(self, rates: Rates, **changes: Any) -> PlanInputs:
+    def inputs(
+        self, rates: Rates, *, is_segmented: bool, split: float | None = None, schedule: Schedule = "pipelined"
+    ) -> PlanInputs:
         """The planning problem of the measured steps: whole blocks on the host, the rest is the tail."""
         p = self.preset
-        values = PlanInputs(
-            num_layers=p.layers,
+        config = OffloadConfig(block_tokens=self.block_tokens, chunk_blocks=self.chunk_blocks, schedule=schedule)
+        geometry = Geometry(
             num_offloaded_layers=p.layers,
-            num_blocks=p.cached_tokens // self.block_tokens,
-            block_tokens=self.block_tokens,
-            kv_bytes_per_token=p.batch * self.shape.kv_row_bytes,
-            activation_bytes_per_token=p.batch * self.shape.activation_row_bytes,
-            rates=rates,
-            chunk_blocks=self.chunk_blocks,
-            num_slots=4,
-            device_bytes=0,
-            fixed_device_bytes=0,
-            host_bytes=2**62,
+            rows=p.batch,
+            max_tokens=p.cached_tokens,
+            kv_row_bytes=self.shape.kv_row_bytes,
+            activation_row_bytes=self.shape.activation_row_bytes,
+            is_segmented=is_segmented,
         )
-        return replace(values, **changes)
+        sizes = choose_sizes(geometry, config, keeps_activations=split != 0, device_bytes=None, rates=rates)
+        return make_inputs(
+            self.shape,
+            geometry,
+            sizes,
+            rates,
+            num_blocks=p.cached_tokens // self.block_tokens,
+            device_bytes=sizes.fixed_device_bytes,  # as little as works: no block is resident
+            host_cap_bytes=2**62,
+            split=split,
+            config=config,
+        )
 
     def bound_s(self, mode: str, rates: Rates, split: float | None = None, like: Plan | None = None) -> float:
         """The cost model's step for the mode's best plan.
@@ -155,7 +166,7 @@ class Lab:
             like: a plan that ran, whose sizes and room for resident blocks the best plan is to have.
         """
         chosen = _SPLITS.get(WHOLE_LAYER_MODES.get(mode, mode)) if split is None else split
-        schedule = "kvpr" if mode == "kvpr" else "pipelined"
+        schedule: Schedule = "kvpr" if mode == "kvpr" else "pipelined"
         inputs = self.inputs(rates, split=chosen, schedule=schedule, is_segmented=_is_segmented(mode))
         if like is not None:
             resident = like.resident_kv_blocks * like.kv_bytes_per_token
@@ -168,7 +179,8 @@ class Lab:
                 num_slots=like.num_slots,
                 kv_bytes_per_token=like.kv_bytes_per_token,
                 activation_bytes_per_token=like.activation_bytes_per_token,
-                device_bytes=like.num_offloaded_layers * like.block_tokens * resident,
+                device_bytes=inputs.fixed_device_bytes + like.num_offloaded_layers * like.block_tokens * resident,
+                host_bytes=2**62,
             )
         plan = planner.solve(inputs)
         if mode == "sequential":
