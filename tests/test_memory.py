@@ -23,6 +23,7 @@ from kvoffload import EmulatedLink, OffloadConfig
 from kvoffload.backend import EmulatedBackend
 from kvoffload.backend.base import HostBuffer
 from kvoffload.config import GIB
+from kvoffload.errors import InfeasiblePlanError
 from kvoffload.session.session import Session
 from kvoffload.store import pool
 
@@ -273,6 +274,22 @@ def test_resident_blocks_take_what_the_budget_leaves(
     assert backend.peak_device_bytes == pytest.approx(fixed + resident, rel=0.02)
     assert backend.peak_device_bytes <= budget
     assert fixed + resident > budget - LAYERS * BLOCK_TOKENS * call.rows * kv  # not one block more would fit
+
+
+@pytest.mark.parametrize("split", ["transfer", 0.5])
+def test_layers_that_stay_on_the_device_count_in_the_budget(split: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of three layers has a window; its K and V are held by transformers, beside what the session holds."""
+    sliding = make_model("gemma3_text", sliding_window=64, num_key_value_heads=4)
+    call, (kv, _) = Call(4, 96, 33), row_bytes(sliding)
+    others = call.rows * 64 * kv
+    cached = 2 * call.max_tokens * call.rows * kv
+    backend, stats = measure(sliding, call, split, monkeypatch, device_gib=cached / GIB, attention="auto")
+    block = 2 * BLOCK_TOKENS * call.rows * kv
+    assert stats.plan.resident_kv_blocks > 0
+    assert cached - 2 * block < stats.device_kv_peak_decode_bytes <= cached
+    assert stats.plan.device_bytes - others == pytest.approx(backend.peak_device_bytes, rel=0.02)
+    with pytest.raises(InfeasiblePlanError, match=r"layers that are not offloaded .* device_gib allows"):
+        measure(sliding, call, split, monkeypatch, device_gib=others / GIB, attention="auto")
 
 
 def test_a_session_returns_all_device_memory(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ class Task(NamedTuple):
             kv_row_bytes=shape.kv_row_bytes,
             activation_row_bytes=shape.activation_row_bytes,
             beams=self.workload.num_beams,
-            other_device_bytes=self._other_layers_bytes(rows, self.workload.cached_tokens),
+            other_device_bytes=self.shape.other_layers_bytes(rows, self.workload.cached_tokens),
             is_segmented=config.attention == "auto" and config.schedule == "pipelined",
         )
 
@@ -137,7 +137,7 @@ class Task(NamedTuple):
         """The whole cache of `batch` sequences, plus one layer's, which plain generate() copies to append a token."""
         rows, tokens = batch * self.workload.num_beams, self.workload.cached_tokens
         growing = (self.shape.num_offloaded_layers + 1) * rows * tokens * self.shape.kv_row_bytes
-        return growing + self._other_layers_bytes(rows, tokens)
+        return growing + self.shape.other_layers_bytes(rows, tokens)
 
     def _alternative(
         self, way: Way, batch: int, runs: int, prefill_s: float, step_s: float, device_bytes: int
@@ -170,7 +170,7 @@ class Task(NamedTuple):
         shape, rows = self.shape, batch * self.workload.num_beams
         weights = shape.num_layers * shape.dense_flops // 2 + shape.hidden_size * shape.vocab_size  # multiply-add
         cached = rows * shape.num_offloaded_layers * self.mean_tokens() * shape.kv_row_bytes
-        cached += self._other_layers_bytes(rows, self.mean_tokens())
+        cached += self.shape.other_layers_bytes(rows, self.mean_tokens())
         return weights * shape.activation_itemsize_bytes + cached
 
     def tail_s(self, inputs: PlanInputs) -> float:
@@ -230,12 +230,6 @@ class Task(NamedTuple):
         room = self._usable_bytes - uncapped_sizes(geometry, self.config).fixed_device_bytes
         tokens = prefill_chunk_tokens(self.shape, rows=rows, prompt_tokens=prompt_tokens, room_bytes=room)
         return self._capped(max(self._left_by_prefill(rows, tokens), self._least_bytes(geometry)))
-
-    def _other_layers_bytes(self, rows: int, num_tokens: int) -> int:
-        """Layers with a sliding window, or whose cache others read as well, which stay on the device."""
-        shape = self.shape
-        in_windows = min(shape.window_tokens, num_tokens) * shape.window_row_bytes
-        return rows * (in_windows + num_tokens * shape.held_row_bytes)
 
     def _host_cap_bytes(self) -> int:
         """The cap on host memory; a preset's host is unknown and taken as large enough."""

@@ -45,6 +45,11 @@ class ModelShape:
         """Bytes of the activation of one token of one sequence in one layer."""
         return self.hidden_size * self.activation_itemsize_bytes
 
+    def other_layers_bytes(self, rows: int, num_tokens: int) -> int:
+        """K and V of `rows` sequences of that length in layers that are not offloaded: a window, or lent to others."""
+        in_windows = min(self.window_tokens, num_tokens) * self.window_row_bytes
+        return rows * (in_windows + num_tokens * self.held_row_bytes)
+
     @property
     def recompute_flops(self) -> int:
         """Floating-point operations to recompute K and V of one token of one sequence."""

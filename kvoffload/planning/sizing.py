@@ -230,6 +230,8 @@ def _describe(sizes: Sizes) -> str:
         parts.insert(0, f"{sizes.num_buffers} layer buffers of {gib(sizes.buffer_bytes)}")
     else:
         parts.insert(0, f"{sizes.num_slots} slots of {gib(sizes.slot_bytes)}")
+    if sizes.other_device_bytes:
+        parts.append(f"layers that are not offloaded {gib(sizes.other_device_bytes)}")
     return ", ".join(parts)
 
 

@@ -227,14 +227,16 @@ class CachePlans:
     ) -> None:
         """Plan an empty cache and make the engine's buffers."""
         shape = first or self._planner.shape
+        longest = max_tokens or max(256, 2 * prompt_tokens)
         geometry = Geometry(
             num_offloaded_layers=self._num_layers,
             rows=rows,
-            max_tokens=max_tokens or max(256, 2 * prompt_tokens),
+            max_tokens=longest,
             kv_row_bytes=shape.kv_row_bytes,
             activation_row_bytes=shape.activation_row_bytes,
             position_row_bytes=position_row_bytes,
             beams=copies,
+            other_device_bytes=self._planner.shape.other_layers_bytes(rows, longest),
             is_segmented=self._offers_segments if is_segmented is None else is_segmented,
         )
         chosen = self._planner.plan_for(
