@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
 import pytest
-
-PACKAGE = Path(__file__).parents[1] / "kvoffload"
+from rooms import PACKAGE, direct, floors, imported_names, picture, room_imports, room_of, source_files
 
 # A room is a folder, or a file at the root. From the bottom; behind each, the rooms it may import.
 _FACTS = {"errors", "units", "timeline", "machine", "model", "config"}
@@ -58,28 +56,6 @@ DEVICE_OWNERS = {"backend", "profiler"}
 _DEVICE_CALLS = {
     f"torch.{prefix}{name}" for prefix in ("", "cuda.") for name in ("Stream", "Event", "ExternalStream")
 } | {"torch.cuda.stream.Stream"}
-
-
-def room_of(path: Path) -> str:
-    """`kvoffload/errors.py` -> "errors", `kvoffload/kernels/pack.py` -> "kernels"."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def source_files() -> list[Path]:
-    """Every source file as it is imported, `kernels/` and `profiler/` through their links."""
-    return sorted(path for pattern in ("*.py", "*/*.py", "*/*/*.py") for path in PACKAGE.glob(pattern))
-
-
-def imported_names(tree: ast.AST) -> Iterator[str]:
-    """Full dotted name of everything imported; literal `import_module("x")` and `__import__("x")` included."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            prefix = "kvoffload." * bool(node.level) + (f"{node.module}." if node.module else "")
-            yield from (prefix + alias.name for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            yield from (str(arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant))
 
 
 def device_calls(tree: ast.AST) -> Iterator[str]:
@@ -233,3 +209,17 @@ def test_an_allowed_line_is_left_alone(room: str, source: str) -> None:
 def test_a_circle_is_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == {"b", "c"}
     assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def test_the_picture_shows_the_imports_there_are() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert picture(room_imports()) in text, "run scripts/rooms.py"
+
+
+def test_a_picture_leaves_out_what_a_longer_way_implies() -> None:
+    edges = {"cli": {"cache", "store", "errors"}, "cache": {"store", "errors"}, "store": set(), "errors": set()}
+    assert direct(edges) == {"cli": {"cache"}, "cache": {"store", "errors"}, "store": set(), "errors": set()}
+    assert floors(edges) == [["errors", "store"], ["cache"], ["cli"]]
+    assert picture(edges).splitlines()[2:-1] == ["  cli --> cache", "  cache --> store"]
+    with pytest.raises(ValueError, match="in a circle"):
+        floors({"a": {"b"}, "b": {"a"}})
