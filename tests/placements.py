@@ -62,7 +62,7 @@ def placed(inputs: PlanInputs, r: int, r_x: int, x: int, t: int) -> Plan:
     )
 
 
-# A ring that hides the gap, as the design sizes it, and slots for a whole activation.
+# A ring that hides the gap, as it is sized, and slots for a whole activation.
 LONG = dataclasses.replace(
     with_rates(INPUTS, dense_s=0.5, head_s=0.5, host_s_per_layer=0.01, host_s_per_chunk=0.0, gap_s=0.2),
     num_layers=8,

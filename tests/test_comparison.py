@@ -44,7 +44,7 @@ def by_name(rows: tuple[WayFigures, ...]) -> dict[str, WayFigures]:
     return {row.name: row for row in rows}
 
 
-# ---- the paper and section 7 of the design -----------------------------------------------------------------------
+# ---- the paper, and a worked example ---------------------------------------------------------------------------------
 
 
 def opt(hidden: int) -> dict[str, Any]:

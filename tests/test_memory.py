@@ -1,4 +1,4 @@
-"""Memory as allocated, not as accounted: what the backend really gave out, against the formulas of the design.
+"""Memory as allocated, not as accounted: what the backend really gave out, against the formulas of the plan.
 
 On the device: two layer buffers (three with beams), the slots, two D2H slots, the tails, the resident blocks; where
 attention takes chunks one by one no layer buffers, but a scratch, and nothing that grows with the context. On the host:

@@ -221,7 +221,7 @@ def test_a_solve_is_fast_enough_to_plan_again_while_decoding() -> None:
 
 
 def paper_instance(hidden: int, group: int = 1, **changes: Any) -> PlanInputs:
-    """Section 7's machine: 312 TFLOP/s, 32 GB/s, fp16; only link and recomputation count, nothing stays resident."""
+    """A worked example: 312 TFLOP/s, 32 GB/s, fp16; only link and recomputation count, nothing stays resident."""
     rates = Rates(
         h2d_activation_bytes_per_s=32e9,
         h2d_kv_bytes_per_s=32e9,

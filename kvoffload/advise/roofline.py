@@ -1,7 +1,7 @@
 """How long every operation of a model takes on a device, what bounds it, and what would move that bound.
 
 Owns the phases of a generation and their totals. Does not own the counting (`operations`), the time of one operation
-(`timing`) or the machine (`hardware`). Torch-free.
+(`timing`) or the machine (`machine`). Torch-free.
 
     prefill  of the prompt
     decode   of one token at the prompt's context

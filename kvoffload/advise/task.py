@@ -1,7 +1,7 @@
 """The ways to do one workload on one machine, and what each is predicted to take.
 
 Owns the inputs of the planning problem made from a model, a workload and a profile, and the memory and time of doing
-without offloading. Does not own the prediction of a step (`cost`), the sizes (`sizing`) or the choice (`planner`,
+without offloading. Does not own the prediction of a step (`step_time`), the sizes (`sizing`) or the choice (`planner`,
 `advice`).
 
 Times are for the whole task: prefill, then one step per further token at the mean context, so that short prompts with

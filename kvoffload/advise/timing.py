@@ -1,7 +1,7 @@
 """The time of one operation on one machine, what decides it, and what would change that.
 
 Owns the setting that is evaluated, the time and bound of an operation, and the remedies. Does not own which operations
-there are (`operations`), their sums (`roofline`), the machine (`hardware`) or the fitted formula (`fit`).
+there are (`operations`), their sums (`roofline`), the machine (`machine`) or the fitted formula (`fit`).
 
     device   the longer of F / peak and B / bandwidth; the fitted formula where the machine was measured
     link     bytes of K/V and weights that live on the host, over the achievable bandwidth

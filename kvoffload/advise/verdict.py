@@ -1,6 +1,6 @@
 """Whether offloading helps with a task, and what to do where it does not: one word and one number.
 
-Owns the judgement over the ways of a task. Does not own the ways' figures (`forecast`) nor the recommendation in
+Owns the judgement over the ways of a task. Does not own the ways' figures (`comparison`) nor the recommendation in
 sentences (`advice`).
 
 The gain is over the *best* alternative: everything on the device, sub-batches there, or full transfer, which is

@@ -1,8 +1,8 @@
 """One offloaded layer: a tail of the newest tokens, and the blocks behind it in their forms.
 
 Owns which token is cached where, and when full blocks leave the tail. The memory of blocks is in block_memory.py.
-Moves nothing itself (write_back.py and transfer.py do) and runs no attention (segments.py and attention.py do). Layouts
-are token-major: K/V `[tokens, rows, k_width + v_width]` (keys after RoPE; for equal head sizes that is
+Moves nothing itself (engine and write-back do) and runs no attention (`attention` and `whole_layer` do). Layouts are
+token-major: K/V `[tokens, rows, k_width + v_width]` (keys after RoPE; for equal head sizes that is
 `[tokens, rows, 2, kv_heads, head_dim]`), activations `[tokens, rows, hidden]`, in blocks with their position embeddings
 behind them where these are carried (carried.py).
 """

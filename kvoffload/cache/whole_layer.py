@@ -1,6 +1,6 @@
 """The whole-layer attention path: one layer's K and V stand in a layer buffer before the model's own attention runs.
 
-Taken where attention over segments (segments.py) does not know the model or the call. Owns the assembly of that buffer
+Taken where attention over segments (`attention`) does not know the model or the call. Owns the assembly of that buffer
 from resident blocks, arriving chunks, the tail and the new tokens. The model's attention function then reads views of
 it; the buffer is free for another layer once that attention has been issued.
 """

@@ -1,7 +1,7 @@
 """Chunks: a layer's blocks on the host, in the copies in which they travel to the device.
 
 Owns which blocks share a copy, where a chunk's K and V land in a layer buffer, and the order of a layer's chunks. Moves
-nothing (transfer.py does) and does not choose how many blocks a chunk has (sizing.py does).
+nothing (`engine` does) and does not choose how many blocks a chunk has (`kvoffload/planning/sizing.py` does).
 """
 
 from __future__ import annotations

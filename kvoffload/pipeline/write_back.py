@@ -1,7 +1,7 @@
 """New blocks on their way to the host: where compute packs them, what waits for what, and until when D2H reads there.
 
 Owns the D2H slots, the stages of a prefill and every copy to the host. Does not know which layer stores what (layer.py
-gives it blocks), nor when a layer buffer is idle: the engine (transfer.py) lends it these and gets them back.
+gives it blocks), nor when a layer buffer is idle: the engine lends it these and gets them back.
 
 Ownership:
     D2H slot      compute until `packed`, then D2H until `written`

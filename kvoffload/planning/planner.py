@@ -1,11 +1,11 @@
 """The choice: which cached blocks stay on the device, which are transferred and which are recomputed.
 
 Owns the integer program (PuLP, its relaxation solved by HiGHS, by CBC where highspy is missing), the exact search for
-whole blocks that starts from there, and the messages when nothing fits. Does not own the formulas (`cost`) nor what a
-person asked for (`config`). Solutions are memoised.
+whole blocks that starts from there, and the messages when nothing fits. Does not own the formulas (`step_time`) nor
+what a person asked for (`config`). Solutions are memoised.
 
 Source: KVPR (arXiv 2411.17089, section 3) for planning the split by a linear program; the integers, residency, and
-the order "step time, then link bytes, then recomputation" are ours, from section 7 of the design.
+the order "step time, then link bytes, then recomputation" are ours.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Program(NamedTuple):
 
 
 def program(inputs: PlanInputs) -> Program:
-    """Write down section 7 for a free split: variables in blocks, minimise T."""
+    """The program for a free split: variables in blocks, minimise T."""
     c = step_time.terms(inputs)
     unit_s = (step_time.full_transfer_step_s(inputs) or 1.0) / OBJECTIVE_SCALE
     s, per_chunk = inputs.num_blocks, inputs.chunk_blocks

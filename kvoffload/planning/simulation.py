@@ -1,8 +1,8 @@
 """Decode steps played chunk by chunk: one link, one compute queue, the host ahead of both, and finite slots.
 
-Owns the recurrence over chunks, layers and steps, which knows what the formulas of `cost` leave out: when a slot is
-free, and who waits for whom. Does not own rates (`rates`), the choice (`planner`), nor what is made of the stretches it
-records (`timeline`). Plain numbers, no torch.
+Owns the recurrence over chunks, layers and steps, which knows what the formulas of `step_time` leave out: when a slot
+is free, and who waits for whom. Does not own rates (`rates`), the choice (`planner`), nor what is made of the stretches
+it records (`timeline`). Plain numbers, no torch.
 """
 
 from __future__ import annotations

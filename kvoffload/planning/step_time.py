@@ -4,8 +4,8 @@ Owns every formula between measured rates and a predicted step: the three terms 
 (link, device, host), the paper's schedule, and memory use. Does not own where rates come from (`rates`), a step played
 chunk by chunk (`simulation`), the choice (`planner`) nor any measurement (`profiler/`). Plain numbers, no torch.
 
-Source: KVPR (arXiv 2411.17089) for splitting the cache between transfer and recomputation; section 7 of the design
-for the terms, which differ from the paper's formula by having no barrier between layers.
+Source: KVPR (arXiv 2411.17089) for splitting the cache between transfer and recomputation; the
+terms are ours, and differ from the paper's formula by having no barrier between layers.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def link_s(inputs: PlanInputs, x: int, t: int) -> float:
     """Seconds the link needs for one step with `x` activation and `t` kv blocks per layer.
 
     `L*(beta_x*x/B_x + beta_kv*t/B_kv) + weights/B_kv + max(0, t_gap - ring_bytes/B_kv)`; the last part is zero where
-    the ring is sized as the design says.
+    the ring covers the gap between steps.
     """
     return terms(inputs).link_s(x, t)
 

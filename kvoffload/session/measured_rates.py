@@ -2,7 +2,7 @@
 
 Owns what was measured, and timing one chunk both ways before the first prefill: recomputation, attention and, on a real
 link, its speed. Does not own the profile, the clock (`backend.clock` shows one stretch and what makes it valid), nor
-the decode steps that correct these rates later (`run`).
+the decode steps that correct these rates later (`generation`).
 
 Timeline of one rate, within a third of the budget of the check:
 

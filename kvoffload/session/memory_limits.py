@@ -2,7 +2,7 @@
 
 Owns the caps ("auto" is a share of what is free now, within the limits of the process and its control group), how long
 a prefill chunk may be under them, and that beams share the stored blocks of their prompt. Does not own what is taken
-(`sizing`, `planner`), nor the room that is left while a cache grows (`store`).
+(`sizing`, `planner`), nor the room that is left while a cache grows (`kvoffload/store/`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Figures in columns, in whatever width there is: no digit is ever cut.
 
-Owns how a table that is too wide is shown. Does not own the figures (`report`).
+Owns how a table that is too wide is shown. Does not own the figures (`terminal_tables`).
 """
 
 from __future__ import annotations
