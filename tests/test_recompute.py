@@ -53,7 +53,7 @@ class Seen:
             self.keys.shape[1], self.keys.shape[3], self.values.shape[1], self.values.shape[3], self.keys.dtype
         )
 
-    def choose_path(self) -> Any:
+    def choose(self) -> Any:
         return choose_path(
             self.module,
             self.shape,

@@ -15,6 +15,7 @@ from torch import nn
 
 from kvoffload.cache import ops
 from kvoffload.cache.verification import Recompute, reproduces
+from kvoffload.store.derived import Derived
 from kvoffload.store.tail import KVShape
 
 # Of the second comparison: beyond what models clip K and V at, within float16 together with whatever adds up to them.
@@ -79,6 +80,9 @@ class FastRecompute:
         self._keys: Any = module.k_proj  # nn.Linear
         self._values: Any = module.v_proj
         self._shape = shape
+        self._rows = Derived(lambda activation: activation.view(-1, activation.shape[-1]))
+        self._by_token = Derived(lambda embedding: embedding.transpose(0, 1))  # [tokens, rows or 1, rotary_dim]
+        self._targets = Derived(self._parts)
 
     @staticmethod
     def applies_to(module: nn.Module, dtype: torch.dtype) -> bool:
@@ -94,15 +98,19 @@ class FastRecompute:
         ) and not torch.is_autocast_enabled(next(module.parameters()).device.type)
 
     def __call__(self, activation: torch.Tensor, embeddings: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        tokens, rows, hidden = activation.shape
-        flat = activation.view(tokens * rows, hidden)
-        flat_out = out.view(tokens * rows, self._shape.width)
+        flat = self._rows.of(activation)
+        flat_keys, flat_values, keys = self._targets.of(out)
         with torch.no_grad():
-            ops.linear_into(flat, self._keys.weight, self._keys.bias, flat_out[:, : self._shape.key_width])
-            ops.linear_into(flat, self._values.weight, self._values.bias, flat_out[:, self._shape.key_width :])
+            ops.linear_into(flat, self._keys.weight, self._keys.bias, flat_keys)
+            ops.linear_into(flat, self._values.weight, self._values.bias, flat_values)
             if embeddings:
-                cos, sin = (part.transpose(0, 1) for part in embeddings)  # [tokens, rows or 1, rotary_dim]
-                ops.rope_(self._shape.keys_of(out), cos, sin)
+                cos, sin = embeddings
+                ops.rope_(keys, self._by_token.of(cos), self._by_token.of(sin))
+
+    def _parts(self, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of [tokens, rows, width]: where the products go, both two-dimensional, and the keys by head."""
+        flat, width = out.view(-1, self._shape.width), self._shape.key_width
+        return flat[:, :width], flat[:, width:], self._shape.keys_of(out)
 
 
 def choose_path(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kvoffload.store.derived import Derived
 from kvoffload.store.positions import PositionStore
 
 ALIGNMENT_BYTES = 16  # of a row, its share and each embedding: what a matrix product reads at once
@@ -41,13 +42,18 @@ class PositionLayout:
         self._shares_at = _aligned(self.hidden * activation.element_size())
         self.row_bytes = self._shares_at + self.share_bytes
         self.row_width = self.row_bytes // activation.element_size()
+        self._activations = Derived(lambda stored: stored[..., : self.hidden])
+        self._embeddings = Derived(self._read)
 
     def activation(self, stored: torch.Tensor) -> torch.Tensor:
         """[tokens, rows, hidden] of stored [tokens, rows, row_width], a view."""
-        return stored[..., : self.hidden]
+        return self._activations.of(stored)
 
     def read(self, stored: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Embeddings in stored [tokens, rows, row_width], each [1, tokens, width]; views where one row holds all."""
+        return self._embeddings.of(stored) if self.num_shares == 1 else self._read(stored)
+
+    def _read(self, stored: torch.Tensor) -> tuple[torch.Tensor, ...]:
         tokens = self._shares(stored).flatten(1)  # [tokens, num_shares * share_bytes]
         return tuple(tokens[:, place].view(dtype).unsqueeze(0) for place, dtype in self._places)
 
