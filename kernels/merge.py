@@ -1,7 +1,7 @@
 """Triton: partial attention results merged into accumulated ones, and written out at the end.
 
 The same kernel merges one segment's result that someone else computed and the parts into which `segment_attention.py`
-splits a segment: a program for each row, which takes many parts at once, since there are many where there are few rows.
+splits a segment: one program per row merges all parts; with few rows a segment is split into many parts.
 Works in float32; see `reference.merge_` for the arithmetic.
 """
 

@@ -7,7 +7,7 @@ the timeline and its rules).
                     pageable rate stands for the link's, since the runtime will copy at it
     emulated        curves built from bandwidth and latency, "assumed"; beside them the copies it achieves, of sizes
                     that take at most `MAX_COPY_S`: a slow link would take minutes for large ones
-    unpaced         nothing: copies take as long as the CPU has other things to do
+    unpaced         nothing: how long a copy takes depends only on what else the CPU is doing
 """
 
 from __future__ import annotations

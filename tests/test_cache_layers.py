@@ -11,13 +11,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kvoffload import hf
 from kvoffload.model.cache_layers import cache_layers
-from kvoffload.model.facts import LayerCache
+from kvoffload.model.facts import CacheTraits
 
-GROWS, STATE = LayerCache("grows"), LayerCache("state")
+GROWS, STATE = CacheTraits("grows"), CacheTraits("state")
 KINDS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
 
-def layers_of(name: str, **changes: Any) -> tuple[LayerCache, ...]:
+def layers_of(name: str, **changes: Any) -> tuple[CacheTraits, ...]:
     if name not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {name}")
     return cache_layers(AutoConfig.for_model(name, **changes))
@@ -32,7 +32,7 @@ def test_what_can_be_offloaded_is_what_a_session_offloads(name: str) -> None:
 
 def test_layers_grow_or_are_bounded_by_a_window_of_their_own() -> None:
     found = layers_of("gemma2", num_hidden_layers=4, layer_types=KINDS, sliding_window=64)
-    assert found == (LayerCache("window", 64), GROWS, LayerCache("window", 64), GROWS)
+    assert found == (CacheTraits("window", 64), GROWS, CacheTraits("window", 64), GROWS)
     chunked = layers_of("llama4_text", num_hidden_layers=4, attention_chunk_size=128)
     assert [one.kind for one in chunked] == ["window", "window", "window", "grows"]
     assert chunked[0].window_tokens == 128
@@ -46,7 +46,7 @@ def test_a_window_as_wide_as_the_positions_is_none(window: int, kind: str) -> No
 
 def test_positions_may_be_given_where_the_configuration_object_has_but_a_default() -> None:
     config = AutoConfig.for_model("mistral", num_hidden_layers=1, sliding_window=64, max_position_embeddings=64)
-    assert cache_layers(config, positions=100) == (LayerCache("window", 64),)
+    assert cache_layers(config, positions=100) == (CacheTraits("window", 64),)
 
 
 def test_layers_that_share_keys_and_values_say_who_lends_and_who_reads() -> None:
@@ -65,7 +65,7 @@ def test_states_are_told_apart_from_layers_that_keep_both() -> None:
     hybrid = layers_of("bamba", num_hidden_layers=3, attn_layer_indices=[1])
     assert hybrid == (STATE, GROWS, STATE)
     both = layers_of("falcon_h1", num_hidden_layers=2)
-    assert both == (LayerCache("grows", has_state=True),) * 2
+    assert both == (CacheTraits("grows", has_state=True),) * 2
     assert both[0].is_offloadable  # its K and V; the state stays
 
 

@@ -18,7 +18,8 @@ from kvoffload.advise.advice import advise, task_of
 from kvoffload.advise.capacity import MAX_SEARCHED, limits
 from kvoffload.advise.comparison import WayFigures, compare_ways
 from kvoffload.advise.economics import Economics
-from kvoffload.advise.sweep import Grid, compare, grid
+from kvoffload.advise.overview import overview
+from kvoffload.advise.sweep import Grid, grid
 from kvoffload.advise.task import Task
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import ConfigError, InfeasiblePlanError
@@ -276,7 +277,7 @@ def test_limits_without_end_are_the_largest_searched_and_impossible_ones_zero() 
 
 
 def test_a_sweep_names_the_fastest_way_at_every_size() -> None:
-    found = compare(task(), Economics(), Grid([1, 64], [1024, 200_000]))
+    found = overview(task(), Economics(), Grid([1, 64], [1024, 200_000]))
     cells = {(cell.batch, cell.prompt_tokens): cell for cell in found.cells}
     assert cells[1, 1024].name == "on_device"
     assert cells[64, 1024].name == "sub_batches"

@@ -147,7 +147,7 @@ def test_a_cache_that_is_collected_in_the_middle_of_a_step_of_another(
             collect(answer._layer)  # the chunk is in its slot
             add(answer, kv, first_block)
 
-        monkeypatch.setattr("kvoffload.hf.cache_layer.whole_layer", SimpleNamespace(whole_kv=assemble))
+        monkeypatch.setattr("kvoffload.hf.offloaded_layer.whole_layer", SimpleNamespace(whole_kv=assemble))
         monkeypatch.setattr(attention._Answer, "add", add_segment)
         gc.disable()
         try:

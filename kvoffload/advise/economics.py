@@ -1,4 +1,4 @@
-"""What the device's time is worth: the price, the power and the CO2 of an hour."""
+"""The price, the power and the CO2 of an hour of the device."""
 
 from __future__ import annotations
 

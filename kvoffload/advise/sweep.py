@@ -1,14 +1,13 @@
-"""The ways of one task, its limits, and the best way at every size of a grid."""
+"""The best way at every size of a grid of batches and prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from kvoffload.advise.capacity import MAX_SEARCHED, Limits, limits
-from kvoffload.advise.comparison import WayFigures, compare_ways
-from kvoffload.advise.economics import Economics
+from kvoffload.advise.capacity import MAX_SEARCHED
+from kvoffload.advise.comparison import compare_ways
 from kvoffload.advise.task import Task
 from kvoffload.advise.ways import Way, best_of
 from kvoffload.errors import ConfigError
@@ -31,27 +30,6 @@ class Grid(NamedTuple):
 
     batches: list[int]
     prompts: list[int]
-
-
-class Comparison(NamedTuple):
-    """Everything that is foreseen of one task."""
-
-    rows: tuple[WayFigures, ...]
-    limits: Limits
-    cells: tuple[BestAtSize, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {
-            "forecast": [row._asdict() for row in self.rows],
-            "limits": self.limits._asdict(),
-            "sweep": [cell._asdict() for cell in self.cells],
-        }
-
-
-def compare(task: Task, money: Economics, over: Grid) -> Comparison:
-    """The ways of `task`, its limits, and a sweep over `over`."""
-    return Comparison(compare_ways(task, money), limits(task), sweep(task, over.batches, over.prompts))
 
 
 def sweep(task: Task, batches: list[int], prompts: list[int]) -> tuple[BestAtSize, ...]:

@@ -22,14 +22,14 @@ from kvoffload.model.shape import ModelShape
 from kvoffload.planning import planner, step_time
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
-from kvoffload.planning.plan import Plan
-from kvoffload.planning.prefill import (
+from kvoffload.planning.memory import (
     DEVICE_SHARE,
     HOST_SHARE,
     MIN_PREFILL_TOKENS,
     prefill_chunk_tokens,
     prefill_peak_bytes,
 )
+from kvoffload.planning.plan import Plan
 from kvoffload.planning.problem import does_without, may_do_without, mean_tokens, pose
 from kvoffload.planning.sizing import smallest_sizes, split_to_plan, uncapped_sizes
 from kvoffload.planning.workload import Workload

@@ -13,7 +13,7 @@ import torch
 
 from kvoffload.cache import ops
 from kvoffload.cache.layer import CacheLayer
-from kvoffload.cache.whole_layer import ResidentBlocks
+from kvoffload.cache.resident import ResidentBlocks
 from kvoffload.store.tail import NewTokens
 
 

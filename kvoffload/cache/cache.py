@@ -21,7 +21,7 @@ from kvoffload.store.row_table import RowTable
 from kvoffload.store.tail import NewTokens
 
 
-class OffloadedCache:
+class CacheCore:
     """The offloaded layers of one generation.
 
     Args:

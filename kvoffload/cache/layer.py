@@ -33,7 +33,7 @@ RECORDING_ROOM_TOKENS = 32  # tail room for tokens that a crop may take back
 _FORMS: tuple[Form, Form] = ("activation", "kv")
 
 
-class LayerOwner(Protocol):
+class OwningCore(Protocol):
     """What a layer asks of the cache it belongs to."""
 
     engine: TransferEngine
@@ -63,7 +63,7 @@ class CacheLayer:
         position: its index among the offloaded layers.
     """
 
-    def __init__(self, cache: LayerOwner, position: int) -> None:
+    def __init__(self, cache: OwningCore, position: int) -> None:
         self.cache = cache
         self.position = position
         self.version = 0

@@ -68,7 +68,8 @@ def plan(
     """Say whether offloading pays for a workload, how fast it will be, what it costs and what limits it."""
     from kvoffload.advise.advice import advise, task_of
     from kvoffload.advise.economics import Economics
-    from kvoffload.advise.sweep import compare, grid
+    from kvoffload.advise.overview import overview
+    from kvoffload.advise.sweep import grid
     from kvoffload.machine.machine import what_if
 
     config = OffloadConfig(split=split, device_gib=device_gib, host_gib=host_gib)
@@ -80,7 +81,7 @@ def plan(
     machine = what_if(machine, link=link, device_memory_bytes=None if device_memory is None else device_memory * 1e9)
     money = Economics.of(machine, price_per_hour, grid_g_per_kwh)
     advice = advise(model, workload, machine, config)
-    seen = compare(task_of(model, workload, machine, config), money, cells)
+    seen = overview(task_of(model, workload, machine, config), money, cells)
     if as_json:
         print_json(advice.to_json() | seen.to_json())
         return

@@ -1,7 +1,7 @@
 """`kvoffload report`: one HTML file about one workload on one machine, and a trace beside it.
 
-Owns the files that are written. Does not own the numbers (`profiler/study.py`), the words (`profiler/sections.py`), the
-page (`profiler/page.py`) or the run that is measured for it (`measured_run`).
+Owns the files that are written. Does not own the numbers (`profiler/drawing/study.py`), the words (`sections`), the
+page (`page`) or the run that is measured for it (`measured_run`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """An attention module's call: what it asks for, and whether attention over segments knows all of it.
 
-Owns the arguments that are known. Does not attend, nor decide what happens to a call that is not known (layer.py does).
+Owns the arguments that are known. Does not attend, nor decide what happens to a call that is not
+known (`offloaded_layer` does).
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCau
 
 from kvoffload.errors import UnsupportedModelError
 from kvoffload.hf.arguments import CACHE_NAMES, generation_name, name_of_cache
-from kvoffload.hf.cache_layer import OffloadedLayer
 from kvoffload.hf.offloaded_cache import OffloadedHFCache
+from kvoffload.hf.offloaded_layer import OffloadedLayer
 
 TESTED = (Version("5.17"), Version("5.24"))  # the oldest and the newest minor release
 PREPARE_CACHE = (*("self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"),)

@@ -1,7 +1,7 @@
-"""The first tokens of a layer: the truth, where a configuration only describes it, and what follows from them.
+"""What the first real tokens show about a layer, where its configuration only says what to expect.
 
 Owns how such a layer recomputes its K and V, where its blocks carry their position embeddings, and what is timed of
-that. Does not decide what is done with it (the session does), nor when (layer.py).
+that. Does not decide what is done with it (the session does), nor when (`offloaded_layer`).
 """
 
 from __future__ import annotations

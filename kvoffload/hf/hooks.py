@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from kvoffload.errors import UnsupportedModelError
 from kvoffload.hf.arguments import argument, given_cache
-from kvoffload.hf.cache_layer import OffloadedLayer
 from kvoffload.hf.models import is_compiled
 from kvoffload.hf.offloaded_cache import OffloadedHFCache
+from kvoffload.hf.offloaded_layer import OffloadedLayer
 from kvoffload.model.self_attention import attention_modules
 
 

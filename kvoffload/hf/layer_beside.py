@@ -19,8 +19,8 @@ from transformers.cache_utils import (
 )
 
 from kvoffload.cache.layer import CacheLayer
-from kvoffload.hf.cache_layer import OffloadedLayer
 from kvoffload.hf.layer_owner import OwningCache
+from kvoffload.hf.offloaded_layer import OffloadedLayer
 
 
 class LayerBeside(OffloadedLayer):
@@ -36,7 +36,7 @@ class LayerBeside(OffloadedLayer):
         super().__init__(owner, core, module)
 
     def renew(self) -> None:
-        """Forget the rest; a reset of theirs would keep its rows."""
+        """Forget the rest; their own reset keeps the number of rows."""
         self.beside = copy.deepcopy(self._unused)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a layer tells the cache it belongs to, and asks of it: `cache` implements it, `layer` relies on it."""
+"""What an `OffloadedLayer` tells the cache it belongs to, and asks of it; `OffloadedHFCache` answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from kvoffload.cache.cache import OffloadedCache
+from kvoffload.cache.cache import CacheCore
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.hf.masks import MaskReader
 
@@ -33,9 +33,9 @@ class FirstTokens(NamedTuple):
 
 
 class OwningCache(Protocol):
-    """The cache of a layer."""
+    """The cache of a layer: an `OffloadedHFCache`."""
 
-    core: OffloadedCache
+    core: CacheCore
     masks: MaskReader
     layers: list[Any]
     is_closed: bool

@@ -11,18 +11,18 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from kvoffload.cache.cache import OffloadedCache
+from kvoffload.cache.cache import CacheCore
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.errors import ConfigError, KVOffloadError
-from kvoffload.hf.cache_layer import OffloadedLayer
 from kvoffload.hf.layer_beside import LayerBeside, offloaded
 from kvoffload.hf.layer_owner import FirstTokens, Measure
 from kvoffload.hf.masks import MaskReader
+from kvoffload.hf.offloaded_layer import OffloadedLayer
 from kvoffload.units import counted
 
 
 class CacheOwner(Protocol):
-    """What a cache asks of the session it belongs to."""
+    """What a cache asks of the `Session` it belongs to."""
 
     def check_usable(self, cache: OffloadedHFCache) -> None: ...
     def forget(self, cache: OffloadedHFCache) -> None: ...
@@ -62,7 +62,7 @@ class OffloadedHFCache(DynamicCache):
         self,
         model: PreTrainedModel,
         session: CacheOwner,
-        core: OffloadedCache,
+        core: CacheCore,
         modules: dict[int, nn.Module | None],
         *,
         is_compiled: bool = False,

@@ -1,7 +1,7 @@
 """Methods of one model object that stand in for those of its class, until they are taken off again.
 
-Owns which methods of transformers a session stands in for, and that the model is afterwards what it was. Does not own
-what the session does in them.
+Owns how methods are replaced, and that the model is afterwards what it was. Does not own what the session does in them
+(`kvoffload/session/generate_calls.py`):
 
     generate                        timing, clean-up, the guard
     _prepare_cache_for_generation   is told the maximum length, the batch and the beams

@@ -1,7 +1,7 @@
 """A device as predictions see it, whether it was measured or is known from a preset or a user's file only.
 
-Owns the choice of numbers: peaks by the width of the operands, bandwidths, what is paid for and drawn. Does not own
-presets and their files (`datasheet`) nor profiles (`hardware_profile`), both of `kvoffload/machine/`. Torch-free.
+Owns the choice of numbers: peaks by the width of the operands, bandwidths, price and power. Does not own
+presets and their files (`datasheet`) nor profiles (`hardware_profile`). Torch-free.
 
 Of a measured profile the best measured rates stand for the peaks, and the fitted formula goes with them; of a datasheet
 there are peaks alone, so that a time made from them is a lower bound.

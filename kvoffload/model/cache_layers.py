@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvoffload.model.facts import LayerCache
+from kvoffload.model.facts import CacheTraits
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
-def cache_layers(config: Any, positions: int | None = None) -> tuple[LayerCache, ...]:
+def cache_layers(config: Any, positions: int | None = None) -> tuple[CacheTraits, ...]:
     """What each layer of the decoder caches.
 
     Args:
@@ -36,10 +36,10 @@ def cache_layers(config: Any, positions: int | None = None) -> tuple[LayerCache,
     result = []
     for idx in range(num_layers):
         # transformers before 5.19 leaves layers that read another's cache out of its own
-        cache = found[idx] if idx < len(found) else LayerCache("none")
+        cache = found[idx] if idx < len(found) else CacheTraits("none")
         if modes[idx] == "reuse":
             is_bounded = idx < len(kinds) and "sliding" in kinds[idx]
-            cache = LayerCache("shared", int(getattr(text, "sliding_window", 0) or 0) if is_bounded else 0)
+            cache = CacheTraits("shared", int(getattr(text, "sliding_window", 0) or 0) if is_bounded else 0)
         elif modes[idx] == "store":
             cache = cache._replace(is_lent=is_shared)
         if limit and cache.window_tokens >= limit and not cache.has_state:
@@ -54,16 +54,16 @@ def positions_of(text: Any) -> int | None:
     return next((one for one in values if isinstance(one, int) and not isinstance(one, bool) and one > 0), None)
 
 
-def _translated(layer: Any) -> LayerCache:
+def _translated(layer: Any) -> CacheTraits:
     """One layer of a `DynamicCache`. What is derived from a layer of transformers keeps more than that."""
     from transformers import cache_utils
 
-    found = LayerCache("state" if isinstance(layer, cache_utils.LinearAttentionCacheLayerMixin) else "none")
+    found = CacheTraits("state" if isinstance(layer, cache_utils.LinearAttentionCacheLayerMixin) else "none")
     if isinstance(layer, cache_utils.DynamicSlidingWindowLayer):
         has_state = type(layer) is not cache_utils.DynamicSlidingWindowLayer
-        found = LayerCache("window", int(layer.sliding_window), has_state=has_state)
+        found = CacheTraits("window", int(layer.sliding_window), has_state=has_state)
     elif isinstance(layer, cache_utils.DynamicLayer):
-        found = LayerCache("grows", has_state=type(layer) is not cache_utils.DynamicLayer)
+        found = CacheTraits("grows", has_state=type(layer) is not cache_utils.DynamicLayer)
     return found._replace(is_own_kind=type(layer).__module__ != cache_utils.__name__)
 
 

@@ -19,7 +19,7 @@ SCHEMA = 1
 CacheKind = Literal["grows", "window", "state", "shared", "none"]
 
 
-class LayerCache(NamedTuple):
+class CacheTraits(NamedTuple):
     """What one decoder layer caches."""
 
     kind: CacheKind
@@ -50,7 +50,7 @@ class KV(NamedTuple):
 class Layer(NamedTuple):
     """One decoder layer: what it caches, and how wide."""
 
-    cache: LayerCache
+    cache: CacheTraits
     kv: KV | None = None  # what it attends to; None where that is nothing, or not known
 
     @property
@@ -176,7 +176,7 @@ class Facts:
             if data["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {data['schema']!r}, not {SCHEMA}")
             layers = tuple(
-                Layer(LayerCache(*cache), None if kv is None else KV(*kv))
+                Layer(CacheTraits(*cache), None if kv is None else KV(*kv))
                 for count, cache, kv in data["layers"]
                 for _ in range(count)
             )

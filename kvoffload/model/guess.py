@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kvoffload.errors import ConfigError, UnsupportedModelError
-from kvoffload.model.facts import KV, Facts, Layer, LayerCache
+from kvoffload.model.facts import KV, CacheTraits, Facts, Layer
 from kvoffload.model.fields import (
     Get,
     dtype_of,
@@ -102,7 +102,7 @@ def _names(one: Weight) -> Sequence[str]:
     return (one.module, f"{one.module}.{one.name}", f"{one.module}.0.{one.name}") if one.copies > 1 else (one.module,)
 
 
-def _caches(get: Get, num_layers: int) -> list[LayerCache]:
+def _caches(get: Get, num_layers: int) -> list[CacheTraits]:
     """What each layer caches, by `layer_types` or what stands for it."""
     window = (
         0 if get("use_sliding_window") is False else first_whole(get, "sliding_window", "attention_chunk_size") or 0
@@ -119,13 +119,13 @@ def _caches(get: Get, num_layers: int) -> list[LayerCache]:
     found = []
     for kind in map(str, kinds):
         if kind in _STATES:
-            found.append(LayerCache("state"))
+            found.append(CacheTraits("state"))
         elif kind in _WITHOUT:
-            found.append(LayerCache("none"))
+            found.append(CacheTraits("none"))
         elif window and kind.startswith(("sliding", "chunked", "local")):
-            found.append(LayerCache("window", window))
+            found.append(CacheTraits("window", window))
         else:
-            found.append(LayerCache("grows"))
+            found.append(CacheTraits("grows"))
     return found
 
 

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvoffload.model.facts import KV, LayerCache
+from kvoffload.model.facts import KV, CacheTraits
 from kvoffload.model.self_attention import attention_modules, decoder_of
 
 logger = logging.getLogger(__name__)
 _HAS_KV = ("grows", "window")
 
 
-def kv_widths(model: Any, text_config: Any, caches: Sequence[LayerCache]) -> list[KV | None]:
+def kv_widths(model: Any, text_config: Any, caches: Sequence[CacheTraits]) -> list[KV | None]:
     """Keys and values of one token per layer; None for layers without, or where nothing tells.
 
     Args:
@@ -52,12 +52,12 @@ def kv_widths(model: Any, text_config: Any, caches: Sequence[LayerCache]) -> lis
     return _completed(model, text_config, caches, widths)
 
 
-def projected_widths(model: Any, text_config: Any, caches: Sequence[LayerCache]) -> list[KV | None]:
+def projected_widths(model: Any, text_config: Any, caches: Sequence[CacheTraits]) -> list[KV | None]:
     """The same by the shapes of projections alone, of a model on any device; nothing is run."""
     return _completed(model, text_config, caches, [None] * len(caches))
 
 
-def _completed(model: Any, text_config: Any, caches: Sequence[LayerCache], found: list[KV | None]) -> list[KV | None]:
+def _completed(model: Any, text_config: Any, caches: Sequence[CacheTraits], found: list[KV | None]) -> list[KV | None]:
     """What is still missing from the projections, and what layers read that cache nothing."""
     modules = attention_modules(model) if None in found else {}
     widths = list(found)
@@ -99,7 +99,7 @@ def _note(found: dict[Any, KV], wanted: set[Any], kind: Any, kv: KV) -> None:
         raise _AllKnown
 
 
-def _kinds(model: nn.Module, caches: Sequence[LayerCache]) -> list[Any]:
+def _kinds(model: nn.Module, caches: Sequence[CacheTraits]) -> list[Any]:
     """What tells each layer's kind; a layer without a known module is one of its own."""
     modules = attention_modules(model)
     kinds: list[Any] = []

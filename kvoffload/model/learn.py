@@ -27,7 +27,7 @@ from kvoffload.errors import ConfigError, KVOffloadError, UnsupportedModelError
 from kvoffload.model.cache_layers import cache_layers, positions_of
 from kvoffload.model.checkpoint_names import CheckpointNames
 from kvoffload.model.decoder import Decoder
-from kvoffload.model.facts import KV, Facts, Layer, LayerCache
+from kvoffload.model.facts import KV, CacheTraits, Facts, Layer
 from kvoffload.model.fields import dtype_of, itemsize_bytes, reader, stated_positions
 from kvoffload.model.guess import guessed
 from kvoffload.model.kv_widths import kv_widths
@@ -224,10 +224,10 @@ def _classes_of(config: Any) -> list[Any]:
     return found
 
 
-def _caches(model: Any, text: Any, positions: int | None) -> Sequence[LayerCache]:
+def _caches(model: Any, text: Any, positions: int | None) -> Sequence[CacheTraits]:
     """What its layers cache; nothing that we know of where the class does without transformers' cache."""
     if not model._supports_default_dynamic_cache():
-        return [LayerCache("state")] * int(getattr(text, "num_hidden_layers", 0) or 0)
+        return [CacheTraits("state")] * int(getattr(text, "num_hidden_layers", 0) or 0)
     return cache_layers(text, positions)
 
 

@@ -1,7 +1,7 @@
 """Which operations one forward of a decoder consists of, and what each computes and moves.
 
 Owns the counting: floating-point operations and bytes of every operation, by what is moved (weights, activations, K and
-V). Does not own how long they take (`roofline`) nor the facts of a model (`kvoffload/model/`). Torch-free.
+V). Does not own how long they take (`roofline`) nor the facts of a model (`facts`). Torch-free.
 
 Two conventions of attention:
 

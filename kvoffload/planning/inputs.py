@@ -23,7 +23,7 @@ class PlanInputs:
     chunk_blocks: int
     num_slots: int
     device_bytes: int  # cap on everything held on the device
-    fixed_device_bytes: int  # tail + ring + D2H ring + layer buffers + sliding layers
+    fixed_device_bytes: int  # `Sizes.fixed_device_bytes`: tails, ring, D2H slots, scratch, layer buffers, other layers
     host_bytes: int  # cap on host memory for the cache
     stored_activation_blocks: int = 0  # x >= x_stored when re-planning
     stored_kv_blocks: int = 0  # t >= t_stored when re-planning

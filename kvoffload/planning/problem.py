@@ -1,7 +1,7 @@
 """The planning problem of one generation: sizes and inputs, made here for the runtime, the advice and the benchmarks.
 
-Owns at which sizes rates are read, for which length a plan is made, what of a cap on the full length counts at that
-length, and from which gain on a plan without recomputation is preferred. Does not own the caps (measured by
+Owns at which sizes rates are read, for which length a plan is made, which part of a cap on the full cache holds for a
+shorter one, and how much faster a plan without recomputation must be to be taken. Does not own the caps (measured by
 `kvoffload/session/`, worked out by `kvoffload/advise/`), the sizes (`sizing`) or the choice (`planner`).
 """
 

@@ -1,7 +1,8 @@
 """The rates of one model at one batch, and the sizes of chunks they ask for, read from the profile of a machine.
 
-Owns at which size each curve is read, and who pays for the host's time. Does not own the curves (`hardware_profile`),
-what a step costs at these rates (`step_time`), nor what was measured since (`measured_rates`). Plain numbers, no torch.
+Owns at which size each curve is read, and to which rate the host's time is charged. Does not own the curves
+(`hardware_profile`), what a step costs at these rates (`step_time`), nor what was measured since (`measured_rates`).
+Plain numbers, no torch.
 """
 
 from __future__ import annotations

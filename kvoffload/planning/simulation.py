@@ -39,9 +39,10 @@ def simulate(
     `transfer_order`; the next layer's right behind them, layer 0 of the next step during the gap. An activation chunk
     needs a free slot (free when its recomputation ended), kv chunks one of two layer buffers (free when attention of
     the layer two before ended); where attention takes chunks one by one every chunk needs a slot, free when it was
-    attended to. A layer computes once the host has issued it: each chunk when it has arrived and a share of the
-    resident blocks behind it (of their recomputation behind activation chunks, where a layer is put together), then
-    the rest of its attention and the dense part; after the last layer the head, then the gap.
+    attended to. Compute of a layer begins when the host has issued it. Each chunk is computed when it has arrived, and
+    behind it a share of the resident blocks (where a whole layer is put together: of the recomputation of those stored
+    as activations). The rest of the layer's attention and the dense part follow; after the last layer the head, then
+    the gap.
 
     `plan.schedule == "kvpr"`: copies of a layer with activations start after attention of the layer before, and its
     recomputation when its whole activation has arrived, or as much of it as the slots hold.

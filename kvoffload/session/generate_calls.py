@@ -1,9 +1,9 @@
 """Calls of a model's `generate()`: one at a time, each with its cache, its statistics, and everything tidy afterwards.
 
-Owns what stands in the place of three methods of the model: `generate` (the guard, timing, clean-up),
-`_prepare_cache_for_generation` (which is told the maximum length, the batch and the beams) and
-`prepare_inputs_for_generation`. Does not own what is planned for a cache (`cache_plans`) nor what is counted
-(`generation`).
+Owns what stands in the place of methods of the model: `generate` (the guard, timing, clean-up),
+`_prepare_cache_for_generation` (which is told the maximum length, the batch and the beams),
+`prepare_inputs_for_generation`, and those of continuous batching, which are refused. Does not own what is planned for a
+cache (`cache_plans`) nor what is counted (`generation`).
 """
 
 from __future__ import annotations

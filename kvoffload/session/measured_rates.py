@@ -6,7 +6,7 @@ the decode steps that correct these rates later (`generation`).
 
 Timeline of one rate, within a third of the budget of the check:
 
-    a stretch of least calls twice: warm-up, and an estimate from which the calls of a stretch follow
+    two stretches of the fewest calls: warm-up, and an estimate of how many calls a stretch needs
     stretches, at least 5, at most 25
 
 What makes it valid, beside what makes a stretch valid: trials agree (`profiler.trials`). On a device whose profile was

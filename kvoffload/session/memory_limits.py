@@ -16,7 +16,7 @@ from kvoffload.machine import system_memory
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
-from kvoffload.planning.prefill import DEVICE_SHARE, HOST_SHARE, prefill_chunk_tokens, prefill_peak_bytes
+from kvoffload.planning.memory import DEVICE_SHARE, HOST_SHARE, prefill_chunk_tokens, prefill_peak_bytes
 from kvoffload.planning.sizing import smallest_sizes, split_to_plan, uncapped_sizes
 from kvoffload.units import counted, gib
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from kvoffload import hf
 from kvoffload.backend import Backend, backend_for
-from kvoffload.cache.cache import OffloadedCache
+from kvoffload.cache.cache import CacheCore
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import KVOffloadError
@@ -58,7 +58,7 @@ class Session:
         self._progress = AllocationProgress()
         self.pool = HostPool(self.backend, self.planner.limits.host_cap_bytes(), self._progress.update)
         self._caches: weakref.WeakSet[hf.OffloadedHFCache] = weakref.WeakSet()
-        self._abandoned: deque[OffloadedCache] = deque()  # of caches that nobody holds any more
+        self._abandoned: deque[CacheCore] = deque()  # of caches that nobody holds any more
         self._hooks = hf.ModelHooks(
             self.model,
             self._layer_indices,
@@ -139,7 +139,7 @@ class Session:
         if self.is_closed:
             raise KVOffloadError("this session is closed: call kvoffload.offload(model) again")
         self._reap()
-        core = OffloadedCache(
+        core = CacheCore(
             self.engine,
             self.pool,
             Placement(block_tokens=1, chunk_blocks=1),

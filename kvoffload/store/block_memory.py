@@ -1,7 +1,7 @@
 """The memory of one layer's blocks: its resident blocks on the device, and an extent per form on the host.
 
 Owns how much is made for a plan, and which resident place a block gets. Does not know which blocks there are, nor fills
-or moves any (layer.py and write_back.py do).
+or moves any (`kvoffload/cache/layer.py` and `kvoffload/pipeline/write_back.py` do).
 """
 
 from __future__ import annotations

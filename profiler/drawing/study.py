@@ -2,7 +2,8 @@
 
 Owns which numbers those are: the roofline, one planned decode step, the step time at every split, the ways to do the
 work over batch and context, memory over context, and measured beside predicted. Does not own how any of them is made
-(`roofline`, `kvoffload/planning/`, `kvoffload/advise/`), nor charts (`figures`) or the page (`page`). Measures nothing.
+(`roofline`, `kvoffload/planning/`, `kvoffload/advise/`), nor charts (`plan_charts`) or the page (`page`).
+Measures nothing.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from kvoffload.advise import capacity, comparison
 from kvoffload.advise.capacity import Limits
+from kvoffload.advise.overview import Overview
 from kvoffload.advise.roofline import OperationTime, Phase, Roofline, remedy_text
-from kvoffload.advise.sweep import BestAtSize, Comparison
+from kvoffload.advise.sweep import BestAtSize
 from kvoffload.advise.ways import LABELS
 from kvoffload.profiler.drawing.figures import Figures
 from kvoffload.units import count, counted
@@ -30,7 +31,7 @@ def print_roofline(found: Roofline) -> None:
     console.print("\n".join(summary(found)), highlight=False, markup=False)
 
 
-def print_forecast(seen: Comparison) -> None:
+def print_forecast(seen: Overview) -> None:
     """Every way to do a workload, what still fits, and the sweep if there is one."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(*_forecast_figures(seen.rows).tables(console.width))
