@@ -12,7 +12,8 @@ from toys import TOY, machine, model
 from kvoffload.advise.roofline import evaluate
 from kvoffload.advise.timing import RooflineSetting
 from kvoffload.machine.machine import find_machine
-from kvoffload.model.operations import Operation, Precision, forward
+from kvoffload.model.operations import SOFTMAX_FLOPS, Operation, Precision, forward
+from kvoffload.model.shape import shape_of
 
 DATA = Path(__file__).parent / "data"
 VIEWER = {  # case: model, hardware, batch, tokens
@@ -148,3 +149,23 @@ def test_latent_attention_caches_little_and_expands_it_at_every_step() -> None:
     assert found["attention"].kv_read_bytes == 0.0
     assert found["attention"].read_bytes == 2 * 7 * 6 * 10 + 2 * 7 * 6 * 11 * (10 + 5)
     assert evaluate(dims, machine(), RooflineSetting(batch=7, seq=11, new_tokens=1)).kv_bytes == 3 * 7 * 11 * 14 * 2
+
+
+@pytest.mark.parametrize("name", ["opt-6.7b", "llama-2-7b", "llama-3.1-8b", "qwen3-8b", "mixtral-8x7b"])
+@pytest.mark.parametrize("queries", [1, 1000])
+def test_what_plans_count_is_the_sum_of_the_operations(name: str, queries: int) -> None:
+    """Products alone: a plan leaves out softmax, norms and activations, and counts the head apart in a prefill."""
+    dims, batch, context = model(name), 3, 1000
+    shape = shape_of(dims)
+    found = forward(dims, Precision(), batch=batch, queries=queries, context=context)
+    products = sum(one.layers * one.flops for one in found if one.kind == "gemm" and one.name != "lm_head")
+    attended = next(one for one in found if one.kind == "attention")
+    pairs = attended.layers * attended.flops / (4 * shape.head_dim + SOFTMAX_FLOPS)
+    expected = products + 4 * shape.head_dim * pairs
+    head = 2 * batch * shape.head_weights
+    counted = shape.step_flops(batch, context) - head if queries == 1 else shape.prefill_flops(batch, context)
+    assert counted == pytest.approx(expected, rel=2e-3)
+    if queries == 1 and name != "mixtral-8x7b":  # several tokens meet more experts than one does
+        cached = sum(one.layers * one.kv_read_bytes for one in found)
+        weights = sum(one.layers * one.weight_bytes for one in found)
+        assert shape.step_bytes(batch, context) == pytest.approx(weights + cached, rel=2e-3)

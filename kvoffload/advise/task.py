@@ -152,26 +152,16 @@ class Task(NamedTuple):
         return mean_tokens(self.workload.prompt_tokens, self.workload.cached_tokens)
 
     def prefill_flops(self, batch: int) -> float:
-        """Operations for the prompts: projections and MLP, and causal attention (half of all pairs)."""
-        shape, prompt = self.shape, self.workload.prompt_tokens
-        pairs = batch * prompt * prompt / 2
-        attention = pairs * 4 * shape.num_heads * shape.head_dim  # scores and values
-        return shape.num_layers * (batch * prompt * shape.dense_flops + attention)
+        """Operations for the prompts of `batch` sequences."""
+        return self.shape.prefill_flops(batch, self.workload.prompt_tokens)
 
     def step_flops(self, batch: int) -> float:
         """Operations of one decode step at the mean context."""
-        shape, rows = self.shape, batch * self.workload.num_beams
-        attention = 4 * self.mean_tokens() * shape.num_heads * shape.head_dim  # scores and values
-        head = 2 * shape.hidden_size * shape.vocab_size  # multiply-add
-        return rows * (shape.num_layers * (shape.dense_flops + attention) + head)
+        return self.shape.step_flops(batch * self.workload.num_beams, self.mean_tokens())
 
     def step_bytes(self, batch: int) -> float:
         """Bytes of device memory that a step at the mean context cannot do without: active weights and the cache."""
-        shape, rows = self.shape, batch * self.workload.num_beams
-        weights = shape.num_layers * shape.dense_flops // 2 + shape.hidden_size * shape.vocab_size  # multiply-add
-        cached = rows * shape.num_offloaded_layers * self.mean_tokens() * shape.kv_row_bytes
-        cached += self.shape.other_layers_bytes(rows, self.mean_tokens())
-        return weights * shape.activation_itemsize_bytes + cached
+        return self.shape.step_bytes(batch * self.workload.num_beams, self.mean_tokens())
 
     def tail_s(self, inputs: PlanInputs) -> float:
         """Attention over the newest tokens, which fill no block."""

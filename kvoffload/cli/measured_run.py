@@ -137,6 +137,6 @@ def _mean(before: Rates, after: Rates) -> Rates:
 def _spread(rates: Rates, made: bench.Lab) -> Rates:
     """Dense parts that were measured in one piece, given to layers and head by their weights."""
     shape = made.shape
-    layers, head = shape.num_layers * shape.dense_flops // 2, shape.vocab_size * shape.hidden_size  # multiply-add
+    layers, head = shape.num_layers * shape.layer_weights, shape.head_weights
     share = layers / (layers + head)
     return replace(rates, dense_s=rates.head_s * share / shape.num_layers, head_s=rates.head_s * (1 - share))

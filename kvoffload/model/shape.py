@@ -70,6 +70,37 @@ class ModelShape:
         mlp = self.mlp_matrices * self.hidden_size * self.intermediate_size
         return 2 * (q_and_out + kv + mlp)  # multiply-add
 
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one layer that one token meets on average."""
+        return self.dense_flops // 2  # multiply-add
+
+    @property
+    def head_weights(self) -> int:
+        """Weights of the language model's head."""
+        return self.hidden_size * self.vocab_size
+
+    def prefill_flops(self, rows: int, prompt_tokens: int) -> float:
+        """Operations for the prompts: projections and MLP, and causal attention (half of all pairs)."""
+        attention = self._attention_flops * rows * prompt_tokens * prompt_tokens / 2
+        return self.num_layers * (rows * prompt_tokens * self.dense_flops + attention)
+
+    def step_flops(self, rows: int, context_tokens: int) -> float:
+        """Operations of one decode step of `rows` sequences with so many tokens in their cache, each."""
+        layer = self.dense_flops + self._attention_flops * context_tokens
+        return rows * (self.num_layers * layer + 2 * self.head_weights)  # multiply-add
+
+    def step_bytes(self, rows: int, context_tokens: int) -> float:
+        """Bytes of device memory that such a step cannot do without: active weights and the cache."""
+        weights = self.num_layers * self.layer_weights + self.head_weights
+        cached = rows * self.num_offloaded_layers * context_tokens * self.kv_row_bytes
+        return weights * self.activation_itemsize_bytes + cached + self.other_layers_bytes(rows, context_tokens)
+
+    @property
+    def _attention_flops(self) -> int:
+        """Operations of all heads of one layer for one pair of a query and a key: scores and values."""
+        return 4 * self.num_heads * self.head_dim
+
 
 def shape_of(facts: Facts) -> ModelShape:
     """That of a model with these facts."""

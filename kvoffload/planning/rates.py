@@ -88,8 +88,7 @@ def rates_from_profile(
     if cached_tokens is not None:
         attended_bytes = cached_tokens * kv_token_bytes
 
-    layer_weights = shape.dense_flops // 2  # multiply-add
-    head_weights = shape.vocab_size * shape.hidden_size
+    layer_weights, head_weights = shape.layer_weights, shape.head_weights
     weight_itemsize_bytes = shape.weight_bytes / (shape.num_layers * layer_weights + head_weights)
 
     def gemm_s(num_weights: int, n: int) -> float:
