@@ -145,18 +145,18 @@ def half_resident_gib(
 ) -> float:
     """What everything we hold takes with half of the cache on the device."""
     assert isinstance(config.profile, HardwareProfile)
-    bytes_of = row_bytes(model)
+    bytes_of, shape = row_bytes(model), model_shape(model.config.get_text_config(decoder=True))
+    max_tokens = max(mode.max_tokens, mode.planned_tokens)
     geometry = Geometry(
         num_offloaded_layers=len(offloadable_layers(model)),
         rows=mode.rows,
-        max_tokens=max(mode.max_tokens, mode.planned_tokens),
+        max_tokens=max_tokens,
+        other_device_bytes=shape.other_layers_bytes(mode.rows, max_tokens),
         kv_row_bytes=bytes_of.kv,
         activation_row_bytes=bytes_of.activation,
         beams=mode.rows // mode.sequences,
         is_segmented=can_segment and config.attention == "auto" and config.schedule == "pipelined",
-        least_chunk_bytes=least_chunk_bytes(
-            config.profile, model_shape(model.config.get_text_config(decoder=True)), recomputes=config.split != 0
-        ),
+        least_chunk_bytes=least_chunk_bytes(config.profile, shape, recomputes=config.split != 0),
     )
     keeps = can_recompute and config.split != "transfer"
 
@@ -173,9 +173,8 @@ def half_resident_gib(
         return fixed + tokens * row / 2
 
     found, token_bytes = budget(geometry), position_bytes(model) if keeps else 0
-    if (
-        geometry.max_tokens * token_bytes > generation_plan.POSITION_SHARE * found
-    ):  # blocks carry them, and slots are larger
+    # then blocks carry them, and slots are larger
+    if geometry.max_tokens * token_bytes > generation_plan.POSITION_SHARE * found:
         found = budget(replace(geometry, position_row_bytes=-(-token_bytes // mode.sequences // 16) * 16))
     return found / GIB
 

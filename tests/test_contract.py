@@ -24,6 +24,7 @@ from kvoffload import OffloadConfig, UnsupportedModelError
 from kvoffload.hf import contract
 from kvoffload.hf.arguments import generation_name, given_cache, name_of_cache
 from kvoffload.hf.contract import PROMISES, Promise, check_release
+from kvoffload.session.generate_calls import GenerateCalls
 from kvoffload.session.session import Session
 
 
@@ -86,7 +87,7 @@ def test_offload_checks_the_release(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_session_prepares_caches_with_the_arguments_of_transformers() -> None:
-    assert tuple(inspect.signature(Session._prepare_cache).parameters) == contract.PREPARE_CACHE
+    assert tuple(inspect.signature(GenerateCalls.prepare_cache).parameters) == contract.PREPARE_CACHE
 
 
 # ---- names of the cache ----------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def run(
     cells: tuple[tuple[str, str], ...] = CELLS,
     jobs: int = 1,
     limit_s: float = LIMIT_S,
-    verdict_of: Judge = verdict_of,
+    judge: Judge = verdict_of,
 ) -> None:
     """Judge each type; `on_row` is called with each row as it comes.
 
@@ -50,7 +50,7 @@ def run(
     try:
         while waiting or workers:
             while waiting and len(workers) < jobs:
-                workers.append(_Worker(verdict_of, cells))
+                workers.append(_Worker(judge, cells))
                 workers[-1].give(waiting.pop(), limit_s)
             ready = wait([worker.connection for worker in workers], timeout=1.0)
             for worker in list(workers):
@@ -71,10 +71,10 @@ def run(
 class _Worker:
     """A process that judges one type at a time."""
 
-    def __init__(self, verdict_of: Judge, cells: tuple[tuple[str, str], ...]) -> None:
+    def __init__(self, judge: Judge, cells: tuple[tuple[str, str], ...]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, verdict_of, cells), daemon=True)
+        self._process = context.Process(target=_work, args=(theirs, judge, cells), daemon=True)
         self._process.start()
         theirs.close()
         self.is_alive = True
@@ -123,7 +123,7 @@ class _Worker:
         return row_of(lost._replace(verdicts={(mode, way): CellVerdict("error", reason)}))
 
 
-def _work(connection: Connection, verdict_of: Judge, cells: tuple[tuple[str, str], ...]) -> Any:
+def _work(connection: Connection, judge: Judge, cells: tuple[tuple[str, str], ...]) -> Any:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     while True:
@@ -131,4 +131,4 @@ def _work(connection: Connection, verdict_of: Judge, cells: tuple[tuple[str, str
             model_type = connection.recv()
         except EOFError:
             return
-        connection.send(row_of(verdict_of(model_type, cells, connection.send)))
+        connection.send(row_of(judge(model_type, cells, connection.send)))
