@@ -191,23 +191,23 @@ def test_nothing_is_set_aside_for_recomputing_where_activations_are_no_smaller(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "split", "rows"),
+    ("architecture", "split", "rows", "longest"),
     [
-        ("llama", "transfer", 2),
-        ("opt", "recompute", 2),
-        ("opt", 0.5, 2),
-        ("llama", "recompute", 1),
-        ("llama", "recompute", 3),
-        ("llama", 0.5, 2),
+        ("llama", "transfer", 2, 8192),
+        ("opt", "recompute", 2, 8192),
+        ("opt", 0.5, 2, 8192),
+        ("llama", "recompute", 1, 16384),
+        ("llama", "recompute", 3, 8192),
+        ("llama", 0.5, 2, 8192),
     ],
 )
 def test_over_segments_device_memory_does_not_grow_with_the_context(
-    architecture: str, split: Any, rows: int, monkeypatch: pytest.MonkeyPatch
+    architecture: str, split: Any, rows: int, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between 1,000 and 16,000 tokens, in sizes of our own choice; the prefill's too where it comes in chunks."""
+    """From 1,000 to 8,000 or 16,000 tokens, in sizes of our own choice; the prefill's too where it comes in chunks."""
     long = make_model(architecture, max_position_embeddings=2**15, num_hidden_layers=2)
     peaks = []
-    for tokens in (1024, 16384):
+    for tokens in (1024, longest):
         options = {"block_tokens": "auto", "chunk_blocks": "auto", "slots": "auto", "attention": "auto"}
         monkeypatch.setitem(COMMON, "prefill_chunk_size", 256)
         backend, stats = measure(long, Call(rows, tokens, 6), split, monkeypatch, **options)
