@@ -6,7 +6,8 @@ import dataclasses
 import random
 from typing import Any
 
-from kvoffload.planning import step_time
+import closed_forms
+
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.rates import Rates
@@ -44,20 +45,17 @@ def with_rates(inputs: PlanInputs, **changes: Any) -> PlanInputs:
 
 def placed(inputs: PlanInputs, r: int, r_x: int, x: int, t: int) -> Plan:
     """A plan for any placement, good or bad."""
-    step_s, binding = step_time.predict_step_s(inputs, r, r_x, x, t)
+    step_s, binding = closed_forms.predict_step_s(inputs, r, r_x, x, t)
     return Plan(
         **{name: getattr(inputs, name) for name in ("num_layers", "num_offloaded_layers", "block_tokens")},
         **{name: getattr(inputs, name) for name in ("chunk_blocks", "num_slots", "schedule", "is_segmented")},
         num_micro_batches=inputs.num_micro_batches,
-        resident_kv_blocks=r,
-        resident_activation_blocks=r_x,
-        kv_blocks=t,
-        activation_blocks=x,
+        blocks={"resident_kv": r, "resident_activation": r_x, "activation": x, "kv": t},
         kv_bytes_per_token=inputs.kv_bytes_per_token,
         activation_bytes_per_token=inputs.activation_bytes_per_token,
         weight_bytes_per_step=inputs.weight_bytes_per_step,
         predicted_step_s=step_s,
-        full_transfer_step_s=step_time.full_transfer_step_s(inputs),
+        full_transfer_step_s=closed_forms.full_transfer_step_s(inputs),
         binding_constraint=binding,
     )
 

@@ -7,12 +7,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import closed_forms
 from configs import CONFIGS
 
 from campaign import rows
 from kvoffload.config import OffloadConfig
 from kvoffload.machine.machine import find_profile
-from kvoffload.planning import step_time
 from kvoffload.planning.workload import Workload
 from kvoffload.profiler.drawing.study import MeasuredRun, Study, compared_rows, simulated, study
 
@@ -89,10 +89,10 @@ def best_step_s(found: Study) -> float:
     s, fastest = inputs.num_blocks, float("inf")
     for r in range(s + 1):
         for r_x in range(s + 1 - r):
-            if step_time.device_bytes(inputs, r, r_x) > inputs.device_bytes:
+            if closed_forms.device_bytes(inputs, r, r_x) > inputs.device_bytes:
                 break
             for x in range(s + 1 - r - r_x):
                 t = s - r - r_x - x
-                if step_time.host_bytes(inputs, x, t) <= inputs.host_bytes:
-                    fastest = min(fastest, step_time.predict_step_s(inputs, r, r_x, x, t)[0])
+                if closed_forms.host_bytes(inputs, x, t) <= inputs.host_bytes:
+                    fastest = min(fastest, closed_forms.predict_step_s(inputs, r, r_x, x, t)[0])
     return fastest

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import closed_forms
 import pytest
 import torch
 from configs import CONFIGS, LLAMA_2_7B
@@ -19,7 +20,7 @@ from kvoffload.config import GIB, EmulatedLink, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, ProfileError, UnsupportedModelError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.model_shape import model_shape
-from kvoffload.planning import planner, step_time
+from kvoffload.planning import planner
 from kvoffload.planning.workload import Workload
 from kvoffload.profiler.profile import with_link
 from kvoffload.units import count, duration
@@ -104,10 +105,10 @@ def test_sub_batches_are_the_fewest_runs_that_fit_in_equal_parts() -> None:
 
 def test_blocks_and_sequences_are_told_in_their_number() -> None:
     advice = advise(LLAMA_2_7B, LONG, A100, OffloadConfig())
-    places = {"resident_kv_blocks": 0, "resident_activation_blocks": 1, "kv_blocks": 1, "activation_blocks": 1}
-    text = _describe_plan(dataclasses.replace(advice.plan, **places), advice.best)
+    places = {"resident_kv": 0, "resident_activation": 1, "kv": 1, "activation": 1}
+    text = _describe_plan(dataclasses.replace(advice.plan, blocks=places), advice.best)
     assert "1 stays on the device as activations, 1 is transferred as K/V, 1 is transferred as activations and" in text
-    text = _describe_plan(dataclasses.replace(advice.plan, **dict.fromkeys(places, 2)), advice.best)
+    text = _describe_plan(dataclasses.replace(advice.plan, blocks=dict.fromkeys(places, 2)), advice.best)
     assert "2 stay on the device as K/V, 2 stay on the device as activations, 2 are transferred as K/V" in text
     one = Workload(batch=2, prompt_tokens=32768, new_tokens=128)
     assert "but one sequence alone fits." in advise(LLAMA_2_7B, one, A100, OffloadConfig()).plan.recommendation
@@ -266,7 +267,7 @@ def test_the_prediction_on_the_device_has_no_link_in_it() -> None:
     tail_tokens = SMALL.prompt_tokens + 63 - inputs.num_blocks * inputs.block_tokens
     assert tail_tokens > 0
     attended_s = 32 * tail_tokens * inputs.rates.attention_s_per_token
-    assert one.step_s == max(step_time.device_s(inputs, 0, 0) + attended_s, step_time.host_s(inputs, 0, 0))
+    assert one.step_s == max(closed_forms.device_s(inputs, 0, 0) + attended_s, closed_forms.host_s(inputs, 0, 0))
 
 
 def test_advice_is_plain_data_with_the_plan_in_it() -> None:

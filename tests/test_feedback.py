@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import closed_forms
 import pytest
 import torch
 from matrix import profile
@@ -13,7 +14,7 @@ from modes import given, prompt
 
 from kvoffload import EmulatedLink, OffloadConfig
 from kvoffload.backend import EmulatedBackend
-from kvoffload.planning import planner, step_time
+from kvoffload.planning import planner
 from kvoffload.profiler.profile import with_link
 from kvoffload.session.generation import MAX_PREDICTION_ERROR_FRACTION
 from kvoffload.session.generation_plan import GenerationPlan
@@ -68,7 +69,7 @@ def test_a_link_that_changes_its_speed_is_planned_with_at_its_new_speed(factor: 
     truth = dataclasses.replace(decision.inputs, rates=rates)
     best, ours = planner.solve(truth), decision.plan
     placed = (ours.resident_kv_blocks, ours.resident_activation_blocks, ours.activation_blocks, ours.kv_blocks)
-    assert step_time.predict_step_s(truth, *placed)[0] <= 1.05 * best.predicted_step_s
+    assert closed_forms.predict_step_s(truth, *placed)[0] <= 1.05 * best.predicted_step_s
     assert ours.version > 0
 
 

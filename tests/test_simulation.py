@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import random
 
+import closed_forms
 import pytest
 from placements import LONG, placed, random_placement, with_rates
 
-from kvoffload.planning import step_time
 from kvoffload.planning.simulation import simulate
 
 
@@ -16,7 +16,7 @@ def test_a_link_bound_pipeline_runs_at_the_speed_of_the_link() -> None:
     inputs = with_rates(LONG, recompute_s_per_token=0.02, attention_s_per_token=0.01)
     for x, t in ((60, 0), (30, 30), (0, 60)):
         simulation = simulate(placed(inputs, 0, 0, x, t), inputs.rates)
-        assert simulation.step_s == pytest.approx(step_time.link_s(inputs, x, t), rel=0.03)
+        assert simulation.step_s == pytest.approx(closed_forms.link_s(inputs, x, t), rel=0.03)
         assert simulation.link_busy_fraction == pytest.approx(1.0, abs=0.03)
 
 
@@ -24,7 +24,7 @@ def test_a_compute_bound_pipeline_runs_at_the_speed_of_the_device() -> None:
     inputs = with_rates(LONG, recompute_s_per_token=2.0)
     for r_x, x, t in ((0, 60, 0), (20, 40, 0), (60, 0, 0), (0, 40, 20)):
         simulation = simulate(placed(inputs, 0, r_x, x, t), inputs.rates)
-        assert simulation.step_s == pytest.approx(step_time.device_s(inputs, r_x, x), rel=0.03)
+        assert simulation.step_s == pytest.approx(closed_forms.device_s(inputs, r_x, x), rel=0.03)
         assert simulation.device_busy_fraction == pytest.approx(1.0, abs=0.03)
 
 
@@ -33,22 +33,22 @@ def test_no_simulated_step_is_faster_than_its_bound() -> None:
     for _ in range(150):
         inputs, (r, r_x, x, t) = random_placement(rng)
         pipelined = simulate(placed(inputs, r, r_x, x, t), inputs.rates)
-        assert pipelined.step_s >= step_time.predict_step_s(inputs, r, r_x, x, t)[0] * (1 - 1e-9)
+        assert pipelined.step_s >= closed_forms.predict_step_s(inputs, r, r_x, x, t)[0] * (1 - 1e-9)
         assert 0 <= pipelined.link_busy_fraction <= 1 + 1e-9
         assert 0 <= pipelined.device_busy_fraction <= 1 + 1e-9
         kvpr = dataclasses.replace(inputs, schedule="kvpr")
         barrier = simulate(placed(kvpr, r, r_x, x, t), inputs.rates)
-        assert barrier.step_s >= step_time.predict_step_s(kvpr, r, r_x, x, t)[0] * (1 - 1e-9)
+        assert barrier.step_s >= closed_forms.predict_step_s(kvpr, r, r_x, x, t)[0] * (1 - 1e-9)
         assert barrier.step_s >= pipelined.step_s * (1 - 1e-9)
         sequential = simulate(placed(inputs, r, r_x, x, t), inputs.rates, overlap=False)
-        assert sequential.step_s >= step_time.sequential_step_s(inputs, r_x, x, t) * (1 - 1e-9)
+        assert sequential.step_s >= closed_forms.sequential_step_s(inputs, r_x, x, t) * (1 - 1e-9)
         assert sequential.step_s >= pipelined.step_s * (1 - 1e-9)
 
 
 def test_without_overlap_the_simulation_takes_the_sum() -> None:
     inputs = with_rates(LONG, host_s_per_layer=0.0)
     simulation = simulate(placed(inputs, 0, 10, 30, 20), inputs.rates, overlap=False)
-    assert simulation.step_s == pytest.approx(step_time.sequential_step_s(inputs, 10, 30, 20))
+    assert simulation.step_s == pytest.approx(closed_forms.sequential_step_s(inputs, 10, 30, 20))
     assert simulation.link_busy_fraction + simulation.device_busy_fraction <= 1.0
 
 
@@ -90,7 +90,7 @@ def test_resident_work_is_spread_over_all_chunks_so_that_it_never_fills_the_ring
         dense_s=0.0,
         head_s=0.0,
     )
-    link_s = step_time.link_s(inputs, 1, 7) / inputs.num_offloaded_layers
+    link_s = closed_forms.link_s(inputs, 1, 7) / inputs.num_offloaded_layers
     inputs = with_rates(inputs, recompute_s_per_token=0.95 * link_s / (19 * inputs.block_tokens), gap_s=0.0)
     simulated_s = simulate(placed(inputs, 0, 18, 1, 7), inputs.rates).step_s
-    assert simulated_s == pytest.approx(step_time.predict_step_s(inputs, 0, 18, 1, 7)[0], rel=0.03)
+    assert simulated_s == pytest.approx(closed_forms.predict_step_s(inputs, 0, 18, 1, 7)[0], rel=0.03)

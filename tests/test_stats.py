@@ -71,7 +71,7 @@ def test_the_verdict_says_why_there_is_none_and_what_would_change_that() -> None
     assert "link=kvoffload.EmulatedLink(h2d_gb_per_s=...)" in _verdict(unpaced)
     assert "profile=..." in _verdict(replace(stats, plan=unknown))
     assert "no decode step" in _verdict(replace(unpaced, decode_step_s=[]))
-    everything = replace(stats.plan, full_transfer_step_s=2.0, kv_blocks=stats.plan.num_blocks, activation_blocks=0)
+    everything = replace(stats.plan, full_transfer_step_s=2.0, blocks={"kv": stats.plan.num_blocks})
     slow = replace(stats, plan=everything, decode_step_s=[3.0])
     assert _verdict(slow) == "verdict: this is full transfer itself, a step took 1.50 times the predicted 2.00 s"
     faster = replace(stats, plan=replace(stats.plan, full_transfer_step_s=0.05), decode_step_s=[0.025])
@@ -94,11 +94,9 @@ def _verdict(stats: kvoffload.GenerationStats) -> str:
 )
 def test_the_split_is_said_in_words_and_never_rounded_away(kv_blocks: int, activation_blocks: int, text: str) -> None:
     stats = _run()
-    plan = replace(stats.plan, kv_blocks=kv_blocks, activation_blocks=activation_blocks, resident_kv_blocks=2)
+    plan = replace(stats.plan, blocks={"kv": kv_blocks, "activation": activation_blocks, "resident_kv": 2})
     assert f"plan: {text}" in str(replace(stats, plan=plan))
-    assert "1 of 1 block stays" in str(
-        replace(stats, plan=replace(plan, kv_blocks=0, activation_blocks=0, resident_kv_blocks=1))
-    )
+    assert "1 of 1 block stays" in str(replace(stats, plan=replace(plan, blocks={"resident_kv": 1})))
 
 
 def test_few_bytes_are_shown_as_what_they_are() -> None:

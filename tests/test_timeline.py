@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import closed_forms
 import pytest
 import torch
 from matrix import prompt
@@ -19,7 +20,6 @@ from placements import LONG, placed, random_placement
 import kvoffload
 from kvoffload import EmulatedLink, KVOffloadError, OffloadConfig
 from kvoffload.backend import CheckingBackend, EmulatedBackend
-from kvoffload.planning import step_time
 from kvoffload.planning.simulation import simulate
 from kvoffload.session.session import Session
 from kvoffload.timeline import COMPUTE, Span, Timeline, assemble
@@ -124,7 +124,7 @@ def test_planned_stretches_of_compute_add_up_to_the_device_time_of_the_model() -
     plan = dataclasses.replace(placed(LONG, 10, 10, 20, 20), is_segmented=True)
     simulate(plan, LONG.rates, num_steps=2, record=recorded.append)
     worked_s = sum(span.seconds for span in recorded if span.lane in COMPUTE - {"wait"})
-    assert worked_s == pytest.approx(2 * step_time.device_s(LONG, 10, 20))
+    assert worked_s == pytest.approx(2 * closed_forms.device_s(LONG, 10, 20))
 
 
 # ---- measured --------------------------------------------------------------------------------------------------------

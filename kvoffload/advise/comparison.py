@@ -98,9 +98,8 @@ def _figures(
 ) -> WayFigures:
     """All figures of one way; `mean` is its placement at the mean context, None without offloading."""
     workload, profile = task.workload, task.profile
-    x, t, r_x = (mean.activation_blocks, mean.kv_blocks, mean.resident_activation_blocks) if mean else (0, 0, 0)
-    terms = step_time.terms(inputs)
-    link_s = terms.activation_link_s * x + terms.kv_link_s * t
+    step = step_time.predict(inputs, mean.blocks if mean else {"resident_kv": inputs.num_blocks})
+    idle = step_time.predict(inputs, {"resident_kv": inputs.num_blocks})  # nothing of the cache crosses the link
     flops = task.prefill_flops(found.batch) + (workload.new_tokens - 1) * task.step_flops(found.batch)
     new_tokens = workload.batch * workload.new_tokens
     decode_s = found.total_s - found.runs * found.prefill_s
@@ -121,8 +120,8 @@ def _figures(
         tpot_s=found.step_s,
         total_s=found.total_s,
         tokens_per_s=found.tokens_per_s,
-        link_utilization=min(1.0, link_s / found.step_s),
-        device_utilization=min(1.0, (step_time.device_s(inputs, r_x, x) + task.tail_s(inputs)) / found.step_s),
+        link_utilization=min(1.0, (step.link_s - idle.link_s) / found.step_s),
+        device_utilization=min(1.0, (step.device_s + task.tail_s(inputs)) / found.step_s),
         device_bytes=found.device_bytes,
         mfu=found.runs * flops / (peak_flops_per_s(profile) * found.total_s),
         mbu=decode_mbu(task, found.batch, found.step_s),

@@ -109,7 +109,7 @@ class Task(NamedTuple):
         """What the plan is predicted to take; the prefill writes the cache back while it computes."""
         inputs = self.inputs(self.mean_tokens())
         mean = planner.solve(inputs)
-        device_s = step_time.device_s(inputs, mean.resident_activation_blocks, mean.activation_blocks)
+        device_s = step_time.predict(inputs, mean.blocks).device_s
         step_s = max(mean.predicted_step_s, device_s + self.tail_s(inputs))
         written = 0.0
         if chosen.host_bytes and self.profile.d2h is not None:
@@ -128,7 +128,8 @@ class Task(NamedTuple):
         runs = -(-self.workload.batch // largest)
         batch = -(-self.workload.batch // runs)  # equal parts
         inputs = self.inputs(self.mean_tokens(), batch)
-        step_s = max(step_time.device_s(inputs, 0, 0) + self.tail_s(inputs), step_time.host_s(inputs, 0, 0))
+        found = step_time.predict(inputs, {"resident_kv": inputs.num_blocks})
+        step_s = max(found.device_s + self.tail_s(inputs), found.issue_s)
         used = self.shape.weight_bytes + self.resident_bytes(batch)
         way: Way = "on_device" if runs == 1 else "sub_batches"
         return self._alternative(way, batch, runs, self._prefill_s(batch), step_s, used)

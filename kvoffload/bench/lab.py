@@ -184,7 +184,7 @@ class Lab:
             )
         plan = planner.solve(inputs)
         if mode == "sequential":
-            return step_time.sequential_step_s(inputs, 0, plan.activation_blocks, plan.kv_blocks)
+            return step_time.sequential_step_s(inputs, plan.blocks)
         return plan.predicted_step_s
 
     # ---- modes ---------------------------------------------------------------------------------------------------

@@ -74,8 +74,7 @@ def measure(
     inputs = replace(inputs, num_blocks=executed.num_blocks)  # at the mean length of the run
 
     def predicted_s(rates: Rates) -> float:
-        placed = (executed.activation_blocks, executed.kv_blocks)
-        return step_time.predict_step_s(replace(inputs, rates=rates), 0, 0, *placed)[0]
+        return step_time.predict(replace(inputs, rates=rates), executed.blocks).step_s
 
     mean = _mean(before, after)
     step_s = tuple(stats.decode_step_s[NUM_UNEVEN_STEPS:])

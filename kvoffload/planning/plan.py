@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,10 +22,7 @@ class Plan:
     block_tokens: int
     chunk_blocks: int
     num_slots: int
-    resident_kv_blocks: int  # r
-    resident_activation_blocks: int  # r_x
-    kv_blocks: int  # t: transferred
-    activation_blocks: int  # x: transferred as activations and recomputed
+    blocks: Mapping[str, int]  # of one layer, by the name of the option (`options`)
     kv_bytes_per_token: int
     activation_bytes_per_token: int
     predicted_step_s: float
@@ -43,7 +41,27 @@ class Plan:
     @property
     def num_blocks(self) -> int:
         """All cached blocks of one layer."""
-        return self.resident_kv_blocks + self.resident_activation_blocks + self.kv_blocks + self.activation_blocks
+        return sum(self.blocks.values())
+
+    @property
+    def resident_kv_blocks(self) -> int:
+        """On the device as K/V."""
+        return self.blocks.get("resident_kv", 0)
+
+    @property
+    def resident_activation_blocks(self) -> int:
+        """On the device as activations, recomputed in every step."""
+        return self.blocks.get("resident_activation", 0)
+
+    @property
+    def kv_blocks(self) -> int:
+        """Transferred as K/V."""
+        return self.blocks.get("kv", 0)
+
+    @property
+    def activation_blocks(self) -> int:
+        """Transferred as activations and recomputed."""
+        return self.blocks.get("activation", 0)
 
     @property
     def split_fraction(self) -> float:
@@ -62,6 +80,8 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the derived values included."""
         data = dataclasses.asdict(self)
+        for name in ("resident_kv_blocks", "resident_activation_blocks", "kv_blocks", "activation_blocks"):
+            data[name] = getattr(self, name)
         data["split_fraction"] = self.split_fraction
         data["link_bytes_per_step"] = self.link_bytes_per_step
         return data

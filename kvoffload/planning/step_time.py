@@ -1,166 +1,136 @@
-"""The cost model: seconds of one decode step and bytes of memory, for a placement of the cached blocks.
+"""The cost model: seconds of one decode step and bytes of memory, for blocks of each option of a table.
 
-Owns every formula between measured rates and a predicted step: the three terms of the planning problem
-(link, device, host), the paper's schedule, and memory use. Does not own where rates come from (`rates`), a step played
-chunk by chunk (`simulation`), the choice (`planner`) nor any measurement (`profiler/`). Plain numbers, no torch.
+Owns every sum between the rows of a table (`options`) and a predicted step: the resources, which all overlap, the
+paper's barrier, and memory. Does not own what a block of an option costs, a step played chunk by chunk (`simulation`),
+the choice (`program`, `planner`) nor any measurement (`profiler/`). Numbers of many choices at once; no torch.
 
-Source: KVPR (arXiv 2411.17089) for splitting the cache between transfer and recomputation; the
-terms are ours, and differ from the paper's formula by having no barrier between layers.
+Source: KVPR (arXiv 2411.17089) for splitting the cache between transfer and recomputation; the terms are ours, and
+differ from the paper's formula by having no barrier between layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from kvoffload.config import Schedule
+import numpy as np
+import numpy.typing as npt
+
 from kvoffload.planning.inputs import PlanInputs
+from kvoffload.planning.options import RESOURCES, TIERS, Resource, Table, Tier, table_of
 from kvoffload.planning.plan import Constraint
 
-
-class Terms(NamedTuple):
-    """The cost model of one instance: seconds per step, all layers together; a "block" is one of every layer."""
-
-    activation_link_s: float  # per block of x
-    kv_link_s: float  # per block of t
-    link_fixed_s: float
-    recompute_s: float  # per block of x + r_x
-    attention_s: float
-    device_fixed_s: float  # attention included
-    chunk_host_s: float  # per chunk of every layer
-    host_fixed_s: float
-    chunk_blocks: int
-    schedule: Schedule
-
-    def link_s(self, x: int, t: int) -> float:
-        """When the link has moved `x` activation and `t` kv blocks; see `link_s` below."""
-        return self.link_fixed_s + self.activation_link_s * x + self.kv_link_s * t
-
-    def schedule_s(self, x: int, t: int) -> float:
-        """`link_s`, and for "kvpr" what its barrier adds; see `predict_step_s`."""
-        seconds = self.link_s(x, t)
-        if self.schedule == "kvpr" and x:
-            seconds += max(0.0, self.recompute_s * x - self.kv_link_s * t)  # recomputation outlasting the kv transfer
-            seconds += self.attention_s
-        return seconds
-
-    def device_s(self, recomputed: int) -> float:
-        """When the device has recomputed `x + r_x` blocks and done the rest."""
-        return self.device_fixed_s + self.recompute_s * recomputed
-
-    def host_s(self, x: int, t: int) -> float:
-        """When the host has issued everything."""
-        num_chunks = -(-x // self.chunk_blocks) - (-t // self.chunk_blocks)  # both rounded up
-        return self.host_fixed_s + self.chunk_host_s * num_chunks
-
-    def step_s(self, r_x: int, x: int, t: int) -> tuple[float, Constraint]:
-        """The longest of the three, and which it is; see `predict_step_s`."""
-        link, device, host = self.schedule_s(x, t), self.device_s(x + r_x), self.host_s(x, t)
-        if link >= device and link >= host:
-            return link, "link"
-        return (device, "device") if device >= host else (host, "host")
+Counts = npt.NDArray[np.int64]  # [choices, options], or [options]
+Seconds = npt.NDArray[np.float64]  # [choices]
+# what a plan calls the resource that its step waits for; of equal ones the first
+CONSTRAINTS: dict[Resource, Constraint] = {
+    "h2d": "link",
+    "device": "device",
+    "issue": "host",
+    "d2h": "link",
+    "host": "host",
+    "dram": "host",
+}
 
 
-def terms(inputs: PlanInputs) -> Terms:
-    """The coefficients of `inputs`; every other function here is a sum of them.
+class Costs(NamedTuple):
+    """What choices cost."""
 
-    Streamed weights cross the link once per step for all micro-batches, so `num_micro_batches` does not multiply
-    them; the host issues layers and chunks once per micro-batch.
+    step_s: Seconds
+    by_resource: dict[Resource, Seconds]  # without the chunks' and the schedule's, those are in "issue" and "h2d"
+
+
+def costs(table: Table, counts: Counts) -> Costs:
+    """Seconds of a step for each of many choices."""
+    layers = table.num_layers
+    found: dict[Resource, Seconds] = {}
+    for resource in RESOURCES:
+        per_block = np.array([layers * option.seconds.get(resource, 0.0) for option in table.options])
+        found[resource] = table.fixed_s.get(resource, 0.0) + counts @ per_block
+    per_chunk = np.array([layers * option.chunk_s for option in table.options])
+    found["issue"] = found["issue"] + -(-counts // table.chunk_blocks) @ per_chunk
+    if table.schedule == "kvpr":
+        found["h2d"] = found["h2d"] + _barrier_s(table, counts)
+    return Costs(np.max(np.stack(list(found.values())), axis=0), found)
+
+
+def _barrier_s(table: Table, counts: Counts) -> Seconds:
+    """KVPR's barrier: recomputation that outlasts a layer's K/V, and attention before the next layer's activations."""
+    layers, waits = table.num_layers, np.zeros(len(counts))
+    any_x = np.zeros(len(counts), dtype=bool)
+    for option, n in zip(table.options, counts.T, strict=True):
+        if not option.link_bytes:
+            continue
+        if option.recompute_s is not None:
+            waits = waits + layers * n * option.recompute_s
+            any_x |= n > 0
+        else:
+            waits = waits - layers * n * option.seconds["h2d"]
+    extra: Seconds = np.where(any_x, np.maximum(0.0, waits) + table.attention_s, 0.0)
+    return extra
+
+
+def allowed(table: Table, counts: Counts) -> npt.NDArray[np.bool_]:
+    """Which choices keep what is stored and fit every tier, in whole bytes."""
+    found: npt.NDArray[np.bool_] = np.all(counts >= np.array(table.stored), axis=1)
+    for tier in TIERS:
+        per_block = np.array([option.bytes.get(tier, 0) for option in table.options], dtype=np.int64)
+        found &= counts @ per_block <= table.capacity[tier]  # bytes of one layer stay far below 64 bits
+    return found
+
+
+class StepTime(NamedTuple):
+    """One decode step, and what its blocks take."""
+
+    step_s: float  # the longest of the following, and of what a schedule adds
+    binding: Constraint  # which it is
+    link_s: float
+    device_s: float
+    issue_s: float
+    bytes: dict[Tier, int]  # of all offloaded layers
+
+
+def predict(inputs: PlanInputs, blocks: Mapping[str, int]) -> StepTime:
+    """The step with these blocks of every layer, by the name of the option; everything overlaps that may.
+
+    With `schedule="kvpr"` and activations to transfer the link takes the paper's formula plus attention, for which the
+    next layer's activations wait. It assumes slots for a whole activation.
     """
-    rates = inputs.rates
-    layer_tokens = inputs.num_offloaded_layers * inputs.block_tokens  # L * tokens of a block
-    attention_s = layer_tokens * inputs.num_blocks * rates.attention_s_per_token  # L * s * gamma_a
-    ring_s = inputs.ring_bytes / rates.h2d_kv_bytes_per_s  # how far the link can run ahead between steps
-    return Terms(
-        activation_link_s=layer_tokens * inputs.activation_bytes_per_token / rates.h2d_activation_bytes_per_s,
-        kv_link_s=layer_tokens * inputs.kv_bytes_per_token / rates.h2d_kv_bytes_per_s,
-        link_fixed_s=inputs.weight_bytes_per_step / rates.h2d_kv_bytes_per_s + max(0.0, rates.gap_s - ring_s),
-        recompute_s=layer_tokens * rates.recompute_s_per_token,  # L * gamma_r
-        attention_s=attention_s,
-        device_fixed_s=inputs.num_layers * rates.dense_s + rates.head_s + attention_s,  # N * t_dense + t_head
-        chunk_host_s=inputs.num_offloaded_layers * inputs.num_micro_batches * rates.host_s_per_chunk,  # L * o_chunk
-        host_fixed_s=inputs.num_layers * inputs.num_micro_batches * rates.host_s_per_layer,  # N * o_layer
-        chunk_blocks=inputs.chunk_blocks,
-        schedule=inputs.schedule,
-    )
+    table = table_of(inputs)
+    unknown = blocks.keys() - {option.name for option in table.options}
+    assert not unknown, f"no option is called {', '.join(unknown)}"
+    return step_of(table, np.array([blocks.get(option.name, 0) for option in table.options], dtype=np.int64))
 
 
-def link_s(inputs: PlanInputs, x: int, t: int) -> float:
-    """Seconds the link needs for one step with `x` activation and `t` kv blocks per layer.
-
-    `L*(beta_x*x/B_x + beta_kv*t/B_kv) + weights/B_kv + max(0, t_gap - ring_bytes/B_kv)`; the last part is zero where
-    the ring covers the gap between steps.
-    """
-    return terms(inputs).link_s(x, t)
-
-
-def device_s(inputs: PlanInputs, r_x: int, x: int) -> float:
-    """Seconds the device computes in one step: `N*t_dense + t_head + L*(gamma_r*(x + r_x) + gamma_a*s)`."""
-    return terms(inputs).device_s(x + r_x)
-
-
-def host_s(inputs: PlanInputs, x: int, t: int) -> float:
-    """Seconds the host needs to issue one step: `N*o_layer + o_chunk*num_chunks(x, t)`, chunks of all layers."""
-    return terms(inputs).host_s(x, t)
+def step_of(table: Table, counts: Counts) -> StepTime:
+    """The same for one choice, [options]."""
+    assert counts.sum() == table.num_blocks, "every cached block has one place"
+    row = counts[None, :]
+    found, plain = costs(table, row), costs(table._replace(schedule="pipelined"), row)
+    step_s = float(found.step_s[0])
+    held: dict[Tier, int] = {
+        tier: table.num_layers
+        * sum(int(n) * option.bytes.get(tier, 0) for n, option in zip(counts, table.options, strict=True))
+        for tier in TIERS
+    }
+    link_s, device_s, issue_s = (float(plain.by_resource[resource][0]) for resource in ("h2d", "device", "issue"))
+    binding = next(name for resource, name in CONSTRAINTS.items() if float(found.by_resource[resource][0]) == step_s)
+    return StepTime(step_s, binding, link_s, device_s, issue_s, held)
 
 
-def predict_step_s(inputs: PlanInputs, r: int, r_x: int, x: int, t: int) -> tuple[float, Constraint]:
-    """Seconds of one step when everything overlaps that may: the longest of link, device and host.
-
-    With `schedule="kvpr"` and x > 0 the link term is the paper's formula plus attention, for which the next layer's
-    activations wait: `L*(beta_x*x/B_x + max(gamma_r*x, beta_kv*t/B_kv) + gamma_a*s)`, plus the fixed part of `link_s`
-    (the dense part of a layer overlaps with the next layer's activations). It assumes slots for a whole activation.
-
-    Args:
-        inputs: the instance.
-        r: resident kv blocks per layer; they cost memory only.
-        r_x: resident activation blocks per layer, recomputed in every step.
-        x: blocks per layer transferred as activations.
-        t: blocks per layer transferred as K/V.
-
-    Returns:
-        Seconds, and which of "link", "device", "host" is the longest (the first of them when equal).
-    """
-    assert r + r_x + x + t == inputs.num_blocks, "every cached block has one place"
-    return terms(inputs).step_s(r_x, x, t)
-
-
-def sequential_step_s(inputs: PlanInputs, r_x: int, x: int, t: int) -> float:
+def sequential_step_s(inputs: PlanInputs, blocks: Mapping[str, int]) -> float:
     """Seconds of one step with `overlap=False`: copies, the gap between steps and compute, one after another."""
-    gap_s = inputs.rates.gap_s
-    c = terms(inputs)
-    weights_s = inputs.weight_bytes_per_step / inputs.rates.h2d_kv_bytes_per_s
-    in_turn = c.activation_link_s * x + c.kv_link_s * t + weights_s + gap_s + device_s(inputs, r_x, x)
-    return max(in_turn, host_s(inputs, x, t))
-
-
-def resident_capacity_bytes(inputs: PlanInputs) -> int:
-    """The largest `beta_kv*r + beta_x*r_x` that fits beside the working buffers; negative if not even those fit."""
-    layer_tokens = max(1, inputs.num_offloaded_layers * inputs.block_tokens)
-    return (inputs.device_bytes - inputs.fixed_device_bytes) // layer_tokens
-
-
-def host_capacity_bytes(inputs: PlanInputs) -> int:
-    """The largest `beta_x*x + beta_kv*t` that fits, bytes per token of one layer as above."""
-    return inputs.host_bytes // max(1, inputs.num_offloaded_layers * inputs.block_tokens)
+    found = predict(inputs, blocks)
+    covered_s = table_of(inputs).fixed_s["h2d"] - inputs.weight_bytes_per_step / inputs.rates.h2d_kv_bytes_per_s
+    return max(found.link_s - covered_s + inputs.rates.gap_s + found.device_s, found.issue_s)
 
 
 def full_transfer_step_s(inputs: PlanInputs) -> float:
-    """Predicted seconds of plain full transfer (x = r_x = 0) with as many kv blocks resident as fit.
+    """Predicted seconds of plain full transfer with as many kv blocks resident as fit.
 
     The reference every plan is compared with, so stored blocks and the host limit are left out of account.
     """
-    fitting = max(0, resident_capacity_bytes(inputs)) // max(1, inputs.kv_bytes_per_token)
-    r = min(inputs.num_blocks, fitting)
-    return predict_step_s(inputs, r, 0, 0, inputs.num_blocks - r)[0]
-
-
-def device_bytes(inputs: PlanInputs, r: int, r_x: int) -> int:
-    """Bytes held on the device: working buffers plus `r` kv and `r_x` activation blocks of every offloaded layer."""
-    per_token = inputs.kv_bytes_per_token * r + inputs.activation_bytes_per_token * r_x
-    return inputs.fixed_device_bytes + inputs.num_offloaded_layers * inputs.block_tokens * per_token
-
-
-def host_bytes(inputs: PlanInputs, x: int, t: int) -> int:
-    """Bytes of host memory for `x` activation and `t` kv blocks of every offloaded layer."""
-    per_token = inputs.activation_bytes_per_token * x + inputs.kv_bytes_per_token * t
-    return inputs.num_offloaded_layers * inputs.block_tokens * per_token
+    table = table_of(inputs)
+    block_bytes = next(option.bytes["device"] for option in table.options if option.name == "resident_kv")
+    resident = min(inputs.num_blocks, max(0, table.capacity["device"]) // max(1, block_bytes))
+    return predict(inputs, {"resident_kv": resident, "kv": inputs.num_blocks - resident}).step_s

@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from kvoffload.advise.advice import Advice, advise, task_of
 from kvoffload.advise.comparison import WayFigures, compare_ways
 from kvoffload.advise.roofline import Roofline, evaluate, setting_of
@@ -29,6 +31,7 @@ from kvoffload.model.facts import Facts
 from kvoffload.model.stored_facts import facts_of
 from kvoffload.planning import step_time
 from kvoffload.planning.inputs import PlanInputs
+from kvoffload.planning.options import table_of
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.simulation import simulate
 from kvoffload.planning.workload import Workload
@@ -235,22 +238,29 @@ def split_points(inputs: PlanInputs) -> Iterator[SplitPoint]:
 
     Every such placement is tried: which blocks of either form stay on the device is free too.
     """
-    terms = step_time.terms(inputs)
-    paper = step_time.terms(replace(inputs, schedule="kvpr"))
-    capacity, host_capacity = step_time.resident_capacity_bytes(inputs), step_time.host_capacity_bytes(inputs)
-    beta_x, beta_kv = inputs.activation_bytes_per_token, inputs.kv_bytes_per_token
+    table = table_of(inputs)
+    names, is_kept = (
+        [option.name for option in table.options],
+        [option.form == "activation" for option in table.options],
+    )
+    block_bytes = {option.name: sum(option.bytes.values()) for option in table.options}
+    capacity = max(0, table.capacity["device"])
     for kept in range(inputs.num_blocks + 1):
-        found: list[tuple[float, float, int, int, int]] = []
-        for r_x in range(min(kept, max(0, capacity) // beta_x) + 1):
-            x, kv = kept - r_x, inputs.num_blocks - kept
-            r = min(kv, max(0, capacity - beta_x * r_x) // beta_kv)
-            t = kv - r
-            if beta_x * x + beta_kv * t <= host_capacity and capacity >= 0:
-                found.append((terms.step_s(r_x, x, t)[0], terms.link_s(x, t), r_x, x, t))
-        if found:
-            step_s, link_s, _, x, t = min(found)
-            paper_s = min(paper.step_s(*placed)[0] for _, _, *placed in found)
-            yield SplitPoint(kept, link_s, terms.device_s(kept), terms.host_s(x, t), step_s, paper_s)
+        r_x = np.arange(min(kept, capacity // max(1, block_bytes["resident_activation"])) + 1)
+        left = capacity - block_bytes["resident_activation"] * r_x
+        r = np.minimum(inputs.num_blocks - kept, left // max(1, block_bytes["resident_kv"]))
+        columns = {"resident_kv": r, "resident_activation": r_x, "activation": kept - r_x}
+        columns["kv"] = inputs.num_blocks - kept - r
+        counts = np.stack([columns[name] for name in names], axis=1)
+        assert np.all(counts[:, is_kept].sum(axis=1) == kept)
+        counts = counts[step_time.allowed(table, counts)]
+        if len(counts):
+            found = step_time.costs(table, counts)
+            link_s = step_time.costs(table._replace(schedule="pipelined"), counts).by_resource["h2d"]
+            best = np.lexsort((link_s, found.step_s))[0]
+            paper_s = step_time.costs(table._replace(schedule="kvpr"), counts).step_s.min()
+            shown = (link_s[best], *(found.by_resource[name][best] for name in ("device", "issue")), found.step_s[best])
+            yield SplitPoint(kept, *map(float, (*shown, paper_s)))
 
 
 def compared_rows(path: Path) -> tuple[Compared, ...]:

@@ -106,9 +106,10 @@ def check(one: Combination, profile: HardwareProfile, new_tokens: int) -> Checke
             break
     inputs = lab.inputs(rates, split=split, is_segmented=True)
     activation_blocks = one.split_sixteenths * inputs.num_blocks // 16
-    link_s = step_time.link_s(inputs, activation_blocks, inputs.num_blocks - activation_blocks)
-    device_s = step_time.device_s(inputs, 0, activation_blocks)
-    return Checked(one, statistics.mean(bounds), statistics.mean(measured), link_s / device_s, lab.link_name)
+    blocks = {"activation": activation_blocks, "kv": inputs.num_blocks - activation_blocks}
+    found = step_time.predict(inputs, blocks)
+    balance = found.link_s / found.device_s
+    return Checked(one, statistics.mean(bounds), statistics.mean(measured), balance, lab.link_name)
 
 
 def engine_rates(lab: Lab, profile: HardwareProfile, new_tokens: int) -> Rates:

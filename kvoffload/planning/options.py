@@ -1,0 +1,131 @@
+"""The options of a plan: each way in which a cached block serves a step, one row of a table.
+
+Owns what a block of each option costs, by resource and by tier of memory, and what a step costs besides; the program
+(`planner`) knows no option by name. Another way to hold or serve a block is another row here.
+
+    resources   h2d, d2h   the link, by direction          device   compute on the device
+                host       work on the host's cores        dram     the host's memory
+                issue      Python and launches
+    tiers       device, host: where a block is stored
+
+Source: KVPR (arXiv 2411.17089, section 3) for transfer against recomputation; residency and the other terms are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from kvoffload.config import Schedule
+from kvoffload.planning.inputs import PlanInputs
+from kvoffload.planning.placement import Form
+
+Resource = Literal["h2d", "d2h", "device", "host", "dram", "issue"]
+Tier = Literal["device", "host"]
+RESOURCES: tuple[Resource, ...] = ("h2d", "d2h", "device", "host", "dram", "issue")
+TIERS: tuple[Tier, ...] = ("device", "host")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One way in which a cached block serves a step."""
+
+    name: str
+    form: Form
+    tier: Tier  # where it is stored
+    seconds: Mapping[Resource, float]  # of a block in one layer
+    bytes: Mapping[Tier, int]  # of a block in one layer
+    link_bytes: int = 0  # of these, what crosses the link at every step
+    chunk_s: float = 0.0  # to issue a chunk of such blocks, begun or full
+    recompute_s: float | None = None  # of the device's seconds, for computing K and V anew; None: not needed
+    is_exact: bool = True
+    is_free: bool = False  # chosen anew at every step; the others are fixed once a block is stored
+
+
+class Table(NamedTuple):
+    """The options of one planning problem, and what holds besides."""
+
+    options: tuple[Option, ...]
+    num_layers: int  # L: offloaded ones
+    num_blocks: int  # s: of one layer, each in one option
+    chunk_blocks: int
+    fixed_s: Mapping[Resource, float]  # of a step, whatever is chosen
+    capacity: Mapping[
+        Tier, int
+    ]  # bytes of blocks of one layer that fit beside everything else; negative: not even that
+    stored: tuple[int, ...]  # blocks of each option that are stored already: lower bounds
+    split: float | None  # the share of activations among the blocks on the host; None: free
+    schedule: Schedule
+    attention_s: float  # of all blocks and layers, for schedules that wait for it
+
+    def with_room(self, tier: Tier) -> Table:
+        """The same with room for every block in a tier, whatever its option."""
+        most = max(option.bytes.get(tier, 0) for option in self.options)
+        return self._replace(capacity={**self.capacity, tier: self.num_blocks * most})
+
+
+def table_of(inputs: PlanInputs) -> Table:
+    """The table of one instance."""
+    rates, tokens = inputs.rates, inputs.block_tokens
+    kv_bytes, activation_bytes = tokens * inputs.kv_bytes_per_token, tokens * inputs.activation_bytes_per_token
+    recompute_s = tokens * rates.recompute_s_per_token  # gamma_r
+    attend_s = tokens * rates.attention_s_per_token  # gamma_a
+    chunk_s = inputs.num_micro_batches * rates.host_s_per_chunk  # o_chunk
+    ring_s = inputs.ring_bytes / rates.h2d_kv_bytes_per_s  # how far the link can run ahead between steps
+    options = (
+        Option(name="resident_kv", form="kv", tier="device", seconds={"device": attend_s}, bytes={"device": kv_bytes}),
+        Option(
+            name="resident_activation",
+            form="activation",
+            tier="device",
+            seconds={"device": recompute_s + attend_s},
+            bytes={"device": activation_bytes},
+            recompute_s=recompute_s,
+        ),
+        Option(
+            name="activation",
+            form="activation",
+            tier="host",
+            seconds={"h2d": activation_bytes / rates.h2d_activation_bytes_per_s, "device": recompute_s + attend_s},
+            bytes={"host": activation_bytes},
+            link_bytes=activation_bytes,
+            chunk_s=chunk_s,
+            recompute_s=recompute_s,
+        ),
+        Option(
+            name="kv",
+            form="kv",
+            tier="host",
+            seconds={"h2d": kv_bytes / rates.h2d_kv_bytes_per_s, "device": attend_s},
+            bytes={"host": kv_bytes},
+            link_bytes=kv_bytes,
+            chunk_s=chunk_s,
+        ),
+    )
+    found = Table(
+        options=options,
+        num_layers=inputs.num_offloaded_layers,
+        num_blocks=inputs.num_blocks,
+        chunk_blocks=inputs.chunk_blocks,
+        fixed_s={
+            # streamed weights cross once for all micro-batches; the gap, where the ring does not cover it
+            "h2d": inputs.weight_bytes_per_step / rates.h2d_kv_bytes_per_s + max(0.0, rates.gap_s - ring_s),
+            "device": inputs.num_layers * rates.dense_s + rates.head_s,  # N * t_dense + t_head
+            "issue": inputs.num_layers * inputs.num_micro_batches * rates.host_s_per_layer,  # N * o_layer
+        },
+        capacity={
+            "device": (inputs.device_bytes - inputs.fixed_device_bytes) // max(1, inputs.num_offloaded_layers),
+            "host": inputs.host_bytes // max(1, inputs.num_offloaded_layers),
+        },
+        stored=(
+            inputs.stored_resident_blocks,
+            inputs.stored_resident_activation_blocks,
+            inputs.stored_activation_blocks,
+            inputs.stored_kv_blocks,
+        ),
+        split=inputs.split,
+        schedule=inputs.schedule,
+        attention_s=inputs.num_offloaded_layers * inputs.num_blocks * attend_s,
+    )
+    return found if inputs.num_offloaded_layers else found.with_room("device").with_room("host")
