@@ -70,7 +70,7 @@ def plan(
     config = _checked(config)
     if not isinstance(workload, Workload):
         raise ConfigError(f"workload must be a kvoffload.Workload(batch=..., ...), got {type(workload).__name__}")
-    return advice.plan(model_or_config, workload, resolve_profile(profile, link=config.link), config)
+    return advice.advised_plan(model_or_config, workload, resolve_profile(profile, link=config.link), config)
 
 
 def _checked(config: OffloadConfig | None) -> OffloadConfig:

@@ -137,7 +137,7 @@ def main(
     source = find_model(model)
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-eval is not installed; docs/harness.md says how")
-    loaded, tokenizer = chat.load(source, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded, tokenizer = chat.load_model(source, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     runs = compare(loaded, tokenizer, config)
     same = [run.found.answers == runs[0].found.answers for run in runs]
     if as_json:

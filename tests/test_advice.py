@@ -14,7 +14,7 @@ import torch
 from configs import CONFIGS, LLAMA_2_7B
 from models import make_model
 
-from kvoffload.advise.advice import _describe_plan, advise, plan
+from kvoffload.advise.advice import _describe_plan, advise, advised_plan
 from kvoffload.advise.task import Task
 from kvoffload.config import GIB, EmulatedLink, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, ProfileError, UnsupportedModelError
@@ -55,8 +55,8 @@ def slower_device(profile: HardwareProfile, factor: float) -> HardwareProfile:
 def test_more_tokens_than_the_model_has_positions_for_are_told(name: str, limit: int) -> None:
     config = json.loads((CONFIGS / f"{name}.json").read_text()) if name != "gpt2" else GPT2
     fits, beyond = (Workload(batch=1, prompt_tokens=limit - 100, new_tokens=new) for new in (100, 101))
-    assert "positions" not in plan(config, fits, A100, OffloadConfig()).recommendation
-    text = plan(config, beyond, A100, OffloadConfig()).recommendation
+    assert "positions" not in advised_plan(config, fits, A100, OffloadConfig()).recommendation
+    text = advised_plan(config, beyond, A100, OffloadConfig()).recommendation
     assert text.endswith(
         f" But prompt and new tokens make {count(limit + 1)}, and the model's configuration has positions for "
         f"{count(limit)}."
@@ -67,13 +67,13 @@ def test_a_limit_of_positions_is_the_configurations_own_where_it_has_one() -> No
     scaled = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}
     told = "has positions for 4096."
     config = LLAMA_2_7B | scaled | {"max_position_embeddings": 4096}
-    assert plan(config, LONG, A100, OffloadConfig()).recommendation.endswith(told)
+    assert advised_plan(config, LONG, A100, OffloadConfig()).recommendation.endswith(told)
     model = make_model("llama", max_position_embeddings=4096)
-    assert plan(model, LONG, A100, OffloadConfig()).recommendation.endswith(told)
+    assert advised_plan(model, LONG, A100, OffloadConfig()).recommendation.endswith(told)
     nested = {"text_config": config}
-    assert told in plan(nested, LONG, A100, OffloadConfig()).recommendation
+    assert told in advised_plan(nested, LONG, A100, OffloadConfig()).recommendation
     for unlimited in ({}, {"max_position_embeddings": -1}):
-        assert "positions" not in plan(LLAMA_2_7B | unlimited, LONG, A100, OffloadConfig()).recommendation
+        assert "positions" not in advised_plan(LLAMA_2_7B | unlimited, LONG, A100, OffloadConfig()).recommendation
 
 
 def test_what_fits_on_the_device_is_not_to_be_offloaded() -> None:
@@ -159,7 +159,7 @@ def test_steps_on_average_and_at_full_length_are_told_apart() -> None:
 
 def test_the_plan_is_the_planners_for_the_full_length() -> None:
     task = Task(model_shape(LLAMA_2_7B), LONG, A100, OffloadConfig())
-    chosen = plan(LLAMA_2_7B, LONG, A100, OffloadConfig())
+    chosen = advised_plan(LLAMA_2_7B, LONG, A100, OffloadConfig())
     alone = planner.solve(task._replace(config=OffloadConfig(split="transfer")).inputs(LONG.cached_tokens))
     expected = planner.solve(task.inputs(LONG.cached_tokens))
     expected = dataclasses.replace(expected, full_transfer_step_s=alone.predicted_step_s)
@@ -169,17 +169,17 @@ def test_the_plan_is_the_planners_for_the_full_length() -> None:
 
 
 def test_a_grouped_query_model_recomputes_nothing() -> None:
-    chosen = plan(LLAMA_3_8B, Workload(batch=1, prompt_tokens=400_000, new_tokens=100), A100, OffloadConfig())
+    chosen = advised_plan(LLAMA_3_8B, Workload(batch=1, prompt_tokens=400_000, new_tokens=100), A100, OffloadConfig())
     assert chosen.kv_blocks > 0
     assert chosen.activation_blocks == chosen.resident_activation_blocks == 0
 
 
 def test_the_users_choices_are_kept() -> None:
     config = OffloadConfig(split="transfer", device_gib="min", block_tokens=16, chunk_blocks=4, slots=3)
-    chosen = plan(LLAMA_2_7B, LONG, A100, config)
+    chosen = advised_plan(LLAMA_2_7B, LONG, A100, config)
     assert chosen.activation_blocks == chosen.resident_kv_blocks == chosen.resident_activation_blocks == 0
     assert (chosen.block_tokens, chosen.chunk_blocks) == (16, 4)
-    capped = plan(LLAMA_2_7B, LONG, A100, OffloadConfig(device_gib=6.0))
+    capped = advised_plan(LLAMA_2_7B, LONG, A100, OffloadConfig(device_gib=6.0))
     assert capped.device_bytes <= 6 * GIB
     assert capped.resident_activation_blocks + capped.resident_kv_blocks > 0
 
@@ -187,7 +187,7 @@ def test_the_users_choices_are_kept() -> None:
 def test_beams_multiply_the_rows_and_stay_together() -> None:
     beams = Workload(batch=2, prompt_tokens=4096, new_tokens=64, num_beams=4)
     rows = Workload(batch=8, prompt_tokens=4096, new_tokens=64)
-    one, other = (plan(LLAMA_2_7B, work, A100, OffloadConfig()) for work in (beams, rows))
+    one, other = (advised_plan(LLAMA_2_7B, work, A100, OffloadConfig()) for work in (beams, rows))
     assert one.kv_bytes_per_token == other.kv_bytes_per_token
     advice = advise(LLAMA_2_7B, beams, A100, OffloadConfig())
     assert {alternative.batch for alternative in advice.alternatives} <= {1, 2}
@@ -205,26 +205,26 @@ def test_too_little_host_memory_says_what_would_work_instead() -> None:
 def test_the_host_of_the_profile_limits_the_cache() -> None:
     small_host = dataclasses.replace(A100, extra=A100.extra | {"host_memory_bytes": 2 * 10**9})
     with pytest.raises(InfeasiblePlanError, match="host memory"):
-        plan(LLAMA_2_7B, LONG, small_host, OffloadConfig())
+        advised_plan(LLAMA_2_7B, LONG, small_host, OffloadConfig())
 
 
 def test_weights_larger_than_the_device_are_a_clear_error() -> None:
     small = dataclasses.replace(A100, device_memory_bytes=8 * 10**9)
     with pytest.raises(InfeasiblePlanError, match=r"13\.48 GB.*8\.00 GB"):
-        plan(LLAMA_2_7B, SMALL, small, OffloadConfig())
+        advised_plan(LLAMA_2_7B, SMALL, small, OffloadConfig())
 
 
 @pytest.mark.parametrize(("memory_bytes", "batch"), [(8 * 10**9, 64), (13_490 * 10**6, 1), (13_490 * 10**6, 64)])
 def test_a_smaller_batch_is_no_way_out_where_one_sequence_does_not_fit_either(memory_bytes: int, batch: int) -> None:
     small = dataclasses.replace(A100, device_memory_bytes=memory_bytes)
     with pytest.raises(InfeasiblePlanError, match=r": use a larger device or quantised weights$"):
-        plan(LLAMA_2_7B, dataclasses.replace(SMALL, batch=batch), small, OffloadConfig())
+        advised_plan(LLAMA_2_7B, dataclasses.replace(SMALL, batch=batch), small, OffloadConfig())
 
 
 def test_a_smaller_batch_is_a_way_out_where_one_sequence_fits() -> None:
     small = dataclasses.replace(A100, device_memory_bytes=14_500 * 10**6)
     with pytest.raises(InfeasiblePlanError, match="or a smaller batch"):
-        plan(LLAMA_2_7B, LARGE_BATCH, small, OffloadConfig())
+        advised_plan(LLAMA_2_7B, LARGE_BATCH, small, OffloadConfig())
     assert Task(model_shape(LLAMA_2_7B), SMALL, small, OffloadConfig()).free_bytes(1) > 0
 
 
@@ -232,14 +232,14 @@ def test_a_link_without_a_speed_cannot_be_planned_with() -> None:
     recorded = HardwareProfile.load(RECORDED)
     for split in ("auto", "transfer"):
         with pytest.raises(ProfileError, match="unpaced"):
-            plan(LLAMA_2_7B, SMALL, with_link(recorded, EmulatedLink()), OffloadConfig(split=split))
+            advised_plan(LLAMA_2_7B, SMALL, with_link(recorded, EmulatedLink()), OffloadConfig(split=split))
     paced = with_link(recorded, EmulatedLink(h2d_gb_per_s=2.0))
-    plan(LLAMA_2_7B, SMALL, dataclasses.replace(paced, device_memory_bytes=40 * 10**9), OffloadConfig())
+    advised_plan(LLAMA_2_7B, SMALL, dataclasses.replace(paced, device_memory_bytes=40 * 10**9), OffloadConfig())
 
 
 def test_a_model_without_a_growing_cache_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="nothing to offload"):
-        plan(LLAMA_2_7B | {"sliding_window": 1024}, SMALL, A100, OffloadConfig())
+        advised_plan(LLAMA_2_7B | {"sliding_window": 1024}, SMALL, A100, OffloadConfig())
 
 
 def test_layers_with_a_window_take_device_memory_only_for_the_window() -> None:

@@ -22,7 +22,7 @@ def test_generate_says_what_it_loads_before_that_takes_its_time(model: Path, mon
     def load(*args: object) -> None:
         raise ConfigError("not today")
 
-    monkeypatch.setattr(chat, "load", load)
+    monkeypatch.setattr(chat, "load_model", load)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = run("generate", "hi", "--model", model)
     assert result.stderr.splitlines() == [f"loading {model} on cpu", "kvoffload: not today"]
@@ -48,7 +48,7 @@ def test_the_demo_measures_for_this_run_and_gives_no_advice_that_cannot_help(
     def answer(*args: object, **options: object) -> None:
         raise ConfigError("not today")
 
-    monkeypatch.setattr(chat, "load", lambda *args: (None, None))
+    monkeypatch.setattr(chat, "load_model", lambda *args: (None, None))
     monkeypatch.setattr(chat, "answer", answer)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setitem(DISTURBANCE, "other_cpu_load_fraction", 0.62)

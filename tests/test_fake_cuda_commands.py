@@ -169,7 +169,7 @@ def test_a_cap_on_memory_holds_during_a_cell_and_goes_with_it(device: FakeCuda) 
 def test_steps_are_measured_beside_what_was_planned(device: FakeCuda) -> None:
     config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
     dims = facts_of(config | {"num_hidden_layers": 2, "vocab_size": 96})
-    found = measured_run.measure(dims, Workload(batch=2, prompt_tokens=64, new_tokens=8, num_beams=1))
+    found = measured_run.measure_run(dims, Workload(batch=2, prompt_tokens=64, new_tokens=8, num_beams=1))
     assert not found.is_emulated
     assert found.device_name == fake_cuda.NAME
     assert len(found.step_s) > 3

@@ -21,7 +21,7 @@ LOGIT_TOLERANCE = 5e-6  # where attention is the model's own
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return chat.load(None, torch.device("cpu"))[0]
+    return chat.load_model(None, torch.device("cpu"))[0]
 
 
 def _generate(model: Any) -> Any:
@@ -84,7 +84,7 @@ def test_logits_equal_those_without_offloading(
 
 
 def test_it_knows_the_capital_of_france(model: Any) -> None:
-    _, tokenizer = chat.load(None, torch.device("cpu"))
+    _, tokenizer = chat.load_model(None, torch.device("cpu"))
     config = kvoffload.OffloadConfig(split=0.5, block_tokens=8)
     answer = chat.answer(
         model, tokenizer, "What is the capital of France?", config=config, max_new_tokens=12, compare=True

@@ -149,7 +149,7 @@ def test_the_step_shown_is_one_like_the_median() -> None:
 def test_a_trace_has_named_threads_whose_events_nest_in_steps_and_never_overlap(tmp_path: Path) -> None:
     found = everything()
     path = tmp_path / "trace.json"
-    report_page.write(found, "opt", tmp_path / "report.html", path, "0")
+    report_page.write_page(found, "opt", tmp_path / "report.html", path, "0")
     data = json.loads(path.read_text(encoding="utf-8"))
     events = data["traceEvents"]
     assert {event["ph"] for event in events} == {"M", "X"}
@@ -317,7 +317,7 @@ def test_names_from_files_are_only_text() -> None:
 def test_a_measured_run_stands_beside_what_was_planned_for_it() -> None:
     dims = facts_of(CONFIGS / "opt-6.7b.json")
     told: list[str] = []
-    found = measured_run.measure(
+    found = measured_run.measure_run(
         dims,
         Workload(batch=1, prompt_tokens=64, new_tokens=8),
         lambda what, _share: told.append(what),

@@ -108,7 +108,7 @@ def test_a_wrong_profile_does_not_make_it_slower_than_full_transfer(factor: floa
 
 @needs_packaged_model
 def test_a_real_model_over_an_unpaced_link_is_hardly_slower_than_without_offloading() -> None:
-    model, _ = chat.load(None, torch.device("cpu"))
+    model, _ = chat.load_model(None, torch.device("cpu"))
     generating: Any = model
     torch.manual_seed(0)
     ids = torch.randint(5, 20000, (1, 1000))

@@ -50,7 +50,7 @@ class Advice(NamedTuple):
         return self.plan.to_json() | {"alternatives": [one._asdict() for one in self.alternatives]} | model
 
 
-def plan(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Plan:
+def advised_plan(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Plan:
     """The placement for `workload`, with a recommendation.
 
     Args:
@@ -73,7 +73,7 @@ def plan(model_or_config: Any, workload: Workload, profile: HardwareProfile, con
 
 
 def advise(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Advice:
-    """As `plan`, with the numbers of every way."""
+    """As `advised_plan`, with the numbers of every way."""
     task = task_of(model_or_config, workload, profile, config).settled()
     facts = _facts(model_or_config)
     _warn_of_unknown_weights(facts)
@@ -108,7 +108,7 @@ def _beside_full_transfer(task: Task, chosen: Plan) -> Plan:
 
 
 def task_of(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Task:
-    """One workload of one model on one machine; arguments and errors as of `plan`."""
+    """One workload of one model on one machine; arguments and errors as of `advised_plan`."""
     shape = model_shape(model_or_config)
     if shape.num_offloaded_layers < 1:
         raise UnsupportedModelError(

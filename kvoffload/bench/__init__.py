@@ -1,7 +1,7 @@
 """What is measured: decoding at named shapes, in every mode, beside the bound of the cost model."""
 
 from kvoffload.bench.decode import measure, run, table
-from kvoffload.bench.lab import MODES, WHOLE_LAYER_MODES, Lab, core_for_the_link, device_name
+from kvoffload.bench.lab import MODES, WHOLE_LAYER_MODES, Lab, core_for_the_link, device_and_threads
 from kvoffload.bench.presets import PRESETS, Preset
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
     "Lab",
     "Preset",
     "core_for_the_link",
-    "device_name",
+    "device_and_threads",
     "measure",
     "run",
     "table",

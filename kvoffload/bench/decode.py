@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 
 from kvoffload.api import offload
-from kvoffload.bench.lab import Lab, core_for_the_link, device_name
+from kvoffload.bench.lab import Lab, core_for_the_link, device_and_threads
 from kvoffload.bench.presets import PRESETS
 from kvoffload.config import OffloadConfig
 from kvoffload.machine.hardware_profile import HardwareProfile
@@ -156,12 +156,12 @@ def run(
                 met_before = met
                 measured[name].append(row | {"mode": name})
                 if turn == rounds - 1:
-                    found[name] = _pooled(measured[name]) | {"device": device_name(), "link": lab.link_name}
+                    found[name] = _pooled(measured[name]) | {"device": device_and_threads(), "link": lab.link_name}
                     _compare(found)
                     if on_row is not None:
                         on_row(found[name])
         rows = [found[name] for name, _, _ in settings]
-        return {"preset": preset_name, "device": device_name(), "link": lab.link_name, "rows": rows}
+        return {"preset": preset_name, "device": device_and_threads(), "link": lab.link_name, "rows": rows}
 
 
 def _compare(found: dict[str, dict[str, Any]]) -> None:

@@ -252,7 +252,7 @@ def core_for_the_link() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def device_name() -> str:
+def device_and_threads() -> str:
     """The device as rows name it."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()

@@ -30,7 +30,7 @@ class Reply(NamedTuple):
     stats: GenerationStats
 
 
-def load(model: Source | str | None, device: torch.device) -> tuple[PreTrainedModel, Any]:
+def load_model(model: Source | str | None, device: torch.device) -> tuple[PreTrainedModel, Any]:
     """A model and its tokenizer, in float32 on the CPU and bfloat16 on a GPU.
 
     Args:

@@ -40,7 +40,7 @@ class Demo(NamedTuple):
         }
 
 
-def run(source: Source, prompt: str, max_new_tokens: int, tell: Callable[[str], None]) -> Demo:
+def demonstrate(source: Source, prompt: str, max_new_tokens: int, tell: Callable[[str], None]) -> Demo:
     """Both halves of the demo.
 
     Args:
@@ -58,7 +58,7 @@ def _run(source: Source, prompt: str, max_new_tokens: int, tell: Callable[[str],
     device = torch.device("cuda" if on_gpu else "cpu")
     tell(f"loading {source.gguf_file or source.name} on {device}")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    loaded, tokenizer = chat.load(source, device)
+    loaded, tokenizer = chat.load_model(source, device)
     profile = load_or_measure(device, has_fewer_threads=not on_gpu)
     where = "the GPU's link" if on_gpu else f"an emulated link of {CHAT_LINK.h2d_gb_per_s:g} GB/s"
     tell(f"answering with the KV cache in host memory over {where}, then again without offloading")

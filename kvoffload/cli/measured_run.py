@@ -36,7 +36,7 @@ SHOWN_STEPS = 2
 MEASURED_LAYERS = 4  # of a model on a GPU, at most
 
 
-def measure(
+def measure_run(
     dims: Facts,
     workload: Workload,
     progress: Callable[[str, float], None] | None = None,
@@ -69,7 +69,7 @@ def measure(
         stats, recorded = recorded_steps(made, config, NEW_TOKENS)
         tell("rates again", 0.8)
         after = made.rates("planned")
-        device_name = bench.device_name()
+        device_name = bench.device_and_threads()
     executed = stats.plan
     inputs = replace(inputs, num_blocks=executed.num_blocks)  # at the mean length of the run
 

@@ -37,7 +37,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def whole(least: int = 1) -> Callable[[typer.CallbackParam, Any], Any]:
+def whole_number(least: int = 1) -> Callable[[typer.CallbackParam, Any], Any]:
     """A count."""
     return _checked(lambda value: least <= value <= LARGEST, f"a whole number from {least} to {count(LARGEST)}")
 
@@ -105,11 +105,12 @@ ModelConfig = Annotated[str, typer.Option("--config", "--model", help="A config.
 Hardware = Annotated[
     str, typer.Option(help="A preset, a profile file, a file like a preset, or 'auto' for this machine.")
 ]
-Batch = Annotated[int, typer.Option(callback=whole(), help="Sequences.")]
+Batch = Annotated[int, typer.Option(callback=whole_number(), help="Sequences.")]
 PromptTokens = Annotated[
-    int, typer.Option("--prompt-tokens", "--seq", callback=whole(), help="Tokens of each prompt; --seq is the same.")
+    int,
+    typer.Option("--prompt-tokens", "--seq", callback=whole_number(), help="Tokens of each prompt; --seq is the same."),
 ]
-NumNewTokens = Annotated[int, typer.Option(callback=whole(), help="Tokens to generate for each sequence.")]
+NumNewTokens = Annotated[int, typer.Option(callback=whole_number(), help="Tokens to generate for each sequence.")]
 LinkSpeed = Annotated[
     float | None,
     typer.Option(

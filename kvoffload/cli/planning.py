@@ -25,7 +25,7 @@ from kvoffload.cli.options import (
     emulated_link,
     one_of,
     share,
-    whole,
+    whole_number,
     within,
 )
 from kvoffload.cli.terminal import print_json, progress, waiting
@@ -40,7 +40,7 @@ def plan(
     batch: Batch = 1,
     prompt_tokens: PromptTokens = 1024,
     new_tokens: NumNewTokens = 128,
-    num_beams: Annotated[int, typer.Option(callback=whole(), help="Beams of each sequence.")] = 1,
+    num_beams: Annotated[int, typer.Option(callback=whole_number(), help="Beams of each sequence.")] = 1,
     hardware: Hardware = "auto",
     link_gb_per_s: LinkSpeed = None,
     device_gib: DeviceGib = "auto",
@@ -171,10 +171,10 @@ def report(
         from kvoffload.cli import measured_run
 
         with progress("measuring") as tell:
-            run = measured_run.measure(dimensions, workload, tell)
+            run = measured_run.measure_run(dimensions, workload, tell)
     with progress("working out") as tell:
         found = study.study(config, workload, machine, options, compared=compared, measured=run, progress=tell)
-    written = reports.write(found, _model_name(config), output, trace, __version__)
+    written = reports.write_page(found, _model_name(config), output, trace, __version__)
     if as_json:
         print_json(written)
     else:

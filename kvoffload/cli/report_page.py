@@ -18,7 +18,7 @@ from kvoffload.profiler.drawing.trace import write_trace
 from kvoffload.timeline import Timeline
 
 
-def write(found: Study, model: str, output: Path, trace: Path | None, version: str) -> dict[str, Any]:
+def write_page(found: Study, model: str, output: Path, trace: Path | None, version: str) -> dict[str, Any]:
     """Write the page, and the trace if one is wanted.
 
     Returns:

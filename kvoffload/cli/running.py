@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvoffload.cli.options import AsJson, DeviceGib, HostGib, LinkSpeed, Split, emulated_link, whole
+from kvoffload.cli.options import AsJson, DeviceGib, HostGib, LinkSpeed, Split, emulated_link, whole_number
 from kvoffload.cli.terminal import print_json
 from kvoffload.config import OffloadConfig
 
@@ -15,7 +15,7 @@ from kvoffload.config import OffloadConfig
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to ask or continue.")],
     model: Annotated[str | None, typer.Option(help="Folder, hub id or GGUF file; default: the demo's model.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(callback=whole(), help="Length of the answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(callback=whole_number(), help="Length of the answer.")] = 64,
     split: Split = "auto",
     device_gib: DeviceGib = "auto",
     link_gb_per_s: LinkSpeed = None,
@@ -34,7 +34,7 @@ def generate(
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     typer.echo(f"loading {source.gguf_file or source.name} on {device}", err=True)
-    loaded, tokenizer = chat.load(source, device)
+    loaded, tokenizer = chat.load_model(source, device)
     streamer = None if as_json else chat.streamer(tokenizer)
     answer = chat.answer(
         loaded, tokenizer, prompt, config=config, max_new_tokens=max_new_tokens, compare=compare, streamer=streamer
@@ -85,7 +85,7 @@ def custom_generate(
 def demo(
     model: Annotated[str | None, typer.Option(help="Folder, hub id or GGUF file; default: the packaged one.")] = None,
     prompt: Annotated[str, typer.Option(help="What to ask.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(callback=whole(2), help="Length of the answer.")] = 24,
+    max_new_tokens: Annotated[int, typer.Option(callback=whole_number(2), help="Length of the answer.")] = 24,
     as_json: AsJson = False,
 ) -> None:
     """Show it at work: a real model answers, then a table of what the plan gains (at most 3 minutes)."""
@@ -96,7 +96,7 @@ def demo(
     from kvoffload import bench
     from kvoffload.cli import demonstration
 
-    found = demonstration.run(
+    found = demonstration.demonstrate(
         source, prompt or demonstration.PROMPT, max_new_tokens, tell=lambda text: typer.echo(text, err=True)
     )
     if as_json:

@@ -38,7 +38,7 @@ from campaign import rows
 from campaign.cells import Cell
 from campaign.providers import Bed, WholeLayerBothWays
 from kvoffload.bench.decode import NUM_UNEVEN_STEPS, steps
-from kvoffload.bench.lab import Lab, core_for_the_link, device_name
+from kvoffload.bench.lab import Lab, core_for_the_link, device_and_threads
 from kvoffload.bench.presets import PRESETS
 from kvoffload.config import GIB
 from kvoffload.machine.hardware_profile import HardwareProfile
@@ -230,7 +230,7 @@ def _rows(lab: Lab, preset_name: str, setting: Setting, found: dict[str, Found])
 
 
 def _table(lab: Lab, preset_name: str, setting: Setting, found: dict[str, Found]) -> Table:
-    table = Table(title=f"{preset_name}, {setting}: {device_name()}, link {lab.link_name}", title_justify="left")
+    table = Table(title=f"{preset_name}, {setting}: {device_and_threads()}, link {lab.link_name}", title_justify="left")
     table.add_column("variant", no_wrap=True)
     for name in ("step ms", "tokens/s", "vs everything on", "device idle", "link busy", "written MB"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import transformers
 
-from kvoffload.bench.lab import device_name
+from kvoffload.bench.lab import device_and_threads
 from kvoffload.errors import ConfigError
 
 SCHEMA = "2"
@@ -54,7 +54,7 @@ def row(
     """One row from its samples; without samples the three percentiles are empty. `device` is this one by default."""
     percentiles = [f"{float(np.percentile(samples, q)):.6g}" for q in (20, 50, 80)] if samples else [""] * 3
     values = [bench, provider, metric, unit, str(x), *percentiles, str(len(samples)), note]
-    values += [config_text(config), device or device_name(), link, versions(), commit()]
+    values += [config_text(config), device or device_and_threads(), link, versions(), commit()]
     values += [datetime.date.today().isoformat(), SCHEMA]
     return dict(zip(COLUMNS, values, strict=True))
 
@@ -129,7 +129,7 @@ def done(rows: Iterable[Row]) -> set[tuple[str, ...]]:
 
     What was skipped is not: its reason may be gone.
     """
-    here = (device_name(), versions(), commit())
+    here = (device_and_threads(), versions(), commit())
     measured = (one for one in rows if one["metric"] != SKIPPED)
     found = (one for one in measured if (one["device"], one["versions"], one["commit"]) == here)
     return {(one["bench"], one["provider"], one["x"], one["config_json"]) for one in found}
