@@ -78,6 +78,11 @@ class CacheCore:
         if isinstance(self.positions, CarriedPositions) and self.positions.drop_stored(num_stored):
             self.account()
 
+    def regroup(self) -> None:
+        """Chunks have another number of blocks from now on; nothing may be in flight."""
+        for layer in self.layers:
+            layer.version += 1
+
     def claim_blocks(self, num_blocks: int, new: NewTokens) -> int:
         """Called by each layer before it stores blocks up to `num_blocks`; the first one extends the row table.
 

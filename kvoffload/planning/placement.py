@@ -19,6 +19,7 @@ class Placement:
     activation_share: float = 0.0  # of the offloaded blocks
     may_change: bool = False  # a re-plan may ask for activations later
     max_tokens: int | None = None  # of the whole generation, if known
+    lives_on: bool = False  # further turns may follow: it is a user's cache
     prompt_tokens: int = 0  # tokens whose rows are still copies of each other, with beams
 
     @property

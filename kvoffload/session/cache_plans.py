@@ -69,7 +69,14 @@ class CachePlans:
         self._plans.pop(cache, None)
 
     def lay_out_as_before(
-        self, cache: hf.OffloadedHFCache, rows: int, copies: int, prompt_tokens: int, max_tokens: int
+        self,
+        cache: hf.OffloadedHFCache,
+        rows: int,
+        copies: int,
+        prompt_tokens: int,
+        max_tokens: int,
+        *,
+        lives_on: bool = False,
     ) -> None:
         """Plan a cache whose blocks carry what those of the last such cache did, if that is possible.
 
@@ -79,32 +86,52 @@ class CachePlans:
             copies: rows per prompt (beams, or sequences returned).
             prompt_tokens: tokens of the prompt.
             max_tokens: cached at the end.
+            lives_on: whether further turns may follow.
         """
         row_bytes = self._position_row_bytes.get((rows, copies), 0)
+        how = (cache, rows, copies, prompt_tokens, max_tokens)
         try:
-            self._lay_out(cache, rows, copies, prompt_tokens, max_tokens, position_row_bytes=row_bytes)
+            self._lay_out(*how, position_row_bytes=row_bytes, lives_on=lives_on)
         except (HostMemoryError, InfeasiblePlanError):
             if not row_bytes:
                 raise
-            self._lay_out(cache, rows, copies, prompt_tokens, max_tokens)
+            self._lay_out(*how, lives_on=lives_on)
 
     def start_anew(self, cache: hf.OffloadedHFCache) -> None:
         """Empty a cache and plan the same rows and length again; its prompt is all that it held, row by row."""
-        geometry, num_tokens = self._plans[cache].geometry, cache.core.layers[0].num_tokens
+        before, num_tokens = self._plans[cache], cache.core.layers[0].num_tokens
         cache.reset()
-        self.lay_out_as_before(cache, geometry.rows, 1, num_tokens, geometry.max_tokens)
+        rows, max_tokens, lives_on = before.geometry.rows, before.geometry.max_tokens, before.placement.lives_on
+        self.lay_out_as_before(cache, rows, 1, num_tokens, max_tokens, lives_on=lives_on)
 
     def prefill_chunk_tokens(self, cache: hf.OffloadedHFCache, prompt_tokens: int) -> int | None:
         """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole."""
         geometry = self._plans[cache].geometry
         return self._planner.limits.prefill_chunk_tokens(geometry, prompt_tokens, self._device_held_bytes)
 
-    def prolong(self, cache: hf.OffloadedHFCache, max_tokens: int) -> None:
-        """A further turn makes the cache longer than was planned."""
-        before = self._plans[cache]
-        chosen = self._plans[cache] = self._planner.prolong(before, max_tokens, self._pool.slab_bytes)
+    def prolong(self, cache: hf.OffloadedHFCache, prompt_tokens: int, max_tokens: int) -> None:
+        """A further turn begins: plan it anew, with what is stored.
+
+        Args:
+            cache: one that was planned before.
+            prompt_tokens: of the turn, those that are cached already among them; 0 if unknown.
+            max_tokens: cached at its end.
+        """
+        before, layers = self._plans[cache], cache.core.layers
+        stored: dict[str, int] = {form: layers[0].count(form, resident=False) for form in ("kv", "activation")}
+        chosen = self._plans[cache] = self._planner.prolong(
+            before,
+            max_tokens,
+            prompt_tokens=max(prompt_tokens, layers[0].num_tokens),
+            stored=stored,
+            kv_row_bytes=max((layer.shape.row_bytes for layer in layers if layer.shape is not None), default=0),
+            host_held_bytes=self._pool.slab_bytes,
+            device_held_bytes=self._device_held_bytes,
+        )
         changed = chosen.sizes != before.sizes or self._configured_for() is not cache
         cache.core.placement = chosen.placement
+        if chosen.placement.chunk_blocks != before.placement.chunk_blocks:
+            cache.core.regroup()
         if changed:
             self._configure(cache)
 
@@ -207,10 +234,11 @@ class CachePlans:
 
     def _lay_out_anew(self, cache: hf.OffloadedHFCache, first: hf.FirstTokens, prompt_tokens: int, **how: Any) -> None:
         """Plan again for what an empty cache is really given."""
-        known, copies = self._plans[cache].placement.max_tokens, cache.core.prompt_copies
+        before, copies = self._plans[cache].placement, cache.core.prompt_copies
         prompt_tokens = max(first.tokens, prompt_tokens)
         segmented = cache.core.layers[0].is_segmented
-        self._lay_out(cache, first.rows, copies, prompt_tokens, known, first, is_segmented=segmented, **how)
+        how |= {"is_segmented": segmented, "lives_on": before.lives_on}
+        self._lay_out(cache, first.rows, copies, prompt_tokens, before.max_tokens, first, **how)
 
     def _lay_out(
         self,
@@ -224,6 +252,7 @@ class CachePlans:
         position_row_bytes: int = 0,
         can_recompute: bool = True,
         is_segmented: bool | None = None,
+        lives_on: bool = False,
     ) -> None:
         """Plan an empty cache and make the engine's buffers."""
         shape = first or self._planner.shape
@@ -247,7 +276,7 @@ class CachePlans:
             device_held_bytes=self._device_held_bytes,
             can_recompute=can_recompute,
         )
-        self._apply(cache, chosen)
+        self._apply(cache, replace(chosen, placement=replace(chosen.placement, lives_on=lives_on)))
         cache.core.rows, cache.core.prompt_copies = rows, copies
 
     def _apply(self, cache: hf.OffloadedHFCache, chosen: GenerationPlan) -> None:

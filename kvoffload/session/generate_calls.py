@@ -173,8 +173,13 @@ class GenerateCalls:
             cache.check_rows(batch_size * copies)
             generation.use(cache)
             vars(cache)["_is_user_defined"] = True  # what transformers does to a cache it is given
+            prompt_tokens = min(generation.prompt_tokens, max_cache_length)
             if cache in self._plans:
-                self._plans.prolong(cache, max_cache_length)
+                self._plans.prolong(cache, prompt_tokens, max_cache_length)
+            elif prompt_tokens and not cache.core.layers[0].num_tokens:
+                self._plans.lay_out_as_before(
+                    cache, batch_size * copies, 1, prompt_tokens, max_cache_length, lives_on=True
+                )
         model_kwargs[hf.generation_name()] = cache
         generation.setup_s += time.perf_counter() - began
         return None

@@ -9,7 +9,7 @@ how much memory may be taken (`memory_limits`), the timing (`measured_rates`), n
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.placement import Placement, reserved_blocks
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.problem import does_without, host_bytes_at, may_do_without, mean_tokens, pose
-from kvoffload.planning.sizes import Sizes, grown
+from kvoffload.planning.sizes import Sizes, grown, with_kv_rows
 from kvoffload.planning.sizing import split_to_plan
 from kvoffload.session.measured_rates import MeasuredRates
 from kvoffload.session.memory_limits import MemoryLimits, check_full_host
@@ -198,22 +198,95 @@ class GenerationPlanner:
         chosen.check_host()
         return chosen
 
-    def prolong(self, chosen: GenerationPlan, max_tokens: int, host_held_bytes: int) -> GenerationPlan:
-        """The same for a cache that a further turn makes longer than was planned.
+    def prolong(
+        self,
+        chosen: GenerationPlan,
+        max_tokens: int,
+        *,
+        prompt_tokens: int,
+        stored: Mapping[str, int],
+        kv_row_bytes: int,
+        host_held_bytes: int,
+        device_held_bytes: int,
+    ) -> GenerationPlan:
+        """Plan anew for a further turn of a cache: what is stored stays, sizes and the form of new blocks follow.
+
+        Args:
+            chosen: what held so far.
+            max_tokens: cached at the end of the turn.
+            prompt_tokens: cached when its first token is decoded.
+            stored: blocks of each layer on the host, by the name of the option.
+            kv_row_bytes: K and V of one token of one sequence in the widest layer.
+            host_held_bytes: host memory the session holds already.
+            device_held_bytes: device memory the session holds already, and will use again.
 
         Raises:
             HostMemoryError: before any token of that turn, with the numbers.
         """
         geometry = replace(chosen.geometry, max_tokens=max(chosen.geometry.max_tokens, max_tokens))
+        host_cap = self.limits.full_host_cap_bytes(geometry, chosen.placement.prompt_tokens, host_held_bytes)
         longer = replace(
             chosen,
             geometry=geometry,
             sizes=grown(chosen.sizes, geometry),
             placement=replace(chosen.placement, max_tokens=max_tokens),
-            host_cap_bytes=self.limits.full_host_cap_bytes(geometry, chosen.placement.prompt_tokens, host_held_bytes),
+            host_cap_bytes=host_cap,
         )
         longer.check_host()
-        return longer
+        # Blocks have the tokens they have, and resident ones the memory that was made for them.
+        config = replace(self.config, block_tokens=chosen.placement.block_tokens)
+        resident = {
+            "resident_kv": chosen.placement.resident_kv_blocks,
+            "resident_activation": chosen.placement.resident_activation_blocks,
+        }
+        try:
+            geometry, sizes, inputs, _, has_rates = pose(
+                self.shape,
+                geometry,
+                config,
+                self._profile() if self._wants_profile else self._stored(),
+                is_emulated=self.backend.emulated,
+                cached_tokens=mean_tokens(prompt_tokens, max_tokens),
+                device_cap_bytes=lambda settled: self.limits.device_cap_bytes(
+                    settled, prompt_tokens, device_held_bytes
+                ),
+                host_cap_bytes=host_cap,
+                can_recompute=chosen.placement.needs_activations,
+                correct=lambda rates: self.measured.correct(rates, geometry.rows),
+            )
+            resident_bytes = (
+                resident["resident_kv"] * geometry.kv_bytes_per_token
+                + resident["resident_activation"] * geometry.activation_bytes_per_token
+            )
+            num_blocks = max(inputs.num_blocks, sum(stored.values()) + sum(resident.values()) + 1)
+            inputs = replace(
+                inputs,
+                num_blocks=num_blocks,
+                device_bytes=sizes.fixed_device_bytes
+                + geometry.num_offloaded_layers * sizes.block_tokens * resident_bytes,
+                host_bytes=host_bytes_at(host_cap, geometry, num_blocks, sizes.block_tokens),
+                stored_kv_blocks=stored.get("kv", 0),
+                stored_activation_blocks=stored.get("activation", 0),
+                stored_resident_blocks=resident["resident_kv"],
+                stored_resident_activation_blocks=resident["resident_activation"],
+            )
+            plan = replace(planner.solve(inputs), version=chosen.plan.version + 1)
+        except InfeasiblePlanError as error:
+            logger.debug("the plan of the last turn stays: %s", error)
+            return longer
+        if not has_rates:
+            plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
+        sizes = with_kv_rows(sizes, geometry, kv_row_bytes)
+        share = plan.split_fraction if chosen.placement.may_change else chosen.placement.activation_share
+        anew = replace(
+            longer,
+            geometry=geometry,
+            sizes=sizes,
+            plan=plan,
+            inputs=inputs if has_rates else None,
+            placement=replace(longer.placement, chunk_blocks=sizes.chunk_blocks, activation_share=share),
+        )
+        return anew if anew.fits_on_host else longer
 
     def carries_positions(self, chosen: GenerationPlan, token_bytes: int) -> bool:
         """Whether position embeddings travel with the blocks, as their table on the device would become too large.

@@ -56,7 +56,7 @@ class BlockMemory:
                 self._resident[form] = row.view(data, count * bt, rows)
 
     def reserve(self, placement: Placement, row_shapes: Mapping[Form, RowShape], rows: int, prompt_copies: int) -> None:
-        """Make room on the host for the other blocks, as far as the length is known; else extents double.
+        """Make room on the host for the other blocks, as far as the length is known; beyond it extents double.
 
         Args:
             placement: how many tokens there will be, and the share of the forms.
@@ -68,7 +68,7 @@ class BlockMemory:
             HostMemoryError: the pool may not grow that much.
         """
         for extent in self.extents.values():
-            extent.doubles = placement.max_tokens is None
+            extent.doubles = placement.max_tokens is None or placement.lives_on
         if placement.max_tokens is None:
             return
         bt = placement.block_tokens
