@@ -20,6 +20,7 @@ MIN_CHUNK_BYTES = 2**20  # K/V of a chunk: below this the host's time per chunk 
 MIN_CHUNKS_PER_LAYER = 8  # finer than this the first and last chunk of a layer no longer matter
 MAX_BLOCK_TOKENS = 64
 MIN_BLOCK_TOKENS = 8
+LASTING_BLOCK_TOKENS = 16  # of a cache that lives on over turns, at least, where its first turn is short
 MAX_SLOTS = 16
 LEAST_GAP_S = 5e-3  # between two steps, that the ring of a real link covers: sampling and a user's callbacks take it
 UNKNOWN_H2D_BYTES_PER_S = 50e9  # of a real link that nobody measured: PCIe 5.0 x16, a slower one's ring covers more
@@ -121,6 +122,8 @@ def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: b
         block_tokens = config.block_tokens
     else:
         by_bytes = TARGET_CHUNK_BYTES // per_token
+        if geometry.lives_on:
+            by_length = max(by_length, LASTING_BLOCK_TOKENS)
         block_tokens = min(MAX_BLOCK_TOKENS, max(MIN_BLOCK_TOKENS, _power_of_two(min(by_length, by_bytes))))
     if config.chunk_blocks != "auto":
         chunk_blocks = min(config.chunk_blocks, math.ceil(geometry.max_tokens / block_tokens))

@@ -265,6 +265,7 @@ class CachePlans:
             activation_row_bytes=shape.activation_row_bytes,
             position_row_bytes=position_row_bytes,
             beams=copies,
+            lives_on=lives_on,
             other_device_bytes=self._planner.shape.other_layers_bytes(rows, longest),
             is_segmented=self._offers_segments if is_segmented is None else is_segmented,
         )
