@@ -12,7 +12,7 @@ from modes import COMMON, given, prompt
 from transformers import DynamicCache
 
 from kvoffload import EmulatedLink, OffloadConfig, Plan
-from kvoffload.errors import InfeasiblePlanError
+from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.session import generation_plan
 from kvoffload.session.session import Session
 
@@ -96,3 +96,47 @@ def test_a_turn_that_no_plan_fits_keeps_the_plan_of_the_last(model: Any, monkeyp
         call = {**COMMON, "max_new_tokens": NEW_TOKENS, "attention_mask": torch.ones_like(text), **given(cache)}
         assert torch.equal(model.generate(text, **call).sequences, expected[1])
         assert session.stats.plan == before  # type: ignore[union-attr]
+
+
+def held_by_turn(model: Any, options: dict[str, Any], lengths: tuple[int, ...]) -> list[int]:
+    """Device memory of K and V at the peak of each turn's decoding."""
+    peaks, text = [], prompt(ROWS, 1)
+    with Session(model, config_of(options), checking_backend(LINK)) as session:
+        session.planner.measured = FixedRates(*row_bytes(model))
+        cache = session.new_cache()
+        for turn, length in enumerate(lengths):
+            text = torch.cat([text, prompt(ROWS, length - text.shape[1], seed=turn)], 1)
+            call = {**COMMON, "max_new_tokens": NEW_TOKENS, "attention_mask": torch.ones_like(text), **given(cache)}
+            text = model.generate(text, **call).sequences
+            assert session.stats is not None
+            peaks.append(session.stats.device_kv_peak_decode_bytes)
+    return peaks
+
+
+@pytest.mark.parametrize("attention", ["auto", "whole_layer"])
+def test_the_cap_on_the_device_holds_in_every_turn(model: Any, attention: Any) -> None:
+    """The first turn fills it with resident blocks; what grows later has to fit beside them."""
+    cap = 2**19
+    options = {"split": "transfer", "device_gib": cap / 2**30, "attention": attention}
+    peaks = held_by_turn(model, options, TURNS[: 4 if attention == "auto" else 3])  # whole layers grow beyond it
+    assert 0 < peaks[0] <= cap
+    assert max(peaks) <= cap
+
+
+def test_a_turn_is_refused_only_where_no_form_fits_and_the_cache_lives_on(model: Any) -> None:
+    kv, activation = row_bytes(model)
+    layers, first, last = 3, TURNS[1], TURNS[3]
+    room = layers * ROWS * (last + 240) * activation  # mostly of activations, which are half of K and V
+    with Session(model, config_of({"split": "auto", "host_gib": room / 2**30}), checking_backend(LINK)) as session:
+        session.planner.measured = FixedRates(kv, activation)
+        cache, text = session.new_cache(), prompt(ROWS, first)
+        session.pool.cap_bytes = 2**30  # slabs are larger than this cache
+        call = {**COMMON, "max_new_tokens": NEW_TOKENS}
+        text = model.generate(text, **call, attention_mask=torch.ones_like(text), **given(cache)).sequences
+        much = torch.cat([text, prompt(ROWS, 4 * last, seed=3)], 1)
+        with pytest.raises(HostMemoryError, match="host memory"):
+            model.generate(much, **call, attention_mask=torch.ones_like(much), **given(cache))
+        more = torch.cat([text, prompt(ROWS, last - text.shape[1], seed=4)], 1)
+        found = model.generate(more, **call, attention_mask=torch.ones_like(more), **given(cache)).sequences
+    plain = model.generate(more, **call, attention_mask=torch.ones_like(more)).sequences
+    assert torch.equal(found, plain)

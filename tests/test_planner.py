@@ -398,3 +398,21 @@ def test_without_highspy_cbc_gives_the_same_plans(monkeypatch: pytest.MonkeyPatc
         if plan is not None:
             assert planner.solve.__wrapped__(inputs) == plan
     assert len(calls) >= 10
+
+
+def test_the_papers_barrier_is_left_out_where_it_costs_more_than_recomputing_saves() -> None:
+    """It is paid as a whole, which a relaxation spreads over the blocks."""
+    rng, left_out = random.Random(6), 0
+    for _ in range(40):
+        inputs = dataclasses.replace(real_instance(rng, 300), schedule="kvpr", num_blocks=rng.randint(100, 300))
+        kv_s = inputs.kv_bytes_per_token / inputs.rates.h2d_kv_bytes_per_s
+        rates = dataclasses.replace(
+            inputs.rates,
+            attention_s_per_token=rng.uniform(0.1, 0.5) * kv_s,
+            recompute_s_per_token=rng.uniform(2, 7) * kv_s,
+        )
+        roomy = dataclasses.replace(inputs, rates=rates, host_bytes=10**15)
+        plan = planner.solve(roomy)
+        assert plan.predicted_step_s <= plan.full_transfer_step_s * (1 + SAME)
+        left_out += plan.activation_blocks == 0
+    assert left_out >= 10

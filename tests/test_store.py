@@ -196,6 +196,15 @@ def test_an_extent_of_unknown_length_doubles() -> None:
     assert sizes[-1] == 64 * 256
 
 
+def test_an_extent_takes_what_it_needs_where_there_is_no_room_for_the_double() -> None:
+    pool, _ = make_pool(cap_bytes=5000)
+    extent = Extent(pool, doubles=True)
+    extent.reserve(4096)
+    for _ in range(17):
+        extent.append(256)
+    assert extent.capacity_bytes == 4096 + 256
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("doubles", [False, True])
 def test_appending_and_removing_keep_blocks_apart_and_in_order(seed: int, doubles: bool) -> None:

@@ -78,6 +78,15 @@ class CacheCore:
         if isinstance(self.positions, CarriedPositions) and self.positions.drop_stored(num_stored):
             self.account()
 
+    def reserve(self) -> None:
+        """Room on the host for all blocks that the placement foresees.
+
+        Raises:
+            HostMemoryError: the pool may not grow that much.
+        """
+        for layer in self.layers:
+            layer.reserve()
+
     def regroup(self) -> None:
         """Chunks have another number of blocks from now on; nothing may be in flight."""
         for layer in self.layers:

@@ -112,7 +112,7 @@ class CacheLayer:
 
     def expects_another_step(self) -> bool:
         """Whether it makes sense to prefetch this layer now."""
-        limit = self.cache.placement.max_tokens
+        limit = None if self.cache.placement.lives_on else self.cache.placement.max_tokens
         return bool(self.blocks) and not self.awaits_crop and (limit is None or self.num_tokens < limit)
 
     def chunks(self) -> Sequence[Chunk]:
@@ -159,6 +159,12 @@ class CacheLayer:
         self._memory.make_resident(self.cache.engine.backend, placement, shapes, rows)
         self.cache.account()
         self._memory.reserve(placement, shapes, rows, self.cache.prompt_copies)
+
+    def reserve(self) -> None:
+        """Room on the host for all blocks that the placement foresees; nothing before the first K/V."""
+        if self.shape is not None:
+            shapes = {form: row for form, row in self.row_shapes.items() if form == "kv" or self.recompute is not None}
+            self._memory.reserve(self.cache.placement, shapes, self.cache.rows, self.cache.prompt_copies)
 
     @property
     def device_bytes(self) -> int:

@@ -8,6 +8,7 @@ where it reproduced the generic path on real tokens. Method: KVPR (arXiv 2411.17
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class FastRecompute:
         self._shape = shape
         self._rows = Derived(lambda activation: activation.view(-1, activation.shape[-1]))
         self._by_token = Derived(lambda embedding: embedding.transpose(0, 1))  # [tokens, rows or 1, rotary_dim]
-        self._targets = Derived(self._parts)
+        self._targets = Derived(functools.partial(_parts, shape=shape))
 
     @staticmethod
     def applies_to(module: nn.Module, dtype: torch.dtype) -> bool:
@@ -107,10 +108,11 @@ class FastRecompute:
                 cos, sin = embeddings
                 ops.rope_(keys, self._by_token.of(cos), self._by_token.of(sin))
 
-    def _parts(self, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of [tokens, rows, width]: where the products go, both two-dimensional, and the keys by head."""
-        flat, width = out.view(-1, self._shape.width), self._shape.key_width
-        return flat[:, :width], flat[:, width:], self._shape.keys_of(out)
+
+def _parts(out: torch.Tensor, shape: KVShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of [tokens, rows, width]: where the products go, both two-dimensional, and the keys by head."""
+    flat = out.view(-1, shape.width)
+    return flat[:, : shape.key_width], flat[:, shape.key_width :], shape.keys_of(out)
 
 
 def choose_path(

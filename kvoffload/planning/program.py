@@ -44,18 +44,30 @@ def best_counts(table: Table) -> Counts | None:
     free = table.num_blocks - sum(table.stored)
     if math.comb(free + len(table.options) - 1, len(table.options) - 1) <= MAX_COMBINATIONS:
         return _best_of(table, _compositions(free, len(table.options)) + np.array(table.stored))
-    centres = _relaxed(table)
-    if centres is None:
-        return None
-    near = np.concatenate([_near(table, centre) for centre in centres])
-    shortest = _best_of(table, near, equal_fraction=0.0)
+    near = [_near(table, centre) for centre in _centres(table)]
+    found = [_best_of(table, one, equal_fraction=0.0) for one in near]
+    shortest = _best_of(
+        table,
+        np.array([_descended(table, one) for one in found if one is not None]).reshape(-1, len(table.options)),
+        equal_fraction=0.0,
+    )
     if shortest is None:
         return None
-    shortest = _descended(table, shortest)
     limit_s = float(costs(table, shortest[None, :]).step_s[0]) * (1 + EQUAL_FRACTION)
-    best = _best_of(table, np.concatenate([near, shortest[None, :]]), limit_s=limit_s)
+    best = _best_of(table, np.concatenate([*near, shortest[None, :]]), limit_s=limit_s)
     assert best is not None
     return _descended(table, best, limit_s=limit_s)
+
+
+def _centres(table: Table) -> list[list[float]]:
+    """Fractional optima; empty where there are none.
+
+    The relaxation spreads the cost that KVPR's barrier has as a whole, so there the optimum without one stands beside.
+    """
+    found = _relaxed(table, has_barrier=True)
+    if table.schedule == "kvpr":
+        found += _relaxed(table, has_barrier=False)
+    return found
 
 
 def _best_of(
@@ -230,11 +242,14 @@ def _solver() -> pulp.LpSolver:
     return pulp.COIN_CMD(path=pulp.PULP_CBC_CMD.pulp_cbc_path, mip=False, msg=False, threads=1)
 
 
-def _relaxed(table: Table) -> list[list[float]] | None:
-    """Fractional optima: of the step, and of the tie-breaks at that step; None if there is none."""
+def _relaxed(table: Table, *, has_barrier: bool) -> list[list[float]]:
+    """Fractional optima: of the step, and of the tie-breaks at that step; with or without what is recomputed."""
     (problem, step, blocks, _, tie_break), solver = program(table), _solver()
+    for option, n in zip(table.options, blocks, strict=True):
+        if not has_barrier and option.link_bytes and option.recompute_s is not None:
+            problem += pulp.LpAffineExpression([(n, 1)]) <= 0
     if problem.solve(solver) != pulp.LpStatusOptimal:
-        return None
+        return []
     found = [[n.varValue for n in blocks]]
     problem += step <= step.varValue * (1 + EQUAL_FRACTION)
     problem.setObjective(tie_break)

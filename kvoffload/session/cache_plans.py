@@ -100,8 +100,8 @@ class CachePlans:
     def start_anew(self, cache: hf.OffloadedHFCache) -> None:
         """Empty a cache and plan the same rows and length again; its prompt is all that it held, row by row."""
         before, num_tokens = self._plans[cache], cache.core.layers[0].num_tokens
+        rows, max_tokens, lives_on = cache.core.rows, before.geometry.max_tokens, before.placement.lives_on
         cache.reset()
-        rows, max_tokens, lives_on = before.geometry.rows, before.geometry.max_tokens, before.placement.lives_on
         self.lay_out_as_before(cache, rows, 1, num_tokens, max_tokens, lives_on=lives_on)
 
     def prefill_chunk_tokens(self, cache: hf.OffloadedHFCache, prompt_tokens: int) -> int | None:
@@ -118,12 +118,15 @@ class CachePlans:
             max_tokens: cached at its end.
         """
         before, layers = self._plans[cache], cache.core.layers
+        if cache.core.rows > before.geometry.rows:  # they were repeated since
+            before = self._widened(before, cache.core.rows)
         stored: dict[str, int] = {form: layers[0].count(form, resident=False) for form in ("kv", "activation")}
         chosen = self._plans[cache] = self._planner.prolong(
             before,
             max_tokens,
             prompt_tokens=max(prompt_tokens, layers[0].num_tokens),
             stored=stored,
+            is_uniform=all(layer.is_segmented == before.geometry.is_segmented for layer in layers),
             kv_row_bytes=max((layer.shape.row_bytes for layer in layers if layer.shape is not None), default=0),
             host_held_bytes=self._pool.slab_bytes,
             device_held_bytes=self._device_held_bytes,
@@ -134,17 +137,22 @@ class CachePlans:
             cache.core.regroup()
         if changed:
             self._configure(cache)
+        cache.core.reserve()
 
     def keep_buffers(self, cache: hf.OffloadedHFCache) -> None:
         """Called with each update: the engine's buffers are those of this cache, and of all its rows."""
         chosen = self._plans.get(cache)
         if chosen is not None and cache.core.rows > chosen.geometry.rows:
-            sizes = widened(chosen.sizes, chosen.geometry.rows, cache.core.rows)
-            geometry = replace(chosen.geometry, rows=cache.core.rows)
-            self._plans[cache] = replace(chosen, geometry=geometry, sizes=sizes)
+            self._plans[cache] = self._widened(chosen, cache.core.rows)
             self._configure(cache)
         elif chosen is not None and self._configured_for() is not cache:
             self._configure(cache)
+
+    @staticmethod
+    def _widened(chosen: GenerationPlan, rows: int) -> GenerationPlan:
+        """The same for more rows."""
+        sizes = widened(chosen.sizes, chosen.geometry.rows, rows)
+        return replace(chosen, geometry=replace(chosen.geometry, rows=rows), sizes=sizes)
 
     def use_whole_layers(self, cache: hf.OffloadedHFCache) -> None:
         """A layer of a cache that was planned without layer buffers needs them."""

@@ -160,10 +160,7 @@ class GenerateCalls:
             generation.use(cache)
             prompt_tokens = min(generation.prompt_tokens, max_cache_length) or max_cache_length
             self._plans.lay_out_as_before(cache, batch_size * copies, copies, prompt_tokens, max_cache_length)
-            chunk = self._plans.prefill_chunk_tokens(cache, prompt_tokens)
-            if chunk is not None and generation_config.prefill_chunk_size is None:
-                logger.info("prefilling in chunks of %d tokens so that the prompt fits on the device", chunk)
-                generation_config.prefill_chunk_size = chunk
+            self._shorten_prefill(generation_config, cache, prompt_tokens)
         elif not isinstance(cache, hf.OffloadedHFCache) or cache.session is not self._owner:
             raise ConfigError(
                 f"generate() was given a {type(cache).__name__} that does not belong to this session: "
@@ -171,7 +168,6 @@ class GenerateCalls:
             )
         else:
             cache.check_rows(batch_size * copies)
-            generation.use(cache)
             vars(cache)["_is_user_defined"] = True  # what transformers does to a cache it is given
             prompt_tokens = min(generation.prompt_tokens, max_cache_length)
             if cache in self._plans:
@@ -180,9 +176,17 @@ class GenerateCalls:
                 self._plans.lay_out_as_before(
                     cache, batch_size * copies, 1, prompt_tokens, max_cache_length, lives_on=True
                 )
+                self._shorten_prefill(generation_config, cache, prompt_tokens)
+            generation.use(cache)  # from now on an error closes it
         model_kwargs[hf.generation_name()] = cache
         generation.setup_s += time.perf_counter() - began
         return None
+
+    def _shorten_prefill(self, generation_config: Any, cache: hf.OffloadedHFCache, prompt_tokens: int) -> None:
+        chunk = self._plans.prefill_chunk_tokens(cache, prompt_tokens)
+        if chunk is not None and generation_config.prefill_chunk_size is None:
+            logger.info("prefilling in chunks of %d tokens so that the prompt fits on the device", chunk)
+            generation_config.prefill_chunk_size = chunk
 
     def prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Put back a cache of ours that the model drops, as LongRoPE does beyond the original length.

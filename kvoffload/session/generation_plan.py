@@ -195,8 +195,34 @@ class GenerationPlanner:
             ),
             inputs=inputs if has_rates else None,
         )
+        chosen = self._with_fitting_share(chosen)
         chosen.check_host()
         return chosen
+
+    def _with_fitting_share(self, chosen: GenerationPlan) -> GenerationPlan:
+        """The same with as many activations as it takes to fit on the host at the full length.
+
+        A plan is for the mean length, where a larger part of the cache is resident.
+        """
+        if chosen.fits_on_host or chosen.inputs is None or not chosen.placement.may_change:
+            return chosen
+        num_blocks = max(chosen.inputs.num_blocks, chosen.geometry.max_tokens // chosen.inputs.block_tokens)
+        at_the_end = replace(
+            chosen.inputs,
+            num_blocks=num_blocks,
+            host_bytes=host_bytes_at(chosen.host_cap_bytes, chosen.geometry, num_blocks, chosen.inputs.block_tokens),
+            stored_resident_blocks=chosen.placement.resident_kv_blocks,
+            stored_resident_activation_blocks=chosen.placement.resident_activation_blocks,
+        )
+        try:
+            share = planner.solve(at_the_end).split_fraction
+            plan = planner.solve(replace(chosen.inputs, split=share))
+        except InfeasiblePlanError:
+            return chosen
+        plan = replace(plan, version=chosen.plan.version)
+        return replace(
+            chosen, plan=plan, reserved_share=share, placement=replace(chosen.placement, activation_share=share)
+        )
 
     def prolong(
         self,
@@ -206,6 +232,7 @@ class GenerationPlanner:
         prompt_tokens: int,
         stored: Mapping[str, int],
         kv_row_bytes: int,
+        is_uniform: bool,
         host_held_bytes: int,
         device_held_bytes: int,
     ) -> GenerationPlan:
@@ -217,13 +244,14 @@ class GenerationPlanner:
             prompt_tokens: cached when its first token is decoded.
             stored: blocks of each layer on the host, by the name of the option.
             kv_row_bytes: K and V of one token of one sequence in the widest layer.
+            is_uniform: whether all layers attend chunk by chunk, or all over whole layers; else sizes stay.
             host_held_bytes: host memory the session holds already.
             device_held_bytes: device memory the session holds already, and will use again.
 
         Raises:
             HostMemoryError: before any token of that turn, with the numbers.
         """
-        geometry = replace(chosen.geometry, max_tokens=max(chosen.geometry.max_tokens, max_tokens))
+        geometry = replace(chosen.geometry, max_tokens=max(prompt_tokens, max_tokens))
         host_cap = self.limits.full_host_cap_bytes(geometry, chosen.placement.prompt_tokens, host_held_bytes)
         longer = replace(
             chosen,
@@ -232,61 +260,84 @@ class GenerationPlanner:
             placement=replace(chosen.placement, max_tokens=max_tokens),
             host_cap_bytes=host_cap,
         )
-        longer.check_host()
+        anew = None
+        if is_uniform:
+            anew = self._planned_anew(longer, prompt_tokens, stored, kv_row_bytes, device_held_bytes)
+            anew = anew and self._with_fitting_share(anew)
+        if anew is None or not anew.fits_on_host:
+            longer.check_host()
+            return longer
+        return anew
+
+    def _planned_anew(
+        self,
+        longer: GenerationPlan,
+        prompt_tokens: int,
+        stored: Mapping[str, int],
+        kv_row_bytes: int,
+        device_held_bytes: int,
+    ) -> GenerationPlan | None:
+        """Another plan for a cache that has become longer; None where there is none. Arguments as of `prolong`."""
+        geometry, host_cap, max_tokens = longer.geometry, longer.host_cap_bytes, longer.placement.max_tokens
+        assert max_tokens is not None
         # Blocks have the tokens they have, and resident ones the memory that was made for them.
-        config = replace(self.config, block_tokens=chosen.placement.block_tokens)
+        config = replace(self.config, block_tokens=longer.placement.block_tokens)
         resident = {
-            "resident_kv": chosen.placement.resident_kv_blocks,
-            "resident_activation": chosen.placement.resident_activation_blocks,
+            "resident_kv": longer.placement.resident_kv_blocks,
+            "resident_activation": longer.placement.resident_activation_blocks,
         }
+        resident_bytes = (
+            resident["resident_kv"] * geometry.kv_bytes_per_token
+            + resident["resident_activation"] * geometry.activation_bytes_per_token
+        )
+        resident_bytes *= geometry.num_offloaded_layers * longer.placement.block_tokens
+
+        def left_beside_residents(settled: Geometry) -> int | None:
+            cap = self.limits.device_cap_bytes(settled, prompt_tokens, device_held_bytes)
+            return None if cap is None else cap - resident_bytes
+
         try:
-            geometry, sizes, inputs, _, has_rates = pose(
+            geometry, sizes, inputs, left_bytes, has_rates = pose(
                 self.shape,
                 geometry,
                 config,
                 self._profile() if self._wants_profile else self._stored(),
                 is_emulated=self.backend.emulated,
                 cached_tokens=mean_tokens(prompt_tokens, max_tokens),
-                device_cap_bytes=lambda settled: self.limits.device_cap_bytes(
-                    settled, prompt_tokens, device_held_bytes
-                ),
+                device_cap_bytes=left_beside_residents,
                 host_cap_bytes=host_cap,
-                can_recompute=chosen.placement.needs_activations,
+                can_recompute=longer.placement.needs_activations,
                 correct=lambda rates: self.measured.correct(rates, geometry.rows),
-            )
-            resident_bytes = (
-                resident["resident_kv"] * geometry.kv_bytes_per_token
-                + resident["resident_activation"] * geometry.activation_bytes_per_token
             )
             num_blocks = max(inputs.num_blocks, sum(stored.values()) + sum(resident.values()) + 1)
             inputs = replace(
                 inputs,
                 num_blocks=num_blocks,
-                device_bytes=sizes.fixed_device_bytes
-                + geometry.num_offloaded_layers * sizes.block_tokens * resident_bytes,
+                device_bytes=sizes.fixed_device_bytes + resident_bytes,
                 host_bytes=host_bytes_at(host_cap, geometry, num_blocks, sizes.block_tokens),
                 stored_kv_blocks=stored.get("kv", 0),
                 stored_activation_blocks=stored.get("activation", 0),
                 stored_resident_blocks=resident["resident_kv"],
                 stored_resident_activation_blocks=resident["resident_activation"],
             )
-            plan = replace(planner.solve(inputs), version=chosen.plan.version + 1)
+            plan = replace(planner.solve(inputs), version=longer.plan.version + 1)
         except InfeasiblePlanError as error:
             logger.debug("the plan of the last turn stays: %s", error)
-            return longer
+            return None
         if not has_rates:
             plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
         sizes = with_kv_rows(sizes, geometry, kv_row_bytes)
-        share = plan.split_fraction if chosen.placement.may_change else chosen.placement.activation_share
-        anew = replace(
+        share = plan.split_fraction if longer.placement.may_change else longer.placement.activation_share
+        return replace(
             longer,
             geometry=geometry,
             sizes=sizes,
             plan=plan,
             inputs=inputs if has_rates else None,
+            reserved_share=share,
+            stage_limit_bytes=None if left_bytes is None else max(0, left_bytes - sizes.fixed_device_bytes),
             placement=replace(longer.placement, chunk_blocks=sizes.chunk_blocks, activation_share=share),
         )
-        return anew if anew.fits_on_host else longer
 
     def carries_positions(self, chosen: GenerationPlan, token_bytes: int) -> bool:
         """Whether position embeddings travel with the blocks, as their table on the device would become too large.

@@ -37,5 +37,6 @@ class Derived(Generic[T]):
         with torch.inference_mode(False):  # else the views could not be written outside of inference mode
             made = self._make(tensor)
         if tensor._is_view():  # else its views would keep it
-            self._made[key] = (weakref.ref(tensor, lambda _: self._made.pop(key, None) and None), made)
+            entries = self._made  # not self: an entry must not keep the one who made it
+            entries[key] = (weakref.ref(tensor, lambda _: entries.pop(key, None) and None), made)
         return made

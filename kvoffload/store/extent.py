@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 import torch
 
 from kvoffload.backend import Event
+from kvoffload.errors import HostMemoryError
 from kvoffload.store.pool import HostPool, Region
 
 
@@ -46,11 +48,18 @@ class Extent:
         last_used = max((i for i, p in enumerate(self.pieces) if p.used_bytes), default=0)
         piece = next((p for p in self.pieces[last_used:] if p in room), None)
         if piece is None:
-            piece = _Piece(self.pool.allocate(max(num_bytes, self.capacity_bytes if self.doubles else 0)))
+            piece = _Piece(self._allocate(num_bytes))
             self.pieces.append(piece)
         start = piece.used_bytes
         piece.used_bytes += num_bytes
         return piece.region.bytes[start : start + num_bytes], self.guard or piece.region.guard
+
+    def _allocate(self, num_bytes: int) -> Region:
+        """As much again as there is, where the length is not known and the pool may grow so much."""
+        if self.doubles and self.capacity_bytes > num_bytes:
+            with contextlib.suppress(HostMemoryError):  # there may be room for what is needed now
+                return self.pool.allocate(self.capacity_bytes)
+        return self.pool.allocate(num_bytes)
 
     def pop(self, num_bytes: int, guard: Event | None) -> None:
         """Remove the last block; its bytes may be read until `guard`."""
