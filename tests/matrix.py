@@ -31,7 +31,7 @@ from kvoffload.model.self_attention import attention_modules
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.rates import least_chunk_bytes
 from kvoffload.planning.sizing import choose_sizes
-from kvoffload.session import generation_plan
+from kvoffload.session import generation_planner
 from kvoffload.session.measured_rates import MeasuredRates
 from kvoffload.session.session import Session
 
@@ -174,7 +174,7 @@ def half_resident_gib(
 
     found, token_bytes = budget(geometry), position_bytes(model) if keeps else 0
     # then blocks carry them, and slots are larger
-    if geometry.max_tokens * token_bytes > generation_plan.POSITION_SHARE * found:
+    if geometry.max_tokens * token_bytes > generation_planner.POSITION_SHARE * found:
         found = budget(replace(geometry, position_row_bytes=-(-token_bytes // mode.sequences // 16) * 16))
     return found / GIB
 

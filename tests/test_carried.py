@@ -28,7 +28,7 @@ from kvoffload.hf import OffloadedHFCache, first_tokens
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.placement import BlockKind, Placement, next_runs
 from kvoffload.planning.sizing import choose_sizes
-from kvoffload.session import generation_plan
+from kvoffload.session import generation_planner
 from kvoffload.session.session import Session
 from kvoffload.store import pool
 from kvoffload.store.carried import ALIGNMENT_BYTES, CarriedPositions, PositionLayout
@@ -243,7 +243,7 @@ PADDED = ("left_padding", "padded_beams", "returned_cache")
 def test_logits_and_tokens_equal_plain_generate(
     architecture: str, mode: str, split: Any, device: str, blocks: str, pipeline: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation_plan, "POSITION_SHARE", ALWAYS)
+    monkeypatch.setattr(generation_planner, "POSITION_SHARE", ALWAYS)
     with watched() as seen:
         check_cell(Cell(architecture, mode, split, device, blocks, pipeline))
     assert set(seen) == {(False, PositionTable) if mode in PADDED else (True, CarriedPositions)}
@@ -253,7 +253,7 @@ def test_logits_and_tokens_equal_plain_generate(
 def test_logits_and_tokens_equal_plain_generate_with_a_table_of_equal_rows(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation_plan, "POSITION_SHARE", NEVER)
+    monkeypatch.setattr(generation_planner, "POSITION_SHARE", NEVER)
     with watched() as seen:
         check_cell(Cell("llama", mode, 0.5, "min", "4x2", "pipelined"))
     assert set(seen) == {(False, PositionTable)}
@@ -319,7 +319,7 @@ def play(
 
 @pytest.fixture(autouse=True)
 def always_carried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation_plan, "POSITION_SHARE", ALWAYS)
+    monkeypatch.setattr(generation_planner, "POSITION_SHARE", ALWAYS)
 
 
 def test_a_turn_whose_rows_differ_is_stored_as_kv(model: PreTrainedModel) -> None:
@@ -436,7 +436,7 @@ def test_a_cache_whose_first_tokens_found_no_memory_decides_again(
             with pytest.raises(pytest.fail.Exception, match="no memory"):
                 chat.feed(21)
         assert isinstance(chat.cache.core.positions, CarriedPositions)
-        monkeypatch.setattr(generation_plan, "POSITION_SHARE", NEVER)
+        monkeypatch.setattr(generation_planner, "POSITION_SHARE", NEVER)
         chat = Chat(model, chat.cache, 2)
         plain = Chat(model, plain_cache(model), 2)
         for one in (chat, plain):

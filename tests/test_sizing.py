@@ -20,7 +20,8 @@ from kvoffload.model.shape import ModelShape
 from kvoffload.planning.geometry import TARGET_CHUNK_BYTES, Geometry
 from kvoffload.planning.rates import Rates
 from kvoffload.planning.sizing import LEAST_GAP_S, MAX_SLOTS, UNKNOWN_H2D_BYTES_PER_S, choose_sizes
-from kvoffload.session.generation_plan import GenerationPlan, GenerationPlanner
+from kvoffload.session.generation_plan import GenerationPlan
+from kvoffload.session.generation_planner import GenerationPlanner
 
 MIB = 2**20
 SHAPE = ModelShape(  # of OPT-6.7B

@@ -1,7 +1,7 @@
 """The plan that holds for each cache of a session, and the engine's buffers made for it.
 
 Owns when a cache is planned, and when again: for its first tokens as they really are, a further turn, more rows, a
-layer that needs layer buffers, steps that were not as predicted. Does not own how (`generation_plan`), nor anything
+layer that needs layer buffers, steps that were not as predicted. Does not own how (`generation_planner`), nor anything
 about one `generate()` (`generation`) or the model (`session`).
 """
 
@@ -19,7 +19,8 @@ from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.sizes import grown, widened, with_kv_rows
-from kvoffload.session.generation_plan import GenerationPlan, GenerationPlanner
+from kvoffload.session.generation_plan import GenerationPlan
+from kvoffload.session.generation_planner import GenerationPlanner
 from kvoffload.session.progress import AllocationProgress
 from kvoffload.store.pool import HostPool
 

@@ -21,7 +21,7 @@ from kvoffload.errors import ConfigError, KVOffloadError
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.session.cache_plans import CachePlans
 from kvoffload.session.generation import Generation
-from kvoffload.session.generation_plan import GenerationPlanner
+from kvoffload.session.generation_planner import GenerationPlanner
 from kvoffload.session.progress import AllocationProgress
 from kvoffload.session.stats import GenerationStats
 from kvoffload.store.pool import HostPool

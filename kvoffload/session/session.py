@@ -26,7 +26,7 @@ from kvoffload.planning.placement import Placement
 from kvoffload.profiler.stored import find_stored, resolve_profile
 from kvoffload.session.cache_plans import CachePlans
 from kvoffload.session.generate_calls import GenerateCalls
-from kvoffload.session.generation_plan import GenerationPlanner
+from kvoffload.session.generation_planner import GenerationPlanner
 from kvoffload.session.progress import AllocationProgress
 from kvoffload.session.stats import GenerationStats
 from kvoffload.store.pool import HostPool

@@ -15,7 +15,7 @@ from kvoffload.backend import EmulatedBackend
 from kvoffload.config import GIB
 from kvoffload.model.model_shape import model_shape
 from kvoffload.planning.geometry import Geometry
-from kvoffload.session.generation_plan import GenerationPlanner
+from kvoffload.session.generation_planner import GenerationPlanner
 
 
 @pytest.fixture
