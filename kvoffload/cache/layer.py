@@ -112,8 +112,10 @@ class CacheLayer:
 
     def expects_another_step(self) -> bool:
         """Whether it makes sense to prefetch this layer now."""
-        limit = None if self.cache.placement.lives_on else self.cache.placement.max_tokens
-        return bool(self.blocks) and not self.awaits_crop and (limit is None or self.num_tokens < limit)
+        limit, lives_on = self.cache.placement.max_tokens, self.cache.placement.lives_on
+        # Beyond what was planned a loop of the user's own goes on.
+        goes_on = limit is None or self.num_tokens < limit or (lives_on and self.num_tokens > limit)
+        return bool(self.blocks) and not self.awaits_crop and goes_on
 
     def chunks(self) -> Sequence[Chunk]:
         """The host blocks in order of transfer."""
