@@ -86,11 +86,11 @@ def test_a_summary_holds_the_latest_configuration_of_a_cell_alone() -> None:
 
 
 def test_parts_rank_by_the_tokens_of_all_sequences_and_speed_is_over_full_transfer() -> None:
-    found = [row_of("on_device_sub_batches", "tpot", 0.01), row_of("on_device_sub_batches", "decode_tokens_per_s", 5.0)]
+    found = [row_of("sub_batches", "tpot", 0.01), row_of("sub_batches", "decode_tokens_per_s", 5.0)]
     found += [row_of("full_transfer", "tpot", 0.04), row_of("full_transfer", "decode_tokens_per_s", 10.0)]
     found += [row_of("planned", "tpot", 0.02), row_of("planned", "decode_tokens_per_s", 25.0)]
     (table,) = campaign_tables(found)
-    assert list(table.columns[0].cells) == ["planned", "full_transfer", "on_device_sub_batches"]
+    assert list(table.columns[0].cells) == ["planned", "full_transfer", "sub_batches"]
     assert table.columns[-1].header == "speed"
     assert list(table.columns[-1].cells) == ["2.50x", "1.00x", "0.50x"]
 

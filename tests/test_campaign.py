@@ -66,7 +66,7 @@ def test_every_provider_has_figures_or_a_reason(measured: Path) -> None:
 
 def test_exact_providers_have_the_logits_of_the_plain_cache(measured: Path) -> None:
     figures = _figures(measured)
-    for name in ("on_device_sub_batches", "whole_layer_both_ways", "full_transfer", "sequential", "planned"):
+    for name in ("sub_batches", "whole_layer_both_ways", "full_transfer", "sequential", "planned"):
         assert figures[name]["max_abs_logit_difference"] <= campaign.FLOAT32_TOLERANCE, name
         assert "first_differing_token" not in figures[name]
 
@@ -80,8 +80,8 @@ def test_only_our_modes_stand_beside_a_bound(measured: Path) -> None:
 
 def test_the_whole_batch_does_not_fit_and_parts_of_it_do(measured: Path) -> None:
     figures = _figures(measured)
-    assert "the device has room for" in figures["dynamic_cache"]["note"]
-    assert figures["on_device_sub_batches"]["h2d_bytes"] == 0
+    assert "the device has room for" in figures["on_device"]["note"]
+    assert figures["sub_batches"]["h2d_bytes"] == 0
 
 
 def test_whole_layers_move_both_ways_at_every_step(measured: Path) -> None:
@@ -103,9 +103,9 @@ def test_without_write_back_whole_layers_only_come(tmp_path: Path) -> None:
 
 def test_a_cell_that_fits_nowhere_is_a_row_with_the_plans_reason(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    _run([tiny_cell(room_sequences=0.01)], ["on_device_sub_batches", "planned"], path)
+    _run([tiny_cell(room_sequences=0.01)], ["sub_batches", "planned"], path)
     figures = _figures(path)
-    assert "one sequence alone needs" in figures["on_device_sub_batches"]["note"]
+    assert "one sequence alone needs" in figures["sub_batches"]["note"]
     assert "device_gib allows" in figures["planned"]["note"]
 
 
@@ -246,7 +246,7 @@ def test_the_budget_counts_the_slowest_cell(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_flops_are_of_the_tokens_that_came_per_second(measured: Path) -> None:
-    found = _figures(measured)["on_device_sub_batches"]
+    found = _figures(measured)["sub_batches"]
     cell = tiny_cell()
     lab = Lab(cell.preset)
     bed = Bed(cell, lab, HardwareProfile.load(Path(__file__).parent / "data" / "profile_emulated_2_threads.json"))

@@ -217,7 +217,7 @@ def test_every_step_of_the_suite_for_a_gpu(
     measured, skipped = {}, {}
     for row in load(tmp_path / "campaign.csv"):
         (skipped if row["metric"] == "skipped" else measured).setdefault(row["provider"], set()).add(row["x"])
-    for name in ("dynamic_cache", "hf_offloaded", "full_transfer", "sequential", "kvpr", "planned"):
+    for name in ("on_device", "hf_offloaded", "full_transfer", "sequential", "kvpr", "planned"):
         assert measured[name] == set(CELLS), skipped.get(name)
     assert measured["whole_layer_both_ways"] == {CELLS[0], CELLS[2]}  # not for beams
     profile = HardwareProfile.load(tmp_path / "profile.json")

@@ -86,12 +86,12 @@ def test_the_comparison_marks_the_fastest_and_says_where_not_to_offload() -> Non
     assert "| long | 5.00 | **10.00** | 0.970 |" in text
     assert "in parts" not in text  # no row says so
     assert "A dash" not in text
-    parts = published.comparison([*found, row("on_device_sub_batches", "half", 100), row("planned", "half", 10)])
+    parts = published.comparison([*found, row("sub_batches", "half", 100), row("planned", "half", 10)])
     assert "In half a part of the batch fits" in parts
     assert "| half | **100.00** | – | 10.00 |" in parts
     assert "A dash is a cell" in parts
     # a part of the batch has short steps, and the batch has many parts
-    slow = [row("on_device_sub_batches", "half", 8), row("on_device_sub_batches", "half", 0.01, "tpot")]
+    slow = [row("sub_batches", "half", 8), row("sub_batches", "half", 0.01, "tpot")]
     slow += [row("planned", "half", 10), row("planned", "half", 0.1, "tpot")]
     assert "In half" not in published.comparison(slow)
 

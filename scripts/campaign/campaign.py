@@ -5,7 +5,7 @@ one run (`serving`) or how it is made (`providers`).
 
 Timeline of one cell:
 
-    reference   dynamic_cache without a cap, a few tokens with logits             not timed
+    reference   on_device without a cap, a few tokens with logits             not timed
     provider    the same few tokens with logits, compared with the reference     warm-up
                 rates of this process | `repeats` timed runs | rates again        ours only
                 `repeats` timed runs                                              the others
@@ -141,7 +141,7 @@ def _run_providers(
         raise
     except Exception as error:
         link = _link_without_a_lab(cell) if lab is None else lab.link_name
-        why = f"the reference, dynamic_cache without a cap, did not run: {_reason(error)}"
+        why = f"the reference, on_device without a cap, did not run: {_reason(error)}"
         tell(f"{cell.name}: {why}")
         config = settings.config(cell)
         rows.save(path, [rows.skipped(BENCH, one.name, cell.name, config, link, why) for one in providers])
@@ -246,7 +246,7 @@ def _must_be_equal(provider: Provider, cell: Cell, sameness: Sameness) -> None:
     distance = sameness.max_abs_logit_difference
     if sameness.first_differing_token is not None or not distance <= FLOAT32_TOLERANCE:  # NaN is no equality
         raise AssertionError(
-            f"{provider.name} in {cell.name}: in float32 its logits differ by {distance:.2g} from dynamic_cache's "
+            f"{provider.name} in {cell.name}: in float32 its logits differ by {distance:.2g} from on_device's "
             f"(first differing token: {sameness.first_differing_token}); its times mean nothing"
         )
 

@@ -2,8 +2,8 @@
 
 Owns how each is called and why it cannot run somewhere. Does not own the clock (`serving`) or the workloads (`cells`).
 
-    dynamic_cache            transformers, the whole batch on the device: the truth for tokens and logits
-    on_device_sub_batches    the same in the largest equal parts that fit, one after the other
+    on_device                transformers, the whole batch on the device: the truth for tokens and logits
+    sub_batches              the same in the largest equal parts that fit, one after the other
     hf_offloaded             cache_implementation="offloaded"
     hf_quantized             cache_implementation="quantized", 4 bits: not exact
     whole_layer_both_ways    the traffic of hf_offloaded over the same link as ours, also where there is no GPU
@@ -93,7 +93,7 @@ class Bed:
 
 
 class Provider(ABC):
-    """One way to decode; `is_exact` where its float32 tokens must be those of `dynamic_cache`."""
+    """One way to decode; `is_exact` where its float32 tokens must be those of `on_device`."""
 
     name: str
     is_exact = True
@@ -110,7 +110,7 @@ class Provider(ABC):
 class DynamicCache(Provider):
     """transformers as it is."""
 
-    name = "dynamic_cache"
+    name = "on_device"
 
     def own_options(self) -> dict[str, Any]:
         """Options of `generate()` that make this provider."""
@@ -152,14 +152,14 @@ class DynamicCache(Provider):
 class OnDeviceSubBatches(DynamicCache):
     """The largest batch that fits, run as often as needed, in equal parts."""
 
-    name = "on_device_sub_batches"
+    name = "sub_batches"
 
     def problem(self, bed: Bed) -> str | None:
         on_device = bed.task.on_device()
         if on_device is None:
             needed, room = bed.task.resident_bytes(1), bed.task.free_bytes(bed.cell.num_beams)
             return f"one sequence alone needs {gb(needed)}, the device has room for {gb(room)}"
-        return "the whole batch fits: see dynamic_cache" if on_device.runs == 1 else None
+        return "the whole batch fits: see on_device" if on_device.runs == 1 else None
 
     def run(self, bed: Bed, new_tokens: int, *, keeps_logits: bool) -> Outcome:
         on_device = bed.task.on_device()

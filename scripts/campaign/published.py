@@ -18,7 +18,7 @@ from kvoffload.bench.lab import MODES
 NO_GPU = "No GPU figure has been measured yet."
 DASH = "–"
 _PROVIDERS = (
-    *("dynamic_cache", "on_device_sub_batches", "hf_offloaded", "whole_layer_both_ways"),
+    *("on_device", "sub_batches", "hf_offloaded", "whole_layer_both_ways"),
     *("full_transfer", "sequential", "kvpr", "planned"),
 )
 
@@ -91,7 +91,7 @@ def _in_parts(table: dict[str, dict[str, dict[str, Any]]]) -> str:
     worse = [
         cell
         for cell, providers in table.items()
-        if providers.get("on_device_sub_batches", {}).get(SPEED, 0.0) > providers.get("planned", {}).get(SPEED, 0.0)
+        if providers.get("sub_batches", {}).get(SPEED, 0.0) > providers.get("planned", {}).get(SPEED, 0.0)
     ]
     if not worse:
         return ""

@@ -153,7 +153,7 @@ STEPS = (
         "offloaded cache",
         80,
         "campaign.csv",
-        cell("llama-2-7b 12x1024+16 20 GB", "planned", "hf_offloaded", "full_transfer", "on_device_sub_batches"),
+        cell("llama-2-7b 12x1024+16 20 GB", "planned", "hf_offloaded", "full_transfer", "sub_batches"),
     ),
     Step("kernels", 20, "kernels.csv", kernels),
     Step("tests", 60, "-", tests("-k", "not sanitizer", "tests/test_gpu.py")),
