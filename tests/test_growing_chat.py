@@ -113,20 +113,22 @@ def held_by_turn(model: Any, options: dict[str, Any], lengths: tuple[int, ...]) 
     return peaks
 
 
-@pytest.mark.parametrize("attention", ["auto", "whole_layer"])
-def test_the_cap_on_the_device_holds_in_every_turn(model: Any, attention: Any) -> None:
-    """The first turn fills it with resident blocks; what grows later has to fit beside them."""
-    cap = 2**19
+@pytest.mark.parametrize(
+    ("attention", "cap", "turns"),
+    [("auto", 450_000, TURNS), ("whole_layer", 2**19, TURNS[:3])],  # whole layers grow beyond it in the fourth
+)
+def test_the_cap_on_the_device_holds_in_every_turn(model: Any, attention: str, cap: int, turns: Any) -> None:
+    """Resident blocks of the first turn stay; chunks that would grow later have to fit beside them."""
     options = {"split": "transfer", "device_gib": cap / 2**30, "attention": attention}
-    peaks = held_by_turn(model, options, TURNS[: 4 if attention == "auto" else 3])  # whole layers grow beyond it
-    assert 0 < peaks[0] <= cap
+    peaks = held_by_turn(model, options, turns)
+    assert peaks[0] > cap / 3
     assert max(peaks) <= cap
 
 
 def test_a_turn_is_refused_only_where_no_form_fits_and_the_cache_lives_on(model: Any) -> None:
     kv, activation = row_bytes(model)
     layers, first, last = 3, TURNS[1], TURNS[3]
-    room = layers * ROWS * (last + 240) * activation  # mostly of activations, which are half of K and V
+    room = layers * ROWS * (last + 200) * activation  # mostly of activations, which are half of K and V
     with Session(model, config_of({"split": "auto", "host_gib": room / 2**30}), checking_backend(LINK)) as session:
         session.planner.measured = FixedRates(kv, activation)
         cache, text = session.new_cache(), prompt(ROWS, first)

@@ -26,6 +26,7 @@ import numpy as np
 import pulp
 
 from kvoffload.planning.options import RESOURCES, TIERS, Table, Tier
+from kvoffload.planning.placement import Form
 from kvoffload.planning.step_time import Counts, allowed, costs
 
 EQUAL_FRACTION = 3e-4  # steps this close are the same, so that the one with fewer bytes is taken
@@ -114,17 +115,17 @@ def _at_split(table: Table) -> Counts | None:
     The share is rounded to whole blocks, and moved no further than blocks already stored demand.
     """
     assert table.split is not None
-    options, stored = table.options, dict(zip((one.name for one in table.options), table.stored, strict=True))
-    resident, x, t = "resident_activation", "activation", "kv"
-    offloaded = np.arange(stored[x] + stored[t], table.num_blocks - stored[resident] + 1)
-    as_x = np.clip(np.round(table.split * offloaded), stored[x], offloaded - stored[t]).astype(np.int64)
-    columns = {
-        "resident_kv": table.num_blocks - stored[resident] - offloaded,
-        resident: np.full_like(offloaded, stored[resident]),
-        x: as_x,
-        t: offloaded - as_x,
-    }
-    counts = np.stack([columns[option.name] for option in options], axis=1)
+    places: dict[tuple[Tier, Form], int] = {}
+    for idx, option in enumerate(table.options):
+        places.setdefault((option.tier, option.form), idx)
+    x, kv, resident_kv = places["host", "activation"], places["host", "kv"], places["device", "kv"]
+    stored = np.array(table.stored, dtype=np.int64)
+    kept = int(stored.sum() - stored[[x, kv, resident_kv]].sum())  # resident activations, and whatever else there is
+    offloaded = np.arange(stored[x] + stored[kv], table.num_blocks - kept + 1)
+    counts = np.tile(stored, (len(offloaded), 1))
+    counts[:, x] = np.clip(np.round(table.split * offloaded), stored[x], offloaded - stored[kv])
+    counts[:, kv] = offloaded - counts[:, x]
+    counts[:, resident_kv] = table.num_blocks - kept - offloaded
     counts = counts[allowed(table, counts)]
     return counts[0] if len(counts) else None
 

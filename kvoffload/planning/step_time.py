@@ -37,7 +37,7 @@ class Costs(NamedTuple):
     """What choices cost."""
 
     step_s: Seconds
-    by_resource: dict[Resource, Seconds]  # without the chunks' and the schedule's, those are in "issue" and "h2d"
+    by_resource: dict[Resource, Seconds]  # chunks count in "issue", what a schedule adds in "h2d"
 
 
 def costs(table: Table, counts: Counts) -> Costs:

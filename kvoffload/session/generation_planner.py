@@ -160,17 +160,19 @@ class GenerationPlanner:
         """
         if chosen.fits_on_host or chosen.inputs is None or not chosen.placement.may_change:
             return chosen
-        num_blocks = max(chosen.inputs.num_blocks, chosen.geometry.max_tokens // chosen.inputs.block_tokens)
-        at_the_end = replace(
+        inputs = replace(
             chosen.inputs,
-            num_blocks=num_blocks,
-            host_bytes=host_bytes_at(chosen.host_cap_bytes, chosen.geometry, num_blocks, chosen.inputs.block_tokens),
             stored_resident_blocks=chosen.placement.resident_kv_blocks,
             stored_resident_activation_blocks=chosen.placement.resident_activation_blocks,
         )
+        num_blocks = max(inputs.num_blocks, chosen.geometry.max_tokens // inputs.block_tokens)
+        host_bytes = host_bytes_at(chosen.host_cap_bytes, chosen.geometry, num_blocks, inputs.block_tokens)
+        # less the block of each form that `reserved_blocks` has to spare
+        spare_bytes = chosen.geometry.kv_bytes_per_token + chosen.geometry.activation_bytes_per_token
+        host_bytes -= chosen.geometry.num_offloaded_layers * inputs.block_tokens * spare_bytes
         try:
-            share = planner.solve(at_the_end).split_fraction
-            plan = planner.solve(replace(chosen.inputs, split=share))
+            share = planner.solve(replace(inputs, num_blocks=num_blocks, host_bytes=host_bytes)).split_fraction
+            plan = planner.solve(replace(inputs, split=share))
         except InfeasiblePlanError:
             return chosen
         plan = replace(plan, version=chosen.plan.version)
