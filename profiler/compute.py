@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvoffload.cache import ops
+from kvoffload.kernels import ops
 from kvoffload.machine.quantities import Curve, Quantity
 from kvoffload.profiler.workbench import Timed, Workbench, curve_of, noisy_of
 

@@ -21,22 +21,22 @@ from collections.abc import Sequence
 import torch
 
 from kvoffload.backend import Backend
-from kvoffload.cache import ops
+from kvoffload.kernels import ops
 from kvoffload.pipeline.chunks import Chunk
-from kvoffload.pipeline.device_memory import DeviceMemory
 from kvoffload.pipeline.engine import TransferEngine
-from kvoffload.planning.placement import Form
+from kvoffload.planning.placement import PLAIN, FormName
 from kvoffload.profiler.trials import Trials, time_trials
-from kvoffload.store.block import Block
+from kvoffload.store.block import Span
+from kvoffload.store.device_memory import DeviceMemory
 from kvoffload.store.positions import PositionTable
 
 CHUNKS_PER_LAYER = 8
 CHUNK_TOKENS = {"cpu": 1, "cuda": 256}  # on a GPU several steps of a kernel, which are parts of their own
 WIDTH = 16  # of a head, and of the activation
-_BOTH: tuple[Form, Form] = ("activation", "kv")
+_BOTH: tuple[FormName, FormName] = ("activation", "kv")
 
 
-def measure_host_s_per_chunk(backend: Backend, *, forms: tuple[Form, ...] = _BOTH, budget_s: float = 0.3) -> Trials:
+def measure_host_s_per_chunk(backend: Backend, *, forms: tuple[FormName, ...] = _BOTH, budget_s: float = 0.3) -> Trials:
     """Host seconds of one chunk on `backend`: queue its copy, wait, recompute activations, attend, release.
 
     Args:
@@ -73,19 +73,24 @@ class _StandInChunks:
 
     position, version, is_segmented, stored_kv_bytes = 0, 0, True, 0
 
-    def __init__(self, backend: Backend, forms: tuple[Form, ...]) -> None:
+    def __init__(self, backend: Backend, forms: tuple[FormName, ...]) -> None:
         self._backend = backend
         self._tokens = CHUNK_TOKENS[backend.device.type]
         self.chunk_bytes = self._tokens * 2 * WIDTH * 4  # an activation chunk uses half of it
         self._host = backend.allocate_host(CHUNKS_PER_LAYER * self.chunk_bytes)
         parts = self._host.tensor.view(CHUNKS_PER_LAYER, self.chunk_bytes)
         written = backend.release()
-        blocks = [
-            Block(forms[idx % len(forms)], 1, self.chunk_bytes, host=part, written=written)
+        self._host.tensor.zero_()
+        self._chunks = [
+            Chunk(
+                source=part,
+                after=written,
+                span=Span(forms[idx % len(forms)], idx, 1, self._tokens, 1, 1),
+                kv_offset=0,
+                landing_offset=None,
+            )
             for idx, part in enumerate(parts)
         ]
-        self._host.tensor.zero_()
-        self._chunks = [Chunk(block.form, idx, (block,), parts[idx], 0) for idx, block in enumerate(blocks)]
         with torch.inference_mode(False):
             zeros = functools.partial(torch.zeros, device=backend.device, dtype=torch.float32)
             self._weight, angles = zeros(WIDTH, WIDTH), zeros(1, CHUNKS_PER_LAYER * self._tokens, WIDTH)
@@ -95,7 +100,7 @@ class _StandInChunks:
             self._positions = PositionTable(angles.shape[1])
             self._streams = self._positions.capture(0, 0, (angles, angles.clone()), 0)
 
-    def chunks(self) -> Sequence[Chunk]:
+    def cargo(self) -> Sequence[Chunk]:
         return self._chunks
 
     def expects_another_step(self) -> bool:
@@ -105,9 +110,9 @@ class _StandInChunks:
         """What a decode step does with a chunk, on hardly any numbers."""
         kv = room.view(torch.float32, (self._tokens, 1, 2 * WIDTH))
         self._backend.compute(reads=(kv,))
-        first_position = chunk.first_block * self._tokens
+        first_position = chunk.span.first_token
         with torch.no_grad():
-            if chunk.form == "activation":
+            if chunk.span.form != PLAIN:
                 activation, kv = kv[:, 0, :WIDTH], self._scratch
                 cos, sin = self._embeddings(first_position)
                 span = self._backend.start_span("recompute")
@@ -122,7 +127,7 @@ class _StandInChunks:
                 self._out,
                 self._lse,
                 scale=1.0,
-                is_first=chunk.first_block == 0,
+                is_first=chunk.span.first_block == 0,
                 first_position=first_position,
                 query_position=CHUNKS_PER_LAYER * self._tokens,
             )

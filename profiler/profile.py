@@ -41,7 +41,7 @@ from kvoffload.errors import ConfigError, ProfileError
 from kvoffload.machine import system_memory
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.machine.quantities import Quantity
-from kvoffload.planning.placement import Form
+from kvoffload.planning.placement import FormName
 from kvoffload.profiler import energy, environment
 from kvoffload.profiler.budget import BUDGETS, Progress, ProgressParts, Thoroughness, lengths
 from kvoffload.profiler.compute import measure_compute
@@ -114,7 +114,7 @@ def measure_hardware(
         steps.begin("energy")
         powers = energy.measure_energy(backend, dtype, meter, budget.stretch_s) if budget.stretch_s else {}
         steps.begin("host")
-        forms: dict[str, tuple[Form, ...]] = {"host_s_per_chunk": ("activation", "kv")}
+        forms: dict[str, tuple[FormName, ...]] = {"host_s_per_chunk": ("activation", "kv")}
         if not backend.emulated:
             forms |= {"host_s_per_activation_chunk": ("activation",), "host_s_per_kv_chunk": ("kv",)}
         host = {

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from campaign import rows
 from kvoffload.backend import DeviceClock
-from kvoffload.cache import ops
 from kvoffload.cli.options import a_file_to_write
 from kvoffload.cli.terminal import script
 from kvoffload.errors import ConfigError
+from kvoffload.kernels import ops
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,12 +64,12 @@ def terms(inputs: PlanInputs) -> Terms:
     rates = inputs.rates
     layer_tokens = inputs.num_offloaded_layers * inputs.block_tokens  # L * tokens of a block
     attention_s = layer_tokens * inputs.num_blocks * rates.attention_s_per_token  # L * s * gamma_a
-    ring_s = inputs.ring_bytes / rates.h2d_kv_bytes_per_s  # how far the link can run ahead between steps
+    ring_s = inputs.ring_bytes / rates.h2d_bytes_per_s["kv"]  # how far the link can run ahead between steps
     return Terms(
-        activation_link_s=layer_tokens * inputs.activation_bytes_per_token / rates.h2d_activation_bytes_per_s,
-        kv_link_s=layer_tokens * inputs.kv_bytes_per_token / rates.h2d_kv_bytes_per_s,
-        link_fixed_s=inputs.weight_bytes_per_step / rates.h2d_kv_bytes_per_s + max(0.0, rates.gap_s - ring_s),
-        recompute_s=layer_tokens * rates.recompute_s_per_token,  # L * gamma_r
+        activation_link_s=layer_tokens * inputs.bytes_per_token["activation"] / rates.h2d_bytes_per_s["activation"],
+        kv_link_s=layer_tokens * inputs.bytes_per_token["kv"] / rates.h2d_bytes_per_s["kv"],
+        link_fixed_s=inputs.weight_bytes_per_step / rates.h2d_bytes_per_s["kv"] + max(0.0, rates.gap_s - ring_s),
+        recompute_s=layer_tokens * rates.restore_s_per_token["activation"],  # L * gamma_r
         attention_s=attention_s,
         device_fixed_s=inputs.num_layers * rates.dense_s + rates.head_s + attention_s,  # N * t_dense + t_head
         chunk_host_s=inputs.num_offloaded_layers * inputs.num_micro_batches * rates.host_s_per_chunk,  # L * o_chunk
@@ -123,7 +123,7 @@ def sequential_step_s(inputs: PlanInputs, r_x: int, x: int, t: int) -> float:
     """Seconds of one step with `overlap=False`: copies, the gap between steps and compute, one after another."""
     gap_s = inputs.rates.gap_s
     c = terms(inputs)
-    weights_s = inputs.weight_bytes_per_step / inputs.rates.h2d_kv_bytes_per_s
+    weights_s = inputs.weight_bytes_per_step / inputs.rates.h2d_bytes_per_s["kv"]
     in_turn = c.activation_link_s * x + c.kv_link_s * t + weights_s + gap_s + device_s(inputs, r_x, x)
     return max(in_turn, host_s(inputs, x, t))
 
@@ -144,18 +144,18 @@ def full_transfer_step_s(inputs: PlanInputs) -> float:
 
     The reference every plan is compared with, so stored blocks and the host limit are left out of account.
     """
-    fitting = max(0, resident_capacity_bytes(inputs)) // max(1, inputs.kv_bytes_per_token)
+    fitting = max(0, resident_capacity_bytes(inputs)) // max(1, inputs.bytes_per_token["kv"])
     r = min(inputs.num_blocks, fitting)
     return predict_step_s(inputs, r, 0, 0, inputs.num_blocks - r)[0]
 
 
 def device_bytes(inputs: PlanInputs, r: int, r_x: int) -> int:
     """Bytes held on the device: working buffers plus `r` kv and `r_x` activation blocks of every offloaded layer."""
-    per_token = inputs.kv_bytes_per_token * r + inputs.activation_bytes_per_token * r_x
+    per_token = inputs.bytes_per_token["kv"] * r + inputs.bytes_per_token["activation"] * r_x
     return inputs.fixed_device_bytes + inputs.num_offloaded_layers * inputs.block_tokens * per_token
 
 
 def host_bytes(inputs: PlanInputs, x: int, t: int) -> int:
     """Bytes of host memory for `x` activation and `t` kv blocks of every offloaded layer."""
-    per_token = inputs.activation_bytes_per_token * x + inputs.kv_bytes_per_token * t
+    per_token = inputs.bytes_per_token["activation"] * x + inputs.bytes_per_token["kv"] * t
     return inputs.num_offloaded_layers * inputs.block_tokens * per_token

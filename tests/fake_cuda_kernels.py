@@ -14,8 +14,7 @@ from fake_cuda_streams import active
 from fake_cuda_tensors import CudaTensor, each_tensor, inner
 from torch.utils._python_dispatch import _disable_current_modes
 
-from kvoffload.cache import ops
-from kvoffload.kernels import reference
+from kvoffload.kernels import ops, reference
 
 
 class _Twins:

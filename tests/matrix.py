@@ -28,7 +28,9 @@ from kvoffload.hf import OffloadedHFCache, SegmentAttention, given_cache, offloa
 from kvoffload.machine.quantities import Curve, Point
 from kvoffload.model.model_shape import model_shape
 from kvoffload.model.self_attention import attention_modules
+from kvoffload.planning.forms import FORMS
 from kvoffload.planning.geometry import Geometry
+from kvoffload.planning.placement import PLAIN
 from kvoffload.planning.rates import least_chunk_bytes
 from kvoffload.planning.sizing import choose_sizes
 from kvoffload.session import generation_planner
@@ -162,8 +164,8 @@ def half_resident_gib(
 
     def budget(geometry: Geometry) -> float:
         fixed, plain = (
-            choose_sizes(geometry, config, keeps_activations=k, device_bytes=None, rates=None).fixed_device_bytes
-            for k in (keeps, False)
+            choose_sizes(geometry, config, forms=forms, device_bytes=None, rates=None).fixed_device_bytes
+            for forms in (FORMS if keeps else {PLAIN}, {PLAIN})
         )
         # "auto" may keep activations there, where more tokens fit.
         row = min(bytes_of) if config.split == "auto" and can_recompute else bytes_of.kv
@@ -275,8 +277,9 @@ class Observer:
         self.block_tokens = bt = cache.core.placement.block_tokens
         num_bytes = 0
         for layer in cache.core.layers:
-            host = [block for block in layer.blocks if block.resident is None]
-            carried = 0 if layer.layout is None else layer.layout.row_bytes - self._bytes_of.activation
+            host = [block for block in layer.blocks if not block.is_resident]
+            form: Any = layer.forms.get("activation")
+            carried = 0 if form is None or form.layout is None else form.layout.row_bytes - self._bytes_of.activation
             width = {"kv": self._bytes_of.kv, "activation": self._bytes_of.activation + carried}
             num_bytes += sum(bt * block.rows * width[block.form] for block in host)
             self.recomputed_tokens += sum(bt * b.rows for b in layer.blocks if b.form == "activation")

@@ -13,9 +13,8 @@ from kvoffload.planning.plan import Plan
 from kvoffload.planning.rates import Rates
 
 RATES = Rates(
-    h2d_activation_bytes_per_s=80.0,
-    h2d_kv_bytes_per_s=200.0,
-    recompute_s_per_token=0.25,
+    h2d_bytes_per_s={"activation": 80.0, "kv": 200.0},
+    restore_s_per_token={"activation": 0.25},
     attention_s_per_token=0.125,
     dense_s=3.0,
     head_s=5.0,
@@ -28,8 +27,7 @@ INPUTS = PlanInputs(
     num_offloaded_layers=3,
     num_blocks=10,
     block_tokens=2,
-    kv_bytes_per_token=40,
-    activation_bytes_per_token=20,
+    bytes_per_token={"kv": 40, "activation": 20},
     rates=RATES,
     chunk_blocks=2,
     num_slots=2,
@@ -39,8 +37,21 @@ INPUTS = PlanInputs(
 )
 
 
+def changed(rates: Rates, **changes: Any) -> Rates:
+    """Other rates; `h2d_kv_bytes_per_s`, `h2d_activation_bytes_per_s`, `recompute_s_per_token`: of one form."""
+    link, restore = dict(rates.h2d_bytes_per_s), dict(rates.restore_s_per_token)
+    for form in ("kv", "activation"):
+        link[form] = changes.pop(f"h2d_{form}_bytes_per_s", link[form])
+    restore["activation"] = changes.pop("recompute_s_per_token", restore["activation"])
+    return dataclasses.replace(rates, **{"h2d_bytes_per_s": link, "restore_s_per_token": restore} | changes)
+
+
 def with_rates(inputs: PlanInputs, **changes: Any) -> PlanInputs:
-    return dataclasses.replace(inputs, rates=dataclasses.replace(inputs.rates, **changes))
+    return dataclasses.replace(inputs, rates=changed(inputs.rates, **changes))
+
+
+def bytes_per_token(kv: int, activation: int) -> dict[str, int]:
+    return {"kv": kv, "activation": activation}
 
 
 def placed(inputs: PlanInputs, r: int, r_x: int, x: int, t: int) -> Plan:
@@ -51,8 +62,7 @@ def placed(inputs: PlanInputs, r: int, r_x: int, x: int, t: int) -> Plan:
         **{name: getattr(inputs, name) for name in ("chunk_blocks", "num_slots", "schedule", "is_segmented")},
         num_micro_batches=inputs.num_micro_batches,
         blocks={"resident_kv": r, "resident_activation": r_x, "activation": x, "kv": t},
-        kv_bytes_per_token=inputs.kv_bytes_per_token,
-        activation_bytes_per_token=inputs.activation_bytes_per_token,
+        bytes_per_token=inputs.bytes_per_token,
         weight_bytes_per_step=inputs.weight_bytes_per_step,
         predicted_step_s=step_s,
         full_transfer_step_s=closed_forms.full_transfer_step_s(inputs),
@@ -72,8 +82,11 @@ LONG = dataclasses.replace(
 
 def random_placement(rng: random.Random) -> tuple[PlanInputs, tuple[int, int, int, int]]:
     """Any placement on a machine of any balance, `LONG` in all else."""
-    names = ("recompute_s_per_token", "attention_s_per_token", "dense_s", "head_s", "host_s_per_layer")
-    changes = {name: getattr(LONG.rates, name) * rng.choice([0.0, 0.1, 1.0, 5.0]) for name in names}
+    before = {"recompute_s_per_token": LONG.rates.restore_s_per_token["activation"]}
+    before |= {
+        name: getattr(LONG.rates, name) for name in ("attention_s_per_token", "dense_s", "head_s", "host_s_per_layer")
+    }
+    changes = {name: value * rng.choice([0.0, 0.1, 1.0, 5.0]) for name, value in before.items()}
     inputs = with_rates(LONG, host_s_per_chunk=rng.choice([0.0, 0.1]), **changes)
     inputs = dataclasses.replace(inputs, num_layers=rng.choice([8, 10]), weight_bytes_per_step=rng.choice([0, 9999]))
     cuts = sorted(rng.randint(0, 60) for _ in range(3))

@@ -9,6 +9,7 @@ from typing import Any
 
 import closed_forms
 from configs import CONFIGS
+from placements import changed
 
 from campaign import rows
 from kvoffload.config import OffloadConfig
@@ -39,10 +40,10 @@ def pretended_run(found: Study) -> MeasuredRun:
     assert found.advice is not None
     plan, inputs = found.advice.plan, found.task.inputs(found.task.workload.cached_tokens)
     rates = inputs.rates
-    slower = dataclasses.replace(
+    slower = changed(
         rates,
-        h2d_kv_bytes_per_s=rates.h2d_kv_bytes_per_s / 1.1,
-        h2d_activation_bytes_per_s=rates.h2d_activation_bytes_per_s / 1.1,
+        h2d_kv_bytes_per_s=rates.h2d_bytes_per_s["kv"] / 1.1,
+        h2d_activation_bytes_per_s=rates.h2d_bytes_per_s["activation"] / 1.1,
     )
     planned, step_s = simulated(plan, inputs, 2)
     measured, slower_s = simulated(plan, dataclasses.replace(inputs, rates=slower), 2)

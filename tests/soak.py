@@ -246,7 +246,7 @@ def _play_session(rng: random.Random, models: list[PreTrainedModel], most: int, 
             done = done._replace(calls=done.calls + 1)
         h2d_bytes = backend.link_use("h2d").copied_bytes
     assert session.pool.slab_bytes == 0
-    assert not session.engine.held_bytes
+    assert not session.engine.account.held_bytes
     del session
     gc.collect()
     assert backend.device_bytes == 0, "device memory is held"

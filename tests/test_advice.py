@@ -188,7 +188,7 @@ def test_beams_multiply_the_rows_and_stay_together() -> None:
     beams = Workload(batch=2, prompt_tokens=4096, new_tokens=64, num_beams=4)
     rows = Workload(batch=8, prompt_tokens=4096, new_tokens=64)
     one, other = (advised_plan(LLAMA_2_7B, work, A100, OffloadConfig()) for work in (beams, rows))
-    assert one.kv_bytes_per_token == other.kv_bytes_per_token
+    assert one.bytes_per_token["kv"] == other.bytes_per_token["kv"]
     advice = advise(LLAMA_2_7B, beams, A100, OffloadConfig())
     assert {alternative.batch for alternative in advice.alternatives} <= {1, 2}
 

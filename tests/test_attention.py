@@ -423,9 +423,9 @@ def test_resident_blocks_are_attended_to_between_the_chunks_that_arrive(monkeypa
     attended: list[int] = []
     real = attention._Answer.add
 
-    def noted(self: Any, kv: torch.Tensor, first_block: int, **options: Any) -> None:
-        attended.append(first_block)
-        real(self, kv, first_block, **options)
+    def noted(self: Any, stored: Any, span: Any) -> None:
+        attended.append(span.first_block)
+        real(self, stored, span)
 
     monkeypatch.setattr(attention._Answer, "add", noted)
     with Session(model, config(split="transfer", chunk_blocks=1, device_gib=60_000 / GIB)) as session, torch.no_grad():

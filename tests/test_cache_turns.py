@@ -66,10 +66,10 @@ def test_reading_keys_takes_device_memory_only_for_as_long_as_it_lasts(model: Pr
         caches = (session.new_cache(), plain_cache(model))
         logits_of(model, caches, prompt(2, 60))
         logits_of(model, caches, prompt(2, 1))
-        held = dict(session.engine.held_bytes)
+        held = dict(session.engine.account.held_bytes)
         for ours, theirs in zip(caches[0], caches[1], strict=True):
             torch.testing.assert_close(ours[0], theirs[0], atol=1e-5, rtol=1e-5)
-        assert session.engine.held_bytes == held
+        assert session.engine.account.held_bytes == held
         assert logits_of(model, caches, prompt(2, 1)) <= 5e-6
 
 

@@ -25,13 +25,15 @@ from kvoffload import OffloadConfig
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.config import GIB
 from kvoffload.hf import OffloadedHFCache, first_tokens
+from kvoffload.planning.forms import FORMS
 from kvoffload.planning.geometry import Geometry
-from kvoffload.planning.placement import BlockKind, Placement, next_runs
+from kvoffload.planning.placement import Kind, Placement, next_runs
 from kvoffload.planning.sizing import choose_sizes
 from kvoffload.session import generation_planner
 from kvoffload.session.session import Session
 from kvoffload.store import pool
 from kvoffload.store.carried import ALIGNMENT_BYTES, CarriedPositions, PositionLayout
+from kvoffload.store.forms import activation
 from kvoffload.store.positions import PositionTable
 
 BLOCK_TOKENS = 4
@@ -202,7 +204,7 @@ def test_slots_have_room_for_them_and_tails_do_not(is_segmented: bool) -> None:
         choose_sizes(
             replace(geometry, position_row_bytes=num_bytes),
             config(chunk_blocks=3),
-            keeps_activations=True,
+            forms=FORMS,
             device_bytes=None,
             rates=None,
         )
@@ -218,16 +220,16 @@ def test_slots_have_room_for_them_and_tails_do_not(is_segmented: bool) -> None:
 
 @contextmanager
 def watched() -> Iterator[list[Any]]:
-    """The layers of all caches at each recomputation."""
+    """How positions are kept, at each recomputation."""
     seen: list[Any] = []
-    original = CacheLayer.recompute_into
+    original = activation.Stored.restore
 
-    def recompute_into(self: Any, *args: Any) -> None:
-        seen.append((self.layout is not None, type(self.cache.positions)))
+    def restore(self: Any, *args: Any) -> None:
+        seen.append((self.layout is not None, type(self._positions)))
         original(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CacheLayer, "recompute_into", recompute_into)
+        patch.setattr(activation.Stored, "restore", restore)
         yield seen
 
 
@@ -347,17 +349,16 @@ def test_a_block_that_carried_embeddings_and_is_reopened_after_rows_differed_bec
 
 
 def test_a_resident_block_that_becomes_kv_goes_to_the_host_and_so_do_those_behind_it() -> None:
-    placement = Placement(block_tokens=4, chunk_blocks=1, resident_kv_blocks=1, resident_activation_blocks=2)
+    placement = Placement(block_tokens=4, chunk_blocks=1, resident={"kv": 1, "activation": 2})
     runs = next_runs(
         placement,
         3,
         num_blocks=1,
-        stored_kv_blocks=0,
-        stored_activation_blocks=0,
-        can_recompute=False,
-        first=BlockKind("activation", is_resident=True),
+        on_host={},
+        possible={"kv"},
+        first=Kind("activation", "device"),
     )
-    assert runs == [("kv", False, 3)]
+    assert runs == [("kv", "host", 3)]
 
 
 @pytest.mark.parametrize("removed", [1, 2, 5, 14, 22])

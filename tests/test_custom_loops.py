@@ -189,7 +189,7 @@ def test_a_copy_that_fails_does_not_take_the_session_with_it(
         session.backend.copy_to_device = fail_once  # type: ignore[method-assign]
         with pytest.raises(RuntimeError, match="the link is down"):
             model.generate(prompt(2), **COMMON)
-        assert "stages" not in session.engine.held_bytes
+        assert "stages" not in session.engine.account.held_bytes
         for _ in range(2):
             assert distance(outcome([model.generate(prompt(2), **COMMON)]), wanted) <= TOLERANCE
 
@@ -198,7 +198,7 @@ def test_a_copy_that_fails_does_not_take_the_session_with_it(
 def test_a_step_that_failed_in_its_first_layer_can_be_tried_again(
     attention: Any, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvoffload.cache.layer import CacheLayer
+    from kvoffload.store.forms import activation
 
     with torch.no_grad():
         plain = plain_cache(model)
@@ -212,7 +212,7 @@ def test_a_step_that_failed_in_its_first_layer_can_be_tried_again(
                 def out_of_memory(*args: Any) -> None:
                     raise torch.OutOfMemoryError("simulated")
 
-                patch.setattr(CacheLayer, "recompute_into", out_of_memory)
+                patch.setattr(activation.Stored, "restore", out_of_memory)
                 with pytest.raises(torch.OutOfMemoryError):
                     model(prompt(2, 1), **given(cache))
             assert (model(prompt(2, 9)).logits - model(prompt(2, 9)).logits).abs().max() == 0  # without our cache
@@ -314,11 +314,11 @@ def test_what_a_prefill_is_staged_in_goes_when_decoding_begins(model: PreTrained
     with torch.no_grad(), Session(model, config("transfer", "auto"), checking_backend()) as session:
         cache = session.new_cache()
         model(prompt(2, 60), **given(cache))
-        assert session.engine.held_bytes["stages"] > 0
+        assert session.engine.account.held_bytes["stages"] > 0
         model(prompt(2, 1), **given(cache))
-        assert "stages" not in session.engine.held_bytes
+        assert "stages" not in session.engine.account.held_bytes
         model.generate(prompt(2, 60), **{**COMMON, "max_new_tokens": 1})
-        assert "stages" not in session.engine.held_bytes
+        assert "stages" not in session.engine.account.held_bytes
         assert session.stats is not None
         assert session.stats.device_kv_peak_prefill_bytes > session.stats.device_kv_peak_decode_bytes > 0
         first = session.stats.device_kv_peak_prefill_bytes

@@ -7,7 +7,7 @@ import weakref
 
 import torch
 
-from kvoffload.pipeline.device_memory import DeviceMemory
+from kvoffload.store.device_memory import DeviceMemory
 
 
 def test_the_same_part_and_view_are_the_same_tensor() -> None:

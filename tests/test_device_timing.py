@@ -119,8 +119,10 @@ def test_rates_of_the_benchmarks(device: FakeCuda, monkeypatch: pytest.MonkeyPat
     width = 64
     product_s = 4 * (tokens * width + width * width + tokens * width) / SPEEDS.memory_bytes_per_s
     copy_s = 4 * 2 * tokens * width / SPEEDS.memory_bytes_per_s  # of a product with a bias to its strided half
-    assert found.recompute_s_per_token * lab.chunk_tokens == pytest.approx(2 * (product_s + copy_s), rel=0.1)
-    assert found.recompute_s_per_token * lab.chunk_tokens < SPEEDS.launch_s / 4
+    assert found.restore_s_per_token["activation"] * lab.chunk_tokens == pytest.approx(
+        2 * (product_s + copy_s), rel=0.1
+    )
+    assert found.restore_s_per_token["activation"] * lab.chunk_tokens < SPEEDS.launch_s / 4
     kv_s = tokens * 2 * width * 4 / SPEEDS.memory_bytes_per_s
     assert found.attention_s_per_token * lab.chunk_tokens == pytest.approx(kv_s, rel=0.2)  # and the queries
 
@@ -186,9 +188,8 @@ def test_the_gap_between_steps_is_that_of_real_steps(monkeypatch: pytest.MonkeyP
         assert gap_s is not None
         assert 0.9 * pause_s <= gap_s < pause_s + 0.75 * assumed_s
         current_rates = Rates(
-            h2d_activation_bytes_per_s=1.0,
-            h2d_kv_bytes_per_s=1.0,
-            recompute_s_per_token=0.0,
+            h2d_bytes_per_s={"activation": 1.0, "kv": 1.0},
+            restore_s_per_token={"activation": 0.0},
             attention_s_per_token=0.0,
             dense_s=0.0,
             gap_s=assumed_s,

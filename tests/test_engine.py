@@ -29,12 +29,12 @@ from kvoffload import OffloadConfig
 from kvoffload.backend import CheckingBackend, EmulatedBackend, RaceError
 from kvoffload.backend.checking import CheckedEvent
 from kvoffload.config import GIB
-from kvoffload.pipeline import engine, write_back
+from kvoffload.pipeline import buffers, engine, write_back
 from kvoffload.session.session import Session
 from kvoffload.store.carried import PositionLayout
 
 # by module, in the order of their imports
-SOURCES = {module.__name__: Path(module.__file__ or "").read_text() for module in (write_back, engine)}
+SOURCES = {module.__name__: Path(module.__file__ or "").read_text() for module in (write_back, buffers, engine)}
 
 
 # ---- mutants ---------------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_the_waits_are_found() -> None:
 
 def test_nothing_else_on_the_way_of_a_step_waits_or_copies() -> None:
     package = Path(kvoffload.__file__).parent
-    calls = ("compute_waits(", "copy_to_device(", "copy_to_host(")
+    calls = ("compute_waits(", "take_over(", "copy_to_device(", "copy_to_host(")
     found = set()
     for room in (ALLOWED["hf"] | {"hf"}) - {"backend"}:
         for path in [package / f"{room}.py", *(package / room).glob("**/*.py")]:

@@ -30,9 +30,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from kvoffload.cache import attention, ops
+from kvoffload.cache import attention
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.hf import OffloadedHFCache, attention_modules
+from kvoffload.kernels import ops
 from kvoffload.pipeline.write_back import WriteBack
 from kvoffload.session.session import Session
 

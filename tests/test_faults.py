@@ -198,7 +198,7 @@ def test_no_device_memory_at_any_allocation(model: PreTrainedModel, wanted: Outc
             with pytest.raises(torch.OutOfMemoryError):
                 generate(model)
             check_after(session, model, wanted)
-        assert session.engine.held_bytes == {}
+        assert session.engine.account.held_bytes == {}
 
 
 def test_no_device_memory_in_the_model_itself_during_prefill(model: PreTrainedModel, wanted: Outcome) -> None:
@@ -238,7 +238,7 @@ def test_closing_in_the_middle_of_a_custom_loop(model: PreTrainedModel) -> None:
         model(prompt(2, 1), **given(cache))
     session.close()
     assert session.pool.slab_bytes == 0
-    assert session.engine.held_bytes == {}
+    assert session.engine.account.held_bytes == {}
 
 
 def test_what_a_user_has_put_on_the_model_stays(wanted: Outcome) -> None:

@@ -11,6 +11,7 @@ import torch
 from matrix import profile
 from models import make_model
 from modes import given, prompt
+from placements import changed
 
 from kvoffload import EmulatedLink, OffloadConfig
 from kvoffload.backend import EmulatedBackend
@@ -61,11 +62,9 @@ def test_a_link_that_changes_its_speed_is_planned_with_at_its_new_speed(factor: 
     _, decision = play(at_step=12, new_speed_gb_per_s=factor * SPEED_GB_PER_S)
     assert decision.inputs is not None
     true_speed = factor * SPEED_GB_PER_S * 1e9
-    assert decision.inputs.rates.h2d_kv_bytes_per_s == pytest.approx(true_speed, rel=0.05)
+    assert decision.inputs.rates.h2d_bytes_per_s["kv"] == pytest.approx(true_speed, rel=0.05)
     # What new blocks become is within 5 % of the best there is for that speed, given the blocks stored before.
-    rates = dataclasses.replace(
-        decision.inputs.rates, h2d_kv_bytes_per_s=true_speed, h2d_activation_bytes_per_s=true_speed
-    )
+    rates = changed(decision.inputs.rates, h2d_kv_bytes_per_s=true_speed, h2d_activation_bytes_per_s=true_speed)
     truth = dataclasses.replace(decision.inputs, rates=rates)
     best, ours = planner.solve(truth), decision.plan
     placed = (ours.resident_kv_blocks, ours.resident_activation_blocks, ours.activation_blocks, ours.kv_blocks)
@@ -77,7 +76,7 @@ def test_rates_stay_while_steps_are_as_predicted() -> None:
     _, decision = play(at_step=0, new_speed_gb_per_s=SPEED_GB_PER_S)
     assert decision.inputs is not None
     # Close to what was asked for, whether or not a busy machine made it look again.
-    assert decision.inputs.rates.h2d_kv_bytes_per_s == pytest.approx(SPEED_GB_PER_S * 1e9, rel=0.05)
+    assert decision.inputs.rates.h2d_bytes_per_s["kv"] == pytest.approx(SPEED_GB_PER_S * 1e9, rel=0.05)
 
 
 def test_statistics_tell_how_wrong_the_prediction_was() -> None:

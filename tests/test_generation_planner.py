@@ -53,7 +53,7 @@ def test_where_memory_for_recomputing_costs_more_than_it_gains_auto_is_sized_as_
         free = decider.plan_for(geometry, **known)
         assert free.plan.predicted_step_s <= 1.0102 * plain.plan.predicted_step_s, budget
         assert free.plan.full_transfer_step_s <= 1.0102 * plain.plan.predicted_step_s, budget
-        chosen.add(free.placement.may_change)
+        chosen.add(bool(free.placement.may_become))
     assert chosen == {True, False}  # both happen
 
 
@@ -71,4 +71,4 @@ def test_activations_that_are_no_smaller_than_kv_with_their_positions_are_not_pl
             knows_length=True,
             host_held_bytes=0,
         )
-        assert decision.placement.needs_activations == is_smaller
+        assert (decision.placement.forms != {"kv"}) == is_smaller

@@ -102,7 +102,7 @@ def test_device_memory_peaks_where_the_plan_says() -> None:
         model.generate(ids, max_new_tokens=8, do_sample=False)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() - sum(session.engine.held_bytes.values())
+        before = torch.cuda.memory_allocated() - sum(session.engine.account.held_bytes.values())
         model.generate(ids, max_new_tokens=8, do_sample=False, prefill_chunk_size=64)
         peak = torch.cuda.max_memory_allocated() - before
     stats = session.stats

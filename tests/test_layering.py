@@ -13,7 +13,7 @@ from rooms import PACKAGE, direct, floors, imported_names, picture, room_imports
 
 # A room is a folder, or a file at the root. From the bottom; behind each, the rooms it may import.
 _FACTS = {"errors", "units", "timeline", "machine", "model", "config"}
-_STORAGE = _FACTS | {"planning", "backend", "store"}
+_STORAGE = _FACTS | {"planning", "backend", "kernels", "store"}
 _DECODING = _STORAGE | {"pipeline", "cache"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -27,8 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "backend": _FACTS - {"model"},
     "store": _STORAGE - {"model", "store"},
-    "pipeline": _STORAGE - {"model"},
-    "cache": _STORAGE - {"model"} | {"pipeline", "kernels"},
+    "pipeline": _STORAGE - {"model", "kernels"},
+    "cache": _STORAGE - {"model"} | {"pipeline"},
     "profiler": _DECODING | {"advise"},
     "hf": _DECODING,
     "session": _DECODING | {"hf", "profiler"},

@@ -74,9 +74,7 @@ def error_after(architecture: str, split: str, damage: Damage | None) -> float:
 def swap_blocks(cache: OffloadedHFCache) -> None:
     """The first and the last stored block of every layer change places."""
     for layer in cache.core.layers:
-        first, last = layer.blocks[0].host, layer.blocks[-1].host
-        assert first is not None
-        assert last is not None
+        first, last = layer.blocks[0].bytes, layer.blocks[-1].bytes
         kept = first.clone()
         first.copy_(last)
         last.copy_(kept)
@@ -86,8 +84,7 @@ def shift_tokens(cache: OffloadedHFCache) -> None:
     """Every stored token stands one place later, the last of a block in its first place."""
     for layer in cache.core.layers:
         for block in layer.blocks:
-            assert block.host is not None
-            tokens = block.host.view(cache.core.placement.block_tokens, -1)
+            tokens = block.bytes.view(cache.core.placement.block_tokens, -1)
             tokens.copy_(tokens.roll(1, dims=0))
 
 
@@ -95,8 +92,7 @@ def round_to_bfloat16(cache: OffloadedHFCache) -> None:
     """Stored numbers keep 8 bits of their mantissa."""
     for layer in cache.core.layers:
         for block in layer.blocks:
-            assert block.host is not None
-            numbers = block.host.view(torch.float32)
+            numbers = block.bytes.view(torch.float32)
             numbers.copy_(numbers.bfloat16())
 
 

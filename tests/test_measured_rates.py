@@ -24,6 +24,7 @@ from kvoffload.backend import Backend, CheckingBackend, CudaBackend, EmulatedBac
 from kvoffload.model.model_shape import model_shape
 from kvoffload.model.shape import ModelShape
 from kvoffload.pipeline.engine import TransferEngine
+from kvoffload.planning.forms import FORMS
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.rates import Rates
 from kvoffload.planning.sizes import Sizes
@@ -31,9 +32,8 @@ from kvoffload.planning.sizing import choose_sizes
 from kvoffload.session.measured_rates import MeasuredRates
 
 PROFILED = Rates(
-    h2d_activation_bytes_per_s=1e9,
-    h2d_kv_bytes_per_s=2e9,
-    recompute_s_per_token=1e-6,
+    h2d_bytes_per_s={"activation": 1e9, "kv": 2e9},
+    restore_s_per_token={"activation": 1e-6},
     attention_s_per_token=2e-6,
     dense_s=3e-6,
 )
@@ -44,15 +44,15 @@ def test_only_what_was_measured_is_replaced_and_only_by_a_newer_measurement() ->
     assert measured.correct(PROFILED, rows=4) == PROFILED
     measured.take(5e-6, None)
     found = measured.correct(PROFILED, rows=4)
-    assert found.recompute_s_per_token == 2e-5
-    assert (found.h2d_kv_bytes_per_s, found.attention_s_per_token) == (2e9, 2e-6)
+    assert found.restore_s_per_token["activation"] == 2e-5
+    assert (found.h2d_bytes_per_s["kv"], found.attention_s_per_token) == (2e9, 2e-6)
     measured.take(None, 7e9)
     found = measured.correct(PROFILED, rows=2)
-    assert found.recompute_s_per_token == 1e-5
-    assert found.h2d_kv_bytes_per_s == found.h2d_activation_bytes_per_s == 7e9
+    assert found.restore_s_per_token["activation"] == 1e-5
+    assert found.h2d_bytes_per_s["kv"] == found.h2d_bytes_per_s["activation"] == 7e9
     measured.take(6e-6, None)
     found = measured.correct(PROFILED, rows=1)
-    assert (found.recompute_s_per_token, found.h2d_kv_bytes_per_s) == (6e-6, 7e9)
+    assert (found.restore_s_per_token["activation"], found.h2d_bytes_per_s["kv"]) == (6e-6, 7e9)
     measured.take(None, None, 9e-6)
     assert measured.correct(PROFILED, rows=2).attention_s_per_token == 1.8e-5
 
@@ -69,7 +69,7 @@ def layout(is_segmented: bool, **sizes: Any) -> tuple[ModelShape, Geometry, Size
         is_segmented=is_segmented,
     )
     config = OffloadConfig(**{"block_tokens": 4, "chunk_blocks": 3} | sizes)
-    return shape, geometry, choose_sizes(geometry, config, keeps_activations=True, device_bytes=None, rates=None)
+    return shape, geometry, choose_sizes(geometry, config, forms=FORMS, device_bytes=None, rates=None)
 
 
 @pytest.mark.parametrize("is_segmented", [True, False])
@@ -134,7 +134,7 @@ def time_chunk(backend: Backend, is_segmented: bool, *, in_ring: bool = True, wo
     slots = {"slot_bytes": sizes.slot_bytes, "num_slots": sizes.num_slots, "buffer_bytes": sizes.buffer_bytes}
     engine.configure(**slots, d2h_slot_bytes=sizes.d2h_slot_bytes, scratch_bytes=sizes.scratch_bytes)
     room = torch.empty(WORK_BYTES, dtype=torch.uint8, device=backend.device)
-    ring: Any = engine.idle_slots if in_ring else tuple
+    ring: Any = engine.buffers.idle_slots if in_ring else tuple
     measured.time_chunk(backend, shape, geometry, sizes, lambda tokens: work or (lambda: room.fill_(1)), ring)
     engine.close()
     return measured
@@ -180,7 +180,10 @@ def test_trials_that_disagree_leave_the_profile_as_it_is(device: FakeCuda) -> No
     with contextlib.closing(CudaBackend(DEVICE)) as backend:
         measured = time_chunk(backend, is_segmented=True, work=work)
     assert measured.recompute_s_per_row_token is None
-    assert measured.correct(PROFILED, rows=4).recompute_s_per_token == PROFILED.recompute_s_per_token
+    assert (
+        measured.correct(PROFILED, rows=4).restore_s_per_token["activation"]
+        == PROFILED.restore_s_per_token["activation"]
+    )
     assert measured.attention_s_per_row_token is not None
 
 

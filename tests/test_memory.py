@@ -251,7 +251,7 @@ def test_no_tensor_of_a_decode_step_over_segments_is_as_long_as_the_cache(path: 
             with LiveTensors() as live:
                 for _ in range(3):
                     long(prompt(1, 1), **given(cache))
-            peaks[tokens] = live.peak_bytes + session.engine.take_peak()
+            peaks[tokens] = live.peak_bytes + session.engine.account.take_peak()
     growth = (peaks[8192] - peaks[1024]) / (8192 - 1024)  # bytes per cached token
     if path == "auto":
         assert growth <= 0.05 * kv

@@ -71,7 +71,7 @@ def test_too_little_device_memory(model: PreTrainedModel) -> None:
         ),
     ):
         generate(model)
-    assert session.engine.held_bytes == {}
+    assert session.engine.account.held_bytes == {}
 
 
 def test_host_memory_that_runs_out_while_decoding(model: PreTrainedModel, wanted: Outcome) -> None:

@@ -13,8 +13,7 @@ import torch
 from attention_cases import Case, gpu, make, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvoffload.cache import ops
-from kvoffload.kernels import cpu_attention, reference
+from kvoffload.kernels import cpu_attention, ops, reference
 
 
 @pytest.fixture(autouse=True)

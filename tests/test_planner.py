@@ -13,6 +13,7 @@ from typing import Any
 import closed_forms
 import pulp
 import pytest
+from placements import changed
 
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.planning import planner
@@ -35,9 +36,10 @@ def small_instance(rng: random.Random) -> PlanInputs:
     bandwidth = rng.choice([1.0, 10.0, 33.3])
     block_s = block_tokens * beta_kv / bandwidth
     rates = Rates(
-        h2d_activation_bytes_per_s=bandwidth * rng.choice([1, 1, 0.8]),
-        h2d_kv_bytes_per_s=bandwidth,
-        recompute_s_per_token=rng.choice([0, 0.1, 0.3, 0.5, 0.6, 1.0, 2.0, rng.random()]) * beta_kv / bandwidth,
+        h2d_bytes_per_s={"activation": bandwidth * rng.choice([1, 1, 0.8]), "kv": bandwidth},
+        restore_s_per_token={
+            "activation": rng.choice([0, 0.1, 0.3, 0.5, 0.6, 1.0, 2.0, rng.random()]) * beta_kv / bandwidth
+        },
         attention_s_per_token=rng.choice([0, 0.05, 0.2]) * beta_kv / bandwidth,
         dense_s=rng.choice([0, 0.5, 2, 5]) * block_s,
         head_s=rng.choice([0, 1]) * block_s,
@@ -55,18 +57,14 @@ def small_instance(rng: random.Random) -> PlanInputs:
         num_offloaded_layers=layers,
         num_blocks=num_blocks,
         block_tokens=block_tokens,
-        kv_bytes_per_token=beta_kv,
-        activation_bytes_per_token=beta_x,
+        bytes_per_token={"kv": beta_kv, "activation": beta_x},
         rates=rates,
         chunk_blocks=rng.choice([1, 2, 3, 4]),
         num_slots=rng.choice([2, 3]),
         device_bytes=10 + int(every_bytes * rng.choice([0, 0.1, 0.3, 0.5, 0.7]) * rng.uniform(0.8, 1.1)),
         fixed_device_bytes=rng.choice([0, 10]),
         host_bytes=int(every_bytes * rng.choice([0.4, 0.5, 0.6, 0.8, 1.2, 2])),
-        stored_activation_blocks=stored[0],
-        stored_kv_blocks=stored[1],
-        stored_resident_blocks=stored[2],
-        stored_resident_activation_blocks=stored[3],
+        stored=dict(zip(("activation", "kv", "resident_kv", "resident_activation"), stored, strict=True)),
         split=rng.choice([None] * 6 + [0.0, 1.0, 0.5, 0.3, rng.random()]),
         schedule=rng.choice(["pipelined", "pipelined", "kvpr"]),
         weight_bytes_per_step=rng.choice([0, 0, 100]),
@@ -77,16 +75,18 @@ def small_instance(rng: random.Random) -> PlanInputs:
 def every_placement(inputs: PlanInputs) -> Iterator[tuple[int, int, int, int]]:
     """All (r, r_x, x, t) within every limit, by plain enumeration."""
     s = inputs.num_blocks
-    for x in range(inputs.stored_activation_blocks, s + 1):
-        for t in range(inputs.stored_kv_blocks, s + 1 - x):
+    for x in range(inputs.stored.get("activation", 0), s + 1):
+        for t in range(inputs.stored.get("kv", 0), s + 1 - x):
             if closed_forms.host_bytes(inputs, x, t) > inputs.host_bytes:
                 continue
             if inputs.split is not None:
-                nearest = max(round(inputs.split * (x + t)), inputs.stored_activation_blocks)
-                if x != min(nearest, x + t - inputs.stored_kv_blocks):
+                nearest = max(round(inputs.split * (x + t)), inputs.stored.get("activation", 0))
+                if x != min(nearest, x + t - inputs.stored.get("kv", 0)):
                     continue
-            for r_x in range(inputs.stored_resident_activation_blocks, s + 1 - x - t - inputs.stored_resident_blocks):
-                if inputs.split is not None and r_x > inputs.stored_resident_activation_blocks:
+            for r_x in range(
+                inputs.stored.get("resident_activation", 0), s + 1 - x - t - inputs.stored.get("resident_kv", 0)
+            ):
+                if inputs.split is not None and r_x > inputs.stored.get("resident_activation", 0):
                     continue
                 if closed_forms.device_bytes(inputs, s - x - t - r_x, r_x) <= inputs.device_bytes:
                     yield s - x - t - r_x, r_x, x, t
@@ -135,9 +135,8 @@ def real_instance(rng: random.Random, most_blocks: int) -> PlanInputs:
     bandwidth = rng.choice([12e9, 25e9, 32e9, 55e9]) * rng.uniform(0.9, 1.1)
     flops_per_s = rng.choice([60e12, 120e12, 250e12, 600e12]) * rng.uniform(0.9, 1.1)
     rates = Rates(
-        h2d_activation_bytes_per_s=bandwidth * rng.uniform(0.95, 1),
-        h2d_kv_bytes_per_s=bandwidth,
-        recompute_s_per_token=batch * 2 * hidden * 2 * hidden / group / flops_per_s,
+        h2d_bytes_per_s={"activation": bandwidth * rng.uniform(0.95, 1), "kv": bandwidth},
+        restore_s_per_token={"activation": batch * 2 * hidden * 2 * hidden / group / flops_per_s},
         attention_s_per_token=beta_kv / rng.choice([6e11, 1.5e12, 3e12]),
         dense_s=2 * 12 * hidden**2 / 1.5e12,
         head_s=4e-4,
@@ -152,8 +151,7 @@ def real_instance(rng: random.Random, most_blocks: int) -> PlanInputs:
         num_offloaded_layers=layers,
         num_blocks=num_blocks,
         block_tokens=block_tokens,
-        kv_bytes_per_token=beta_kv,
-        activation_bytes_per_token=beta_x,
+        bytes_per_token={"kv": beta_kv, "activation": beta_x},
         rates=rates,
         chunk_blocks=rng.choice([1, 2, 4, 8]),
         num_slots=rng.choice([2, 3, 4]),
@@ -220,9 +218,9 @@ def test_a_solve_is_fast_enough_to_plan_again_while_decoding() -> None:
 def paper_instance(hidden: int, group: int = 1, **changes: Any) -> PlanInputs:
     """A worked example: 312 TFLOP/s, 32 GB/s, fp16; only link and recomputation count, nothing stays resident."""
     rates = Rates(
-        h2d_activation_bytes_per_s=32e9,
-        h2d_kv_bytes_per_s=32e9,
-        recompute_s_per_token=2 * hidden * 2 * hidden / group / 312e12,  # multiply-add, keys and values
+        h2d_bytes_per_s={"activation": 32e9, "kv": 32e9},
+        # multiply-add, keys and values
+        restore_s_per_token={"activation": 2 * hidden * 2 * hidden / group / 312e12},
         attention_s_per_token=0.0,
         dense_s=0.0,
     )
@@ -231,8 +229,7 @@ def paper_instance(hidden: int, group: int = 1, **changes: Any) -> PlanInputs:
         num_offloaded_layers=32,
         num_blocks=1000,
         block_tokens=16,
-        kv_bytes_per_token=2 * 2 * hidden // group,
-        activation_bytes_per_token=2 * hidden,
+        bytes_per_token={"kv": 2 * 2 * hidden // group, "activation": 2 * hidden},
         rates=rates,
         chunk_blocks=4,
         num_slots=3,
@@ -287,12 +284,10 @@ def test_what_fits_on_the_device_stays_there() -> None:
 
 
 def test_planning_again_keeps_what_is_stored() -> None:
-    stored = {"stored_kv_blocks": 300, "stored_activation_blocks": 100, "stored_resident_blocks": 20}
+    stored = {"kv": 300, "activation": 100, "resident_kv": 20, "resident_activation": 10}
     room = 10**9 + 32 * 16 * 60 * 16384
     for extra in ({}, {"schedule": "kvpr"}, {"split": 1.0}, {"split": 0.0}):
-        inputs = paper_instance(
-            4096, **stored, **extra, stored_resident_activation_blocks=10, device_bytes=room, host_bytes=10**13
-        )
+        inputs = paper_instance(4096, **extra, stored=stored, device_bytes=room, host_bytes=10**13)
         plan = planner.solve(inputs)
         assert plan.kv_blocks >= 300
         assert plan.activation_blocks >= 100
@@ -304,7 +299,7 @@ def test_planning_again_keeps_what_is_stored() -> None:
             free = planner.solve(paper_instance(4096, **extra, device_bytes=room, host_bytes=10**13))
             assert plan.predicted_step_s >= free.predicted_step_s
     with pytest.raises(ConfigError, match="1001 blocks are stored"):
-        planner.solve(paper_instance(4096, stored_kv_blocks=1001))
+        planner.solve(paper_instance(4096, stored={"kv": 1001}))
 
 
 @pytest.mark.parametrize("split", [0.0, 0.25, 1 / 3, 0.5, 0.9999, 1.0])
@@ -324,7 +319,7 @@ def test_the_binding_constraint_names_what_limits_the_step() -> None:
     dense = dataclasses.replace(inputs.rates, dense_s=1.0)
     assert planner.solve(dataclasses.replace(inputs, rates=dense)).binding_constraint == "device"
     # recomputation four times as slow: the best split is 0.33, but the host holds K/V of half the cache only
-    slow = dataclasses.replace(inputs.rates, recompute_s_per_token=4 * inputs.rates.recompute_s_per_token)
+    slow = changed(inputs.rates, recompute_s_per_token=4 * inputs.rates.restore_s_per_token["activation"])
     tight = dataclasses.replace(inputs, rates=slow, host_bytes=closed_forms.host_bytes(inputs, 1000, 0) * 5 // 4)
     plan = planner.solve(tight)
     assert plan.binding_constraint == "host_memory"
@@ -343,9 +338,9 @@ def test_too_little_device_memory_is_said_with_the_numbers_and_the_way_out() -> 
     assert re.search("raise device_gib.*lower the batch", str(caught.value))
 
 
-@pytest.mark.parametrize("changes", [{}, {"split": 0.0}, {"split": 0.5}, {"stored_kv_blocks": 100}])
+@pytest.mark.parametrize("changes", [{}, {"split": 0.0}, {"split": 0.5}, {"stored": {"kv": 100}}])
 def test_too_little_host_memory_is_said_with_the_least_that_works(changes: dict[str, Any]) -> None:
-    kv_share = {0.0: 1.0, 0.5: 0.5}.get(changes.get("split", 1.0), changes.get("stored_kv_blocks", 0) / 1000)
+    kv_share = {0.0: 1.0, 0.5: 0.5}.get(changes.get("split", 1.0), changes.get("stored", {}).get("kv", 0) / 1000)
     least = 32 * 16 * 1000 * 8192 * (1 + kv_share)
     with pytest.raises(InfeasiblePlanError) as caught:
         planner.solve(paper_instance(4096, **changes, host_bytes=int(least) - 1))
@@ -405,11 +400,11 @@ def test_the_papers_barrier_is_left_out_where_it_costs_more_than_recomputing_sav
     rng, left_out = random.Random(6), 0
     for _ in range(40):
         inputs = dataclasses.replace(real_instance(rng, 300), schedule="kvpr", num_blocks=rng.randint(100, 300))
-        kv_s = inputs.kv_bytes_per_token / inputs.rates.h2d_kv_bytes_per_s
+        kv_s = inputs.bytes_per_token["kv"] / inputs.rates.h2d_bytes_per_s["kv"]
         rates = dataclasses.replace(
             inputs.rates,
             attention_s_per_token=rng.uniform(0.1, 0.5) * kv_s,
-            recompute_s_per_token=rng.uniform(2, 7) * kv_s,
+            restore_s_per_token={"activation": rng.uniform(2, 7) * kv_s},
         )
         roomy = dataclasses.replace(inputs, rates=rates, host_bytes=10**15)
         plan = planner.solve(roomy)

@@ -50,16 +50,15 @@ def test_recomputation_is_what_a_step_takes_longer_per_token(monkeypatch: pytest
     monkeypatch.setattr(predictions, "_step_s", step_s)
     rates = predictions.engine_rates(lab, None, 8)  # type: ignore[arg-type]
     assert seen == [(predictions.FAST_BYTES_PER_S, 0.0), (predictions.FAST_BYTES_PER_S, 1.0)]
-    assert rates.recompute_s_per_token == pytest.approx(0.3 / (lab.preset.layers * 256))
+    assert rates.restore_s_per_token["activation"] == pytest.approx(0.3 / (lab.preset.layers * 256))
     assert rates.head_s == 0.2
-    assert rates.h2d_kv_bytes_per_s == rates.h2d_activation_bytes_per_s == lab.bytes_per_s == speed
+    assert rates.h2d_bytes_per_s["kv"] == rates.h2d_bytes_per_s["activation"] == lab.bytes_per_s == speed
 
 
 def test_the_link_over_the_device_is_that_of_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = Rates(
-        h2d_activation_bytes_per_s=1e6,
-        h2d_kv_bytes_per_s=1e6,
-        recompute_s_per_token=1e-3,
+        h2d_bytes_per_s={"activation": 1e6, "kv": 1e6},
+        restore_s_per_token={"activation": 1e-3},
         attention_s_per_token=0.0,
         dense_s=0.0,
         head_s=0.5,

@@ -32,7 +32,7 @@ def random_table(rng: random.Random, num_options: int, num_blocks: int) -> Table
                 bytes={"host" if on_host else "device": size},
                 link_bytes=size if "h2d" in seconds else 0,
                 chunk_s=rng.choice([0.0, 0.3]) if on_host else 0.0,
-                recompute_s=recompute_s,
+                restore_s=recompute_s,
             )
         )
     return Table(

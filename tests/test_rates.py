@@ -41,15 +41,17 @@ PROFILE = HardwareProfile(
 
 def test_rates_are_read_at_the_sizes_the_runtime_uses() -> None:
     rates = rates_from_profile(PROFILE, SHAPE, batch=4, block_tokens=8, chunk_blocks=2)
-    assert rates.h2d_activation_bytes_per_s == pytest.approx(8192 / PROFILE.h2d.seconds(8192))  # 16 tokens * 4 * 64 * 2
-    assert rates.h2d_kv_bytes_per_s == pytest.approx(8192 / PROFILE.h2d.seconds(8192))  # 16 * 4 * 2 * 2 * 16 * 2
-    assert rates.recompute_s_per_token == pytest.approx(4 * 2 * 64 * 64 / (2 * 64 * 32 * 64 / 2e-6))
+    assert rates.h2d_bytes_per_s["activation"] == pytest.approx(
+        8192 / PROFILE.h2d.seconds(8192)
+    )  # 16 tokens * 4 * 64 * 2
+    assert rates.h2d_bytes_per_s["kv"] == pytest.approx(8192 / PROFILE.h2d.seconds(8192))  # 16 * 4 * 2 * 2 * 16 * 2
+    assert rates.restore_s_per_token["activation"] == pytest.approx(4 * 2 * 64 * 64 / (2 * 64 * 32 * 64 / 2e-6))
     assert rates.attention_s_per_token == pytest.approx(4 * 128 / (1e6 / 1e-4))
     assert rates.dense_s == pytest.approx(4 * SHAPE.dense_flops / (2 * 4 * 256 * 64 / 1e-6))
     assert rates.head_s == pytest.approx(2 * 4 * 64_000 / (2 * 4 * 256 * 64 / 1e-6))
     assert (rates.gap_s, rates.host_s_per_layer) == (PROFILE.gap_s, PROFILE.host_s_per_layer)
     smaller = rates_from_profile(PROFILE, SHAPE, batch=4, block_tokens=8, chunk_blocks=1)
-    assert smaller.h2d_kv_bytes_per_s == pytest.approx(4096 / PROFILE.h2d.seconds(4096))
+    assert smaller.h2d_bytes_per_s["kv"] == pytest.approx(4096 / PROFILE.h2d.seconds(4096))
     short = rates_from_profile(PROFILE, SHAPE, batch=4, block_tokens=8, chunk_blocks=1, cached_tokens=10)
     assert short.attention_s_per_token == pytest.approx(4 * 128 / (5120 / 1e-5))
 

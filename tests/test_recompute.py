@@ -15,10 +15,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import kvoffload
 from kvoffload import OffloadConfig
-from kvoffload.cache import ops
-from kvoffload.cache.recompute import FastRecompute, GenericRecompute, choose_path
 from kvoffload.hf import attention_modules, offloadable_layers
 from kvoffload.hf.arguments import name_of_cache
+from kvoffload.kernels import ops
+from kvoffload.store.recompute import FastRecompute, GenericRecompute, choose_path
 from kvoffload.store.tail import KVShape
 
 # Two plain projections, keys rotated in halves as they are: the others norm, fuse or interleave.

@@ -80,7 +80,7 @@ def test_the_planned_step_moves_the_bytes_of_the_plan_at_the_speed_of_the_link()
     num_bytes = found.advice.plan.link_bytes_per_step
     assert sum(span.num_bytes for span in copies) == pytest.approx(num_bytes, rel=1e-3)
     rates = found.task.inputs(found.task.workload.cached_tokens).rates
-    assert found.planned.busy_s("h2d") == pytest.approx(num_bytes / rates.h2d_kv_bytes_per_s, rel=1e-3)
+    assert found.planned.busy_s("h2d") == pytest.approx(num_bytes / rates.h2d_bytes_per_s["kv"], rel=1e-3)
     assert found.planned.steps_s[-1] == pytest.approx(found.simulated_step_s, rel=0.02)
     assert found.simulated_step_s >= found.advice.plan.predicted_step_s
 

@@ -254,8 +254,8 @@ def test_keys_and_values_of_a_cache_can_be_read(kind: str, way: str) -> None:
             assert torch.equal(cache.layers[0].keys, plain.layers[0].keys)
         with pytest.raises(KVOffloadError, match="cannot be replaced"):
             cache.layers[1].keys = keys
-        with pytest.raises(KVOffloadError, match=r"copy\.deepcopy: give the common prompt to a session\.new_cache"):
-            copy.deepcopy(cache)
+        copied = copy.deepcopy(cache)
+        assert torch.equal(copied.layers[1].values, cache.layers[1].values)
 
 
 def test_keys_can_be_read_after_rows_became_fewer_and_after_a_forward_that_failed() -> None:

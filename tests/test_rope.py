@@ -12,8 +12,7 @@ import torch
 from attention_cases import distance, gpu, interpreted
 from torch import Tensor
 
-from kvoffload.cache import ops
-from kvoffload.kernels import reference
+from kvoffload.kernels import ops, reference
 
 # tokens, rows, heads, head_dim, rotary_dim
 SHAPES = [

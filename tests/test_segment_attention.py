@@ -11,8 +11,7 @@ import pytest
 import torch
 from attention_cases import Case, dense, distance, gpu, interpreted, make, plain_errors, run
 
-from kvoffload.cache import ops
-from kvoffload.kernels import cpu_attention, reference, tiles
+from kvoffload.kernels import cpu_attention, ops, reference, tiles
 
 ON_CPU = {
     "twin": reference.segment_attention,

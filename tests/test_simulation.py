@@ -7,7 +7,7 @@ import random
 
 import closed_forms
 import pytest
-from placements import LONG, placed, random_placement, with_rates
+from placements import LONG, changed, placed, random_placement, with_rates
 
 from kvoffload.planning.simulation import simulate
 
@@ -78,7 +78,7 @@ def test_streamed_weights_pace_a_step_that_transfers_nothing_else() -> None:
 
 def test_newer_rates_change_the_simulation_of_an_old_plan() -> None:
     plan = placed(LONG, 0, 0, 0, 60)
-    slower = dataclasses.replace(LONG.rates, h2d_kv_bytes_per_s=100.0)
+    slower = changed(LONG.rates, h2d_kv_bytes_per_s=100.0)
     assert simulate(plan, slower).step_s == pytest.approx(2 * simulate(plan, LONG.rates).step_s, rel=0.03)
 
 

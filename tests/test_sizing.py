@@ -17,7 +17,9 @@ from matrix import profile as emulated_profile
 from kvoffload import HardwareProfile, InfeasiblePlanError, OffloadConfig
 from kvoffload.backend import CudaBackend, EmulatedBackend
 from kvoffload.model.shape import ModelShape
+from kvoffload.planning.forms import FORMS
 from kvoffload.planning.geometry import TARGET_CHUNK_BYTES, Geometry
+from kvoffload.planning.placement import PLAIN
 from kvoffload.planning.rates import Rates
 from kvoffload.planning.sizing import LEAST_GAP_S, MAX_SLOTS, UNKNOWN_H2D_BYTES_PER_S, choose_sizes
 from kvoffload.session.generation_plan import GenerationPlan
@@ -98,9 +100,8 @@ def test_a_given_split_gets_the_chunks_of_a_free_one_from_a_stored_profile(
 
 def rates(h2d_bytes_per_s: float) -> Rates:
     return Rates(
-        h2d_activation_bytes_per_s=h2d_bytes_per_s,
-        h2d_kv_bytes_per_s=h2d_bytes_per_s,
-        recompute_s_per_token=0.0,
+        h2d_bytes_per_s={"activation": h2d_bytes_per_s, "kv": h2d_bytes_per_s},
+        restore_s_per_token={"activation": 0.0},
         attention_s_per_token=0.0,
         dense_s=0.0,
         gap_s=1e-3,
@@ -111,7 +112,7 @@ def rates(h2d_bytes_per_s: float) -> Rates:
 @pytest.mark.parametrize("least_chunk_bytes", [2 * MIB, 32 * MIB])
 def test_the_ring_covers_the_gap_however_small_its_chunks_are(h2d_bytes_per_s: float, least_chunk_bytes: int) -> None:
     real = replace(GEOMETRY, least_gap_s=LEAST_GAP_S, least_chunk_bytes=least_chunk_bytes)
-    options: Any = {"keeps_activations": True, "device_bytes": None, "rates": rates(h2d_bytes_per_s)}
+    options: Any = {"forms": FORMS, "device_bytes": None, "rates": rates(h2d_bytes_per_s)}
     sizes = choose_sizes(real, OffloadConfig(), **options)
     assert (sizes.num_slots - 3) * sizes.slot_bytes >= LEAST_GAP_S * h2d_bytes_per_s
     emulated = choose_sizes(replace(real, least_gap_s=0.0), OffloadConfig(), **options)
@@ -121,14 +122,14 @@ def test_the_ring_covers_the_gap_however_small_its_chunks_are(h2d_bytes_per_s: f
 
 def test_a_ring_is_not_longer_than_the_whole_cache() -> None:
     short = replace(GEOMETRY, least_gap_s=LEAST_GAP_S, num_offloaded_layers=2, rows=1, max_tokens=100)
-    sizes = choose_sizes(short, OffloadConfig(), keeps_activations=True, device_bytes=None, rates=rates(50e9))
+    sizes = choose_sizes(short, OffloadConfig(), forms=FORMS, device_bytes=None, rates=rates(50e9))
     chunks_per_layer = -(-100 // (sizes.block_tokens * sizes.chunk_blocks))
     assert sizes.num_slots == 3 + 2 * chunks_per_layer
 
 
 def test_under_a_cap_a_real_link_gives_up_slots_before_the_size_of_its_chunks() -> None:
     real = replace(GEOMETRY, least_gap_s=LEAST_GAP_S)
-    options: Any = {"keeps_activations": False, "rates": rates(50e9)}
+    options: Any = {"forms": {PLAIN}, "rates": rates(50e9)}
     best = choose_sizes(real, OffloadConfig(), device_bytes=None, **options)
     chunks, slots = [], []
     for share in (1.0, 0.8, 0.6, 0.4, 0.2, 0.1):

@@ -197,6 +197,7 @@ PLANTS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:K/V of some tokens")  # what is half copied may show in a comparison first
 @pytest.mark.parametrize("name", PLANTS)
 def test_a_planted_fault_is_found(name: str, models: list[PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     plant, hoard = PLANTS[name], []

@@ -15,7 +15,7 @@ import torch
 from matrix import prompt
 from models import make_model
 from modes import given
-from placements import LONG, placed, random_placement
+from placements import LONG, changed, placed, random_placement
 
 import kvoffload
 from kvoffload import EmulatedLink, KVOffloadError, OffloadConfig
@@ -103,7 +103,7 @@ def test_planned_stretches_carry_the_bytes_of_the_plan_and_never_overlap(is_segm
     for _ in range(60):
         inputs, (r, r_x, x, t) = random_placement(rng)
         speed = 160.0
-        rates = dataclasses.replace(inputs.rates, h2d_activation_bytes_per_s=speed, h2d_kv_bytes_per_s=speed)
+        rates = changed(inputs.rates, h2d_activation_bytes_per_s=speed, h2d_kv_bytes_per_s=speed)
         schedule: Any = "pipelined" if is_segmented else rng.choice(["pipelined", "kvpr"])
         plan = dataclasses.replace(placed(inputs, r, r_x, x, t), is_segmented=is_segmented, schedule=schedule)
         overlap = rng.random() < 0.8

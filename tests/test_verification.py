@@ -14,9 +14,9 @@ from modes import COMMON, given, plain_cache, prompt
 from transformers import PreTrainedModel
 
 from kvoffload import UnsupportedModelError
-from kvoffload.cache.verification import Probe, rows_are_alike, sampled
 from kvoffload.session.session import Session
 from kvoffload.store.tail import KVShape, NewTokens
+from kvoffload.store.verification import Probe, rows_are_alike, sampled
 
 LATER = "K/V of some tokens cannot be recomputed"
 CHANGED = "does not compute the K and V that it cached any more"

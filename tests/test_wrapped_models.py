@@ -14,8 +14,8 @@ from modes import MODES, outcome
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kvoffload.cache.recompute import FastRecompute
 from kvoffload.session.session import Session
+from kvoffload.store.recompute import FastRecompute
 
 
 @pytest.fixture

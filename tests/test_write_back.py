@@ -61,7 +61,7 @@ def store(write_back: WriteBack, extent: Extent, num_blocks: int = 2) -> int:
 
     write_back.store(extent, blocks, pack)
     write_back._backend.synchronize()
-    found = [block.host for block in blocks if block.host is not None and block.written is not None]
+    found = [block.bytes for block in blocks if block.written is not None]
     assert torch.equal(torch.cat(found), torch.arange(num_blocks * SLOT // 2, dtype=torch.uint8))
     return packed[0]
 

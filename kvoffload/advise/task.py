@@ -31,7 +31,7 @@ from kvoffload.planning.memory import (
 )
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.problem import does_without, may_do_without, mean_tokens, pose
-from kvoffload.planning.sizing import smallest_sizes, split_to_plan, uncapped_sizes
+from kvoffload.planning.sizing import planned_forms, smallest_sizes, uncapped_sizes
 from kvoffload.planning.workload import Workload
 from kvoffload.units import gb
 
@@ -189,8 +189,7 @@ class Task(NamedTuple):
         return self._least_bytes(geometry) <= self._left_by_prefill(rows, MIN_PREFILL_TOKENS)
 
     def _least_bytes(self, geometry: Geometry) -> int:
-        keeps = split_to_plan(self.config, geometry) != 0
-        return smallest_sizes(geometry, self.config, keeps_activations=keeps).fixed_device_bytes
+        return smallest_sizes(geometry, self.config, forms=planned_forms(self.config, geometry)).fixed_device_bytes
 
     def _left_by_prefill(self, rows: int, tokens: int) -> int:
         """Device memory beside weights and parts of a prefill with so many tokens of each of `rows` sequences."""

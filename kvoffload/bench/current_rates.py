@@ -23,7 +23,8 @@ from kvoffload import hf
 from kvoffload.backend import DeviceClock
 from kvoffload.bench.presets import Preset
 from kvoffload.bench.watch import Stamp
-from kvoffload.cache import ops, recompute
+from kvoffload.kernels import ops
+from kvoffload.store import recompute
 from kvoffload.store.tail import KVShape
 
 RING_CHUNKS = 4

@@ -24,12 +24,13 @@ from kvoffload.errors import ConfigError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.live import shape_of_model
 from kvoffload.planning import planner, step_time
+from kvoffload.planning.forms import FORMS
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.problem import make_inputs
 from kvoffload.planning.rates import Rates
-from kvoffload.planning.sizing import choose_sizes
+from kvoffload.planning.sizing import choose_sizes, planned_forms
 from kvoffload.profiler.environment import cpu_name
 from kvoffload.profiler.profile import with_link
 
@@ -98,7 +99,7 @@ class Lab:
     # ---- rates of this process -----------------------------------------------------------------------------------
 
     def recompute_s_per_token(self, idle_s: float = 0.0, *, is_segmented: bool = True) -> float:
-        """gamma_r, as `rates.recompute_s_per_token`."""
+        """gamma_r, as `Rates.restore_s_per_token`."""
         return recompute_s_per_token(
             self.model, self.preset, self.chunk_tokens, idle_s=idle_s, is_segmented=is_segmented
         )
@@ -117,13 +118,12 @@ class Lab:
         # longer of both: what the host took for the whole step is the host's, at least where that was the longer.
         is_cpu = self.preset.is_emulated
         return Rates(
-            h2d_activation_bytes_per_s=self.bytes_per_s,
-            h2d_kv_bytes_per_s=self.bytes_per_s,
+            h2d_bytes_per_s=dict.fromkeys(FORMS, self.bytes_per_s),
             dense_s=0.0,
             # dense parts of a step, in one piece
             head_s=step_s if is_cpu else forward_s(self.model, self.ids),
             host_s_per_layer=0.0 if is_cpu else step_s / self.preset.layers,
-            recompute_s_per_token=self.recompute_s_per_token(idle_s, is_segmented=is_segmented),
+            restore_s_per_token={"activation": self.recompute_s_per_token(idle_s, is_segmented=is_segmented)},
             attention_s_per_token=attention_s_per_token(
                 self.preset, self.device, self.chunk_tokens, idle_s=idle_s, is_segmented=is_segmented
             ),
@@ -143,7 +143,8 @@ class Lab:
             activation_row_bytes=self.shape.activation_row_bytes,
             is_segmented=is_segmented,
         )
-        sizes = choose_sizes(geometry, config, keeps_activations=split != 0, device_bytes=None, rates=rates)
+        forms = planned_forms(config, geometry, can_recompute=split != 0)
+        sizes = choose_sizes(geometry, config, forms=forms, device_bytes=None, rates=rates)
         return make_inputs(
             self.shape,
             geometry,
@@ -169,16 +170,16 @@ class Lab:
         schedule: Schedule = "kvpr" if mode == "kvpr" else "pipelined"
         inputs = self.inputs(rates, split=chosen, schedule=schedule, is_segmented=_is_segmented(mode))
         if like is not None:
-            resident = like.resident_kv_blocks * like.kv_bytes_per_token
-            resident += like.resident_activation_blocks * like.activation_bytes_per_token
+            resident = sum(
+                n * like.bytes_per_token[kind.form] for kind, n in like.placed.items() if kind.tier == "device"
+            )
             inputs = replace(
                 inputs,
                 num_blocks=like.num_blocks,
                 block_tokens=like.block_tokens,
                 chunk_blocks=like.chunk_blocks,
                 num_slots=like.num_slots,
-                kv_bytes_per_token=like.kv_bytes_per_token,
-                activation_bytes_per_token=like.activation_bytes_per_token,
+                bytes_per_token=like.bytes_per_token,
                 device_bytes=inputs.fixed_device_bytes + like.num_offloaded_layers * like.block_tokens * resident,
                 host_bytes=2**62,
             )

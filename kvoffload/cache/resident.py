@@ -3,20 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
-
-import torch
 
 from kvoffload.cache.layer import CacheLayer
-from kvoffload.planning.placement import Form
-
-
-class ResidentRun(NamedTuple):
-    """Consecutive resident blocks of one form, contiguous on the device."""
-
-    form: Form
-    first_block: int
-    data: torch.Tensor  # [tokens, stored rows, width]
+from kvoffload.store.block import Span
 
 
 class ResidentBlocks:
@@ -35,14 +24,11 @@ class ResidentBlocks:
         self._taken = 0
         self._due = 0.0
 
-    def due(self, share: float) -> Iterator[ResidentRun]:
-        """A further share of the blocks."""
-        blocks, block_tokens = self._layer.blocks, self._layer.cache.placement.block_tokens
+    def due(self, share: float) -> Iterator[Span]:
+        """A further share of the blocks: consecutive ones of one form, contiguous on the device."""
         self._due = min(float(self._count), self._due + share * self._count)
         while self._taken < round(self._due):
-            first, idx = blocks[self._taken], self._taken
-            length = min(self._runs[idx], round(self._due) - idx, self._max_blocks)
-            assert first.resident is not None
-            shape = (length * block_tokens, first.rows, first.resident.shape[2])
+            first = self._taken
+            length = min(self._runs[first], round(self._due) - first, self._max_blocks)
             self._taken += length
-            yield ResidentRun(first.form, idx, first.resident.as_strided(shape, first.resident.stride()))
+            yield self._layer.span(first, length)

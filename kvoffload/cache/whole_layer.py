@@ -35,25 +35,21 @@ def whole_kv(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor) -> tup
     assert job.buffer is not None
     landing = job.buffer.bytes
     resident = _ResidentPlacing(layer, landing)
-    shares = max(1, job.num_activation_chunks)  # so that a long recomputation never keeps the ring full
-    if job.num_activation_chunks == 0:
+    shares = sum(map(job.has_slot, job.cargo))  # spread, so that other work never keeps the ring full for long
+    if shares == 0:
         resident.place(1)
     for chunk, room in engine.arriving(job):
-        tokens = len(chunk.blocks) * cache.placement.block_tokens
-        rows = chunk.blocks[0].rows
-        row = layer.row_shapes["activation"]
-        stored = room.view(row.dtype, (tokens, rows, row.width))
-        out = _tokens(landing, chunk.landing_offset, tokens, rows, shape)
-        engine.backend.compute(reads=(stored,), writes=(out,))
-        layer.recompute_into(chunk.first_block, chunk.blocks[0], stored, out)
+        out = _tokens(landing, chunk.kv_offset, chunk.span.num_tokens, chunk.span.rows, shape)
+        engine.backend.compute(reads=(room.part(chunk.source.numel()),), writes=(out,))
+        layer.forms[chunk.span.form].restore(room, chunk.span, out)
         resident.place(1 / shares)
     resident.place(1)
-    index = cache.gather_index(layer)
+    index = cache.gather_index(layer.blocks)
     if index is None:
         target = landing
     else:
         stored = landing[: layer.stored_kv_bytes].view(shape.dtype).view(-1, shape.width)
-        target = engine.gather_buffer(total * row_bytes)
+        target = engine.buffers.gather_buffer(total * row_bytes)
         gathered = target[: layer.num_stored_tokens * row_bytes].view(shape.dtype).view(-1, shape.width)
         engine.backend.compute(reads=(stored,))
         torch.index_select(stored, 0, index, out=gathered)
@@ -76,7 +72,7 @@ def read_back(layer: CacheLayer) -> tuple[torch.Tensor, torch.Tensor]:
     """
     engine, shape = layer.cache.engine, layer.shape
     assert shape is not None
-    rows, device, buffer_bytes = layer.cache.rows, engine.backend.device, engine.buffer_bytes
+    rows, device, buffer_bytes = layer.cache.rows, engine.backend.device, engine.buffers.layer_bytes
     keys = torch.empty(rows, shape.key_heads, 0, shape.key_dim, dtype=shape.dtype, device=device)
     values = torch.empty(rows, shape.value_heads, 0, shape.value_dim, dtype=shape.dtype, device=device)
     with torch.no_grad():
@@ -87,7 +83,7 @@ def read_back(layer: CacheLayer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _ResidentPlacing:
-    """Copies or recomputes resident blocks into the layer buffer."""
+    """K and V of resident blocks, into the layer buffer."""
 
     def __init__(self, layer: CacheLayer, landing: torch.Tensor) -> None:
         self._layer, self._landing, self._offset = layer, landing, 0
@@ -97,15 +93,11 @@ class _ResidentPlacing:
         """A further share of the blocks."""
         layer, shape = self._layer, self._layer.shape
         assert shape is not None
-        for run in self._blocks.due(share):
-            tokens, rows, _ = run.data.shape
-            out = _tokens(self._landing, self._offset, tokens, rows, shape)
+        for span in self._blocks.due(share):
+            out = _tokens(self._landing, self._offset, span.num_tokens, span.rows, shape)
             layer.cache.engine.backend.compute(writes=(out,))
-            if run.form == "kv":
-                out.copy_(run.data)
-            else:
-                layer.recompute_into(run.first_block, layer.blocks[run.first_block], run.data, out)
-            self._offset += tokens * rows * shape.row_bytes
+            layer.forms[span.form].restore(layer.resident(span), span, out)
+            self._offset += span.num_tokens * span.rows * shape.row_bytes
 
 
 def _tokens(buffer: torch.Tensor, offset: int, tokens: int, rows: int, shape: KVShape) -> torch.Tensor:

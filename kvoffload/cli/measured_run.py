@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 
@@ -76,7 +76,7 @@ def measure_run(
     def predicted_s(rates: Rates) -> float:
         return step_time.predict(replace(inputs, rates=rates), executed.blocks).step_s
 
-    mean = _mean(before, after)
+    mean = before.mean_with(after)
     step_s = tuple(stats.decode_step_s[NUM_UNEVEN_STEPS:])
     planned, simulated_step_s = simulated(executed, replace(inputs, rates=_spread(mean, made)), SHOWN_STEPS)
     tell("done", 1.0)
@@ -126,11 +126,6 @@ def _in_words(preset: bench.Preset) -> str:
         f"{counted(preset.layers, 'layer')} of hidden size {preset.hidden} with {kind} attention in {dtype}, "
         f"{counted(preset.batch, 'sequence')} of {counted(preset.cached_tokens, 'cached token')}"
     )
-
-
-def _mean(before: Rates, after: Rates) -> Rates:
-    """Halfway between two measurements."""
-    return Rates(**{one.name: (getattr(before, one.name) + getattr(after, one.name)) / 2 for one in fields(Rates)})
 
 
 def _spread(rates: Rates, made: bench.Lab) -> Rates:

@@ -7,9 +7,10 @@ attention functions of transformers, which stays there.
 
 from kvoffload.hf.arguments import generation_name, given_cache, returned_cache
 from kvoffload.hf.contract import check_release
+from kvoffload.hf.first_tokens import FirstTokens
 from kvoffload.hf.hooks import ModelHooks
 from kvoffload.hf.interface import SegmentAttention
-from kvoffload.hf.layer_owner import FirstTokens, Measure
+from kvoffload.hf.layer_owner import Progress
 from kvoffload.hf.models import check_supported, offloadable_layers, unwrap
 from kvoffload.hf.offloaded_cache import OffloadedHFCache
 from kvoffload.hf.offloaded_layer import OffloadedLayer
@@ -19,10 +20,10 @@ from kvoffload.model.self_attention import attention_modules
 __all__ = [
     "CONTINUOUS_BATCHING",
     "FirstTokens",
-    "Measure",
     "ModelHooks",
     "OffloadedHFCache",
     "OffloadedLayer",
+    "Progress",
     "SegmentAttention",
     "Shadows",
     "attention_modules",

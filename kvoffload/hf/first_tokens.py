@@ -1,67 +1,115 @@
 """What the first real tokens show about a layer, where its configuration only says what to expect.
 
-Owns how such a layer recomputes its K and V, where its blocks carry their position embeddings, and what is timed of
-that. Does not decide what is done with it (the session does), nor when (`offloaded_layer`).
+Owns how such a layer recomputes its K and V, where its blocks would carry their position embeddings, and what is timed
+of that. Does not decide what is done with it (the session does, which asks), nor when (`offloaded_layer`).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import nn
 
-from kvoffload.cache import recompute
 from kvoffload.cache.layer import CacheLayer
-from kvoffload.cache.verification import Recompute
 from kvoffload.hf.arguments import name_of_cache
-from kvoffload.hf.layer_owner import FirstTokens, OwningCache
-from kvoffload.pipeline.engine import TransferEngine
+from kvoffload.pipeline.buffers import Buffers
+from kvoffload.store import recompute
 from kvoffload.store.carried import CarriedPositions, PositionLayout, rows_are_equal
+from kvoffload.store.forms import activation as activations
 from kvoffload.store.positions import INDEX_BYTES
-from kvoffload.store.tail import KVShape
+from kvoffload.store.tail import KVShape, RowShape
+from kvoffload.store.verification import Probe, Recompute
 
 VERIFIED_TOKENS = 16  # the last of the first forward (padding comes first), on which recomputation is checked
 
 
-def settle_position_layout(
-    owner: OwningCache,
-    core: CacheLayer,
-    first: FirstTokens,
-    activation: torch.Tensor | None,
-    embeddings: tuple[torch.Tensor, ...] | None,
-) -> PositionLayout | None:
-    """Where a layer's blocks carry their position embeddings, if they do.
-
-    The first layer settles for the whole cache whether they do, and asks the session for that.
+class FirstTokens:
+    """The first tokens that a layer was given.
 
     Args:
-        owner: the cache.
-        core: the layer.
-        first: sizes of its first tokens.
-        activation: theirs, [rows, tokens, hidden].
-        embeddings: theirs, each [rows or 1, tokens, width]; None: of a kind that cannot be stored.
+        layer: of which nothing is cached yet.
+        module: its attention module, if it is known.
+        keys: [rows, heads, tokens, dim]; values likewise.
+        activation: the module's input, [rows, tokens, hidden]; None if it is not known.
+        embeddings: position embeddings, each [rows or 1, tokens, width]; None: of a kind that cannot be stored.
     """
-    cache, is_first = owner.core, core.position == 0
-    layout, row_bytes = None, 0
-    if not is_first and not isinstance(cache.positions, CarriedPositions):
-        return None
-    if activation is not None and embeddings and all(map(rows_are_equal, embeddings)):
-        layout = PositionLayout(activation, embeddings, first.rows // cache.prompt_copies)
-        row_bytes = layout.row_bytes - first.activation_row_bytes
-    if not is_first:  # slots are made for the first layer's
-        settled = cache.layers[0].layout
-        return layout if layout and settled and layout.row_bytes <= settled.row_bytes else None
-    token_bytes = sum(part.shape[2] * part.element_size() + INDEX_BYTES for part in embeddings or ())
-    is_wanted = owner.carries_positions(first, row_bytes=row_bytes, token_bytes=token_bytes)
-    cache.carry_positions(is_wanted)
-    return layout if is_wanted else None
+
+    def __init__(
+        self,
+        layer: CacheLayer,
+        module: nn.Module | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        activation: torch.Tensor | None,
+        embeddings: tuple[torch.Tensor, ...] | None,
+    ) -> None:
+        self.layer, self.module = layer, module
+        self._keys, self._values = keys, values
+        self._activation, self._embeddings = activation, embeddings
+        self.rows, self.tokens = keys.shape[0], keys.shape[2]
+        self.kv_row_bytes = (keys[0, :, 0].numel() + values[0, :, 0].numel()) * keys.element_size()
+        self.activation_row_bytes = self.kv_row_bytes
+        if activation is not None:
+            self.activation_row_bytes = activation[0, 0].numel() * activation.element_size()
+
+    @cached_property
+    def position_layout(self) -> PositionLayout | None:
+        """Where blocks would carry the position embeddings of their tokens; None where they cannot."""
+        if self._activation is None or not self._embeddings or not all(map(rows_are_equal, self._embeddings)):
+            return None
+        return PositionLayout(self._activation, self._embeddings, self.rows // self.layer.cache.prompt_copies)
+
+    @property
+    def carried_row_bytes(self) -> int:
+        """Of position embeddings behind each activation, if blocks carry them; 0 where they cannot."""
+        layout = self.position_layout
+        return 0 if layout is None else layout.row_bytes - self.activation_row_bytes
+
+    @property
+    def position_token_bytes(self) -> int:
+        """What a token's position embeddings take in a table of them on the device."""
+        return sum(part.shape[2] * part.element_size() + INDEX_BYTES for part in self._embeddings or ())
+
+    def recomputing_form(self, most_row_bytes: int | None) -> activations.Stored | None:
+        """Blocks of activations that give K and V of the last of these tokens; None where there is no way to.
+
+        Args:
+            most_row_bytes: of a row of such a block, where blocks of the cache carry their position embeddings.
+        """
+        cache, layout = self.layer.cache, None
+        if isinstance(cache.positions, CarriedPositions):
+            layout = self.position_layout
+            if layout is not None and most_row_bytes is not None and layout.row_bytes > most_row_bytes:
+                layout = None  # slots are made for the first layer's
+            if self._embeddings and layout is None:
+                return None  # no place for its position embeddings
+        way = way_to_recompute(self.module, self._activation, self._embeddings, self._keys, self._values)
+        if way is None or self._activation is None:
+            return None
+        return activations.Stored(
+            cache.engine.backend,
+            KVShape.of(self._keys, self._values),
+            RowShape(self._activation.shape[2], self._activation.dtype),
+            way,
+            probe=Probe.of(self._activation, self._embeddings or (), self._keys, self._values),
+            positions=cache.positions,
+            layout=layout,
+            work=cache.work,
+        )
+
+    def prepare_measurement(self, way: Recompute, num_tokens: int) -> Callable[[], None]:
+        """Recomputation of that many tokens (these, repeated), as often as it is called; see `prepare_measurement`."""
+        assert self._activation is not None
+        shape = KVShape.of(self._keys, self._values)
+        buffers = self.layer.cache.engine.buffers
+        return prepare_measurement(buffers, way, self._activation, self._embeddings or (), shape, num_tokens)
 
 
 def way_to_recompute(
     module: nn.Module | None,
-    core: CacheLayer,
     activation: torch.Tensor | None,
     embeddings: tuple[torch.Tensor, ...] | None,
     keys: torch.Tensor,
@@ -71,7 +119,6 @@ def way_to_recompute(
 
     Args:
         module: the attention module, if it is known.
-        core: the layer; its layout is settled.
         activation: [rows, tokens, hidden].
         embeddings: each [rows or 1, tokens, width]; None: of a kind that cannot be stored.
         keys: [rows, heads, tokens, dim]; values likewise.
@@ -81,8 +128,6 @@ def way_to_recompute(
     cache_name = name_of_cache(module.forward)
     if cache_name is None:
         return None
-    if embeddings and core.layout is None and isinstance(core.cache.positions, CarriedPositions):
-        return None  # no place for its position embeddings
     n = slice(-VERIFIED_TOKENS, None)
     parts = tuple(part[:, n] for part in embeddings)
     shape = KVShape.of(keys, values)
@@ -92,7 +137,7 @@ def way_to_recompute(
 
 
 def prepare_measurement(
-    engine: TransferEngine,
+    buffers: Buffers,
     way: Recompute,
     activation: torch.Tensor,
     embeddings: tuple[torch.Tensor, ...],
@@ -102,7 +147,7 @@ def prepare_measurement(
     """Recomputation of that many tokens (the first ones, repeated), as often as it is called.
 
     Args:
-        engine: idle; has the memory that a step would write.
+        buffers: idle; the memory that a step would write.
         way: to recompute.
         activation: [rows, tokens, hidden].
         embeddings: each [rows or 1, tokens, width].
@@ -113,7 +158,7 @@ def prepare_measurement(
     parts = tuple(part.index_select(1, index) for part in embeddings)
     x = activation.transpose(0, 1).index_select(0, index)
     # All over a layer buffer, as in a step: in a cache it would look faster than it is.
-    scratch = engine.measuring_room()
+    scratch = buffers.measuring_room()
     num_bytes = num_tokens * x.shape[1] * shape.row_bytes
     starts = range(0, scratch.numel() - num_bytes + 1, num_bytes)
     chunks = [scratch[start : start + num_bytes].view(shape.dtype) for start in starts]

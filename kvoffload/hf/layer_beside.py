@@ -35,6 +35,11 @@ class LayerBeside(OffloadedLayer):
         self._unused = copy.deepcopy(theirs)
         super().__init__(owner, core, module)
 
+    def copy_from(self, other: OffloadedLayer) -> None:
+        super().copy_from(other)
+        assert isinstance(other, LayerBeside)
+        self.beside = copy.deepcopy(other.beside)
+
     def renew(self) -> None:
         """Forget the rest; their own reset keeps the number of rows."""
         self.beside = copy.deepcopy(self._unused)

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from kvoffload.cache.cache import CacheCore
-from kvoffload.cache.layer import CacheLayer
+from kvoffload.hf.first_tokens import FirstTokens
 from kvoffload.hf.masks import MaskReader
 
-# Prepares the recomputation of that many tokens of all rows of a layer, to be timed.
-Measure = Callable[[int], Callable[[], None]]
 
+@dataclass(slots=True)
+class Progress:
+    """How far a session is, as its caches and layers see it."""
 
-class FirstTokens(NamedTuple):
-    """Sizes of what a layer was given first."""
-
-    rows: int
-    tokens: int
-    kv_row_bytes: int
-    activation_row_bytes: int
-
-    @classmethod
-    def of(cls, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None) -> FirstTokens:
-        """Of keys [rows, heads, tokens, dim], values likewise, and activation [rows, tokens, hidden]."""
-        kv_row_bytes = (keys[0, :, 0].numel() + values[0, :, 0].numel()) * keys.element_size()
-        x_row_bytes = kv_row_bytes if activation is None else activation[0, 0].numel() * activation.element_size()
-        return cls(keys.shape[0], keys.shape[2], kv_row_bytes, x_row_bytes)
+    forwards: int = 0  # of the model that came to the first offloaded layer
+    generations: int = 0  # calls of `generate()`
+    setup_s: float = 0.0  # spent on memory and measurements within forwards
 
 
 class OwningCache(Protocol):
@@ -39,20 +28,11 @@ class OwningCache(Protocol):
     masks: MaskReader
     layers: list[Any]
     is_closed: bool
+    progress: Progress
+    offers_segments: bool  # whether attention may take chunks one by one
 
-    @property
-    def num_forwards(self) -> int: ...
-    @property
-    def num_generations(self) -> int: ...
-    @property
-    def offers_segments(self) -> bool: ...
-
-    def check_usable(self) -> None: ...
-    def check_rows(self, rows: int) -> None: ...
-    def use_whole_layers(self) -> None: ...
-    def carries_positions(self, first: FirstTokens, *, row_bytes: int, token_bytes: int) -> bool: ...
-    def cannot_recompute(self, first: FirstTokens) -> None: ...
-    def before_first_append(self, layer: CacheLayer, first: FirstTokens, measure: Measure | None) -> None: ...
-    def add_setup(self, seconds: float) -> None: ...
-    def warn_not_recomputable(self, position: int, module: nn.Module | None) -> None: ...
+    def claim(self, rows: int) -> None: ...
+    def settle(self, position: int, first: FirstTokens) -> None: ...
+    def use_whole_layers(self, module: nn.Module) -> None: ...
     def warn_whole_layer(self, module: nn.Module) -> None: ...
+    def end_forward(self) -> None: ...

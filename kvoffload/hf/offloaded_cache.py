@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from typing import Any, Protocol
@@ -12,10 +13,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from kvoffload.cache.cache import CacheCore
-from kvoffload.cache.layer import CacheLayer
 from kvoffload.errors import ConfigError, KVOffloadError
+from kvoffload.hf.first_tokens import FirstTokens
 from kvoffload.hf.layer_beside import LayerBeside, offloaded
-from kvoffload.hf.layer_owner import FirstTokens, Measure
+from kvoffload.hf.layer_owner import Progress
 from kvoffload.hf.masks import MaskReader
 from kvoffload.hf.offloaded_layer import OffloadedLayer
 from kvoffload.units import counted
@@ -24,27 +25,12 @@ from kvoffload.units import counted
 class CacheOwner(Protocol):
     """What a cache asks of the `Session` it belongs to."""
 
-    def check_usable(self, cache: OffloadedHFCache) -> None: ...
-    def forget(self, cache: OffloadedHFCache) -> None: ...
+    def claim(self, cache: OffloadedHFCache) -> None: ...
+    def settle(self, cache: OffloadedHFCache, position: int, first: FirstTokens) -> None: ...
     def use_whole_layers(self, cache: OffloadedHFCache) -> None: ...
-    def carries_positions(
-        self, cache: OffloadedHFCache, first: FirstTokens, *, row_bytes: int, token_bytes: int
-    ) -> bool: ...
-    def cannot_recompute(self, cache: OffloadedHFCache, first: FirstTokens) -> None: ...
-    def before_first_append(
-        self,
-        cache: OffloadedHFCache,
-        layer: CacheLayer,
-        first: FirstTokens,
-        measure: Measure | None,
-    ) -> None: ...
-    def add_setup(self, seconds: float) -> None: ...
-    @property
-    def num_forwards(self) -> int: ...
-    @property
-    def num_generations(self) -> int: ...
-    @property
-    def offers_segments(self) -> bool: ...
+    def end_forward(self, cache: OffloadedHFCache) -> None: ...
+    def forget(self, cache: OffloadedHFCache) -> None: ...
+    def copy_of(self, cache: OffloadedHFCache) -> OffloadedHFCache: ...
 
 
 class OffloadedHFCache(DynamicCache):
@@ -55,6 +41,8 @@ class OffloadedHFCache(DynamicCache):
         session: whom to ask before the first update.
         core: the offloaded layers.
         modules: by the index of each offloaded layer, in order, its self-attention module where that is known.
+        progress: of the session.
+        offers_segments: whether attention may take chunks one by one.
         is_compiled: whether the model's forward is; ours then runs between its graphs.
     """
 
@@ -64,22 +52,26 @@ class OffloadedHFCache(DynamicCache):
         session: CacheOwner,
         core: CacheCore,
         modules: dict[int, nn.Module | None],
+        progress: Progress,
         *,
+        offers_segments: bool,
         is_compiled: bool = False,
     ) -> None:
         super().__init__(config=model.config.get_text_config(decoder=True))
         self.session = session
         self.core = core
+        self.progress = progress
+        self.offers_segments = offers_segments
         self.is_closed = False
         self.masks = MaskReader()
         self._warned: set[str] = set()
         reference = weakref.ref(self)  # the core must not keep the cache alive
 
-        def not_recomputable(position: int) -> None:
+        def on_disagreement(position: int) -> None:
             if (cache := reference()) is not None:
                 cache.warn_later_not_recomputable(position)
 
-        core.not_recomputable = not_recomputable
+        core.on_disagreement = on_disagreement
         for position, (layer_idx, module) in enumerate(modules.items()):
             layer = offloaded(self.layers[layer_idx], self, core.layers[position], module)
             if is_compiled:
@@ -128,6 +120,8 @@ class OffloadedHFCache(DynamicCache):
             self._warned.add(message)
             warnings.warn(message, stacklevel=3)
 
+    # ---- what its layers ask, and what the session answers ---------------------------------------------------------
+
     def check_rows(self, rows: int) -> None:
         """Refuse tokens for another number of rows than are cached.
 
@@ -140,57 +134,65 @@ class OffloadedHFCache(DynamicCache):
                 "take a session.new_cache(), or change its rows first (batch_repeat_interleave, batch_select_indices)"
             )
 
-    # ---- what its layers ask, which is for the session to answer ---------------------------------------------------
-
-    @property
-    def num_forwards(self) -> int:
-        """Forwards of the model that came to the first offloaded layer."""
-        return self.session.num_forwards
-
-    @property
-    def num_generations(self) -> int:
-        """Calls of `generate()`."""
-        return self.session.num_generations
-
-    @property
-    def offers_segments(self) -> bool:
-        """Whether attention may take chunks one by one."""
-        return self.session.offers_segments
-
-    def check_usable(self) -> None:
-        """Refuse what the session cannot serve now."""
-        self.session.check_usable(self)
-
-    def use_whole_layers(self) -> None:
-        """A layer of a cache that was planned without layer buffers needs them."""
-        self.session.use_whole_layers(self)
-
-    def carries_positions(self, first: FirstTokens, *, row_bytes: int, token_bytes: int) -> bool:
-        """Whether blocks carry their position embeddings."""
-        return self.session.carries_positions(self, first, row_bytes=row_bytes, token_bytes=token_bytes)
-
-    def cannot_recompute(self, first: FirstTokens) -> None:
-        """K and V of the first layer do not follow from its activation."""
-        self.session.cannot_recompute(self, first)
-
-    def before_first_append(self, layer: CacheLayer, first: FirstTokens, measure: Measure | None) -> None:
-        """A layer got its first tokens, and stores them next."""
-        self.session.before_first_append(self, layer, first, measure)
-
-    def add_setup(self, seconds: float) -> None:
-        """Time spent on memory and measurements during a forward."""
-        self.session.add_setup(seconds)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedHFCache:
-        """Refused: its tokens are in host memory and in flight.
+    def claim(self, rows: int) -> None:
+        """The next tokens are for so many rows: the cache can take them, and the engine's buffers are made for it.
 
         Raises:
-            KVOffloadError: always.
+            ConfigError: it has another number of rows.
+            KVOffloadError: the session cannot serve it now.
         """
-        raise KVOffloadError(
-            "an offloaded cache cannot be copied with copy.deepcopy: give the common prompt to a session.new_cache() "
-            "for each continuation, or continue one and crop it back (cache.crop(-n) removes the newest n tokens)"
-        )
+        self.session.claim(self)
+        self.check_rows(rows)
+
+    def settle(self, position: int, first: FirstTokens) -> None:
+        """A layer got its first tokens, and stores them next: settle how."""
+        self.session.settle(self, position, first)
+
+    def use_whole_layers(self, module: nn.Module) -> None:
+        """A layer of a cache that was planned without layer buffers needs them."""
+        self.session.use_whole_layers(self)
+        self.warn_whole_layer(module)
+
+    def end_forward(self) -> None:
+        """All layers have cached this forward's tokens: a plan for the next may follow, and its first copies begin."""
+        self.core.drop_stored_positions()
+        self.session.end_forward(self)
+        if not self.core.layers[-1].awaits_crop:
+            self.core.engine.prefetch(self.core)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedHFCache:
+        """Another cache with the same tokens, as people reuse a prefix; both go on by themselves.
+
+        Stored blocks are shared, and none of their bytes is copied; what each caches from now on is its own.
+
+        Raises:
+            KVOffloadError: in the middle of a forward, of a closed cache, or while another thread generates.
+        """
+        return self.session.copy_of(self)
+
+    def check_copyable(self) -> None:
+        """Refuse a copy in the middle of a forward.
+
+        Raises:
+            KVOffloadError: so it is.
+        """
+        ours = [layer for layer in self.layers if isinstance(layer, OffloadedLayer)]
+        lengths = {layer.num_tokens for layer in self.core.layers}
+        if any(layer.is_in_forward for layer in ours) or len(lengths) > 1:
+            raise KVOffloadError(
+                "an offloaded cache cannot be copied in the middle of a forward: copy it between two calls of the model"
+            )
+
+    def copy_from(self, other: OffloadedHFCache) -> None:
+        """Become a copy of `other`, as its offloaded layers are copied already."""
+        self._warned = set(other._warned)
+        vars(self).update({name: value for name, value in vars(other).items() if name not in vars(self)})
+        for idx, theirs in enumerate(other.layers):
+            ours: Any = self.layers[idx]
+            if isinstance(theirs, OffloadedLayer):
+                ours.copy_from(theirs)
+            else:
+                self.layers[idx] = copy.deepcopy(theirs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Cached tokens of a layer."""
@@ -206,11 +208,20 @@ class OffloadedHFCache(DynamicCache):
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
         removed = min(-tokens_to_remove, self.core.layers[0].num_tokens)
-        self.check_usable()  # another cache may have had the engine's buffers
+        self.session.claim(self)  # another cache may have had the engine's buffers
         for layer in (*self._others, *self._beside):
             layer.crop(tokens_to_remove)
         with torch.no_grad():
             self.core.crop(removed)
+
+    def take_back_last(self, prompt_tokens: int) -> None:
+        """Of a prompt that is cached to its end the last token is forgotten: its logits are needed again.
+
+        transformers would cut nothing off the prompt then, and cache all of it once more.
+        """
+        others = (*self._others, *self._beside)
+        if self.core.layers[0].num_tokens == prompt_tokens and all(layer.is_croppable for layer in others):
+            self.crop(-1)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Follow a beam search: only the row table and the tails change."""

@@ -6,7 +6,6 @@ attention_call.py, what follows from a layer's first tokens in first_tokens.py; 
 
 from __future__ import annotations
 
-import functools
 import time
 import weakref
 from collections.abc import Callable
@@ -18,12 +17,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvoffload.cache import attention, whole_layer
 from kvoffload.cache.layer import CacheLayer
-from kvoffload.cache.verification import Probe
 from kvoffload.errors import KVOffloadError, UnsupportedModelError
 from kvoffload.hf.attention_call import asks_for_own_attention, can_segment, question, wants_contiguous
-from kvoffload.hf.first_tokens import prepare_measurement, settle_position_layout, way_to_recompute
-from kvoffload.hf.layer_owner import FirstTokens, OwningCache
+from kvoffload.hf.first_tokens import FirstTokens
+from kvoffload.hf.layer_owner import OwningCache
 from kvoffload.hf.masks import Padding
+from kvoffload.store.forms import activation as activations
 from kvoffload.store.tail import KVShape
 
 
@@ -93,7 +92,7 @@ class OffloadedLayer(CacheLayerMixin):
                 torch.empty(rows, shape.key_heads, tokens, shape.key_dim, dtype=shape.dtype, device="meta"),
                 torch.empty(rows, shape.value_heads, tokens, shape.value_dim, dtype=shape.dtype, device="meta"),
             )
-        owner.check_usable()
+        owner.claim(owner.core.rows)
         return whole_layer.read_back(core)
 
     def _refuse_assignment(self, value: torch.Tensor | None) -> None:
@@ -108,6 +107,17 @@ class OffloadedLayer(CacheLayerMixin):
     @record_past.setter
     def record_past(self, value: bool) -> None:
         self.core.cache.is_recording = value
+
+    @property
+    def is_in_forward(self) -> bool:
+        """Whether its attention module is running, or has handed over what is not cached yet."""
+        return self._is_in_module or self._pending is not None
+
+    def copy_from(self, other: OffloadedLayer) -> None:
+        """Become a copy of `other`, between two forwards; what is cached is copied already."""
+        if other.is_initialized:
+            self.is_initialized, self.dtype, self.device = True, other.dtype, other.device
+        self._generation = other._generation
 
     def capture(self, activation: torch.Tensor, embeddings: Any, mask: Any) -> None:
         """Remember what the attention module was called with."""
@@ -131,8 +141,7 @@ class OffloadedLayer(CacheLayerMixin):
         """Cache new tokens and return all of K and V, [rows, heads, tokens, head_dim]."""
         owner, core = self._owner(), self.core
         assert owner is not None
-        owner.check_usable()
-        owner.check_rows(key_states.shape[0])
+        owner.claim(key_states.shape[0])
         if torch.is_grad_enabled() and key_states.requires_grad:
             raise UnsupportedModelError("gradients do not flow through an offloaded cache: use torch.no_grad()")
         activation, self._activation = self._activation, None
@@ -171,8 +180,7 @@ class OffloadedLayer(CacheLayerMixin):
                 f"{type(module).__name__} attends twice in one forward; use OffloadConfig(attention='whole_layer')"
             )
         core.is_segmented = False
-        owner.use_whole_layers()
-        owner.warn_whole_layer(module)
+        owner.use_whole_layers(module)
 
     def attend(
         self,
@@ -232,7 +240,7 @@ class OffloadedLayer(CacheLayerMixin):
     def _padding(self, owner: OwningCache, query: torch.Tensor, mask: torch.Tensor | None) -> Padding | None:
         return owner.masks.read(
             mask,
-            forward=owner.num_forwards,
+            forward=owner.progress.forwards,
             rows=query.shape[0],
             query_tokens=query.shape[2],
             cached_tokens=self.core.num_tokens,
@@ -264,69 +272,49 @@ class OffloadedLayer(CacheLayerMixin):
         if core.shape is None:
             core.is_segmented = is_segmented
             self._bind(owner, *update)
-        elif self._begins_turn(owner, update) and not core.is_as_it_was:
+        elif self._begins_turn(owner, update) and not core.is_as_it_was():
             raise UnsupportedModelError(
                 f"layer {core.position} does not compute the K and V that it cached any more (weights, adapters, hooks "
                 "or the precision changed since): take a new cache, or use split='transfer'"
             )
-        self._generation = owner.num_generations
-        if core.recompute is not None and update.activation is None:
-            raise UnsupportedModelError(
-                f"layer {core.position} was updated outside its attention module; use split='transfer'"
-            )
-        if core.recompute is not None and self._embeddings:
-            core.streams = core.cache.positions.capture(
-                owner.num_forwards, core.position, self._embeddings, core.num_tokens
-            )
+        self._generation = owner.progress.generations
+        form = core.forms.get(activations.Stored.name)
+        if isinstance(form, activations.Stored):
+            if update.activation is None:
+                raise UnsupportedModelError(
+                    f"layer {core.position} was updated outside its attention module; use split='transfer'"
+                )
+            if self._embeddings:
+                form.capture(owner.progress.forwards, core.position, self._embeddings, core.num_tokens)
 
     def _begins_turn(self, owner: OwningCache, update: _Update) -> bool:
         """Whether these may be the first tokens of a further turn; several that a crop follows are a step's."""
         several = update.keys.shape[2] > 1 and not self.record_past
-        return self.core.num_tokens > 0 and (several or self._generation != owner.num_generations)
+        return self.core.num_tokens > 0 and (several or self._generation != owner.progress.generations)
 
     def _append(self, update: _Update) -> None:
         owner, core = self._owner(), self.core
         assert owner is not None
-        core.append(update.keys, update.values, None if core.recompute is None else update.activation)
+        core.append(update.keys, update.values, update.activation)
         if core.position == len(owner.core.layers) - 1:
-            owner.core.drop_stored_positions()
-            if not core.awaits_crop:
-                owner.core.engine.prefetch(owner.core)
+            owner.end_forward()
 
     def _bind(
         self, owner: OwningCache, keys: torch.Tensor, values: torch.Tensor, activation: torch.Tensor | None
     ) -> None:
-        """First tokens: choose how to recompute, let the session settle the plan, make room."""
+        """First tokens: the session settles the plan and the forms by them, then there is room made."""
         core = self.core
         self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
         core.is_full_precision = keys.dtype == values.dtype and keys.dtype in (torch.float32, torch.float64)
         core.is_full_precision &= not torch.is_autocast_enabled(keys.device.type)
-        first = FirstTokens.of(keys, values, activation)
-        if core.position == 0:
-            owner.before_first_append(core, first, None)  # whether activations are wanted at all
-        measure = None
-        if core.cache.placement.needs_activations:
-            core.layout = settle_position_layout(owner, core, first, activation, self._embeddings)
-        if core.cache.placement.needs_activations:  # still, with what blocks carry
-            was_attended, self._was_attended = self._was_attended, ""  # a try of the module's forward may attend, too
-            try:
-                core.recompute = way_to_recompute(self._module, core, activation, self._embeddings, keys, values)
-            finally:
-                self._was_attended = was_attended
-            if core.recompute is None:
-                owner.warn_not_recomputable(core.position, self._module)
-                if core.position == 0:
-                    owner.cannot_recompute(first)
-            elif activation is not None:
-                embeddings, shape = self._embeddings or (), KVShape.of(keys, values)
-                core.probe = Probe.of(activation, embeddings, keys, values)
-                measure = functools.partial(
-                    prepare_measurement, core.cache.engine, core.recompute, activation, embeddings, shape
-                )
-        owner.before_first_append(core, first, measure)
         began = time.perf_counter()
+        was_attended, self._was_attended = self._was_attended, ""  # a try of the module's forward may attend, too
+        try:
+            owner.settle(core.position, FirstTokens(core, self._module, keys, values, activation, self._embeddings))
+        finally:
+            self._was_attended = was_attended
         core.bind(keys, values, activation)  # allocates and pins
-        owner.add_setup(time.perf_counter() - began)
+        owner.progress.setup_s += time.perf_counter() - began
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the K/V that the next attention sees."""

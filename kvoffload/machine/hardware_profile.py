@@ -12,7 +12,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from kvoffload.errors import ProfileError
 from kvoffload.machine import datasheet
@@ -114,7 +114,7 @@ class HardwareProfile:
             return label
         return Quantity(value=value, unit=unit, provenance="assumed")
 
-    def host_s_per_chunk_of(self, form: Literal["kv", "activation"]) -> float:
+    def host_s_per_chunk_of(self, form: str) -> float:
         """Host seconds to issue a chunk of a form; of any chunk, where the forms were not timed apart."""
         found = self.quantities.get(f"host_s_per_{form}_chunk")
         return self.host_s_per_chunk if found is None else found.value

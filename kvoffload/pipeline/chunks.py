@@ -7,41 +7,41 @@ nothing (`engine` does) and does not choose how many blocks a chunk has (`kvoffl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 
 from kvoffload.config import Schedule
+from kvoffload.pipeline.cargo import Cargo
 from kvoffload.planning.chunk_order import transfer_order
-from kvoffload.planning.placement import Form
-from kvoffload.store.block import Block
+from kvoffload.planning.placement import PLAIN
+from kvoffload.store.block import Block, Span
 
 
-class Chunk(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Chunk(Cargo):
     """Blocks that travel in one copy: consecutive in the layer, contiguous on the host, of one form."""
 
-    form: Form
-    first_block: int
-    blocks: tuple[Block, ...]
-    source: torch.Tensor  # uint8 on the host
-    landing_offset: int  # bytes from the start of the layer buffer to this chunk's K/V
+    span: Span
+    kv_offset: int  # bytes from the start of the layer buffer to the place of these blocks' K and V
 
 
 def chunks_of(
-    blocks: Sequence[Block], *, chunk_blocks: int, kv_bytes_per_row: int, schedule: Schedule
+    blocks: Sequence[Block], *, block_tokens: int, chunk_blocks: int, kv_row_bytes: int, schedule: Schedule
 ) -> Sequence[Chunk]:
     """The blocks that are on the host as chunks in order of transfer.
 
     Args:
         blocks: all of a layer.
+        block_tokens: of each.
         chunk_blocks: the most that a chunk may have.
-        kv_bytes_per_row: of the K and V of one block, per stored row, in a layer buffer.
-        schedule: decides the order of the two forms.
+        kv_row_bytes: of the K and V of one token, per stored row, in a layer buffer.
+        schedule: decides the order of the forms.
     """
-    runs: list[tuple[int, int, list[Block]]] = []  # first block, landing offset, blocks
+    runs: list[tuple[int, int, list[Block]]] = []  # first block, offset of its K and V, blocks
     offset = 0
     for idx, block in enumerate(blocks):
-        if block.host is not None:
+        if not block.is_resident:
             last = runs[-1] if runs else None
             if (
                 last is not None
@@ -52,15 +52,21 @@ def chunks_of(
                 last[2].append(block)
             else:
                 runs.append((idx, offset, [block]))
-        offset += block.rows * kv_bytes_per_row
-    chunks = [Chunk(run[0].form, first, tuple(run), _span(run), landing) for first, landing, run in runs]
-    by_form = {
-        True: iter([chunk for chunk in chunks if chunk.form == "activation"]),
-        False: iter([chunk for chunk in chunks if chunk.form == "kv"]),
-    }
-    num_activation = sum(chunk.form == "activation" for chunk in chunks)
-    order = transfer_order(num_activation, len(chunks) - num_activation, schedule)
-    return [next(by_form[is_activation]) for is_activation in order]
+        offset += block.rows * block_tokens * kv_row_bytes
+    plain, others = list[Chunk](), list[Chunk]()  # what lands as it is, and what is computed on first
+    for first, kv_offset, run in runs:
+        chunk = Chunk(
+            source=joined(run),
+            after=run[-1].written,  # blocks are written in order, so the last is enough
+            span=Span(run[0].form, first, len(run), block_tokens, run[0].rows, run[0].row_step),
+            kv_offset=kv_offset,
+            landing_offset=kv_offset if run[0].form == PLAIN else None,
+        )
+        (plain if run[0].form == PLAIN else others).append(chunk)
+    if schedule == "kvpr":
+        others = [replace(chunk, waits_for_others=True) for chunk in others]
+    turns = {True: iter(others), False: iter(plain)}
+    return [next(turns[is_other]) for is_other in transfer_order(len(others), len(plain), schedule)]
 
 
 def resident_runs(blocks: Sequence[Block]) -> Sequence[int]:
@@ -69,30 +75,23 @@ def resident_runs(blocks: Sequence[Block]) -> Sequence[int]:
     Args:
         blocks: all of a layer.
     """
-    count = next((i for i, block in enumerate(blocks) if block.resident is None), len(blocks))
+    count = next((i for i, block in enumerate(blocks) if not block.is_resident), len(blocks))
     runs = [1] * count
     for idx in range(count - 2, -1, -1):
-        block, following = blocks[idx], blocks[idx + 1]
-        assert block.resident is not None and following.resident is not None
-        is_alike = (block.form, block.rows) == (following.form, following.rows)  # fewer rows leave gaps between blocks
-        if is_alike and block.resident.data_ptr() + block.num_bytes == following.resident.data_ptr():
+        if _follows(blocks[idx], blocks[idx + 1]):  # fewer rows leave gaps between blocks
             runs[idx] = runs[idx + 1] + 1
     return runs
 
 
-def _follows(block: Block, next_block: Block) -> bool:
-    """Whether the second block's bytes start where the first one's end."""
-    assert block.host is not None and next_block.host is not None
-    return (
-        block.form == next_block.form
-        and block.rows == next_block.rows
-        and block.host.untyped_storage().data_ptr() == next_block.host.untyped_storage().data_ptr()
-        and block.host.data_ptr() + block.num_bytes == next_block.host.data_ptr()
-    )
-
-
-def _span(blocks: Sequence[Block]) -> torch.Tensor:
+def joined(blocks: Sequence[Block]) -> torch.Tensor:
     """The bytes of contiguous blocks as one tensor."""
-    first = blocks[0].host
-    assert first is not None
-    return first.as_strided((sum(block.num_bytes for block in blocks),), (1,))
+    return blocks[0].bytes.as_strided((sum(block.num_bytes for block in blocks),), (1,))
+
+
+def _follows(block: Block, next_block: Block) -> bool:
+    """Whether the second block's bytes start where the first one's end, and mean the same."""
+    return (
+        (block.form, block.rows, block.row_step) == (next_block.form, next_block.rows, next_block.row_step)
+        and block.bytes.untyped_storage().data_ptr() == next_block.bytes.untyped_storage().data_ptr()
+        and block.bytes.data_ptr() + block.num_bytes == next_block.bytes.data_ptr()
+    )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from kvoffload.backend import Backend, Event
-from kvoffload.store.block import Block
+from kvoffload.store.block import Block, Place
 from kvoffload.store.extent import Extent
 
 
@@ -130,8 +130,8 @@ class WriteBack:
 
         Args:
             extent: where they go.
-            blocks: what they become; `host` and `written` are set.
-            pack: fills the given bytes with the blocks' tokens, token-major, on the compute queue.
+            blocks: what they become; `place` is set.
+            pack: fills the given bytes with the blocks, on the compute queue.
         """
         num_bytes = sum(block.num_bytes for block in blocks)
         holder, data = self._staging(num_bytes)
@@ -144,8 +144,7 @@ class WriteBack:
         self.queued_bytes += num_bytes
         offset = 0
         for block in blocks:
-            block.host = host[offset : offset + block.num_bytes]
-            block.written = holder.written
+            block.place = Place("host", host[offset : offset + block.num_bytes], holder.written)
             offset += block.num_bytes
 
     def close(self) -> None:

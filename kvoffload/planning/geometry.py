@@ -30,11 +30,6 @@ class Geometry:
         return self.rows * self.kv_row_bytes
 
     @property
-    def activation_bytes_per_token(self) -> int:
-        """beta_x."""
-        return self.rows * self.stored_activation_row_bytes
-
-    @property
     def stored_activation_row_bytes(self) -> int:
         """A row of a block stored as activations."""
         return self.activation_row_bytes + self.position_row_bytes

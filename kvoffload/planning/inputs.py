@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from kvoffload.config import Schedule
+from kvoffload.planning.placement import PLAIN, FormName
 from kvoffload.planning.plan import Objective
 from kvoffload.planning.rates import Rates
 
@@ -17,29 +19,27 @@ class PlanInputs:
     num_offloaded_layers: int  # L
     num_blocks: int  # s: cached blocks to place (the tail is not among them)
     block_tokens: int
-    kv_bytes_per_token: int  # beta_kv, whole batch, one layer
-    activation_bytes_per_token: int  # beta_x, whole batch, one layer; with the position embeddings that blocks carry
+    bytes_per_token: Mapping[FormName, int]  # beta: whole batch, one layer; the forms that blocks may have
     rates: Rates
     chunk_blocks: int
     num_slots: int
     device_bytes: int  # cap on everything held on the device
     fixed_device_bytes: int  # `Sizes.fixed_device_bytes`: tails, ring, D2H slots, scratch, layer buffers, other layers
     host_bytes: int  # cap on host memory for the cache
-    stored_activation_blocks: int = 0  # x >= x_stored when re-planning
-    stored_kv_blocks: int = 0  # t >= t_stored when re-planning
-    stored_resident_blocks: int = 0  # r >= r_stored when re-planning
-    stored_resident_activation_blocks: int = 0
-    split: float | None = None  # None: free; else x is this share of x + t (rounded to a block), and r_x = 0
+    stored: Mapping[str, int] = field(default_factory=dict)  # blocks by option, when re-planning: lower bounds
+    split: float | None = None  # None: free; else the share of restored blocks on the host, and none on the device
     schedule: Schedule = "pipelined"
     weight_bytes_per_step: int = 0  # streamed weights, over the same link
     num_micro_batches: int = 1
     objective: Objective = "latency"
     is_segmented: bool = False  # attention takes chunks one by one, so kv chunks use the ring as well
 
+    def __hash__(self) -> int:
+        """Of what tells most instances apart; equal ones are compared whole."""
+        return hash((self.num_blocks, self.block_tokens, self.device_bytes, self.host_bytes, self.rates))
+
     @property
     def ring_bytes(self) -> int:
-        """Bytes of K/V or activation that can be on the device before they are needed."""
-        token_bytes = self.activation_bytes_per_token
-        if self.is_segmented:  # slots have room for either form
-            token_bytes = max(token_bytes, self.kv_bytes_per_token)
-        return self.num_slots * self.chunk_blocks * self.block_tokens * token_bytes
+        """Bytes that can be on the device before they are needed; slots have room for whichever form uses them."""
+        sizes = [size for form, size in self.bytes_per_token.items() if self.is_segmented or form != PLAIN]
+        return self.num_slots * self.chunk_blocks * self.block_tokens * max(sizes, default=0)

@@ -13,18 +13,17 @@ Source: KVPR (arXiv 2411.17089, section 3) for transfer against recomputation; r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from kvoffload.config import Schedule
+from kvoffload.planning.forms import FORMS, KINDS
 from kvoffload.planning.inputs import PlanInputs
-from kvoffload.planning.placement import Form
+from kvoffload.planning.placement import PLAIN, FormName, Kind, Tier
 
 Resource = Literal["h2d", "d2h", "device", "host", "dram", "issue"]
-Tier = Literal["device", "host"]
 RESOURCES: tuple[Resource, ...] = ("h2d", "d2h", "device", "host", "dram", "issue")
-TIERS: tuple[Tier, ...] = ("device", "host")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +31,13 @@ class Option:
     """One way in which a cached block serves a step."""
 
     name: str
-    form: Form
+    form: FormName
     tier: Tier  # where it is stored
     seconds: Mapping[Resource, float]  # of a block in one layer
     bytes: Mapping[Tier, int]  # of a block in one layer
     link_bytes: int = 0  # of these, what crosses the link at every step
     chunk_s: float = 0.0  # to issue a chunk of such blocks, begun or full
-    recompute_s: float | None = None  # of the device's seconds, for computing K and V anew; None: not needed
+    restore_s: float | None = None  # of the device's seconds, for bringing K and V back; None: read as it is
     is_exact: bool = True
     is_free: bool = False  # chosen anew at every step; the others are fixed once a block is stored
 
@@ -55,7 +54,7 @@ class Table(NamedTuple):
         Tier, int
     ]  # bytes of blocks of one layer that fit beside everything else; negative: not even that
     stored: tuple[int, ...]  # blocks of each option that are stored already: lower bounds
-    split: float | None  # the share of activations among the blocks on the host; None: free
+    split: float | None  # the share of restored blocks among those on the host; None: free
     schedule: Schedule
     attention_s: float  # of all blocks and layers, for schedules that wait for it
 
@@ -68,41 +67,9 @@ class Table(NamedTuple):
 def table_of(inputs: PlanInputs) -> Table:
     """The table of one instance."""
     rates, tokens = inputs.rates, inputs.block_tokens
-    kv_bytes, activation_bytes = tokens * inputs.kv_bytes_per_token, tokens * inputs.activation_bytes_per_token
-    recompute_s = tokens * rates.recompute_s_per_token  # gamma_r
-    attend_s = tokens * rates.attention_s_per_token  # gamma_a
-    chunk_s = inputs.num_micro_batches * rates.host_s_per_chunk  # o_chunk
-    ring_s = inputs.ring_bytes / rates.h2d_kv_bytes_per_s  # how far the link can run ahead between steps
-    options = (
-        Option(name="resident_kv", form="kv", tier="device", seconds={"device": attend_s}, bytes={"device": kv_bytes}),
-        Option(
-            name="resident_activation",
-            form="activation",
-            tier="device",
-            seconds={"device": recompute_s + attend_s},
-            bytes={"device": activation_bytes},
-            recompute_s=recompute_s,
-        ),
-        Option(
-            name="activation",
-            form="activation",
-            tier="host",
-            seconds={"h2d": activation_bytes / rates.h2d_activation_bytes_per_s, "device": recompute_s + attend_s},
-            bytes={"host": activation_bytes},
-            link_bytes=activation_bytes,
-            chunk_s=chunk_s,
-            recompute_s=recompute_s,
-        ),
-        Option(
-            name="kv",
-            form="kv",
-            tier="host",
-            seconds={"h2d": kv_bytes / rates.h2d_kv_bytes_per_s, "device": attend_s},
-            bytes={"host": kv_bytes},
-            link_bytes=kv_bytes,
-            chunk_s=chunk_s,
-        ),
-    )
+    link = rates.h2d_bytes_per_s
+    ring_s = inputs.ring_bytes / link[PLAIN]  # how far the link can run ahead between steps
+    options = tuple(_option(inputs, name, form, tier) for name, (form, tier) in _in_order(inputs.bytes_per_token))
     found = Table(
         options=options,
         num_layers=inputs.num_offloaded_layers,
@@ -110,7 +77,7 @@ def table_of(inputs: PlanInputs) -> Table:
         chunk_blocks=inputs.chunk_blocks,
         fixed_s={
             # streamed weights cross once for all micro-batches; the gap, where the ring does not cover it
-            "h2d": inputs.weight_bytes_per_step / rates.h2d_kv_bytes_per_s + max(0.0, rates.gap_s - ring_s),
+            "h2d": inputs.weight_bytes_per_step / link[PLAIN] + max(0.0, rates.gap_s - ring_s),
             "device": inputs.num_layers * rates.dense_s + rates.head_s,  # N * t_dense + t_head
             "issue": inputs.num_layers * inputs.num_micro_batches * rates.host_s_per_layer,  # N * o_layer
         },
@@ -118,14 +85,37 @@ def table_of(inputs: PlanInputs) -> Table:
             "device": (inputs.device_bytes - inputs.fixed_device_bytes) // max(1, inputs.num_offloaded_layers),
             "host": inputs.host_bytes // max(1, inputs.num_offloaded_layers),
         },
-        stored=(
-            inputs.stored_resident_blocks,
-            inputs.stored_resident_activation_blocks,
-            inputs.stored_activation_blocks,
-            inputs.stored_kv_blocks,
-        ),
+        stored=tuple(inputs.stored.get(option.name, 0) for option in options),
         split=inputs.split,
         schedule=inputs.schedule,
-        attention_s=inputs.num_offloaded_layers * inputs.num_blocks * attend_s,
+        attention_s=inputs.num_offloaded_layers * inputs.num_blocks * tokens * rates.attention_s_per_token,
     )
     return found if inputs.num_offloaded_layers else found.with_room("device").with_room("host")
+
+
+def _in_order(forms: Collection[FormName]) -> list[tuple[str, Kind]]:
+    """The options of these forms, by tier; on the host those that are restored first, and plain K and V last."""
+    found = [(name, kind) for name, kind in KINDS.items() if kind.form in forms]
+    return sorted(found, key=lambda item: (item[1].tier == "host", item[1] == Kind(PLAIN, "host")))
+
+
+def _option(inputs: PlanInputs, name: str, form: FormName, tier: Tier) -> Option:
+    """Blocks of a form in a tier: read by attention, brought back first where that is needed, and over the link."""
+    rates, tokens = inputs.rates, inputs.block_tokens
+    num_bytes = tokens * inputs.bytes_per_token[form]
+    attend_s = tokens * rates.attention_s_per_token  # gamma_a
+    restore_s = None if FORMS[form].is_read_as_stored else tokens * rates.restore_s_per_token[form]  # gamma_r
+    crosses = tier == "host"
+    seconds: dict[Resource, float] = {"device": (restore_s or 0.0) + attend_s}
+    if crosses:
+        seconds["h2d"] = num_bytes / rates.h2d_bytes_per_s[form]
+    return Option(
+        name=name,
+        form=form,
+        tier=tier,
+        seconds=seconds,
+        bytes={tier: num_bytes},
+        link_bytes=num_bytes if crosses else 0,
+        chunk_s=inputs.num_micro_batches * rates.host_s_per_chunk if crosses else 0.0,  # o_chunk
+        restore_s=restore_s,
+    )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-Form = Literal["kv", "activation"]
+FormName = str  # a file of `kvoffload/store/forms/`
+Tier = Literal["device", "host"]
+TIERS: tuple[Tier, ...] = ("device", "host")
+PLAIN: FormName = "kv"  # what every block can be stored as: K and V as attention reads them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,42 +18,50 @@ class Placement:
 
     block_tokens: int
     chunk_blocks: int
-    resident_kv_blocks: int = 0
-    resident_activation_blocks: int = 0
-    activation_share: float = 0.0  # of the offloaded blocks
-    may_change: bool = False  # a re-plan may ask for activations later
+    resident: Mapping[FormName, int] = field(default_factory=dict)  # blocks, in this order
+    shares: Mapping[FormName, float] = field(default_factory=dict)  # of the blocks on the host; the others are PLAIN
+    may_become: tuple[FormName, ...] = ()  # forms that a plan made later may ask for
     max_tokens: int | None = None  # of the whole generation, if known
     lives_on: bool = False  # further turns may follow: it is a user's cache
     prompt_tokens: int = 0  # tokens whose rows are still copies of each other, with beams
 
     @property
-    def needs_activations(self) -> bool:
-        """Whether activations of new tokens must be kept until their block has a form."""
-        return self.activation_share > 0 or self.resident_activation_blocks > 0 or self.may_change
+    def forms(self) -> frozenset[FormName]:
+        """Those that new blocks may get, so that what they are made of must be kept until then."""
+        chosen = [form for counts in (self.resident, self.shares) for form, n in counts.items() if n]
+        return frozenset((PLAIN, *chosen, *self.may_become))
+
+    @property
+    def num_resident(self) -> int:
+        """Blocks on the device."""
+        return sum(self.resident.values())
 
 
-class BlockKind(NamedTuple):
-    """What a block is: its form, and whether it stays on the device."""
+class Kind(NamedTuple):
+    """What a block is."""
 
-    form: Form
-    is_resident: bool
+    form: FormName
+    tier: Tier
 
 
 class BlockRun(NamedTuple):
     """Consecutive blocks of one kind."""
 
-    form: Form
-    is_resident: bool
+    form: FormName
+    tier: Tier
     num_blocks: int
 
 
-def reserved_blocks(num_blocks: int, share: float) -> tuple[int, int]:
-    """Activation and kv blocks to make room for where `share` of `num_blocks` will be activations.
+def reserved_blocks(num_blocks: int, shares: Mapping[FormName, float]) -> dict[FormName, int]:
+    """Blocks of each form to make room for where `shares` of `num_blocks` will have these, and the others PLAIN.
 
-    Forms follow the share to within a block while a layer grows, so a mixed layer has one to spare of each.
+    Forms follow their shares to within a block while a layer grows, so a mixed layer has one to spare of each.
     """
-    x, spare = round(share * num_blocks), int(0 < share < 1)
-    return min(num_blocks, x + spare), min(num_blocks, num_blocks - x + spare)
+    counts = {form: round(share * num_blocks) for form, share in shares.items() if share}
+    spare = int(any(share < 1 for share in shares.values() if share))
+    found = {form: min(num_blocks, count + spare) for form, count in counts.items()}
+    found[PLAIN] = min(num_blocks, max(0, num_blocks - sum(counts.values()) + spare))
+    return found
 
 
 def next_runs(
@@ -57,11 +69,10 @@ def next_runs(
     count: int,
     *,
     num_blocks: int,
-    stored_kv_blocks: int,
-    stored_activation_blocks: int,
-    can_recompute: bool,
+    on_host: Mapping[FormName, int],
+    possible: Container[FormName],
     has_resident_room: bool = True,
-    first: BlockKind | None = None,
+    first: Kind | None = None,
 ) -> list[BlockRun]:
     """Kinds of the next `count` blocks of a layer, in order.
 
@@ -69,29 +80,32 @@ def next_runs(
         placement: the plan.
         count: how many.
         num_blocks: blocks the layer has.
-        stored_kv_blocks: of these on the host as kv; `stored_activation_blocks` likewise.
-        can_recompute: whether activations are there to be stored, with all that recomputing them takes.
+        on_host: of these on the host, by form.
+        possible: forms that these blocks can be stored in; PLAIN always.
         has_resident_room: whether the memory for resident blocks can still be used.
         first: what the first one was before a crop made it partial.
     """
+    num_on_host = sum(on_host.values())
     # Resident blocks are the first ones, also where room for them comes back after others went to the host.
-    has_resident_room = has_resident_room and not stored_kv_blocks and not stored_activation_blocks
-    if first is not None and first.form == "activation" and not can_recompute:
-        first, has_resident_room = BlockKind("kv", False), False
-    if first is not None and first.is_resident and not has_resident_room:
-        first = BlockKind(first.form, False)
-    r = placement.resident_kv_blocks if has_resident_room else 0
-    r_x = placement.resident_activation_blocks if has_resident_room and can_recompute else 0
+    has_resident_room = has_resident_room and not num_on_host
+    if first is not None and first.form not in possible:
+        first, has_resident_room = Kind(PLAIN, "host"), False
+    if first is not None and first.tier == "device" and not has_resident_room:
+        first = Kind(first.form, "host")
     kinds = [] if first is None else [first]
-    while len(kinds) < count and num_blocks + len(kinds) < r:
-        kinds.append(BlockKind("kv", True))
-    while len(kinds) < count and num_blocks + len(kinds) < r + r_x:
-        kinds.append(BlockKind("activation", True))
+    end = 0
+    for form, resident in placement.resident.items() if has_resident_room else ():
+        end += resident if form in possible else 0
+        while len(kinds) < count and num_blocks + len(kinds) < end:
+            kinds.append(Kind(form, "device"))
     left = count - len(kinds)
-    share = placement.activation_share if can_recompute else 0.0
-    wanted = round(share * (stored_activation_blocks + stored_kv_blocks + left))
-    as_activations = min(left, max(0, wanted - stored_activation_blocks))
-    kinds += [BlockKind("activation", False)] * as_activations + [BlockKind("kv", False)] * (left - as_activations)
+    total = num_on_host + left
+    for form, share in placement.shares.items():
+        if form in possible:
+            wanted = min(left, max(0, round(share * total) - on_host.get(form, 0)))
+            kinds += [Kind(form, "host")] * wanted
+            left -= wanted
+    kinds += [Kind(PLAIN, "host")] * left
     runs: list[BlockRun] = []
     for kind in kinds:
         if runs and runs[-1][:2] == kind:

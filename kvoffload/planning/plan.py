@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kvoffload.config import Schedule
+from kvoffload.planning.forms import FORMS, KINDS
+from kvoffload.planning.placement import PLAIN, FormName, Kind, Tier
 
 Objective = Literal["latency", "throughput"]
 Constraint = Literal["link", "device", "host", "device_memory", "host_memory"]
@@ -23,8 +25,7 @@ class Plan:
     chunk_blocks: int
     num_slots: int
     blocks: Mapping[str, int]  # of one layer, by the name of the option (`options`)
-    kv_bytes_per_token: int
-    activation_bytes_per_token: int
+    bytes_per_token: Mapping[FormName, int]  # whole batch, one layer
     predicted_step_s: float
     full_transfer_step_s: float  # the same model's prediction with x = r_x = 0
     binding_constraint: Constraint
@@ -42,6 +43,24 @@ class Plan:
     def num_blocks(self) -> int:
         """All cached blocks of one layer."""
         return sum(self.blocks.values())
+
+    def count(self, *, tier: Tier | None = None, form: FormName | None = None, restored: bool | None = None) -> int:
+        """Blocks of one layer that are in a tier, of a form, or such that K and V are brought back first."""
+        return sum(
+            n
+            for option, n in self.blocks.items()
+            if tier in (None, KINDS[option].tier)
+            and form in (None, KINDS[option].form)
+            and restored in (None, not FORMS[KINDS[option].form].is_read_as_stored)
+        )
+
+    @property
+    def placed(self) -> dict[Kind, int]:
+        """Blocks of one layer by what they are; in the order of the options."""
+        found: dict[Kind, int] = {}
+        for option, n in self.blocks.items():
+            found[KINDS[option]] = found.get(KINDS[option], 0) + n
+        return found
 
     @property
     def resident_kv_blocks(self) -> int:
@@ -64,16 +83,23 @@ class Plan:
         return self.blocks.get("activation", 0)
 
     @property
+    def shares(self) -> dict[FormName, float]:
+        """Of the blocks on the host, 0..1, by form; what is missing to 1 is PLAIN."""
+        on_host = self.count(tier="host")
+        counts = {kind.form: n for kind, n in self.placed.items() if kind.tier == "host" and kind.form != PLAIN}
+        return {form: n / on_host if on_host else 0.0 for form, n in counts.items()}
+
+    @property
     def split_fraction(self) -> float:
-        """Share of the offloaded blocks stored as activations, 0..1."""
-        offloaded = self.kv_blocks + self.activation_blocks
-        return self.activation_blocks / offloaded if offloaded else 0.0
+        """Share of the blocks on the host that are recomputed, 0..1."""
+        on_host = self.count(tier="host")
+        return self.count(tier="host", restored=True) / on_host if on_host else 0.0
 
     @property
     def link_bytes_per_step(self) -> int:
         """Bytes from host to device in one decode step."""
-        per_layer = self.block_tokens * (
-            self.activation_blocks * self.activation_bytes_per_token + self.kv_blocks * self.kv_bytes_per_token
+        per_layer = self.block_tokens * sum(
+            n * self.bytes_per_token[kind.form] for kind, n in self.placed.items() if kind.tier == "host"
         )
         return self.num_offloaded_layers * per_layer + self.weight_bytes_per_step
 
@@ -82,6 +108,8 @@ class Plan:
         data = dataclasses.asdict(self)
         for name in ("resident_kv_blocks", "resident_activation_blocks", "kv_blocks", "activation_blocks"):
             data[name] = getattr(self, name)
+        del data["bytes_per_token"]
+        data |= {f"{form}_bytes_per_token": size for form, size in self.bytes_per_token.items()}
         data["split_fraction"] = self.split_fraction
         data["link_bytes_per_step"] = self.link_bytes_per_step
         return data

@@ -32,7 +32,7 @@ def solve(inputs: PlanInputs) -> Plan:
     further than blocks already stored demand, and as much as fits stays resident.
 
     Args:
-        inputs: one instance; `stored_*` counts are lower bounds, for planning again while a cache exists.
+        inputs: one instance; `stored` counts are lower bounds, for planning again while a cache exists.
 
     Returns:
         The plan. `binding_constraint` is "host_memory" where the host limit is reached and more of it would make the
@@ -43,8 +43,7 @@ def solve(inputs: PlanInputs) -> Plan:
         InfeasiblePlanError: device or host memory cannot hold the cache; gives the numbers and the way out.
         ConfigError: more blocks are stored than there are.
     """
-    stored = inputs.stored_resident_blocks + inputs.stored_resident_activation_blocks
-    stored += inputs.stored_activation_blocks + inputs.stored_kv_blocks
+    stored = sum(inputs.stored.values())
     if stored > inputs.num_blocks:
         raise ConfigError(f"{stored} blocks are stored, but only {inputs.num_blocks} are to be placed")
     table = table_of(inputs)
@@ -62,8 +61,7 @@ def solve(inputs: PlanInputs) -> Plan:
         num_slots=inputs.num_slots,
         is_segmented=inputs.is_segmented,
         blocks=blocks,
-        kv_bytes_per_token=inputs.kv_bytes_per_token,
-        activation_bytes_per_token=inputs.activation_bytes_per_token,
+        bytes_per_token=inputs.bytes_per_token,
         predicted_step_s=found.step_s,
         full_transfer_step_s=step_time.full_transfer_step_s(inputs),
         binding_constraint=binding,

@@ -14,19 +14,27 @@ from typing import NamedTuple
 from kvoffload.config import OffloadConfig
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
+from kvoffload.planning.forms import FORMS
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
+from kvoffload.planning.placement import FormName
 from kvoffload.planning.rates import Rates, least_chunk_bytes, rates_from_profile
 from kvoffload.planning.sizes import Sizes
-from kvoffload.planning.sizing import LEAST_GAP_S, choose_sizes, chunks_may_be_recomputed, split_to_plan, uncapped_sizes
+from kvoffload.planning.sizing import (
+    LEAST_GAP_S,
+    choose_sizes,
+    chunks_may_be_recomputed,
+    planned_forms,
+    split_to_plan,
+    uncapped_sizes,
+)
 
 MIN_GAIN_FRACTION = 0.01  # a plan without recomputation, which could not be corrected later, has to win by more
 MIN_SEGMENT_ROWS, MIN_SEGMENT_BYTES = 1024, 2**16  # of a chunk on an emulated link that nobody measured
 # Stands in where the link has no known speed: only memory decides, and the prediction is not shown.
 UNKNOWN_RATES = Rates(
-    h2d_activation_bytes_per_s=1e9,
-    h2d_kv_bytes_per_s=1e9,
-    recompute_s_per_token=0.0,
+    h2d_bytes_per_s=dict.fromkeys(FORMS, 1e9),
+    restore_s_per_token=dict.fromkeys(FORMS, 0.0),
     attention_s_per_token=0.0,
     dense_s=0.0,
 )
@@ -87,7 +95,8 @@ def pose(
         rates = correct(_rates(shape, geometry, config, profile))
     device_bytes = device_cap_bytes(geometry)
     may_recompute = fixed_split != 0 and (fixed_split is not None or rates is not None)
-    sizes = choose_sizes(geometry, config, keeps_activations=may_recompute, device_bytes=device_bytes, rates=rates)
+    forms = planned_forms(config, geometry, can_recompute=may_recompute)
+    sizes = choose_sizes(geometry, config, forms=forms, device_bytes=device_bytes, rates=rates)
     inputs = make_inputs(
         shape,
         geometry,
@@ -120,8 +129,7 @@ def make_inputs(
         num_offloaded_layers=geometry.num_offloaded_layers,
         num_blocks=num_blocks,
         block_tokens=sizes.block_tokens,
-        kv_bytes_per_token=geometry.kv_bytes_per_token,
-        activation_bytes_per_token=geometry.activation_bytes_per_token,
+        bytes_per_token=bytes_per_token(geometry),
         rates=rates,
         chunk_blocks=sizes.chunk_blocks,
         num_slots=max(2, sizes.num_slots),
@@ -134,10 +142,15 @@ def make_inputs(
     )
 
 
+def bytes_per_token(geometry: Geometry) -> dict[FormName, int]:
+    """beta: of the whole batch, in one layer, by form."""
+    return {name: geometry.rows * form.row_bytes(geometry) for name, form in FORMS.items()}
+
+
 def host_bytes_at(cap_bytes: int, geometry: Geometry, num_blocks: int, block_tokens: int) -> int:
     """The part of a cap on the full length that so many blocks may take; no more than they could in both forms."""
     part = int(cap_bytes * min(1.0, num_blocks / max(1, geometry.max_tokens // block_tokens)))
-    per_token = geometry.kv_bytes_per_token + geometry.activation_bytes_per_token
+    per_token = sum(bytes_per_token(geometry).values())
     return min(part, geometry.num_offloaded_layers * num_blocks * block_tokens * per_token)
 
 

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pulp
 
-from kvoffload.planning.options import RESOURCES, TIERS, Table, Tier
-from kvoffload.planning.placement import Form
+from kvoffload.planning.options import RESOURCES, Table
+from kvoffload.planning.placement import PLAIN, TIERS, Tier
 from kvoffload.planning.step_time import Counts, allowed, costs
 
 EQUAL_FRACTION = 3e-4  # steps this close are the same, so that the one with fewer bytes is taken
@@ -91,7 +91,7 @@ def _best_of(
         return None
     link = counts @ np.array([option.link_bytes for option in table.options], dtype=np.float64)
     crossing, recomputed = (
-        counts @ np.array([option.recompute_s is not None and option.tier in tiers for option in table.options])
+        counts @ np.array([option.restore_s is not None and option.tier in tiers for option in table.options])
         for tiers in (("host",), TIERS)
     )
     best: Counts = counts[np.lexsort((step_s, recomputed, crossing, link))[0]]
@@ -110,21 +110,24 @@ def _compositions(total: int, parts: int) -> Counts:
 
 
 def _at_split(table: Table) -> Counts | None:
-    """At a fixed share of activations every cost grows with the blocks on the host: the fewest that are allowed.
+    """At a fixed share of restored blocks every cost grows with the blocks on the host: the fewest that are allowed.
 
     The share is rounded to whole blocks, and moved no further than blocks already stored demand.
     """
     assert table.split is not None
-    places: dict[tuple[Tier, Form], int] = {}
-    for idx, option in enumerate(table.options):
-        places.setdefault((option.tier, option.form), idx)
-    x, kv, resident_kv = places["host", "activation"], places["host", "kv"], places["device", "kv"]
+    kinds = [(option.tier, option.form) for option in table.options]
+    kv, resident_kv = kinds.index(("host", PLAIN)), kinds.index(("device", PLAIN))
+    restored = [
+        idx for idx, option in enumerate(table.options) if option.tier == "host" and option.restore_s is not None
+    ]
+    chosen = [*restored[:1], kv, resident_kv]
     stored = np.array(table.stored, dtype=np.int64)
-    kept = int(stored.sum() - stored[[x, kv, resident_kv]].sum())  # resident activations, and whatever else there is
-    offloaded = np.arange(stored[x] + stored[kv], table.num_blocks - kept + 1)
+    kept = int(stored.sum() - stored[chosen].sum())  # other resident blocks, and whatever else there is
+    offloaded = np.arange(int(stored[chosen[:-1]].sum()), table.num_blocks - kept + 1)
     counts = np.tile(stored, (len(offloaded), 1))
-    counts[:, x] = np.clip(np.round(table.split * offloaded), stored[x], offloaded - stored[kv])
-    counts[:, kv] = offloaded - counts[:, x]
+    for x in restored[:1]:
+        counts[:, x] = np.clip(np.round(table.split * offloaded), stored[x], offloaded - stored[kv])
+    counts[:, kv] = offloaded - sum(counts[:, x] for x in restored[:1])
     counts[:, resident_kv] = table.num_blocks - kept - offloaded
     counts = counts[allowed(table, counts)]
     return counts[0] if len(counts) else None
@@ -190,7 +193,7 @@ def program(table: Table) -> Program:
     most = max((option.link_bytes for option in table.options), default=0) or 1
     tie_break = weighted(
         [
-            (n, option.link_bytes / most + (0.0 if option.recompute_s is None else RECOMPUTED_WEIGHT))
+            (n, option.link_bytes / most + (0.0 if option.restore_s is None else RECOMPUTED_WEIGHT))
             for n, option in zip(blocks, table.options, strict=True)
         ]
     )
@@ -205,8 +208,8 @@ def _barrier_rows(
     outlasting, any_x = variable("outlasting", 0), variable("any_x", 0, 1, pulp.LpInteger)
     waits, crossing = [(outlasting, 1.0)], [(any_x, float(max(1, table.num_blocks)))]
     for option, n in zip(table.options, blocks, strict=True):
-        if option.link_bytes and option.recompute_s is not None:
-            waits.append((n, -layers * option.recompute_s / unit_s))
+        if option.link_bytes and option.restore_s is not None:
+            waits.append((n, -layers * option.restore_s / unit_s))
             crossing.append((n, -1.0))
         elif option.link_bytes:
             waits.append((n, layers * option.seconds["h2d"] / unit_s))
@@ -247,7 +250,7 @@ def _relaxed(table: Table, *, has_barrier: bool) -> list[list[float]]:
     """Fractional optima: of the step, and of the tie-breaks at that step; with or without what is recomputed."""
     (problem, step, blocks, _, tie_break), solver = program(table), _solver()
     for option, n in zip(table.options, blocks, strict=True):
-        if not has_barrier and option.link_bytes and option.recompute_s is not None:
+        if not has_barrier and option.link_bytes and option.restore_s is not None:
             problem += pulp.LpAffineExpression([(n, 1)]) <= 0
     if problem.solve(solver) != pulp.LpStatusOptimal:
         return []

@@ -7,14 +7,16 @@ Plain numbers, no torch.
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from kvoffload.errors import ConfigError, ProfileError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
-from kvoffload.planning.placement import Form
+from kvoffload.planning.forms import FORMS
+from kvoffload.planning.placement import PLAIN, FormName
 
 CHUNK_SPEED_FRACTION = 0.95
 HOST_TIME_FRACTION = 0.25  # of a chunk's copy, that the host may take to issue the chunk
@@ -28,9 +30,8 @@ class Rates:
     "Token" means one position of the whole batch.
     """
 
-    h2d_activation_bytes_per_s: float  # B_x, at the activation chunk's size
-    h2d_kv_bytes_per_s: float  # B_kv, at the kv chunk's size
-    recompute_s_per_token: float  # gamma_r, at the chunk's GEMM shape
+    h2d_bytes_per_s: Mapping[FormName, float]  # B, by the form of a chunk, at its size
+    restore_s_per_token: Mapping[FormName, float]  # gamma_r: K and V from a chunk that attention cannot read itself
     attention_s_per_token: float  # gamma_a
     dense_s: float  # t_dense: the rest of one layer
     head_s: float = 0.0  # t_head: final norm, LM head and sampling on the device
@@ -39,12 +40,32 @@ class Rates:
     host_s_per_chunk: float = 0.0  # o_chunk
 
     def __post_init__(self) -> None:
-        for spec in dataclasses.fields(self):
-            value = getattr(self, spec.name)
+        times = {name: getattr(self, name) for name in _TIMES}
+        times |= {f"restore_s_per_token[{form}]": value for form, value in self.restore_s_per_token.items()}
+        for name, value in times.items():
             if not value >= 0 or math.isinf(value):
-                raise ConfigError(f"Rates.{spec.name} must be finite and not negative, got {value!r}")
-        if self.h2d_activation_bytes_per_s <= 0 or self.h2d_kv_bytes_per_s <= 0:
-            raise ConfigError("link bandwidth must be above zero: an unpaced link has none")
+                raise ConfigError(f"Rates.{name} must be finite and not negative, got {value!r}")
+        for form, value in self.h2d_bytes_per_s.items():
+            if not value > 0 or math.isinf(value):
+                raise ConfigError(
+                    f"link bandwidth must be above zero: an unpaced link has none (Rates.h2d_bytes_per_s[{form}] is "
+                    f"{value!r})"
+                )
+
+    def mean_with(self, other: Rates) -> Rates:
+        """Halfway between two measurements."""
+        found: dict[str, Any] = {name: (getattr(self, name) + getattr(other, name)) / 2 for name in _TIMES}
+        for name in ("h2d_bytes_per_s", "restore_s_per_token"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            found[name] = {form: (value + theirs[form]) / 2 for form, value in mine.items()}
+        return Rates(**found)
+
+    def __hash__(self) -> int:
+        """Of what tells most rates apart; equal ones are compared whole."""
+        return hash((self.attention_s_per_token, self.dense_s, *self.h2d_bytes_per_s.values()))
+
+
+_TIMES = ("attention_s_per_token", "dense_s", "head_s", "gap_s", "host_s_per_layer", "host_s_per_chunk")
 
 
 def rates_from_profile(
@@ -102,9 +123,9 @@ def rates_from_profile(
         dense_s += profile.host_s_per_layer + num_chunks * profile.host_s_per_chunk
         head_s += profile.gap_s
     return Rates(
-        h2d_activation_bytes_per_s=profile.h2d.rate(chunk_rows * shape.activation_row_bytes),
-        h2d_kv_bytes_per_s=profile.h2d.rate(chunk_rows * shape.kv_row_bytes),
-        recompute_s_per_token=batch * shape.recompute_flops / recompute_flops_per_s,
+        h2d_bytes_per_s=dict.fromkeys(FORMS, profile.h2d.rate(chunk_rows * shape.kv_row_bytes))
+        | {"activation": profile.h2d.rate(chunk_rows * shape.activation_row_bytes)},
+        restore_s_per_token={"activation": batch * shape.recompute_flops / recompute_flops_per_s},
         attention_s_per_token=kv_token_bytes / profile.attention.rate(attended_bytes),
         dense_s=dense_s,
         head_s=head_s,
@@ -128,7 +149,7 @@ def least_chunk_bytes(profile: HardwareProfile, shape: ModelShape, *, recomputes
     """
 
     host_fraction = 1 - CHUNK_SPEED_FRACTION if profile.emulated_link else HOST_TIME_FRACTION
-    row_bytes: dict[Form, int] = {"kv": shape.kv_row_bytes}
+    row_bytes: dict[FormName, int] = {PLAIN: shape.kv_row_bytes}
     if recomputes and not profile.emulated_link:
         row_bytes["activation"] = shape.activation_row_bytes
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvoffload.planning.chunk_order import transfer_order
+from kvoffload.planning.forms import FORMS
+from kvoffload.planning.placement import PLAIN, FormName
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.rates import Rates
 from kvoffload.timeline import Lane, Span
@@ -36,13 +38,13 @@ def simulate(
     """Play `num_steps` decode steps chunk by chunk and return the average of the later half.
 
     One link and one compute stream, each in order. Per layer: weights if streamed, then its chunks in
-    `transfer_order`; the next layer's right behind them, layer 0 of the next step during the gap. An activation chunk
-    needs a free slot (free when its recomputation ended), kv chunks one of two layer buffers (free when attention of
-    the layer two before ended); where attention takes chunks one by one every chunk needs a slot, free when it was
-    attended to. Compute of a layer begins when the host has issued it. Each chunk is computed when it has arrived, and
-    behind it a share of the resident blocks (where a whole layer is put together: of the recomputation of those stored
-    as activations). The rest of the layer's attention and the dense part follow; after the last layer the head, then
-    the gap.
+    `transfer_order`; the next layer's right behind them, layer 0 of the next step during the gap. A chunk that is not
+    plain K and V needs a free slot (free when its recomputation ended), plain ones one of two layer buffers (free when
+    attention of the layer two before ended); where attention takes chunks one by one every chunk needs a slot, free
+    when it was attended to. Compute of a layer begins when the host has issued it. Each chunk is computed when it has
+    arrived, and behind it a share of the resident blocks (where a whole layer is put together: of the recomputation of
+    those stored as activations). The rest of the layer's attention and the dense part follow; after the last layer the
+    head, then the gap.
 
     `plan.schedule == "kvpr"`: copies of a layer with activations start after attention of the layer before, and its
     recomputation when its whole activation has arrived, or as much of it as the slots hold.
@@ -57,26 +59,27 @@ def simulate(
     """
     num_layers = max(1, plan.num_offloaded_layers)
     ordinary = plan.num_layers / num_layers  # layers per offloaded one, for work that all layers do
-    activation_chunks = _chunk_tokens(plan.activation_blocks, plan)
-    kv_chunks = _chunk_tokens(plan.kv_blocks, plan)
-    kvpr = plan.schedule == "kvpr" and bool(activation_chunks)
-    order = transfer_order(len(activation_chunks), len(kv_chunks), plan.schedule)
-    activation_s = plan.activation_bytes_per_token / rates.h2d_activation_bytes_per_s  # on the link, per token
-    kv_s = plan.kv_bytes_per_token / rates.h2d_kv_bytes_per_s
-    weights_s = plan.weight_bytes_per_step / num_layers / rates.h2d_kv_bytes_per_s
-    resident_s = plan.resident_activation_blocks * plan.block_tokens * rates.recompute_s_per_token
+    restore_s = {form: 0.0 if row.is_read_as_stored else rates.restore_s_per_token[form] for form, row in FORMS.items()}
+    chunks = [chunk for kind, n in plan.placed.items() if kind.tier == "host" for chunk in _chunks(kind.form, n, plan)]
+    plain_chunks = [chunk for chunk in chunks if chunk.form == PLAIN]
+    other_chunks = [chunk for chunk in chunks if chunk.form != PLAIN]
+    kvpr = plan.schedule == "kvpr" and bool(other_chunks)
+    order = transfer_order(len(other_chunks), len(plain_chunks), plan.schedule)
+    weights_s = plan.weight_bytes_per_step / num_layers / rates.h2d_bytes_per_s[PLAIN]
+    resident_s = plan.block_tokens * sum(
+        n * restore_s[kind.form] for kind, n in plan.placed.items() if kind.tier == "device"
+    )
     attention_s = plan.num_blocks * plan.block_tokens * rates.attention_s_per_token
-    num_chunks = len(activation_chunks) + len(kv_chunks)
-    resident_tokens = plan.block_tokens * (plan.resident_kv_blocks + plan.resident_activation_blocks)
-    resident_attention_s = resident_tokens * rates.attention_s_per_token
+    num_chunks = len(chunks)
+    resident_attention_s = plan.block_tokens * plan.count(tier="device") * rates.attention_s_per_token
     chunks_issue_s = num_chunks * rates.host_s_per_chunk
     issue_s = plan.num_micro_batches * (ordinary * rates.host_s_per_layer + chunks_issue_s)
 
     link = compute = host = 0.0  # when each is free
     link_busy = compute_busy = 0.0
-    released = [0.0] * plan.num_slots  # when the slot of each activation chunk became free, in order
-    num_copied = 0  # activation chunks: the next one takes over the slot released[num_copied]
-    first_gate = min(len(activation_chunks), plan.num_slots) - 1 if kvpr else 0  # last chunk to await before the first
+    released = [0.0] * plan.num_slots  # when the slot of each chunk that needs one became free, in order
+    num_copied = 0  # of these: the next one takes over the slot released[num_copied]
+    first_gate = min(len(other_chunks), plan.num_slots) - 1 if kvpr else 0  # last chunk to await before the first
     attended = deque([0.0, 0.0], maxlen=2)  # the two layer buffers, older first
     weights_used = deque([0.0, 0.0], maxlen=2)
 
@@ -101,30 +104,30 @@ def simulate(
             record(Span(lane, start, compute))
         return compute
 
-    def copy_chunk(tokens: int, is_activation: bool, free_s: float) -> float:
-        if is_activation:
-            return copy(tokens * activation_s, free_s, tokens * plan.activation_bytes_per_token)
-        return copy(tokens * kv_s, free_s, tokens * plan.kv_bytes_per_token)
+    def copy_chunk(chunk: _Chunk, free_s: float) -> float:
+        num_bytes = chunk.tokens * plan.bytes_per_token[chunk.form]
+        return copy(num_bytes / rates.h2d_bytes_per_s[chunk.form], free_s, num_bytes)
 
-    def recompute(done: int, arrived: list[float]) -> int:
-        """All chunks of the layer that have been copied, each followed by its share of the resident activations."""
+    def restore(done: int, arrived: list[float]) -> int:
+        """All chunks of the layer that have been copied, each followed by its share of the resident blocks."""
         for idx in range(done, len(arrived)):
             gate = min(max(idx, first_gate), len(arrived) - 1)
-            released.append(work("recompute", activation_chunks[idx] * rates.recompute_s_per_token, arrived[gate]))
-            work("recompute", resident_s / len(activation_chunks), 0.0)
+            chunk = other_chunks[idx]
+            released.append(work("recompute", chunk.tokens * restore_s[chunk.form], arrived[gate]))
+            work("recompute", resident_s / len(other_chunks), 0.0)
         return len(arrived)
 
     def attend_chunks() -> None:
         """All chunks of a layer through slots, each attended to when it is there; then the rest of its attention."""
         nonlocal num_copied
-        chunks = {True: iter(activation_chunks), False: iter(kv_chunks)}
-        for is_activation in order:
-            tokens = next(chunks[is_activation])
-            there_s = copy_chunk(tokens, is_activation, released[num_copied])
+        turns = {True: iter(other_chunks), False: iter(plain_chunks)}
+        for is_other in order:
+            chunk = next(turns[is_other])
+            there_s = copy_chunk(chunk, released[num_copied])
             num_copied += 1
-            if is_activation:
-                there_s = work("recompute", tokens * rates.recompute_s_per_token, there_s)
-            released.append(work("attention", tokens * rates.attention_s_per_token, there_s))
+            if restore_s[chunk.form]:
+                there_s = work("recompute", chunk.tokens * restore_s[chunk.form], there_s)
+            released.append(work("attention", chunk.tokens * rates.attention_s_per_token, there_s))
             work("recompute", resident_s / num_chunks, 0.0)
             work("attention", resident_attention_s / num_chunks, 0.0)
         if not num_chunks:
@@ -138,28 +141,28 @@ def simulate(
         for _ in range(num_layers):
             host += issue_s
             weights_arrived = copy(weights_s, weights_used[0], plan.weight_bytes_per_step / num_layers)
-            arrived: list[float] = []  # activation chunks
-            kv_arrived, num_kv = 0.0, 0
-            recomputed = 0
+            arrived: list[float] = []  # of the other chunks
+            plain_arrived, num_plain = 0.0, 0
+            restored = 0
             if plan.is_segmented:
                 work("recompute", 0.0, host)
                 attend_chunks()
                 weights_used.append(work("dense", ordinary * rates.dense_s, weights_arrived))
                 continue
-            work("recompute", 0.0 if activation_chunks else resident_s, host)
-            for is_activation in order:
-                if is_activation:
+            work("recompute", 0.0 if other_chunks else resident_s, host)
+            for is_other in order:
+                if is_other:
                     if num_copied >= len(released):  # its slot is freed by a chunk of this layer
-                        recomputed = recompute(recomputed, arrived)
-                    arrived.append(copy_chunk(activation_chunks[len(arrived)], True, released[num_copied]))
+                        restored = restore(restored, arrived)
+                    arrived.append(copy_chunk(other_chunks[len(arrived)], released[num_copied]))
                     num_copied += 1
                     if len(arrived) - 1 >= first_gate:
-                        recomputed = recompute(recomputed, arrived)
+                        restored = restore(restored, arrived)
                 else:
-                    kv_arrived = copy_chunk(kv_chunks[num_kv], False, attended[0])
-                    num_kv += 1
-            recompute(recomputed, arrived)
-            attended.append(work("attention", attention_s, kv_arrived))
+                    plain_arrived = copy_chunk(plain_chunks[num_plain], attended[0])
+                    num_plain += 1
+            restore(restored, arrived)
+            attended.append(work("attention", attention_s, plain_arrived))
             weights_used.append(work("dense", ordinary * rates.dense_s, weights_arrived))
         host = work("dense", rates.head_s, 0.0) + rates.gap_s  # the host waits for the sampled token
         marks.append((compute, link_busy, compute_busy))
@@ -173,7 +176,12 @@ def simulate(
     return Simulation(seconds / counted, copied_s / seconds, worked_s / seconds)
 
 
-def _chunk_tokens(blocks: int, plan: Plan) -> list[int]:
-    """Tokens of each chunk of one layer and form; the last one may be shorter."""
+class _Chunk(NamedTuple):
+    form: FormName
+    tokens: int
+
+
+def _chunks(form: FormName, blocks: int, plan: Plan) -> list[_Chunk]:
+    """Chunks of one layer and form; the last one may be shorter."""
     starts = range(0, blocks, plan.chunk_blocks)
-    return [min(plan.chunk_blocks, blocks - start) * plan.block_tokens for start in starts]
+    return [_Chunk(form, min(plan.chunk_blocks, blocks - start) * plan.block_tokens) for start in starts]

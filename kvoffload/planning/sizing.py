@@ -6,12 +6,14 @@ Owns the sizes that do not depend on where blocks live; the planner owns that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
+from kvoffload.planning.forms import FORMS, largest_row_bytes
 from kvoffload.planning.geometry import TARGET_CHUNK_BYTES, Geometry
+from kvoffload.planning.placement import PLAIN, FormName
 from kvoffload.planning.rates import Rates
 from kvoffload.planning.sizes import Sizes
 from kvoffload.units import counted, gib
@@ -27,24 +29,29 @@ UNKNOWN_H2D_BYTES_PER_S = 50e9  # of a real link that nobody measured: PCIe 5.0 
 
 
 def choose_sizes(
-    geometry: Geometry, config: OffloadConfig, *, keeps_activations: bool, device_bytes: int | None, rates: Rates | None
+    geometry: Geometry,
+    config: OffloadConfig,
+    *,
+    forms: Collection[FormName],
+    device_bytes: int | None,
+    rates: Rates | None,
 ) -> Sizes:
     """Sizes for one generation, made smaller where the device cap asks for it.
 
     Args:
         geometry: the shape of the cache.
         config: what the user fixed.
-        keeps_activations: whether blocks may be stored as activations at all.
+        forms: that blocks may have.
         device_bytes: cap, or None.
         rates: for the length of the ring, where known.
 
     Raises:
         InfeasiblePlanError: the smallest sizes exceed the cap; says by how much.
     """
-    sizes = _comfortable(geometry, config, keeps_activations, rates)
+    sizes = _comfortable(geometry, config, forms, rates)
     if device_bytes is None or sizes.fixed_device_bytes <= device_bytes:
         return sizes
-    smallest = smallest_sizes(geometry, config, keeps_activations=keeps_activations)
+    smallest = smallest_sizes(geometry, config, forms=forms)
     if smallest.fixed_device_bytes > device_bytes:
         raise InfeasiblePlanError(
             f"offloading {counted(geometry.rows, 'sequence')} of {counted(geometry.max_tokens, 'token')} needs "
@@ -52,7 +59,7 @@ def choose_sizes(
             f"{gib(device_bytes)}: raise device_gib, or lower the batch or max_new_tokens"
         )
     if geometry.least_gap_s:  # a real link, on which small chunks are slow: first fewer of them, then smaller ones
-        for candidate in _smaller(sizes, geometry, config, keeps_activations):
+        for candidate in _smaller(sizes, geometry, config, forms):
             if candidate.fixed_device_bytes <= device_bytes:
                 return candidate
     best = smallest
@@ -60,7 +67,7 @@ def choose_sizes(
         candidate = _with(
             geometry,
             config,
-            keeps_activations,
+            forms,
             block_tokens=smallest.block_tokens,
             chunk_blocks=smallest.chunk_blocks,
             num_slots=slots,
@@ -70,7 +77,7 @@ def choose_sizes(
     return best
 
 
-def _smaller(sizes: Sizes, geometry: Geometry, config: OffloadConfig, keeps_activations: bool) -> Iterator[Sizes]:
+def _smaller(sizes: Sizes, geometry: Geometry, config: OffloadConfig, forms: Collection[FormName]) -> Iterator[Sizes]:
     """The same blocks in ever smaller rings, then in ever smaller chunks; what the user fixed stays."""
     chunk_blocks, slots = sizes.chunk_blocks, sizes.num_slots
     fewest = 1 + _at_work(geometry)
@@ -84,20 +91,20 @@ def _smaller(sizes: Sizes, geometry: Geometry, config: OffloadConfig, keeps_acti
         yield _with(
             geometry,
             config,
-            keeps_activations,
+            forms,
             block_tokens=sizes.block_tokens,
             chunk_blocks=chunk_blocks,
             num_slots=slots,
         )
 
 
-def smallest_sizes(geometry: Geometry, config: OffloadConfig, *, keeps_activations: bool) -> Sizes:
+def smallest_sizes(geometry: Geometry, config: OffloadConfig, *, forms: Collection[FormName]) -> Sizes:
     """What takes least memory on the device; arguments as of `choose_sizes`."""
-    comfortable = _comfortable(geometry, config, keeps_activations, None)
+    comfortable = _comfortable(geometry, config, forms, None)
     return _with(
         geometry,
         config,
-        keeps_activations,
+        forms,
         block_tokens=MIN_BLOCK_TOKENS if config.block_tokens == "auto" else config.block_tokens,
         chunk_blocks=1 if config.chunk_blocks == "auto" else comfortable.chunk_blocks,
         num_slots=1 if config.slots == "auto" else config.slots,
@@ -106,10 +113,10 @@ def smallest_sizes(geometry: Geometry, config: OffloadConfig, *, keeps_activatio
 
 def uncapped_sizes(geometry: Geometry, config: OffloadConfig) -> Sizes:
     """Without a cap and before any rate is known; arguments as of `choose_sizes`."""
-    return _comfortable(geometry, config, split_to_plan(config, geometry) != 0, None)
+    return _comfortable(geometry, config, planned_forms(config, geometry), None)
 
 
-def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: bool, rates: Rates | None) -> Sizes:
+def _comfortable(geometry: Geometry, config: OffloadConfig, forms: Collection[FormName], rates: Rates | None) -> Sizes:
     per_token = geometry.kv_bytes_per_token
     if geometry.is_segmented:  # nothing here grows with the context, but where that is shorter than a chunk
         chunk_tokens = min(geometry.max_tokens, max(1, geometry.least_chunk_bytes // per_token))
@@ -135,19 +142,19 @@ def _comfortable(geometry: Geometry, config: OffloadConfig, keeps_activations: b
     elif config.schedule == "kvpr":
         num_slots = chunks_per_layer  # the whole activation of a layer arrives before recomputation starts
     else:
-        row_bytes = _slot_row_bytes(geometry, keeps_activations)
+        row_bytes = _slot_row_bytes(geometry, forms)
         slot_bytes = block_tokens * chunk_blocks * geometry.rows * row_bytes
         at_work = _at_work(geometry)
         num_slots = at_work + (1 if rates is None else math.ceil(_ring_bytes(geometry, rates) / slot_bytes))
         num_slots = min(MAX_SLOTS, num_slots)
         if geometry.least_gap_s:  # then whatever arrives in it, which is not more than there is
-            rate = UNKNOWN_H2D_BYTES_PER_S if rates is None else rates.h2d_kv_bytes_per_s
+            rate = UNKNOWN_H2D_BYTES_PER_S if rates is None else rates.h2d_bytes_per_s[PLAIN]
             num_slots = max(num_slots, at_work + math.ceil(rate * geometry.least_gap_s / slot_bytes))
             num_slots = min(num_slots, at_work + geometry.num_offloaded_layers * chunks_per_layer)
     return _with(
         geometry,
         config,
-        keeps_activations,
+        forms,
         block_tokens=block_tokens,
         chunk_blocks=chunk_blocks,
         num_slots=num_slots,
@@ -168,31 +175,33 @@ def _ring_bytes(geometry: Geometry, rates: Rates) -> float:
     away_s = rates.gap_s + rates.dense_s
     if not geometry.is_segmented:  # else each chunk is attended to as it arrives
         away_s += rates.attention_s_per_token * geometry.max_tokens
-    return rates.h2d_activation_bytes_per_s * away_s
+    return min(rates.h2d_bytes_per_s.values()) * away_s
 
 
 def _with(
     geometry: Geometry,
     config: OffloadConfig,
-    keeps_activations: bool,
+    forms: Collection[FormName],
     *,
     block_tokens: int,
     chunk_blocks: int,
     num_slots: int,
 ) -> Sizes:
-    tail_row = geometry.kv_row_bytes + (geometry.activation_row_bytes if keeps_activations else 0)
-    largest_row = max(geometry.kv_row_bytes, geometry.stored_activation_row_bytes if keeps_activations else 0)
+    parts = {FORMS[form].made_of for form in forms}
+    tail_row = geometry.kv_row_bytes + (geometry.activation_row_bytes if "activation" in parts else 0)
+    largest_row = largest_row_bytes(forms, geometry)
+    is_restored = not all(FORMS[form].is_read_as_stored for form in forms)
     chunk_rows = block_tokens * chunk_blocks * geometry.rows
     num_buffers = 3 if geometry.beams > 1 else 2
     return Sizes(
         block_tokens=block_tokens,
         chunk_blocks=chunk_blocks,
-        num_slots=num_slots if keeps_activations or geometry.is_segmented else 0,
-        slot_bytes=chunk_rows * _slot_row_bytes(geometry, keeps_activations),
+        num_slots=num_slots if set(forms) != {PLAIN} or geometry.is_segmented else 0,
+        slot_bytes=chunk_rows * _slot_row_bytes(geometry, forms),
         buffer_bytes=0 if geometry.is_segmented else geometry.max_tokens * geometry.kv_bytes_per_token,
         num_buffers=0 if geometry.is_segmented else num_buffers,
         d2h_slot_bytes=chunk_rows * largest_row,
-        scratch_bytes=chunk_rows * geometry.kv_row_bytes if geometry.is_segmented and keeps_activations else 0,
+        scratch_bytes=chunk_rows * geometry.kv_row_bytes if geometry.is_segmented and is_restored else 0,
         tail_bytes=geometry.num_offloaded_layers * block_tokens * geometry.rows * tail_row,
         other_device_bytes=geometry.other_device_bytes,
     )
@@ -220,11 +229,23 @@ def chunks_may_be_recomputed(config: OffloadConfig, geometry: Geometry) -> bool:
     return split != 0
 
 
-def _slot_row_bytes(geometry: Geometry, keeps_activations: bool) -> int:
+def planned_forms(config: OffloadConfig, geometry: Geometry, *, can_recompute: bool = True) -> frozenset[FormName]:
+    """The forms that blocks may be given.
+
+    Args:
+        config: what the user fixed.
+        geometry: of the cache.
+        can_recompute: False where K/V do not follow from the activation, or nothing is known to decide by.
+    """
+    recomputes = can_recompute and split_to_plan(config, geometry) != 0
+    return frozenset(name for name, form in FORMS.items() if form.made_of == "kv" or recomputes)
+
+
+def _slot_row_bytes(geometry: Geometry, forms: Collection[FormName]) -> int:
     """The largest form that travels through the ring."""
-    if not geometry.is_segmented:
-        return geometry.stored_activation_row_bytes  # kv chunks land in a layer buffer
-    return max(geometry.kv_row_bytes, geometry.stored_activation_row_bytes if keeps_activations else 0)
+    if not geometry.is_segmented:  # plain chunks land in a layer buffer
+        forms = set(forms) - {PLAIN} or {"activation"}
+    return largest_row_bytes(forms, geometry)
 
 
 def _describe(sizes: Sizes) -> str:

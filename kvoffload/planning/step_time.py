@@ -16,8 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvoffload.planning.forms import option_name
 from kvoffload.planning.inputs import PlanInputs
-from kvoffload.planning.options import RESOURCES, TIERS, Resource, Table, Tier, table_of
+from kvoffload.planning.options import RESOURCES, Resource, Table, table_of
+from kvoffload.planning.placement import PLAIN, TIERS, Tier
 from kvoffload.planning.plan import Constraint
 
 Counts = npt.NDArray[np.int64]  # [choices, options], or [options]
@@ -61,8 +63,8 @@ def _barrier_s(table: Table, counts: Counts) -> Seconds:
     for option, n in zip(table.options, counts.T, strict=True):
         if not option.link_bytes:
             continue
-        if option.recompute_s is not None:
-            waits = waits + layers * n * option.recompute_s
+        if option.restore_s is not None:
+            waits = waits + layers * n * option.restore_s
             any_x |= n > 0
         else:
             waits = waits - layers * n * option.seconds["h2d"]
@@ -121,7 +123,7 @@ def step_of(table: Table, counts: Counts) -> StepTime:
 def sequential_step_s(inputs: PlanInputs, blocks: Mapping[str, int]) -> float:
     """Seconds of one step with `overlap=False`: copies, the gap between steps and compute, one after another."""
     found = predict(inputs, blocks)
-    covered_s = table_of(inputs).fixed_s["h2d"] - inputs.weight_bytes_per_step / inputs.rates.h2d_kv_bytes_per_s
+    covered_s = table_of(inputs).fixed_s["h2d"] - inputs.weight_bytes_per_step / inputs.rates.h2d_bytes_per_s[PLAIN]
     return max(found.link_s - covered_s + inputs.rates.gap_s + found.device_s, found.issue_s)
 
 
@@ -131,6 +133,7 @@ def full_transfer_step_s(inputs: PlanInputs) -> float:
     The reference every plan is compared with, so stored blocks and the host limit are left out of account.
     """
     table = table_of(inputs)
-    block_bytes = next(option.bytes["device"] for option in table.options if option.name == "resident_kv")
+    block_bytes = inputs.block_tokens * inputs.bytes_per_token[PLAIN]
     resident = min(inputs.num_blocks, max(0, table.capacity["device"]) // max(1, block_bytes))
-    return predict(inputs, {"resident_kv": resident, "kv": inputs.num_blocks - resident}).step_s
+    blocks = {option_name(PLAIN, "device"): resident, option_name(PLAIN, "host"): inputs.num_blocks - resident}
+    return predict(inputs, blocks).step_s

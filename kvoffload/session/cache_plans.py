@@ -7,6 +7,7 @@ about one `generate()` (`generation`) or the model (`session`).
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable
@@ -18,10 +19,13 @@ from kvoffload.cache.layer import CacheLayer
 from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.geometry import Geometry
+from kvoffload.planning.placement import PLAIN
 from kvoffload.planning.sizes import grown, widened, with_kv_rows
 from kvoffload.session.generation_plan import GenerationPlan
 from kvoffload.session.generation_planner import GenerationPlanner
+from kvoffload.session.planning_ahead import PlanningAhead
 from kvoffload.session.progress import AllocationProgress
+from kvoffload.store.forms import activation as activations
 from kvoffload.store.pool import HostPool
 
 logger = logging.getLogger(__name__)
@@ -56,6 +60,7 @@ class CachePlans:
         self._num_layers = num_layers
         self._offers_segments = offers_segments
         self._plans: weakref.WeakKeyDictionary[hf.OffloadedHFCache, GenerationPlan] = weakref.WeakKeyDictionary()
+        self._ahead: PlanningAhead[GenerationPlan] = PlanningAhead()
         self._configured_for: Callable[[], Any] = lambda: None  # a weak reference
         self._position_row_bytes: dict[tuple[int, int], int] = {}  # that blocks of (rows, copies) carried last
 
@@ -121,12 +126,11 @@ class CachePlans:
         before, layers = self._plans[cache], cache.core.layers
         if cache.core.rows > before.geometry.rows:  # they were repeated since
             before = self._widened(before, cache.core.rows)
-        stored: dict[str, int] = {form: layers[0].count(form, resident=False) for form in ("kv", "activation")}
         chosen = self._plans[cache] = self._planner.prolong(
             before,
             max_tokens,
             prompt_tokens=max(prompt_tokens, layers[0].num_tokens),
-            stored=stored,
+            stored=layers[0].on_host,
             is_uniform=all(layer.is_segmented == before.geometry.is_segmented for layer in layers),
             kv_row_bytes=max((layer.shape.row_bytes for layer in layers if layer.shape is not None), default=0),
             host_held_bytes=self._pool.slab_bytes,
@@ -164,15 +168,45 @@ class CachePlans:
             self._plans[cache] = replace(chosen, geometry=geometry, sizes=sizes)
             self._configure(cache)
 
-    def settle(self, cache: hf.OffloadedHFCache, layer: CacheLayer, first: hf.FirstTokens, prompt_tokens: int) -> None:
-        """The first tokens of a layer are here: plan, if nothing is planned for them, and make its buffers.
+    def settle(self, cache: hf.OffloadedHFCache, position: int, first: hf.FirstTokens, prompt_tokens: int) -> bool:
+        """The first tokens of a layer are here: settle the plan by them, and the forms that its blocks can have.
 
         Args:
             cache: whose layer.
-            layer: the layer.
-            first: what the layer really caches per token.
+            position: of the layer.
+            first: what it was given.
             prompt_tokens: of the `generate()` in progress; 0 if unknown.
+
+        Returns:
+            Whether the rates of this machine were measured for it.
         """
+        layer = cache.core.layers[position]
+        self._fit(cache, layer, first, prompt_tokens)
+        if cache.core.placement.forms == {PLAIN}:
+            return False
+        if position == 0:
+            is_carried = self._carries_positions(cache, first, prompt_tokens)
+            cache.core.carry_positions(is_carried)
+        if cache.core.placement.forms == {PLAIN}:  # with what blocks carry
+            return False
+        settled = cache.core.layers[0].forms.get("activation")
+        layout = settled.layout if isinstance(settled, activations.Stored) else None
+        form = first.recomputing_form(None if layout is None else layout.row_bytes)
+        if form is None:
+            cache.warn_not_recomputable(position, first.module)
+            if position == 0:
+                self._lay_out_anew(cache, first, prompt_tokens, can_recompute=False)
+            return False
+        layer.forms[form.name] = form
+        if position > 0:
+            return False
+        prepare = functools.partial(first.prepare_measurement, form.recompute)
+        chosen = self._planner.measure_chunk(self._plans[cache], prepare, self._engine.buffers.idle_slots)
+        self._change(cache, chosen)
+        return True
+
+    def _fit(self, cache: hf.OffloadedHFCache, layer: CacheLayer, first: hf.FirstTokens, prompt_tokens: int) -> None:
+        """Plan, if nothing is planned for what a layer really caches per token, and make its buffers."""
         if cache not in self._plans:
             self._lay_out(cache, first.rows, 1, first.tokens, None, first, is_segmented=layer.is_segmented)
         geometry = self._plans[cache].geometry
@@ -197,20 +231,11 @@ class CachePlans:
             self._plans[cache] = replace(chosen, sizes=sizes)
             self._configure(cache)
 
-    def carries_positions(
-        self, cache: hf.OffloadedHFCache, first: hf.FirstTokens, prompt_tokens: int, *, row_bytes: int, token_bytes: int
-    ) -> bool:
-        """Settle before the first tokens of the first layer are stored whether blocks carry position embeddings.
-
-        Args:
-            cache: whose layer.
-            first: what it caches per token.
-            prompt_tokens: of the `generate()` in progress; 0 if unknown.
-            row_bytes: of position embeddings behind each activation, if so; 0 where that cannot be.
-            token_bytes: what a token takes in a table of them on the device.
-        """
+    def _carries_positions(self, cache: hf.OffloadedHFCache, first: hf.FirstTokens, prompt_tokens: int) -> bool:
+        """Settle before the first tokens of the first layer are stored whether blocks carry position embeddings."""
         geometry, copies = self._plans[cache].geometry, cache.core.prompt_copies
-        if not row_bytes or not self._planner.carries_positions(self._plans[cache], token_bytes):
+        row_bytes = first.carried_row_bytes
+        if not self._planner.carries_positions(self._plans[cache], first.position_token_bytes):
             row_bytes = 0
         if row_bytes != geometry.position_row_bytes:
             try:
@@ -223,19 +248,28 @@ class CachePlans:
         self._position_row_bytes[first.rows, copies] = row_bytes
         return row_bytes > 0
 
-    def transfer_all(self, cache: hf.OffloadedHFCache, first: hf.FirstTokens, prompt_tokens: int) -> None:
-        """Plan again before the first tokens are stored, for K/V that do not follow from the activation."""
-        self._lay_out_anew(cache, first, prompt_tokens, can_recompute=False)
+    def follow(self, cache: hf.OffloadedHFCache) -> None:
+        """Take the plan that was made for the blocks still to come, if there is one by now."""
+        chosen = self._ahead.take(self._plans[cache])
+        if chosen is not None:
+            self._change(cache, chosen)
 
-    def measure_chunk(self, cache: hf.OffloadedHFCache, prepare: hf.Measure) -> None:
-        """Time one chunk both ways, and plan with what was measured."""
-        self._change(cache, self._planner.measure_chunk(self._plans[cache], prepare, self._engine.idle_slots))
+    def plan_ahead(self, cache: hf.OffloadedHFCache) -> None:
+        """Begin to plan the blocks still to come, at the rates measured so far; it is taken by `follow`."""
+        before = self._plans[cache]
+        make = functools.partial(
+            self._planner.replan, before, cache.core.layers[0].on_host, self._planner.rates(before)
+        )
+        self._ahead.start(before, make)
 
-    def replan(self, cache: hf.OffloadedHFCache) -> None:
-        """Plan the blocks still to come at the rates measured so far."""
-        layer = cache.core.layers[0]
-        stored_kv, stored_activation = (layer.count(form, resident=False) for form in ("kv", "activation"))
-        self._change(cache, self._planner.replan(self._plans[cache], stored_kv, stored_activation))
+    def close(self) -> None:
+        """Plan nothing any more."""
+        self._ahead.close()
+
+    def copy(self, cache: hf.OffloadedHFCache, other: hf.OffloadedHFCache) -> None:
+        """What holds for a cache holds for a copy of it."""
+        if cache in self._plans:
+            self._plans[other] = self._plans[cache]
 
     def _change(self, cache: hf.OffloadedHFCache, chosen: GenerationPlan) -> None:
         self._plans[cache] = chosen
@@ -310,4 +344,4 @@ class CachePlans:
 
     @property
     def _device_held_bytes(self) -> int:
-        return sum(self._engine.held_bytes.values())
+        return self._engine.account.total_bytes

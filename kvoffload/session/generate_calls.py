@@ -28,6 +28,7 @@ from kvoffload.store.pool import HostPool
 from kvoffload.timeline import Timeline, assemble
 
 logger = logging.getLogger(__name__)
+PLANNED_AHEAD_TOKENS = 3  # before a block is full: the solver takes a step or two
 
 
 class GenerateCalls:
@@ -40,7 +41,8 @@ class GenerateCalls:
         pool: of host memory.
         planner: told what a call measured.
         plans: by cache.
-        progress: stopped when a call is over.
+        allocation: stopped when a call is over.
+        progress: counts the calls.
         new_cache: makes an empty cache of the session.
         reap: takes back the memory of caches that nobody holds any more.
     """
@@ -54,16 +56,17 @@ class GenerateCalls:
         pool: HostPool,
         planner: GenerationPlanner,
         plans: CachePlans,
-        progress: AllocationProgress,
+        allocation: AllocationProgress,
+        progress: hf.Progress,
         new_cache: Callable[[], hf.OffloadedHFCache],
         reap: Callable[[], None],
     ) -> None:
         self.current: Generation | None = None
-        self.count = 0
         self.stats: GenerationStats | None = None  # of the last call
         self._owner = owner
         self._engine, self._backend, self._pool = engine, engine.backend, pool
-        self._planner, self._plans, self._progress = planner, plans, progress
+        self._planner, self._plans = planner, plans
+        self._allocation, self._progress = allocation, progress
         self._new_cache, self._reap = new_cache, reap
         self._lock = threading.Lock()
         self._records_timeline = False  # from the next call on
@@ -95,14 +98,14 @@ class GenerateCalls:
                 "a generate() of this model is running already (from another thread, or from inside itself); "
                 "an offloaded model serves one call at a time"
             )
-        self.count += 1
+        self._progress.generations += 1
         try:
-            self._engine.take_peak()
+            self._engine.account.take_peak()
             if self._records_timeline:
                 self._backend.start_recording()  # anew
                 self._has_timeline = True
             generation = self.current = Generation(
-                self._backend, self._engine, prompt_tokens=_prompt_tokens(args, kwargs)
+                self._backend, self._engine, self._progress, prompt_tokens=_prompt_tokens(args, kwargs)
             )
             output = original(*args, **kwargs)
             if generation.cache is not None:
@@ -118,7 +121,7 @@ class GenerateCalls:
             raise
         finally:
             ended, self.current = self.current, None
-            self._progress.stop()
+            self._allocation.stop()
             try:
                 if not self._owner.is_closed:
                     if self._backend.is_recording:
@@ -170,6 +173,11 @@ class GenerateCalls:
             cache.check_rows(batch_size * copies)
             vars(cache)["_is_user_defined"] = True  # what transformers does to a cache it is given
             prompt_tokens = min(generation.prompt_tokens, max_cache_length)
+            mask = model_kwargs.get("attention_mask")
+            # as transformers tells a whole prompt from its newest tokens
+            num_masked = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+            if num_masked == prompt_tokens:
+                cache.take_back_last(prompt_tokens)
             if cache in self._plans:
                 self._plans.prolong(cache, prompt_tokens, max_cache_length)
             elif prompt_tokens and not cache.core.layers[0].num_tokens:
@@ -179,7 +187,7 @@ class GenerateCalls:
                 self._shorten_prefill(generation_config, cache, prompt_tokens)
             generation.use(cache)  # from now on an error closes it
         model_kwargs[hf.generation_name()] = cache
-        generation.setup_s += time.perf_counter() - began
+        generation.setup_before_forward_s += time.perf_counter() - began
         return None
 
     def _shorten_prefill(self, generation_config: Any, cache: hf.OffloadedHFCache, prompt_tokens: int) -> None:
@@ -223,11 +231,6 @@ class GenerateCalls:
                 "time: wait for it"
             )
 
-    def add_setup(self, seconds: float) -> None:
-        """Count time spent on memory and measurements during a forward as set-up, not as prefill."""
-        if self.current is not None:
-            self.current.add_setup(seconds)
-
     def before_forward(self, cache: hf.OffloadedHFCache) -> None:
         """A forward of the model begins, with a cache of the session."""
         generation = self.current
@@ -236,19 +239,24 @@ class GenerateCalls:
         elif generation is None and cache.core.layers[0].num_tokens:
             self._engine.release_stages()  # the prefill, or a part of it, is over
 
-    def before_blocks(self, cache: hf.OffloadedHFCache | None) -> None:
-        """A step is about to store new blocks: the rates of real steps may change their form."""
+    def end_forward(self, cache: hf.OffloadedHFCache) -> None:
+        """A forward has cached its tokens: take a plan that is ready, and begin one where blocks are about to fill.
+
+        The rates of real steps may change the form of blocks still to come.
+        """
         generation = self.current
-        if cache is None or cache not in self._plans or generation is None or not generation.is_decoding:
+        if cache not in self._plans or generation is None or not generation.is_decoding:
             return
-        plan = self._plans[cache]
-        if not plan.placement.may_change:
+        if not self._plans[cache].placement.may_become:
             return
-        rates = generation.rates_if_surprised(plan.plan.predicted_step_s)
-        if rates is not None:
-            self._planner.measured.take(*rates)
-        self._planner.note_gap(plan, generation.between_steps_s)
-        self._plans.replan(cache)
+        self._plans.follow(cache)
+        plan, left = self._plans[cache], cache.core.placement.block_tokens - cache.core.layers[0].tail_tokens
+        if left <= PLANNED_AHEAD_TOKENS:
+            rates = generation.rates_if_surprised(plan.plan.predicted_step_s)
+            if rates is not None:
+                self._planner.measured.take(*rates)
+            self._planner.note_gap(plan, generation.between_steps_s)
+            self._plans.plan_ahead(cache)
 
     # ---- timeline ------------------------------------------------------------------------------------------------
 

@@ -65,16 +65,17 @@ class Generation:
     Args:
         backend: whose counters to read.
         engine: whose counters and peaks to read.
+        progress: of the session.
         prompt_tokens: per sequence; 0 if unknown.
     """
 
-    def __init__(self, backend: Backend, engine: TransferEngine, prompt_tokens: int) -> None:
+    def __init__(self, backend: Backend, engine: TransferEngine, progress: hf.Progress, prompt_tokens: int) -> None:
         self.thread = threading.get_ident()
         self.prompt_tokens = prompt_tokens
         self.cache: hf.OffloadedHFCache | None = None
         self.owns_cache = False
-        self.setup_s = 0.0
-        self._setup_in_forward_s = 0.0  # the part of it that fell into the prefill
+        self._progress, self._setup_before_s = progress, progress.setup_s
+        self.setup_before_forward_s = 0.0
         self._backend, self._engine = backend, engine
         self._written_before = engine.write_back.queued_bytes
         self._began = time.perf_counter()
@@ -96,10 +97,15 @@ class Generation:
         """Leave out what the link has carried so far."""
         self._start = self._start._replace(h2d=self._backend.link_use("h2d"))
 
-    def add_setup(self, seconds: float) -> None:
-        """Time spent on memory and measurements during a forward; not counted as prefill."""
-        self.setup_s += seconds
-        self._setup_in_forward_s += seconds
+    @property
+    def _setup_in_forward_s(self) -> float:
+        """Time spent on memory and measurements during forwards; not counted as prefill."""
+        return self._progress.setup_s - self._setup_before_s
+
+    @property
+    def setup_s(self) -> float:
+        """All time spent on memory and measurements."""
+        return self.setup_before_forward_s + self._setup_in_forward_s
 
     @property
     def is_decoding(self) -> bool:
@@ -124,7 +130,7 @@ class Generation:
         elif self._decode is None:
             self._decode = _Readings.of(self._backend)
             self._engine.release_stages()
-            self._prefill_peak_bytes = self._engine.take_peak()
+            self._prefill_peak_bytes = self._engine.account.take_peak()
         elif self._window is None and len(self._forwards) > self._num_prefill_forwards + SETTLING_STEPS:
             self._open_window()
             self._settled_gaps = self._backend.spans("gap")
@@ -172,7 +178,7 @@ class Generation:
         self._backend.mark("end")
         if self._decode is None:
             self._engine.release_stages()
-            self._prefill_peak_bytes = self._engine.take_peak()
+            self._prefill_peak_bytes = self._engine.account.take_peak()
         core, backend = self.cache.core, self._backend
         starts = [*self._forwards, time.perf_counter()]
         decode = starts[self._num_prefill_forwards :]
@@ -209,7 +215,7 @@ class Generation:
             prediction_error_fraction=p50 / predicted - 1 if predicted and p50 else None,
             host_bytes=pool.used_bytes,
             pinned_bytes=pool.pinned_bytes,
-            device_kv_peak_decode_bytes=self._engine.take_peak() + others,
+            device_kv_peak_decode_bytes=self._engine.account.take_peak() + others,
             device_kv_peak_prefill_bytes=self._prefill_peak_bytes + others,
             exact=self.recomputed_tokens == 0 or all(layer.is_full_precision for layer in core.layers),
             link_name=backend.link_name,

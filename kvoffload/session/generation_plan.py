@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
-from kvoffload.planning.placement import Placement, reserved_blocks
+from kvoffload.planning.placement import FormName, Placement, reserved_blocks
 from kvoffload.planning.plan import Plan
+from kvoffload.planning.problem import bytes_per_token
 from kvoffload.planning.sizes import Sizes
 from kvoffload.session.memory_limits import check_full_host
 
@@ -23,7 +25,7 @@ class GenerationPlan:
     inputs: PlanInputs | None  # None where nothing could be predicted
     stage_limit_bytes: int | None  # what the cap on device memory leaves for staging a prefill's blocks
     host_cap_bytes: int  # on the host at the full length, as if every row stored every block
-    reserved_share: float  # of activations, that room on the host was made for
+    reserved_shares: Mapping[FormName, float]  # that room on the host was made for
 
     @property
     def device_budget_bytes(self) -> int:
@@ -36,13 +38,13 @@ class GenerationPlan:
 
         With what was reserved for the form that it turned out to need less of.
         """
-        placement, geometry, share = self.placement, self.geometry, self.placement.activation_share
-        resident = placement.resident_kv_blocks + placement.resident_activation_blocks
-        num_blocks = max(0, geometry.max_tokens // placement.block_tokens - resident)
-        reserved = reserved_blocks(num_blocks, self.reserved_share)
-        x, t = (max(pair) for pair in zip(reserved, reserved_blocks(num_blocks, share), strict=True))
-        token_bytes = x * geometry.activation_bytes_per_token + t * geometry.kv_bytes_per_token
-        return geometry.num_offloaded_layers * placement.block_tokens * token_bytes
+        placement, geometry = self.placement, self.geometry
+        num_blocks = max(0, geometry.max_tokens // placement.block_tokens - placement.num_resident)
+        token_bytes = bytes_per_token(geometry)
+        counts = [reserved_blocks(num_blocks, shares) for shares in (self.reserved_shares, placement.shares)]
+        most = {form: max(count.get(form, 0) for count in counts) for form in token_bytes}
+        per_layer = sum(n * token_bytes[form] for form, n in most.items())
+        return geometry.num_offloaded_layers * placement.block_tokens * per_layer
 
     @property
     def fits_on_host(self) -> bool:

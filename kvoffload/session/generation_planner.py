@@ -22,11 +22,14 @@ from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning import planner
+from kvoffload.planning.forms import FORMS, option_name
 from kvoffload.planning.geometry import Geometry
-from kvoffload.planning.placement import Placement
-from kvoffload.planning.problem import does_without, host_bytes_at, may_do_without, mean_tokens, pose
+from kvoffload.planning.placement import PLAIN, FormName, Placement
+from kvoffload.planning.plan import Plan
+from kvoffload.planning.problem import bytes_per_token, does_without, host_bytes_at, may_do_without, mean_tokens, pose
+from kvoffload.planning.rates import Rates
 from kvoffload.planning.sizes import grown, with_kv_rows
-from kvoffload.planning.sizing import split_to_plan
+from kvoffload.planning.sizing import planned_forms, split_to_plan
 from kvoffload.session.generation_plan import GenerationPlan
 from kvoffload.session.measured_rates import MeasuredRates
 from kvoffload.session.memory_limits import MemoryLimits
@@ -111,6 +114,7 @@ class GenerationPlanner:
             InfeasiblePlanError, HostMemoryError: before any token, with the numbers.
         """
         fixed_split = split_to_plan(self.config, geometry) if can_recompute else 0.0
+        forms = planned_forms(self.config, geometry, can_recompute=can_recompute)
         host_cap = self.limits.full_host_cap_bytes(geometry, prompt_tokens, host_held_bytes)
         geometry, sizes, inputs, device_bytes, has_rates = pose(
             self.shape,
@@ -128,22 +132,21 @@ class GenerationPlanner:
         plan = planner.solve(inputs)
         if not has_rates:
             plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
-        share = plan.split_fraction if fixed_split is None else fixed_split
+        shares = plan.shares if fixed_split is None else _fixed_shares(plan, fixed_split)
         room = None if device_bytes is None else max(0, device_bytes - plan.device_bytes)
         chosen = GenerationPlan(
             stage_limit_bytes=room,
             host_cap_bytes=host_cap,
-            reserved_share=share,
+            reserved_shares=shares,
             geometry=geometry,
             sizes=sizes,
             plan=plan,
             placement=Placement(
                 block_tokens=sizes.block_tokens,
                 chunk_blocks=sizes.chunk_blocks,
-                resident_kv_blocks=plan.resident_kv_blocks,
-                resident_activation_blocks=plan.resident_activation_blocks,
-                activation_share=share,
-                may_change=fixed_split is None and has_rates,
+                resident=_resident(plan),
+                shares=shares,
+                may_become=tuple(sorted(forms - {PLAIN})) if fixed_split is None and has_rates else (),
                 max_tokens=geometry.max_tokens if knows_length else None,
                 prompt_tokens=prompt_tokens,
             ),
@@ -158,27 +161,21 @@ class GenerationPlanner:
 
         A plan is for the mean length, where a larger part of the cache is resident.
         """
-        if chosen.fits_on_host or chosen.inputs is None or not chosen.placement.may_change:
+        if chosen.fits_on_host or chosen.inputs is None or not chosen.placement.may_become:
             return chosen
-        inputs = replace(
-            chosen.inputs,
-            stored_resident_blocks=chosen.placement.resident_kv_blocks,
-            stored_resident_activation_blocks=chosen.placement.resident_activation_blocks,
-        )
+        inputs = replace(chosen.inputs, stored=_stored({}, chosen.placement.resident))
         num_blocks = max(inputs.num_blocks, chosen.geometry.max_tokens // inputs.block_tokens)
         host_bytes = host_bytes_at(chosen.host_cap_bytes, chosen.geometry, num_blocks, inputs.block_tokens)
         # less the block of each form that `reserved_blocks` has to spare
-        spare_bytes = chosen.geometry.kv_bytes_per_token + chosen.geometry.activation_bytes_per_token
+        spare_bytes = sum(inputs.bytes_per_token.values())
         host_bytes -= chosen.geometry.num_offloaded_layers * inputs.block_tokens * spare_bytes
         try:
-            share = planner.solve(replace(inputs, num_blocks=num_blocks, host_bytes=host_bytes)).split_fraction
-            plan = planner.solve(replace(inputs, split=share))
+            longest = planner.solve(replace(inputs, num_blocks=num_blocks, host_bytes=host_bytes))
+            plan = planner.solve(replace(inputs, split=longest.split_fraction))
         except InfeasiblePlanError:
             return chosen
-        plan = replace(plan, version=chosen.plan.version)
-        return replace(
-            chosen, plan=plan, reserved_share=share, placement=replace(chosen.placement, activation_share=share)
-        )
+        plan, shares = replace(plan, version=chosen.plan.version), longest.shares
+        return replace(chosen, plan=plan, reserved_shares=shares, placement=replace(chosen.placement, shares=shares))
 
     def prolong(
         self,
@@ -198,7 +195,7 @@ class GenerationPlanner:
             chosen: what held so far.
             max_tokens: cached at the end of the turn.
             prompt_tokens: cached when its first token is decoded.
-            stored: blocks of each layer on the host, by the name of the option.
+            stored: blocks of each layer on the host, by form.
             kv_row_bytes: K and V of one token of one sequence in the widest layer.
             is_uniform: whether all layers attend chunk by chunk, or all over whole layers; else sizes stay.
             host_held_bytes: host memory the session holds already.
@@ -238,14 +235,8 @@ class GenerationPlanner:
         assert max_tokens is not None
         # Blocks have the tokens they have, and resident ones the memory that was made for them.
         config = replace(self.config, block_tokens=longer.placement.block_tokens)
-        resident = {
-            "resident_kv": longer.placement.resident_kv_blocks,
-            "resident_activation": longer.placement.resident_activation_blocks,
-        }
-        resident_bytes = (
-            resident["resident_kv"] * geometry.kv_bytes_per_token
-            + resident["resident_activation"] * geometry.activation_bytes_per_token
-        )
+        resident, token_bytes = longer.placement.resident, bytes_per_token(geometry)
+        resident_bytes = sum(n * token_bytes[form] for form, n in resident.items())
         resident_bytes *= geometry.num_offloaded_layers * longer.placement.block_tokens
 
         def left_beside_residents(settled: Geometry) -> int | None:
@@ -262,7 +253,7 @@ class GenerationPlanner:
                 cached_tokens=mean_tokens(prompt_tokens, max_tokens),
                 device_cap_bytes=left_beside_residents,
                 host_cap_bytes=host_cap,
-                can_recompute=longer.placement.needs_activations,
+                can_recompute=longer.placement.forms != {PLAIN},
                 correct=lambda rates: self.measured.correct(rates, geometry.rows),
             )
             num_blocks = max(inputs.num_blocks, sum(stored.values()) + sum(resident.values()) + 1)
@@ -271,10 +262,7 @@ class GenerationPlanner:
                 num_blocks=num_blocks,
                 device_bytes=sizes.fixed_device_bytes + resident_bytes,
                 host_bytes=host_bytes_at(host_cap, geometry, num_blocks, sizes.block_tokens),
-                stored_kv_blocks=stored.get("kv", 0),
-                stored_activation_blocks=stored.get("activation", 0),
-                stored_resident_blocks=resident["resident_kv"],
-                stored_resident_activation_blocks=resident["resident_activation"],
+                stored=_stored(stored, resident),
             )
             plan = replace(planner.solve(inputs), version=longer.plan.version + 1)
         except InfeasiblePlanError as error:
@@ -283,16 +271,16 @@ class GenerationPlanner:
         if not has_rates:
             plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
         sizes = with_kv_rows(sizes, geometry, kv_row_bytes)
-        share = plan.split_fraction if longer.placement.may_change else longer.placement.activation_share
+        shares = plan.shares if longer.placement.may_become else longer.placement.shares
         return replace(
             longer,
             geometry=geometry,
             sizes=sizes,
             plan=plan,
             inputs=inputs if has_rates else None,
-            reserved_share=share,
+            reserved_shares=shares,
             stage_limit_bytes=None if left_bytes is None else max(0, left_bytes - sizes.fixed_device_bytes),
-            placement=replace(longer.placement, chunk_blocks=sizes.chunk_blocks, activation_share=share),
+            placement=replace(longer.placement, chunk_blocks=sizes.chunk_blocks, shares=shares),
         )
 
     def carries_positions(self, chosen: GenerationPlan, token_bytes: int) -> bool:
@@ -303,7 +291,7 @@ class GenerationPlanner:
             token_bytes: what a token takes in the table.
         """
         table_bytes = chosen.geometry.max_tokens * token_bytes
-        return chosen.placement.needs_activations and table_bytes > POSITION_SHARE * chosen.device_budget_bytes
+        return chosen.placement.forms != {PLAIN} and table_bytes > POSITION_SHARE * chosen.device_budget_bytes
 
     @property
     def _wants_profile(self) -> bool:
@@ -327,7 +315,7 @@ class GenerationPlanner:
             prepare: returns the recomputation of that many tokens of all rows of one layer.
             ring: returns slots that lie idle.
         """
-        if chosen.inputs is None or not chosen.placement.may_change:
+        if chosen.inputs is None or not chosen.placement.may_become:
             return chosen
         self.measured.time_chunk(self.backend, self.shape, chosen.geometry, chosen.sizes, prepare, ring)
         rates = self.measured.correct(chosen.inputs.rates, chosen.geometry.rows)
@@ -335,18 +323,11 @@ class GenerationPlanner:
         plan = planner.solve(inputs)
         logger.info(
             "one layer checked: %.3g s per token recomputed, plan stores %.2f of the offloaded tokens as activations",
-            rates.recompute_s_per_token,
+            rates.restore_s_per_token["activation"],
             plan.split_fraction,
         )
-        placement = replace(
-            chosen.placement,
-            resident_kv_blocks=plan.resident_kv_blocks,
-            resident_activation_blocks=plan.resident_activation_blocks,
-            activation_share=plan.split_fraction,
-        )
-        corrected = replace(
-            chosen, inputs=inputs, plan=plan, placement=placement, reserved_share=placement.activation_share
-        )
+        placement = replace(chosen.placement, resident=_resident(plan), shares=plan.shares)
+        corrected = replace(chosen, inputs=inputs, plan=plan, placement=placement, reserved_shares=plan.shares)
         # The plan is for the mean length; at the full one only the form that was asked for first may fit.
         return corrected if corrected.fits_on_host else replace(chosen, inputs=inputs)
 
@@ -358,36 +339,50 @@ class GenerationPlanner:
         if chosen.inputs is not None and not self.backend.emulated:
             self.measured.take_gap(between_steps_s, chosen.inputs.rates)
 
-    def replan(self, chosen: GenerationPlan, stored_kv_blocks: int, stored_activation_blocks: int) -> GenerationPlan:
+    def rates(self, chosen: GenerationPlan) -> Rates | None:
+        """Those that a plan was made with, corrected by what was measured since."""
+        return self.measured.correct(chosen.inputs.rates, chosen.geometry.rows) if chosen.inputs else None
+
+    def replan(self, chosen: GenerationPlan, stored: Mapping[FormName, int], rates: Rates | None) -> GenerationPlan:
         """The plan for blocks still to come, at the rates measured so far and with the blocks there are.
 
         Where no plan is within the caps any more the decision stays: whether the blocks fit is for the store to say.
+
+        Args:
+            chosen: what held so far.
+            stored: blocks of each layer on the host, by form.
+            rates: the newest.
         """
-        if chosen.inputs is None or not chosen.placement.may_change:
+        if chosen.inputs is None or rates is None or not chosen.placement.may_become:
             return chosen
-        num_blocks = max(
-            chosen.inputs.num_blocks,
-            stored_kv_blocks
-            + stored_activation_blocks
-            + chosen.placement.resident_kv_blocks
-            + chosen.placement.resident_activation_blocks
-            + 1,
-        )
+        num_blocks = max(chosen.inputs.num_blocks, sum(stored.values()) + chosen.placement.num_resident + 1)
         inputs = replace(
             chosen.inputs,
-            rates=self.measured.correct(chosen.inputs.rates, chosen.geometry.rows),
+            rates=rates,
             num_blocks=num_blocks,
             host_bytes=host_bytes_at(chosen.host_cap_bytes, chosen.geometry, num_blocks, chosen.inputs.block_tokens),
-            stored_kv_blocks=stored_kv_blocks,
-            stored_activation_blocks=stored_activation_blocks,
-            stored_resident_blocks=chosen.placement.resident_kv_blocks,
-            stored_resident_activation_blocks=chosen.placement.resident_activation_blocks,
+            stored=_stored(stored, chosen.placement.resident),
         )
         try:
             plan = replace(planner.solve(inputs), version=chosen.plan.version + 1)
         except InfeasiblePlanError as error:
             logger.debug("the plan stays as it is: %s", error)
             return chosen
-        placement = replace(chosen.placement, activation_share=plan.split_fraction)
-        changed = replace(chosen, inputs=inputs, plan=plan, placement=placement)
+        changed = replace(chosen, inputs=inputs, plan=plan, placement=replace(chosen.placement, shares=plan.shares))
         return changed if changed.fits_on_host else chosen
+
+
+def _resident(plan: Plan) -> dict[FormName, int]:
+    """Blocks on the device, by form."""
+    return {kind.form: n for kind, n in plan.placed.items() if kind.tier == "device" and n}
+
+
+def _stored(on_host: Mapping[FormName, int], resident: Mapping[FormName, int]) -> dict[str, int]:
+    """Blocks that there are, by option."""
+    found = {option_name(form, "host"): n for form, n in on_host.items()}
+    return found | {option_name(form, "device"): n for form, n in resident.items()}
+
+
+def _fixed_shares(plan: Plan, split: float) -> dict[FormName, float]:
+    """A share that the user fixed, of the form that a plan restores K and V from."""
+    return {form: split for form in plan.shares if not FORMS[form].is_read_as_stored}

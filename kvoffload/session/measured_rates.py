@@ -27,7 +27,7 @@ import torch
 
 from kvoffload.backend import Backend, DeviceClock, Stretch
 from kvoffload.backend.clock import LEAST_CALLS
-from kvoffload.cache import ops
+from kvoffload.kernels import ops
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.rates import Rates
@@ -73,13 +73,12 @@ class MeasuredRates:
         if self.gap_s is not None:
             rates = replace(rates, gap_s=self.gap_s)
         if self.recompute_s_per_row_token is not None:
-            rates = replace(rates, recompute_s_per_token=self.recompute_s_per_row_token * rows)
+            recompute_s = {"activation": self.recompute_s_per_row_token * rows}
+            rates = replace(rates, restore_s_per_token={**rates.restore_s_per_token, **recompute_s})
         if self.attention_s_per_row_token is not None:
             rates = replace(rates, attention_s_per_token=self.attention_s_per_row_token * rows)
         if self.h2d_bytes_per_s is not None:
-            rates = replace(
-                rates, h2d_activation_bytes_per_s=self.h2d_bytes_per_s, h2d_kv_bytes_per_s=self.h2d_bytes_per_s
-            )
+            rates = replace(rates, h2d_bytes_per_s=dict.fromkeys(rates.h2d_bytes_per_s, self.h2d_bytes_per_s))
         return rates
 
     def time_chunk(

@@ -14,10 +14,12 @@ from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import HostMemoryError
 from kvoffload.machine import system_memory
 from kvoffload.model.shape import ModelShape
+from kvoffload.planning.forms import FORMS
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.memory import DEVICE_SHARE, HOST_SHARE, prefill_chunk_tokens, prefill_peak_bytes
-from kvoffload.planning.sizing import smallest_sizes, split_to_plan, uncapped_sizes
+from kvoffload.planning.placement import PLAIN
+from kvoffload.planning.sizing import planned_forms, smallest_sizes, uncapped_sizes
 from kvoffload.units import counted, gib
 
 
@@ -54,8 +56,8 @@ class MemoryLimits:
             return int(float(setting) * GIB)
         tokens = self.prefill_chunk_tokens(geometry, prompt_tokens, held_bytes) or prompt_tokens
         room = self._free_device_bytes(held_bytes) - self._prefill_peak_bytes(geometry, tokens)
-        keeps = split_to_plan(self._config, geometry) != 0
-        return max(room, smallest_sizes(geometry, self._config, keeps_activations=keeps).fixed_device_bytes)
+        forms = planned_forms(self._config, geometry)
+        return max(room, smallest_sizes(geometry, self._config, forms=forms).fixed_device_bytes)
 
     def prefill_chunk_tokens(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int | None:
         """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole.
@@ -102,9 +104,11 @@ class MemoryLimits:
         Raises:
             HostMemoryError: so it is.
         """
-        kv, activation = geometry.kv_bytes_per_token, geometry.activation_bytes_per_token
-        smallest = min(kv, activation) if inputs.split is None else kv
-        token_bytes = smallest if inputs.split is None else inputs.split * activation + (1 - inputs.split) * kv
+        sizes = inputs.bytes_per_token
+        plain = sizes[PLAIN]
+        smallest = min(sizes.values()) if inputs.split is None else plain
+        restored = next(size for form, size in sizes.items() if not FORMS[form].is_read_as_stored)
+        token_bytes = smallest if inputs.split is None else inputs.split * restored + (1 - inputs.split) * plain
         num_tokens = geometry.max_tokens // inputs.block_tokens * inputs.block_tokens
         needed = geometry.num_offloaded_layers * num_tokens * token_bytes * _stored_share(geometry, prompt_tokens)
         on_device = max(0, inputs.device_bytes - inputs.fixed_device_bytes) * token_bytes / smallest

@@ -7,7 +7,6 @@ engine's buffers for it, to `cache_plans`.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections import deque
 from types import TracebackType
@@ -16,7 +15,6 @@ from typing import Any
 from kvoffload import hf
 from kvoffload.backend import Backend, backend_for
 from kvoffload.cache.cache import CacheCore
-from kvoffload.cache.layer import CacheLayer
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import KVOffloadError
 from kvoffload.machine.hardware_profile import HardwareProfile
@@ -43,7 +41,7 @@ class Session:
         if "_kvoffload_session" in vars(self.model):
             raise KVOffloadError("this model is offloaded already: use that session, or close() it first")
         self.config = config
-        self.num_forwards = 0
+        self.progress = hf.Progress()
         self.is_closed = False
         self._layer_indices = hf.offloadable_layers(self.model)
         device = next(self.model.parameters()).device
@@ -55,8 +53,8 @@ class Session:
         self.planner = GenerationPlanner(
             config, shape_of_model(self.model), self.backend, self._load_profile, self._find_profile
         )
-        self._progress = AllocationProgress()
-        self.pool = HostPool(self.backend, self.planner.limits.host_cap_bytes(), self._progress.update)
+        self._allocation = AllocationProgress()
+        self.pool = HostPool(self.backend, self.planner.limits.host_cap_bytes(), self._allocation.update)
         self._caches: weakref.WeakSet[hf.OffloadedHFCache] = weakref.WeakSet()
         self._abandoned: deque[CacheCore] = deque()  # of caches that nobody holds any more
         self._hooks = hf.ModelHooks(
@@ -74,7 +72,7 @@ class Session:
             self.planner,
             self.engine,
             self.pool,
-            self._progress,
+            self._allocation,
             num_layers=len(self._layer_indices),
             offers_segments=self.offers_segments,
         )
@@ -85,7 +83,8 @@ class Session:
             pool=self.pool,
             planner=self.planner,
             plans=self._plans,
-            progress=self._progress,
+            allocation=self._allocation,
+            progress=self.progress,
             new_cache=self.new_cache,
             reap=self._reap,
         )
@@ -99,7 +98,12 @@ class Session:
     @property
     def num_generations(self) -> int:
         """Calls of `generate()` so far."""
-        return self._calls.count
+        return self.progress.generations
+
+    @property
+    def num_forwards(self) -> int:
+        """Forwards of the model that came to the first offloaded layer so far."""
+        return self.progress.forwards
 
     # ---- life cycle ----------------------------------------------------------------------------------------------
 
@@ -117,6 +121,7 @@ class Session:
             return
         self.is_closed = True
         self._hooks.remove()
+        self._plans.close()
         if self._segment_attention is not None:
             self._segment_attention.remove()
         self._calls.remove()
@@ -146,12 +151,22 @@ class Session:
             num_layers=len(self._layer_indices),
             rows=0,
         )
+        return self._cache_of(core)
+
+    def _cache_of(self, core: CacheCore) -> hf.OffloadedHFCache:
+        """The cache of these layers, which goes with it."""
         modules = {idx: self._hooks.modules.get(idx) for idx in self._layer_indices}
-        cache = hf.OffloadedHFCache(self.model, self, core, modules, is_compiled=self._hooks.is_compiled)
+        cache = hf.OffloadedHFCache(
+            self.model,
+            self,
+            core,
+            modules,
+            self.progress,
+            offers_segments=self.offers_segments,
+            is_compiled=self._hooks.is_compiled,
+        )
         # Python may collect a cache in the middle of a step of another, or in another thread: only take a note then.
         weakref.finalize(cache, self._abandoned.append, core)
-        reference = weakref.ref(cache)  # the core must not keep the cache alive
-        core.before_blocks = lambda: self._calls.before_blocks(reference())
         self._caches.add(cache)
         return cache
 
@@ -203,7 +218,7 @@ class Session:
         """Whether attention over segments is installed on the model."""
         return self._segment_attention is not None
 
-    def check_usable(self, cache: hf.OffloadedHFCache) -> None:
+    def claim(self, cache: hf.OffloadedHFCache) -> None:
         """Called with each update: the cache is alive, and the engine's buffers are made for it."""
         if self.is_closed or cache.is_closed:
             raise KVOffloadError(
@@ -213,57 +228,33 @@ class Session:
         self._reap()
         self._plans.keep_buffers(cache)
 
-    def forget(self, cache: hf.OffloadedHFCache) -> None:
-        """What was decided for a cache that starts anew, perhaps with other rows."""
-        self._plans.forget(cache)
+    def settle(self, cache: hf.OffloadedHFCache, position: int, first: hf.FirstTokens) -> None:
+        """A layer got its first tokens and stores them next: settle its forms; with the first layer also the plan."""
+        was_measured = self._plans.settle(cache, position, first, self._calls.prompt_tokens)
+        if was_measured and self._calls.current is not None:
+            self._calls.current.restart_link()  # what was measured was not for this generation
 
     def use_whole_layers(self, cache: hf.OffloadedHFCache) -> None:
         """A layer of a cache that was planned without layer buffers needs them."""
         self._plans.use_whole_layers(cache)
 
-    def carries_positions(
-        self, cache: hf.OffloadedHFCache, first: hf.FirstTokens, *, row_bytes: int, token_bytes: int
-    ) -> bool:
-        """Called before the first tokens of the first layer are stored; see `CachePlans.carries_positions`."""
-        began = time.perf_counter()
-        is_wanted = self._plans.carries_positions(
-            cache, first, self._calls.prompt_tokens, row_bytes=row_bytes, token_bytes=token_bytes
-        )
-        self.add_setup(time.perf_counter() - began)
-        return is_wanted
+    def end_forward(self, cache: hf.OffloadedHFCache) -> None:
+        """All layers have cached a forward's tokens; what they do with the next ones may change now."""
+        self._calls.end_forward(cache)
 
-    def cannot_recompute(self, cache: hf.OffloadedHFCache, first: hf.FirstTokens) -> None:
-        """Called before the first tokens are stored if the first layer's K/V do not follow from its activation."""
-        began = time.perf_counter()
-        self._plans.transfer_all(cache, first, self._calls.prompt_tokens)
-        self.add_setup(time.perf_counter() - began)
+    def forget(self, cache: hf.OffloadedHFCache) -> None:
+        """What was decided for a cache that starts anew, perhaps with other rows."""
+        self._plans.forget(cache)
 
-    def before_first_append(
-        self,
-        cache: hf.OffloadedHFCache,
-        layer: CacheLayer,
-        first: hf.FirstTokens,
-        measure: hf.Measure | None,
-    ) -> None:
-        """Called when a layer gets its first tokens, before any of them is stored; the first layer settles the plan.
-
-        Args:
-            cache: whose layer.
-            layer: the layer.
-            first: what the layer really caches per token.
-            measure: prepares the recomputation of a chunk for timing; None where the layer cannot recompute.
-        """
-        began = time.perf_counter()
-        self._plans.settle(cache, layer, first, self._calls.prompt_tokens)
-        if layer.position == 0 and measure is not None:
-            self._plans.measure_chunk(cache, measure)
-            if self._calls.current is not None:
-                self._calls.current.restart_link()  # what was measured was not for this generation
-        self.add_setup(time.perf_counter() - began)
-
-    def add_setup(self, seconds: float) -> None:
-        """Count time spent on memory and measurements during a forward as set-up, not as prefill."""
-        self._calls.add_setup(seconds)
+    def copy_of(self, cache: hf.OffloadedHFCache) -> hf.OffloadedHFCache:
+        """A copy of a cache, which shares the blocks stored so far; see `OffloadedHFCache.__deepcopy__`."""
+        self.claim(cache)
+        cache.check_copyable()
+        self.engine.drop()  # nothing is in flight for either
+        copied = self._cache_of(cache.core.fork())
+        copied.copy_from(cache)
+        self._plans.copy(cache, copied)
+        return copied
 
     # ---- what the hooks tell -----------------------------------------------------------------------------------------
 
@@ -273,4 +264,4 @@ class Session:
 
     def _before_layers(self) -> None:
         """A forward comes to the first offloaded layer."""
-        self.num_forwards += 1
+        self.progress.forwards += 1

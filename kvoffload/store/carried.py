@@ -8,7 +8,8 @@ activation. So consecutive blocks remain one copy, and the activations in them o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 
@@ -127,6 +128,11 @@ class CarriedPositions(PositionStore):
     def __init__(self) -> None:
         super().__init__()
         self._streams: list[_Newest] = []
+
+    def fork(self) -> Self:
+        other = super().fork()
+        other._streams = [replace(newest, parts=list(newest.parts)) for newest in self._streams]
+        return other
 
     def _append(self, stream: int, embedding: torch.Tensor, cached_tokens: int) -> None:
         if stream == len(self._streams):

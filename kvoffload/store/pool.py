@@ -86,7 +86,7 @@ class HostPool:
         Raises:
             HostMemoryError: the cap does not allow another slab; says by how much.
         """
-        num_bytes = -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        num_bytes = _aligned(num_bytes)
         region = self._from_free(num_bytes)
         if region is None:
             self._add_slab(num_bytes)
@@ -97,12 +97,14 @@ class HostPool:
     def _from_free(self, num_bytes: int) -> Region | None:
         for slab_idx, spans in enumerate(self._free):
             for idx, span in enumerate(spans):
-                if span.num_bytes >= num_bytes:
-                    offset = span.offset
-                    if span.num_bytes == num_bytes:
-                        del spans[idx]
-                    else:
-                        spans[idx] = _Free(offset + num_bytes, span.num_bytes - num_bytes, span.guard)
+                offset = _aligned(span.offset)
+                left = span.offset + span.num_bytes - offset - num_bytes
+                if left >= 0:
+                    around = [
+                        _Free(span.offset, offset - span.offset, span.guard),  # where a region was split
+                        _Free(offset + num_bytes, left, span.guard),
+                    ]
+                    spans[idx : idx + 1] = [part for part in around if part.num_bytes]
                     data = self._slabs[slab_idx].tensor[offset : offset + num_bytes]
                     return Region(slab_idx, offset, data, span.guard)
         return None
@@ -137,6 +139,15 @@ class HostPool:
             self._slabs[idx] = HostBuffer(torch.empty(0, dtype=torch.uint8), 0)  # keeps the other indices valid
             self._free[idx] = []
 
+    def split(self, region: Region, num_bytes: int) -> tuple[Region, Region]:
+        """The first `num_bytes` bytes of a region and the others, in its place; each is freed by itself."""
+        start, end = region.offset + num_bytes, region.offset + region.num_bytes
+        slab = self._slabs[region.slab_idx].tensor
+        return (
+            Region(region.slab_idx, region.offset, slab[region.offset : start], region.guard),
+            Region(region.slab_idx, start, slab[start:end], region.guard),
+        )
+
     def free(self, region: Region, guard: Event | None) -> None:
         """Give a region back; whoever gets it next must not write before `guard`."""
         if not self._slabs:
@@ -153,3 +164,7 @@ class HostPool:
             else:
                 merged.append(span)
         self._free[region.slab_idx] = merged
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

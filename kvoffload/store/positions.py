@@ -9,9 +9,11 @@ the embeddings cannot be rebuilt from positions later.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 
@@ -90,6 +92,12 @@ class _Stream:
         index = index.t()  # [rows or 1, tokens]
         return self.table.index_select(0, index.reshape(-1).long()).view(*index.shape, -1)
 
+    def fork(self) -> _Stream:
+        """The same, for a copy of the cache: what either writes behind it is its own."""
+        with torch.inference_mode(False):  # else the copy could not be written outside of inference mode
+            table, index = (None if data is None else data.clone() for data in (self.table, self.index))
+        return replace(self, table=table, index=index, pending=list(self.pending))
+
 
 def _with_room(old: torch.Tensor | None, used: int, new: torch.Tensor, width: int, capacity: int) -> torch.Tensor:
     """`old` [.., width] if `new` fits behind its first `used` rows, else a larger copy of it."""
@@ -158,6 +166,13 @@ class PositionStore(ABC):
             streams.append(stream)
         return tuple(streams)
 
+    def fork(self) -> Self:
+        """The same, for a copy of the cache, between two forwards."""
+        other = copy.copy(self)
+        other._captured, other._captured_by, other._assigned = {}, {}, dict(self._assigned)
+        other._forward = -1
+        return other
+
     def _forget_captured(self) -> None:
         self._captured.clear()
         self._captured_by.clear()
@@ -201,6 +216,11 @@ class PositionTable(PositionStore):
         super().__init__()
         self._capacity_tokens = capacity_tokens
         self._streams: list[_Stream] = []
+
+    def fork(self) -> Self:
+        other = super().fork()
+        other._streams = [stream.fork() for stream in self._streams]
+        return other
 
     def _append(self, stream: int, embedding: torch.Tensor, cached_tokens: int) -> None:
         if stream == len(self._streams):

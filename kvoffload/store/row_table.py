@@ -5,6 +5,8 @@ Source: the idea of block tables, PagedAttention (Kwon et al. 2023, section 4).
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 
@@ -20,6 +22,10 @@ class RowTable:
         self.num_blocks = 0
         self.table: torch.Tensor | None = None  # int32 [num_blocks, rows]
         self.version = 0
+
+    def fork(self) -> RowTable:
+        """The same, for a copy of the cache; `table` is never written, only replaced."""
+        return copy.copy(self)
 
     def extend(self, num_blocks: int, rows: int, copies: int = 1) -> None:
         """Append blocks written in logical order; each stored row serves `copies` consecutive logical rows."""

@@ -6,13 +6,14 @@ of tokens that lie partly in the tail and partly in this forward. Does not know 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 
 from kvoffload.backend import Backend
-from kvoffload.planning.placement import Form
+
+Part = Literal["kv", "activation"]  # what a forward brings of a token, of which blocks are made
 
 
 class KVShape(NamedTuple):
@@ -52,7 +53,7 @@ class KVShape(NamedTuple):
 
 
 class RowShape(NamedTuple):
-    """One token of one row in one form."""
+    """One token of one row."""
 
     width: int
     dtype: torch.dtype
@@ -108,18 +109,18 @@ class Tail:
     ) -> None:
         self._backend = backend
         self._kv_shape = kv_shape
-        self._shapes: dict[Form, RowShape] = {"kv": RowShape(kv_shape.width, kv_shape.dtype)}
+        self._shapes: dict[Part, RowShape] = {"kv": RowShape(kv_shape.width, kv_shape.dtype)}
         if activation_shape is not None:
             self._shapes["activation"] = activation_shape
         self.num_tokens = 0
         self._data = self._allocate(capacity_tokens, rows)
 
-    def _allocate(self, tokens: int, rows: int) -> dict[Form, torch.Tensor]:
-        """Buffers [tokens, rows, width] per form."""
+    def _allocate(self, tokens: int, rows: int) -> dict[Part, torch.Tensor]:
+        """Buffers [tokens, rows, width] per part."""
         allocate = self._backend.allocate_device
         return {
-            form: shape.view(allocate(tokens * rows * shape.num_bytes), tokens, rows)
-            for form, shape in self._shapes.items()
+            part: shape.view(allocate(tokens * rows * shape.num_bytes), tokens, rows)
+            for part, shape in self._shapes.items()
         }
 
     @property
@@ -128,8 +129,14 @@ class Tail:
         return self._data["kv"][: self.num_tokens]
 
     @property
-    def keeps_activations(self) -> bool:
-        return "activation" in self._data
+    def rows(self) -> int:
+        """Logical rows."""
+        return self._data["kv"].shape[1]
+
+    @property
+    def parts(self) -> Collection[Part]:
+        """What is kept of each token."""
+        return self._data.keys()
 
     @property
     def device_bytes(self) -> int:
@@ -141,34 +148,34 @@ class Tail:
         if capacity >= tokens:
             return False
         old, self._data = self._data, self._allocate(tokens, rows)
-        for form, data in old.items():
-            self._data[form][: self.num_tokens] = data[: self.num_tokens]
+        for part, data in old.items():
+            self._data[part][: self.num_tokens] = data[: self.num_tokens]
         return True
 
-    def copy(self, form: Form, out: torch.Tensor, start: int, stop: int, step: int, new: NewTokens) -> None:
+    def copy(self, part: Part, out: torch.Tensor, start: int, stop: int, step: int, new: NewTokens) -> None:
         """Tokens `start..stop` of tail + new, every `step`-th row, into `out` [tokens, rows, width]."""
         from_tail = max(0, min(stop, self.num_tokens) - start)
         if from_tail:
-            out[:from_tail] = self._data[form][start : start + from_tail, ::step]
+            out[:from_tail] = self._data[part][start : start + from_tail, ::step]
         if stop <= self.num_tokens:
             return
         source = slice(start + from_tail - self.num_tokens, stop - self.num_tokens)
-        if form == "kv" and new.keys is not None and new.values is not None:
+        if part == "kv" and new.keys is not None and new.values is not None:
             keys, values = self._kv_shape.split(out[from_tail:])
             keys.copy_(new.keys[source, ::step])
             values.copy_(new.values[source, ::step])
-        elif form == "activation" and new.activation is not None:
+        elif part == "activation" and new.activation is not None:
             out[from_tail:] = new.activation[source, ::step]
 
-    def sample(self, form: Form, index: Sequence[int], step: int, new: NewTokens) -> torch.Tensor:
+    def sample(self, part: Part, index: Sequence[int], step: int, new: NewTokens) -> torch.Tensor:
         """Some tokens of tail + new in ascending order, every `step`-th row, [tokens, rows, width]."""
-        shape, parts = self._shapes[form], [self._data[form][[i for i in index if i < self.num_tokens], ::step]]
+        shape, found = self._shapes[part], [self._data[part][[i for i in index if i < self.num_tokens], ::step]]
         later = [i - self.num_tokens for i in index if i >= self.num_tokens]
-        if form == "kv" and new.keys is not None and new.values is not None:
-            parts += [torch.cat([part[later, ::step].flatten(2) for part in (new.keys, new.values)], dim=2)]
-        elif form == "activation" and new.activation is not None:
-            parts += [new.activation[later, ::step]]
-        return torch.cat([part.to(shape.dtype) for part in parts])
+        if part == "kv" and new.keys is not None and new.values is not None:
+            found += [torch.cat([half[later, ::step].flatten(2) for half in (new.keys, new.values)], dim=2)]
+        elif part == "activation" and new.activation is not None:
+            found += [new.activation[later, ::step]]
+        return torch.cat([tokens.to(shape.dtype) for tokens in found])
 
     def with_new(self, new: NewTokens) -> torch.Tensor:
         """K/V of the tail and the new tokens, [num_tokens + new, rows, width]; these are not cached by that.
@@ -192,13 +199,22 @@ class Tail:
         self.num_tokens = kept
         if new.num_tokens:
             stop = kept + new.num_tokens
-            for form, data in self._data.items():
-                self.copy(form, data[kept:stop], kept, stop, 1, new)
+            for part, data in self._data.items():
+                self.copy(part, data[kept:stop], kept, stop, 1, new)
             self.num_tokens = stop
 
-    def restore(self, form: Form, data: torch.Tensor) -> None:
+    def restore(self, part: Part, data: torch.Tensor) -> None:
         """Put a block's tokens back at the front; `data` [tokens, rows, width]."""
-        self._data[form][: data.shape[0]] = data
+        self._data[part][: data.shape[0]] = data
+
+    def fork(self) -> Tail:
+        """A copy of the buffers, for a copy of the cache."""
+        capacity, rows = self._data["kv"].shape[:2]
+        other = Tail(self._backend, self._kv_shape, self._shapes.get("activation"), rows, capacity)
+        other.num_tokens = self.num_tokens
+        for part, data in self._data.items():
+            other._data[part][: self.num_tokens] = data[: self.num_tokens]
+        return other
 
     def select_rows(self, indices: torch.Tensor) -> None:
         """Logical row i becomes what row `indices[i]` was."""
@@ -206,5 +222,5 @@ class Tail:
         old = self._data
         if indices.numel() != rows:
             self._data = self._allocate(capacity, indices.numel())
-        for form, data in old.items():
-            self._data[form][: self.num_tokens] = data[: self.num_tokens].index_select(1, indices)
+        for part, data in old.items():
+            self._data[part][: self.num_tokens] = data[: self.num_tokens].index_select(1, indices)

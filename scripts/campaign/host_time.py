@@ -30,9 +30,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from kvoffload import hf
 from kvoffload.backend import CudaBackend
 from kvoffload.backend.base import HostBuffer
-from kvoffload.cache import ops
 from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.errors import ConfigError
+from kvoffload.kernels import ops
 from kvoffload.session.session import Session
 
 BLOCK_TOKENS = 64

@@ -25,6 +25,7 @@ from kvoffload.bench.lab import Lab
 from kvoffload.bench.presets import PRESETS
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.planning import step_time
+from kvoffload.planning.forms import FORMS
 from kvoffload.planning.rates import Rates
 
 BENCH = "predictions"
@@ -122,9 +123,8 @@ def engine_rates(lab: Lab, profile: HardwareProfile, new_tokens: int) -> Rates:
         lab.set_link_bytes_per_s(speed)
     tokens = lab.preset.layers * (lab.preset.cached_tokens // lab.block_tokens) * lab.block_tokens
     return Rates(
-        h2d_activation_bytes_per_s=speed,
-        h2d_kv_bytes_per_s=speed,
-        recompute_s_per_token=max(0.0, with_all - without) / tokens,
+        h2d_bytes_per_s=dict.fromkeys(FORMS, speed),
+        restore_s_per_token={"activation": max(0.0, with_all - without) / tokens},
         attention_s_per_token=0.0,
         dense_s=0.0,
         head_s=without,  # attention, dense parts, head and host time in one piece

@@ -35,8 +35,7 @@ from gpu import smoke, worker
 from gpu.steps import START_S, STEPS, TIER_1_S, Step
 from kvoffload.backend import CudaBackend
 from kvoffload.bench import PRESETS, Preset, current_rates, lab
-from kvoffload.cache import ops
-from kvoffload.kernels import linear_rope, reference
+from kvoffload.kernels import linear_rope, ops, reference
 from kvoffload.profiler import budget, compute, host_memory, profile, trials
 from kvoffload.session import measured_rates
 from kvoffload.store import pool

@@ -21,8 +21,7 @@ from campaign import rows
 from kvoffload.backend import CudaBackend
 from kvoffload.bench import Preset
 from kvoffload.bench.presets import make_model
-from kvoffload.cache import ops
-from kvoffload.kernels import reference
+from kvoffload.kernels import ops, reference
 
 PIN_BYTES = 2**30
 COPIES = 4

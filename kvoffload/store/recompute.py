@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvoffload.cache import ops
-from kvoffload.cache.verification import Recompute, reproduces
+from kvoffload.kernels import ops
 from kvoffload.store.derived import Derived
 from kvoffload.store.tail import KVShape
+from kvoffload.store.verification import Recompute, reproduces
 
 # Of the second comparison: beyond what models clip K and V at, within float16 together with whatever adds up to them.
 LARGEST_KV, LARGEST_ACTIVATION = 1e3, 1e4
