@@ -11,6 +11,7 @@ import torch
 from kvoffload.backend import EmulatedBackend
 from kvoffload.config import EmulatedLink
 from kvoffload.planning.placement import Placement
+from kvoffload.store.block import Block, Place
 from kvoffload.store.block_memory import BlockMemory
 from kvoffload.store.pool import HostPool
 from kvoffload.store.tail import RowShape
@@ -57,7 +58,7 @@ def test_resident_places_do_not_overlap_and_fill_what_was_made(backend: Emulated
     memory.make_resident(backend, plan, SHAPES, ROWS)
     assert memory.device_bytes == 2 * ROWS * (3 * KV.num_bytes + 2 * ACTIVATION.num_bytes)
     for form, row, count in (("kv", KV, 3), ("activation", ACTIVATION, 2)):
-        places = [memory.keep(form, 2 * ROWS * row.num_bytes) for _ in range(count)]
+        places = [memory.keep(form, 2 * ROWS * row.num_bytes, ROWS) for _ in range(count)]
         for idx, place in enumerate(places):
             assert place.numel() == 2 * ROWS * row.num_bytes
             place.fill_(idx)
@@ -67,16 +68,31 @@ def test_resident_places_do_not_overlap_and_fill_what_was_made(backend: Emulated
 def test_a_block_of_fewer_rows_lies_at_the_start_of_its_place(backend: EmulatedBackend, memory: BlockMemory) -> None:
     memory.make_resident(backend, placement(resident={"kv": 2}), SHAPES, ROWS)
     whole_bytes = 2 * ROWS * KV.num_bytes
-    first, part = memory.keep("kv", whole_bytes), memory.keep("kv", whole_bytes // 2)
+    first, part = memory.keep("kv", whole_bytes, ROWS), memory.keep("kv", whole_bytes // 2, ROWS)
     assert part.data_ptr() == first.data_ptr() + whole_bytes
     assert part.numel() == whole_bytes // 2
 
 
 def test_rows_that_were_repeated_have_no_room(backend: EmulatedBackend, memory: BlockMemory) -> None:
-    assert memory.has_resident_room(ROWS)  # nothing is to be resident
+    assert memory.resident_room(ROWS) == {}  # nothing is to be resident
+    memory.make_resident(backend, placement(resident={"kv": 2}), SHAPES, ROWS)
+    assert memory.resident_room(ROWS) == {"kv": 2}
+    assert memory.resident_room(2 * ROWS) == {"kv": 0}
+
+
+def test_room_that_is_added_comes_behind_what_there_is(backend: EmulatedBackend, memory: BlockMemory) -> None:
+    block_bytes = 2 * ROWS * KV.num_bytes
     memory.make_resident(backend, placement(resident={"kv": 1}), SHAPES, ROWS)
-    assert memory.has_resident_room(ROWS)
-    assert not memory.has_resident_room(2 * ROWS)
+    first = memory.keep("kv", block_bytes, ROWS).fill_(1)
+    memory.make_resident(backend, placement(resident={"kv": 3}), SHAPES, ROWS)
+    assert memory.resident_places == {"kv": 3}
+    second, third = (memory.keep("kv", block_bytes, ROWS).fill_(idx) for idx in (2, 3))
+    assert [place.unique().tolist() for place in (first, second, third)] == [[1], [2], [3]]
+    assert memory.resident_room(ROWS) == {"kv": 0}
+    block = Block("kv", ROWS, block_bytes, Place("device", third))
+    memory.drop([block, block], None)
+    assert memory.resident_room(ROWS) == {"kv": 2}
+    assert memory.keep("kv", block_bytes, ROWS).data_ptr() == second.data_ptr()
 
 
 def test_forms_that_blocks_cannot_have_get_nothing(backend: EmulatedBackend, memory: BlockMemory) -> None:

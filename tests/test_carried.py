@@ -353,9 +353,10 @@ def test_a_resident_block_that_becomes_kv_goes_to_the_host_and_so_do_those_behin
     runs = next_runs(
         placement,
         3,
-        num_blocks=1,
+        on_device={"kv": 1},
         on_host={},
         possible={"kv"},
+        resident_room={"activation": 2},
         first=Kind("activation", "device"),
     )
     assert runs == [("kv", "host", 3)]

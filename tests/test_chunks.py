@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvoffload.config import Schedule
-from kvoffload.pipeline.chunks import Chunk, chunks_of, resident_runs
+from kvoffload.pipeline.chunks import Chunk, chunks_of, resident_spans
 from kvoffload.store.block import Block, Place
 
 BLOCK_BYTES = {"kv": 8, "activation": 4}  # of one row
@@ -119,12 +119,17 @@ def test_runs_of_resident_blocks_are_of_one_form_equal_rows_and_contiguous() -> 
         return Block(form, rows, 4 * rows * 6 * 4, on_device(data))
 
     on_host = Block("kv", 4, 1, host(torch.zeros(1, dtype=torch.uint8)))
-    assert list(resident_runs([block(0), block(1), block(2), on_host])) == [3, 2, 1]
-    assert list(resident_runs([block(0), block(2), block(3)])) == [1, 2, 1]
-    assert list(resident_runs([block(0), block(1, "activation"), block(2, "activation")])) == [1, 2, 1]
-    assert list(resident_runs([block(0), block(1, rows=2), block(2, rows=2)])) == [1, 1, 1]
-    assert list(resident_runs([on_host])) == list(resident_runs([])) == []
+
+    def spans(blocks: list[Block]) -> list[tuple[int, int]]:
+        return [span[1:3] for span in resident_spans(blocks, BLOCK_TOKENS)]
+
+    assert spans([block(0), block(1), block(2), on_host]) == [(0, 3)]
+    assert spans([block(0), on_host, block(1), block(2)]) == [(0, 1), (2, 2)]
+    assert spans([block(0), block(2), block(3)]) == [(0, 1), (1, 2)]
+    assert spans([block(0), block(1, "activation"), block(2, "activation")]) == [(0, 1), (1, 2)]
+    assert spans([block(0), block(1, rows=2), block(2, rows=2)]) == [(0, 1), (1, 1), (2, 1)]
+    assert spans([on_host]) == spans([]) == []
     tight = torch.zeros(2 * 4 * 4 * 6, dtype=torch.float32)  # fewer rows right behind: no run either
     full, fewer = tight[:96].view(4, 4, 6), tight[96:144].view(4, 2, 6)
     blocks = [Block("kv", 4, 384, on_device(full)), Block("kv", 2, 192, on_device(fewer))]
-    assert list(resident_runs(blocks)) == [1, 1]
+    assert spans(blocks) == [(0, 1), (1, 1)]

@@ -25,6 +25,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"split": "auto", "attention": "whole_layer"},
     {"split": "auto", "schedule": "kvpr"},
     {"split": "transfer", "device_gib": 2e-3},
+    {"split": "transfer", "device_gib": 3e-4},
+    {"split": "auto", "device_gib": 3e-4},
 ]
 
 
@@ -74,8 +76,9 @@ def test_every_turn_is_planned_like_a_fresh_cache_of_its_length(model: Any, opti
             plans.append(session.stats.plan)
     for length, plan in zip(TURNS, plans, strict=True):
         fresh = fresh_plan(model, options, length, plan.block_tokens)
-        if "device_gib" not in options:  # else resident blocks are those of the first turn
-            assert plan.predicted_step_s == pytest.approx(fresh.predicted_step_s, rel=0.1, abs=1e-6)
+        # Plans are for the middle of a turn, so that its last block may be on the host already when the next begins.
+        left_s = len(TURNS) * plan.block_tokens * 3 * max(plan.bytes_per_token.values()) / 0.05e9
+        assert plan.predicted_step_s == pytest.approx(fresh.predicted_step_s, rel=0.1, abs=left_s)
         assert (plan.chunk_blocks, plan.num_slots) == (fresh.chunk_blocks, fresh.num_slots)
         assert abs(plan.num_blocks - fresh.num_blocks) <= 1
 

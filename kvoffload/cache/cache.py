@@ -62,13 +62,14 @@ class CacheCore(CacheState):
         if isinstance(self.positions, CarriedPositions) and self.positions.drop_stored(num_stored):
             self.layers[0].account()
 
-    def reserve(self) -> None:
-        """Room on the host for all blocks that the placement foresees.
+    def make_room(self) -> None:
+        """Room for all blocks that the placement foresees.
 
         Raises:
             HostMemoryError: the pool may not grow that much.
         """
         for layer in self.layers:
+            layer.grow_resident()
             layer.reserve()
 
     def regroup(self) -> None:

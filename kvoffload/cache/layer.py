@@ -9,15 +9,16 @@ head sizes that is `[tokens, rows, 2, kv_heads, head_dim]`), activations `[token
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
 from kvoffload.cache.state import CacheState
 from kvoffload.pipeline.cargo import Cargo
-from kvoffload.pipeline.chunks import Chunk, chunks_of, joined, resident_runs
+from kvoffload.pipeline.chunks import Chunk, chunks_of, joined, resident_spans
 from kvoffload.pipeline.write_back import WriteBack
-from kvoffload.planning.placement import BlockRun, FormName, Kind, next_runs
+from kvoffload.planning.placement import BlockRun, FormName, Kind, Tier, next_runs
 from kvoffload.store import forms
 from kvoffload.store.block import Block, Place, Span
 from kvoffload.store.block_memory import BlockMemory
@@ -50,7 +51,7 @@ class CacheLayer:
         self._memory = BlockMemory(cache.pool)
         self._reopened: Kind | None = None  # what the block was that a crop made partial
         self._chunks: tuple[int, Sequence[Chunk]] = (-1, ())
-        self._resident: tuple[int, Sequence[int], dict[tuple[int, int], DeviceMemory]] = (-1, (), {})
+        self._resident: tuple[int, Sequence[Span], dict[tuple[int, int], DeviceMemory]] = (-1, (), {})
 
     # ---- what is cached ------------------------------------------------------------------------------------------
 
@@ -72,17 +73,22 @@ class CacheLayer:
     @property
     def stored_kv_bytes(self) -> int:
         """Bytes the stored blocks need in a layer buffer."""
-        assert self.shape is not None
-        return sum(block.rows for block in self.blocks) * self.cache.placement.block_tokens * self.shape.row_bytes
+        return self.kv_offset(len(self.blocks))
+
+    def count(self, tier: Tier) -> dict[FormName, int]:
+        """Blocks on the device or on the host, by form."""
+        return Counter(block.form for block in self.blocks if block.is_resident == (tier == "device"))
 
     @property
-    def on_host(self) -> dict[FormName, int]:
-        """Blocks on the host, by form."""
-        found: dict[FormName, int] = {}
-        for block in self.blocks:
-            if not block.is_resident:
-                found[block.form] = found.get(block.form, 0) + 1
-        return found
+    def resident_places(self) -> dict[FormName, int]:
+        """Blocks that memory on the device was made for, by form."""
+        return self._memory.resident_places
+
+    def kv_offset(self, first_block: int) -> int:
+        """Bytes from the start of a layer buffer to the place of a block's K and V."""
+        assert self.shape is not None
+        rows = sum(block.rows for block in self.blocks[:first_block])
+        return rows * self.cache.placement.block_tokens * self.shape.row_bytes
 
     def expects_another_step(self) -> bool:
         """Whether it makes sense to prefetch this layer now."""
@@ -106,15 +112,15 @@ class CacheLayer:
             self._chunks = (self.version, chunks)
         return self._chunks[1]
 
-    def resident_runs(self) -> Sequence[int]:
-        """Of each block on the device (the first ones), how many from it on are of one form and contiguous."""
+    def resident_spans(self) -> Sequence[Span]:
+        """The blocks on the device, as many together as are contiguous there."""
         if self._resident[0] != self.version:
-            self._resident = (self.version, resident_runs(self.blocks), {})
+            self._resident = (self.version, resident_spans(self.blocks, self.cache.placement.block_tokens), {})
         return self._resident[1]
 
     def resident(self, span: Span) -> DeviceMemory:
         """The bytes of contiguous blocks on the device; the same object until blocks change."""
-        self.resident_runs()
+        self.resident_spans()
         known, key = self._resident[2], (span.first_block, span.num_blocks)
         found = known.get(key)
         if found is None:
@@ -149,9 +155,14 @@ class CacheLayer:
             hidden = RowShape(activation.shape[2], activation.dtype)
         room = placement.block_tokens + (RECORDING_ROOM_TOKENS if self.cache.is_recording else 0)
         self.tail = Tail(self.cache.engine.backend, self.shape, hidden, rows, room)
-        self._memory.make_resident(self.cache.engine.backend, placement, self.forms, rows)
-        self.account()
+        self.grow_resident()
         self.reserve()
+
+    def grow_resident(self) -> None:
+        """Room on the device for the resident blocks that the placement foresees; nothing before the first K/V."""
+        if self.shape is not None:
+            self._memory.make_resident(self.cache.engine.backend, self.cache.placement, self.forms, self.cache.rows)
+            self.account()
 
     def reserve(self) -> None:
         """Room on the host for all blocks that the placement foresees; nothing before the first K/V."""
@@ -258,9 +269,9 @@ class CacheLayer:
             next_runs,
             self.cache.placement,
             num_full,
-            num_blocks=len(self.blocks),
-            on_host=self.on_host,
-            has_resident_room=self._memory.has_resident_room(self.cache.rows),
+            on_device=self.count("device"),
+            on_host=self.count("host"),
+            resident_room=self._memory.resident_room(self.cache.rows),
             first=first,
         )
         possible = {name for name, form in self.forms.items() if form.part in leaving.tail.parts and form.accepts(rows)}
@@ -289,7 +300,7 @@ class CacheLayer:
         bt = self.cache.placement.block_tokens
         num_bytes = self.forms[form].num_bytes(bt, rows)
         for idx in range(count):
-            data = self._memory.keep(form, num_bytes)
+            data = self._memory.keep(form, num_bytes, self.cache.rows)
             self.forms[form].pack(data, _part(leaving, idx * bt, (idx + 1) * bt))
             self.blocks.append(Block(form, rows, num_bytes, Place("device", data), leaving.row_step))
 

@@ -1,4 +1,4 @@
-"""Blocks that stay on the device, handed out run by run beside the chunks that arrive."""
+"""Blocks that stay on the device, handed out bit by bit beside the chunks that arrive."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from kvoffload.store.block import Span
 
 
 class ResidentBlocks:
-    """The blocks of a layer that live on the device (its first ones), taken bit by bit.
+    """The blocks of a layer that live on the device, taken bit by bit.
 
     Args:
         layer: whose blocks.
-        max_blocks: the most that one run may have.
+        max_blocks: the most that are taken together.
     """
 
     def __init__(self, layer: CacheLayer, max_blocks: int | None = None) -> None:
-        self._layer = layer
-        self._runs = layer.resident_runs()
-        self._count = len(self._runs)
+        self._left = list(reversed(layer.resident_spans()))
+        self._count = sum(span.num_blocks for span in self._left)
         self._max_blocks = max_blocks or max(1, self._count)
         self._taken = 0
         self._due = 0.0
@@ -28,7 +27,10 @@ class ResidentBlocks:
         """A further share of the blocks: consecutive ones of one form, contiguous on the device."""
         self._due = min(float(self._count), self._due + share * self._count)
         while self._taken < round(self._due):
-            first = self._taken
-            length = min(self._runs[first], round(self._due) - first, self._max_blocks)
-            self._taken += length
-            yield self._layer.span(first, length)
+            span = self._left.pop()
+            num_blocks = min(span.num_blocks, round(self._due) - self._taken, self._max_blocks)
+            if num_blocks < span.num_blocks:
+                rest = span._replace(first_block=span.first_block + num_blocks, num_blocks=span.num_blocks - num_blocks)
+                self._left.append(rest)
+            self._taken += num_blocks
+            yield span._replace(num_blocks=num_blocks)

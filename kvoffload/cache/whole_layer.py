@@ -86,7 +86,7 @@ class _ResidentPlacing:
     """K and V of resident blocks, into the layer buffer."""
 
     def __init__(self, layer: CacheLayer, landing: torch.Tensor) -> None:
-        self._layer, self._landing, self._offset = layer, landing, 0
+        self._layer, self._landing = layer, landing
         self._blocks = ResidentBlocks(layer)
 
     def place(self, share: float) -> None:
@@ -94,10 +94,10 @@ class _ResidentPlacing:
         layer, shape = self._layer, self._layer.shape
         assert shape is not None
         for span in self._blocks.due(share):
-            out = _tokens(self._landing, self._offset, span.num_tokens, span.rows, shape)
+            offset = layer.kv_offset(span.first_block)
+            out = _tokens(self._landing, offset, span.num_tokens, span.rows, shape)
             layer.cache.engine.backend.compute(writes=(out,))
             layer.forms[span.form].restore(layer.resident(span), span, out)
-            self._offset += span.num_tokens * span.rows * shape.row_bytes
 
 
 def _tokens(buffer: torch.Tensor, offset: int, tokens: int, rows: int, shape: KVShape) -> torch.Tensor:

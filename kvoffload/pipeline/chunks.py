@@ -69,18 +69,23 @@ def chunks_of(
     return [next(turns[is_other]) for is_other in transfer_order(len(others), len(plain), schedule)]
 
 
-def resident_runs(blocks: Sequence[Block]) -> Sequence[int]:
-    """Of each block on the device, which are the first, how many from it on are of one form, equal rows and contiguous.
+def resident_spans(blocks: Sequence[Block], block_tokens: int) -> Sequence[Span]:
+    """The blocks on the device, as many together as are consecutive, of one form and equal rows, and contiguous.
 
     Args:
         blocks: all of a layer.
+        block_tokens: of each.
     """
-    count = next((i for i, block in enumerate(blocks) if not block.is_resident), len(blocks))
-    runs = [1] * count
-    for idx in range(count - 2, -1, -1):
-        if _follows(blocks[idx], blocks[idx + 1]):  # fewer rows leave gaps between blocks
-            runs[idx] = runs[idx + 1] + 1
-    return runs
+    found: list[Span] = []
+    for idx, block in enumerate(blocks):
+        if not block.is_resident:
+            continue
+        last = found[-1] if found else None
+        if last is not None and last.first_block + last.num_blocks == idx and _follows(blocks[idx - 1], block):
+            found[-1] = last._replace(num_blocks=last.num_blocks + 1)  # fewer rows leave gaps between blocks
+        else:
+            found.append(Span(block.form, idx, 1, block_tokens, block.rows, block.row_step))
+    return found
 
 
 def joined(blocks: Sequence[Block]) -> torch.Tensor:

@@ -14,7 +14,7 @@ PLAIN: FormName = "kv"  # what every block can be stored as: K and V as attentio
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """The plan as cache layers follow it, in the order of the tokens: resident blocks first, the others on the host."""
+    """The plan as cache layers follow it: the next blocks are resident until there are as many, then on the host."""
 
     block_tokens: int
     chunk_blocks: int
@@ -68,10 +68,10 @@ def next_runs(
     placement: Placement,
     count: int,
     *,
-    num_blocks: int,
+    on_device: Mapping[FormName, int],
     on_host: Mapping[FormName, int],
     possible: Container[FormName],
-    has_resident_room: bool = True,
+    resident_room: Mapping[FormName, int],
     first: Kind | None = None,
 ) -> list[BlockRun]:
     """Kinds of the next `count` blocks of a layer, in order.
@@ -79,27 +79,24 @@ def next_runs(
     Args:
         placement: the plan.
         count: how many.
-        num_blocks: blocks the layer has.
-        on_host: of these on the host, by form.
+        on_device: blocks the layer has on the device, by form.
+        on_host: the same on the host.
         possible: forms that these blocks can be stored in; PLAIN always.
-        has_resident_room: whether the memory for resident blocks can still be used.
+        resident_room: how many more blocks there is memory for on the device, by form.
         first: what the first one was before a crop made it partial.
     """
-    num_on_host = sum(on_host.values())
-    # Resident blocks are the first ones, also where room for them comes back after others went to the host.
-    has_resident_room = has_resident_room and not num_on_host
     if first is not None and first.form not in possible:
-        first, has_resident_room = Kind(PLAIN, "host"), False
-    if first is not None and first.tier == "device" and not has_resident_room:
+        first = Kind(PLAIN, "host")
+    if first is not None and first.tier == "device" and not resident_room.get(first.form):
         first = Kind(first.form, "host")
     kinds = [] if first is None else [first]
-    end = 0
-    for form, resident in placement.resident.items() if has_resident_room else ():
-        end += resident if form in possible else 0
-        while len(kinds) < count and num_blocks + len(kinds) < end:
-            kinds.append(Kind(form, "device"))
+    for form, resident in placement.resident.items():
+        if form in possible:
+            missing = min(resident - on_device.get(form, 0), resident_room.get(form, 0))
+            missing -= first == Kind(form, "device")
+            kinds += [Kind(form, "device")] * min(count - len(kinds), max(0, missing))
     left = count - len(kinds)
-    total = num_on_host + left
+    total = sum(on_host.values()) + left
     for form, share in placement.shares.items():
         if form in possible:
             wanted = min(left, max(0, round(share * total) - on_host.get(form, 0)))

@@ -130,7 +130,8 @@ class CachePlans:
             before,
             max_tokens,
             prompt_tokens=max(prompt_tokens, layers[0].num_tokens),
-            stored=layers[0].on_host,
+            on_host=layers[0].count("host"),
+            on_device=layers[0].resident_places,
             is_uniform=all(layer.is_segmented == before.geometry.is_segmented for layer in layers),
             kv_row_bytes=max((layer.shape.row_bytes for layer in layers if layer.shape is not None), default=0),
             host_held_bytes=self._pool.slab_bytes,
@@ -142,7 +143,7 @@ class CachePlans:
             cache.core.regroup()
         if changed:
             self._configure(cache)
-        cache.core.reserve()
+        cache.core.make_room()
 
     def keep_buffers(self, cache: hf.OffloadedHFCache) -> None:
         """Called with each update: the engine's buffers are those of this cache, and of all its rows."""
@@ -258,7 +259,7 @@ class CachePlans:
         """Begin to plan the blocks still to come, at the rates measured so far; it is taken by `follow`."""
         before = self._plans[cache]
         make = functools.partial(
-            self._planner.replan, before, cache.core.layers[0].on_host, self._planner.rates(before)
+            self._planner.replan, before, cache.core.layers[0].count("host"), self._planner.rates(before)
         )
         self._ahead.start(before, make)
 

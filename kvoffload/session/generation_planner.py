@@ -183,7 +183,8 @@ class GenerationPlanner:
         max_tokens: int,
         *,
         prompt_tokens: int,
-        stored: Mapping[str, int],
+        on_host: Mapping[FormName, int],
+        on_device: Mapping[FormName, int],
         kv_row_bytes: int,
         is_uniform: bool,
         host_held_bytes: int,
@@ -195,7 +196,8 @@ class GenerationPlanner:
             chosen: what held so far.
             max_tokens: cached at the end of the turn.
             prompt_tokens: cached when its first token is decoded.
-            stored: blocks of each layer on the host, by form.
+            on_host: blocks of each layer on the host, by form.
+            on_device: blocks of each layer that memory on the device was made for, by form.
             kv_row_bytes: K and V of one token of one sequence in the widest layer.
             is_uniform: whether all layers attend chunk by chunk, or all over whole layers; else sizes stay.
             host_held_bytes: host memory the session holds already.
@@ -215,7 +217,8 @@ class GenerationPlanner:
         )
         anew = None
         if is_uniform:
-            anew = self._planned_anew(longer, prompt_tokens, stored, kv_row_bytes, device_held_bytes)
+            there = (on_host, on_device)
+            anew = self._planned_anew(longer, prompt_tokens, *there, kv_row_bytes, device_held_bytes)
             anew = anew and self._with_fitting_share(anew)
         if anew is None or not anew.fits_on_host:
             longer.check_host()
@@ -226,16 +229,17 @@ class GenerationPlanner:
         self,
         longer: GenerationPlan,
         prompt_tokens: int,
-        stored: Mapping[str, int],
+        on_host: Mapping[FormName, int],
+        on_device: Mapping[FormName, int],
         kv_row_bytes: int,
         device_held_bytes: int,
     ) -> GenerationPlan | None:
         """Another plan for a cache that has become longer; None where there is none. Arguments as of `prolong`."""
         geometry, host_cap, max_tokens = longer.geometry, longer.host_cap_bytes, longer.placement.max_tokens
         assert max_tokens is not None
-        # Blocks have the tokens they have, and resident ones the memory that was made for them.
+        # Blocks have the tokens they have, and stay where they are: those to come may be resident as well.
         config = replace(self.config, block_tokens=longer.placement.block_tokens)
-        resident, token_bytes = longer.placement.resident, bytes_per_token(geometry)
+        resident, token_bytes = on_device, bytes_per_token(geometry)
         resident_bytes = sum(n * token_bytes[form] for form, n in resident.items())
         resident_bytes *= geometry.num_offloaded_layers * longer.placement.block_tokens
 
@@ -256,13 +260,13 @@ class GenerationPlanner:
                 can_recompute=longer.placement.forms != {PLAIN},
                 correct=lambda rates: self.measured.correct(rates, geometry.rows),
             )
-            num_blocks = max(inputs.num_blocks, sum(stored.values()) + sum(resident.values()) + 1)
+            num_blocks = max(inputs.num_blocks, sum(on_host.values()) + sum(resident.values()) + 1)
             inputs = replace(
                 inputs,
                 num_blocks=num_blocks,
-                device_bytes=sizes.fixed_device_bytes + resident_bytes,
+                device_bytes=inputs.device_bytes + resident_bytes,
                 host_bytes=host_bytes_at(host_cap, geometry, num_blocks, sizes.block_tokens),
-                stored=_stored(stored, resident),
+                stored=_stored(on_host, resident),
             )
             plan = replace(planner.solve(inputs), version=longer.plan.version + 1)
         except InfeasiblePlanError as error:
@@ -279,8 +283,10 @@ class GenerationPlanner:
             plan=plan,
             inputs=inputs if has_rates else None,
             reserved_shares=shares,
-            stage_limit_bytes=None if left_bytes is None else max(0, left_bytes - sizes.fixed_device_bytes),
-            placement=replace(longer.placement, chunk_blocks=sizes.chunk_blocks, shares=shares),
+            stage_limit_bytes=None if left_bytes is None else max(0, left_bytes + resident_bytes - plan.device_bytes),
+            placement=replace(
+                longer.placement, chunk_blocks=sizes.chunk_blocks, resident=_resident(plan), shares=shares
+            ),
         )
 
     def carries_positions(self, chosen: GenerationPlan, token_bytes: int) -> bool:

@@ -6,8 +6,8 @@ Owns how much is made for a plan, and where a block goes. Does not know which bl
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,6 +18,19 @@ from kvoffload.store.extent import Extent
 from kvoffload.store.forms.form import Form
 from kvoffload.store.pool import HostPool
 from kvoffload.store.resident_room import ResidentRoom
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What one copy of a cache has in a room."""
+
+    room: ResidentRoom
+    count: int = 0  # of its places, from the first on
+
+    @property
+    def num_free(self) -> int:
+        """Places for more blocks; a copy that has taken the next one has taken those behind it as well, if any."""
+        return self.room.num_places - self.count if self.room.is_free(self.count) else 0
 
 
 class BlockMemory:
@@ -31,15 +44,18 @@ class BlockMemory:
         self._pool = pool
         self._extents: dict[FormName, Extent] = {}
         self._doubles = False
-        self._rooms: dict[FormName, ResidentRoom] = {}
-        self._kept: Counter[FormName] = Counter()  # resident blocks
+        self._rooms: dict[FormName, list[_Kept]] = {}
+
+    @property
+    def _all_rooms(self) -> list[_Kept]:
+        return [kept for rooms in self._rooms.values() for kept in rooms]
 
     @property
     def device_bytes(self) -> int:
         """Device memory of the resident blocks; what copies of a cache share counts for one of them."""
-        for room in self._rooms.values():
-            room.owner = room.owner or self
-        return sum(room.num_bytes for room in self._rooms.values() if room.owner is self)
+        for kept in self._all_rooms:
+            kept.room.owner = kept.room.owner or self
+        return sum(kept.room.num_bytes for kept in self._all_rooms if kept.room.owner is self)
 
     @property
     def reserved_bytes(self) -> dict[FormName, int]:
@@ -47,19 +63,21 @@ class BlockMemory:
         return {form: extent.capacity_bytes for form, extent in self._extents.items()}
 
     def make_resident(self, backend: Backend, placement: Placement, forms: Mapping[FormName, Form], rows: int) -> None:
-        """Make room on the device for the resident blocks.
+        """Make room on the device for the resident blocks that there is none for yet.
 
         Args:
             backend: gives the memory.
-            placement: how many there are of each form.
+            placement: how many there are to be of each form.
             forms: that blocks can have.
             rows: logical rows.
         """
         for name, count in placement.resident.items():
-            if count and name in forms:
+            there = sum(kept.count for kept in self._rooms.get(name, ())) + self.resident_room(rows).get(name, 0)
+            missing = count - there
+            if missing > 0 and name in forms:
                 place_bytes = forms[name].num_bytes(placement.block_tokens, rows)
-                data = backend.allocate_device(count * place_bytes)
-                self._rooms[name] = ResidentRoom(data, place_bytes, rows)
+                data = backend.allocate_device(missing * place_bytes)
+                self._rooms.setdefault(name, []).append(_Kept(ResidentRoom(data, place_bytes, rows)))
 
     def reserve(self, placement: Placement, forms: Mapping[FormName, Form], rows: int, prompt_copies: int) -> None:
         """Make room on the host for the other blocks, as far as the length is known; beyond it extents double.
@@ -95,28 +113,38 @@ class BlockMemory:
             found = self._extents[form] = Extent(self._pool, doubles=self._doubles)
         return found
 
-    def has_resident_room(self, rows: int) -> bool:
-        """Whether the next block of each form may be resident.
+    @property
+    def resident_places(self) -> dict[FormName, int]:
+        """Blocks that memory on the device was made for, by form."""
+        return {form: sum(kept.room.num_places for kept in rooms) for form, rooms in self._rooms.items()}
 
-        Rows may have been repeated since places were made, and a copy of the cache may have taken the next one.
+    def resident_room(self, rows: int) -> dict[FormName, int]:
+        """How many more blocks there are places for, by form.
+
+        Rows may have been repeated since places were made, and a copy of the cache may have taken the next ones.
         """
-        return all(
-            room.rows >= rows and (room.is_free(self._kept[form]) or self._kept[form] >= room.num_places)
-            for form, room in self._rooms.items()
-        )
+        return {
+            form: sum(kept.num_free for kept in self._usable(form) if kept.room.rows >= rows) for form in self._rooms
+        }
 
-    def keep(self, form: FormName, num_bytes: int) -> torch.Tensor:
-        """The place of the next resident block of a form, uint8."""
-        idx = self._kept[form]
-        self._kept[form] += 1
-        return self._rooms[form].take(idx, num_bytes)
+    def _usable(self, form: FormName) -> list[_Kept]:
+        """Rooms that keep the order of blocks: from the last used one on."""
+        rooms = self._rooms[form]
+        return rooms[max((idx for idx, kept in enumerate(rooms) if kept.count), default=0) :]
+
+    def keep(self, form: FormName, num_bytes: int, rows: int) -> torch.Tensor:
+        """The place of the next resident block of a form, uint8, made for so many logical rows."""
+        kept = next(kept for kept in self._usable(form) if kept.num_free and kept.room.rows >= rows)
+        kept.count += 1
+        return kept.room.take(kept.count - 1, num_bytes)
 
     def drop(self, blocks: Iterable[Block], guard: Event | None) -> None:
         """Let go of the last blocks, the last one first; their bytes on the host may be read until `guard`."""
         for block in blocks:
             if block.is_resident:
-                self._kept[block.form] -= 1
-                self._rooms[block.form].let_go(self._kept[block.form])
+                kept = next(kept for kept in reversed(self._rooms[block.form]) if kept.count)
+                kept.count -= 1
+                kept.room.let_go(kept.count)
             else:
                 self._extents[block.form].pop(block.num_bytes, guard)
 
@@ -125,20 +153,19 @@ class BlockMemory:
         other = BlockMemory(self._pool)
         other._doubles = self._doubles
         other._extents = {form: extent.fork() for form, extent in self._extents.items()}
-        other._rooms, other._kept = dict(self._rooms), Counter(self._kept)
-        for form, count in self._kept.items():
-            self._rooms[form].share(count)
+        other._rooms = {form: [replace(kept) for kept in rooms] for form, rooms in self._rooms.items()}
+        for kept in self._all_rooms:
+            kept.room.share(kept.count)
         return other
 
     def close(self, guard: Event | None) -> None:
         """Give all of it back that no copy of the cache has; the host's may be read until `guard`."""
         for extent in self._extents.values():
             extent.close(guard)
-        for form, room in self._rooms.items():
-            for idx in range(self._kept[form]):
-                room.let_go(idx)
-            if room.owner is self:
-                room.owner = None
+        for kept in self._all_rooms:
+            for idx in range(kept.count):
+                kept.room.let_go(idx)
+            if kept.room.owner is self:
+                kept.room.owner = None
         self._extents.clear()
         self._rooms.clear()
-        self._kept.clear()

@@ -1,4 +1,4 @@
-"""Device memory of one layer and form for its resident blocks, in the order of the tokens; copies of a cache share it.
+"""Device memory for some resident blocks of one layer and form, in the order of the tokens; copies of a cache share it.
 
 Owns which place holds a block. Nobody writes where another copy may still read: a place is taken by who comes first.
 """
