@@ -424,7 +424,7 @@ def test_resident_blocks_are_attended_to_between_the_chunks_that_arrive(monkeypa
     real = attention._Answer.add
 
     def noted(self: Any, stored: Any, span: Any) -> None:
-        attended.append(span.first_block)
+        attended.extend(range(span.first_block, span.first_block + span.num_blocks))
         real(self, stored, span)
 
     monkeypatch.setattr(attention._Answer, "add", noted)

@@ -416,7 +416,7 @@ def test_memory_that_runs_out_in_the_prefill_leaves_the_session_usable(device: F
     model, ids = _wide(), _ids(300)
     expected = _generate(model, ids, max_new_tokens=6)
     with kvoffload.offload(
-        model, kvoffload.OffloadConfig(split=0.5, block_tokens=16, device_gib=2**22 / GIB)
+        model, kvoffload.OffloadConfig(split=0.5, block_tokens=16, device_gib=3.6 * 2**20 / GIB)
     ) as session:
         device.memory.others_bytes = device.memory.free_bytes - 3 * 2**20
         with pytest.raises(torch.OutOfMemoryError):

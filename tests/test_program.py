@@ -33,6 +33,7 @@ def random_table(rng: random.Random, num_options: int, num_blocks: int) -> Table
                 link_bytes=size if "h2d" in seconds else 0,
                 chunk_s=rng.choice([0.0, 0.3]) if on_host else 0.0,
                 restore_s=recompute_s,
+                is_recomputed=recompute_s is not None,
             )
         )
     return Table(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvoffload.cache.layer import CacheLayer
+from kvoffload.planning.forms import FORMS
 from kvoffload.store.block import Span
 
 
@@ -13,7 +14,7 @@ class ResidentBlocks:
 
     Args:
         layer: whose blocks.
-        max_blocks: the most that are taken together.
+        max_blocks: the most that are taken together, of forms for which there is a scratch of that size.
     """
 
     def __init__(self, layer: CacheLayer, max_blocks: int | None = None) -> None:
@@ -28,7 +29,9 @@ class ResidentBlocks:
         self._due = min(float(self._count), self._due + share * self._count)
         while self._taken < round(self._due):
             span = self._left.pop()
-            num_blocks = min(span.num_blocks, round(self._due) - self._taken, self._max_blocks)
+            num_blocks = min(span.num_blocks, round(self._due) - self._taken)
+            if not FORMS[span.form].is_read_as_stored:
+                num_blocks = min(num_blocks, self._max_blocks)
             if num_blocks < span.num_blocks:
                 rest = span._replace(first_block=span.first_block + num_blocks, num_blocks=span.num_blocks - num_blocks)
                 self._left.append(rest)

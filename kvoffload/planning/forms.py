@@ -23,6 +23,11 @@ class StoredForm:
     row_bytes: Callable[[Geometry], int]  # of a token of one stored row
     is_read_as_stored: bool = True  # False: K and V come back by work of the device (`Rates.restore_s_per_token`)
 
+    @property
+    def is_recomputed(self) -> bool:
+        """Whether K and V come back from a layer's input; what `split` is the share of."""
+        return self.made_of == "activation"
+
 
 FORMS: dict[FormName, StoredForm] = {
     row.name: row

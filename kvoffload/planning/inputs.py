@@ -27,7 +27,7 @@ class PlanInputs:
     fixed_device_bytes: int  # `Sizes.fixed_device_bytes`: tails, ring, D2H slots, scratch, layer buffers, other layers
     host_bytes: int  # cap on host memory for the cache
     stored: Mapping[str, int] = field(default_factory=dict)  # blocks by option, when re-planning: lower bounds
-    split: float | None = None  # None: free; else the share of restored blocks on the host, and none on the device
+    split: float | None = None  # None: free; else the share of recomputed blocks on the host, none on the device
     schedule: Schedule = "pipelined"
     weight_bytes_per_step: int = 0  # streamed weights, over the same link
     num_micro_batches: int = 1

@@ -37,6 +37,7 @@ class Option:
     bytes: Mapping[Tier, int]  # of a block in one layer
     link_bytes: int = 0  # of these, what crosses the link at every step
     chunk_s: float = 0.0  # to issue a chunk of such blocks, begun or full
+    is_recomputed: bool = False
     restore_s: float | None = None  # of the device's seconds, for bringing K and V back; None: read as it is
     is_exact: bool = True
     is_free: bool = False  # chosen anew at every step; the others are fixed once a block is stored
@@ -54,7 +55,7 @@ class Table(NamedTuple):
         Tier, int
     ]  # bytes of blocks of one layer that fit beside everything else; negative: not even that
     stored: tuple[int, ...]  # blocks of each option that are stored already: lower bounds
-    split: float | None  # the share of restored blocks among those on the host; None: free
+    split: float | None  # the share of recomputed blocks among those on the host; None: free
     schedule: Schedule
     attention_s: float  # of all blocks and layers, for schedules that wait for it
 
@@ -104,7 +105,7 @@ def _option(inputs: PlanInputs, name: str, form: FormName, tier: Tier) -> Option
     rates, tokens = inputs.rates, inputs.block_tokens
     num_bytes = tokens * inputs.bytes_per_token[form]
     attend_s = tokens * rates.attention_s_per_token  # gamma_a
-    restore_s = None if FORMS[form].is_read_as_stored else tokens * rates.restore_s_per_token[form]  # gamma_r
+    restore_s = None if FORMS[form].is_read_as_stored else tokens * rates.restore_s_per_token.get(form, 0.0)  # gamma_r
     crosses = tier == "host"
     seconds: dict[Resource, float] = {"device": (restore_s or 0.0) + attend_s}
     if crosses:
@@ -118,4 +119,5 @@ def _option(inputs: PlanInputs, name: str, form: FormName, tier: Tier) -> Option
         link_bytes=num_bytes if crosses else 0,
         chunk_s=inputs.num_micro_batches * rates.host_s_per_chunk if crosses else 0.0,  # o_chunk
         restore_s=restore_s,
+        is_recomputed=FORMS[form].is_recomputed,
     )

@@ -44,14 +44,14 @@ class Plan:
         """All cached blocks of one layer."""
         return sum(self.blocks.values())
 
-    def count(self, *, tier: Tier | None = None, form: FormName | None = None, restored: bool | None = None) -> int:
-        """Blocks of one layer that are in a tier, of a form, or such that K and V are brought back first."""
+    def count(self, *, tier: Tier | None = None, form: FormName | None = None, recomputed: bool | None = None) -> int:
+        """Blocks of one layer that are in a tier, of a form, or recomputed."""
         return sum(
             n
             for option, n in self.blocks.items()
             if tier in (None, KINDS[option].tier)
             and form in (None, KINDS[option].form)
-            and restored in (None, not FORMS[KINDS[option].form].is_read_as_stored)
+            and recomputed in (None, FORMS[KINDS[option].form].is_recomputed)
         )
 
     @property
@@ -93,7 +93,7 @@ class Plan:
     def split_fraction(self) -> float:
         """Share of the blocks on the host that are recomputed, 0..1."""
         on_host = self.count(tier="host")
-        return self.count(tier="host", restored=True) / on_host if on_host else 0.0
+        return self.count(tier="host", recomputed=True) / on_host if on_host else 0.0
 
     @property
     def link_bytes_per_step(self) -> int:

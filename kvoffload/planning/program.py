@@ -110,24 +110,22 @@ def _compositions(total: int, parts: int) -> Counts:
 
 
 def _at_split(table: Table) -> Counts | None:
-    """At a fixed share of restored blocks every cost grows with the blocks on the host: the fewest that are allowed.
+    """At a fixed share of recomputed blocks every cost grows with the blocks on the host: the fewest that are allowed.
 
     The share is rounded to whole blocks, and moved no further than blocks already stored demand.
     """
     assert table.split is not None
     kinds = [(option.tier, option.form) for option in table.options]
     kv, resident_kv = kinds.index(("host", PLAIN)), kinds.index(("device", PLAIN))
-    restored = [
-        idx for idx, option in enumerate(table.options) if option.tier == "host" and option.restore_s is not None
-    ]
-    chosen = [*restored[:1], kv, resident_kv]
+    recomputed = [idx for idx, option in enumerate(table.options) if option.tier == "host" and option.is_recomputed]
+    chosen = [*recomputed[:1], kv, resident_kv]
     stored = np.array(table.stored, dtype=np.int64)
     kept = int(stored.sum() - stored[chosen].sum())  # other resident blocks, and whatever else there is
     offloaded = np.arange(int(stored[chosen[:-1]].sum()), table.num_blocks - kept + 1)
     counts = np.tile(stored, (len(offloaded), 1))
-    for x in restored[:1]:
+    for x in recomputed[:1]:
         counts[:, x] = np.clip(np.round(table.split * offloaded), stored[x], offloaded - stored[kv])
-    counts[:, kv] = offloaded - sum(counts[:, x] for x in restored[:1])
+    counts[:, kv] = offloaded - sum(counts[:, x] for x in recomputed[:1])
     counts[:, resident_kv] = table.num_blocks - kept - offloaded
     counts = counts[allowed(table, counts)]
     return counts[0] if len(counts) else None

@@ -31,7 +31,7 @@ class Rates:
     """
 
     h2d_bytes_per_s: Mapping[FormName, float]  # B, by the form of a chunk, at its size
-    restore_s_per_token: Mapping[FormName, float]  # gamma_r: K and V from a chunk that attention cannot read itself
+    restore_s_per_token: Mapping[FormName, float]  # gamma_r: K and V of what attention cannot read; missing: no time
     attention_s_per_token: float  # gamma_a
     dense_s: float  # t_dense: the rest of one layer
     head_s: float = 0.0  # t_head: final norm, LM head and sampling on the device
@@ -125,7 +125,10 @@ def rates_from_profile(
     return Rates(
         h2d_bytes_per_s=dict.fromkeys(FORMS, profile.h2d.rate(chunk_rows * shape.kv_row_bytes))
         | {"activation": profile.h2d.rate(chunk_rows * shape.activation_row_bytes)},
-        restore_s_per_token={"activation": batch * shape.recompute_flops / recompute_flops_per_s},
+        restore_s_per_token=dict.fromkeys(
+            FORMS, 2 * kv_token_bytes / profile.device_copy_bytes_per_s
+        )  # read and written
+        | {"activation": batch * shape.recompute_flops / recompute_flops_per_s},
         attention_s_per_token=kv_token_bytes / profile.attention.rate(attended_bytes),
         dense_s=dense_s,
         head_s=head_s,

@@ -59,7 +59,9 @@ def simulate(
     """
     num_layers = max(1, plan.num_offloaded_layers)
     ordinary = plan.num_layers / num_layers  # layers per offloaded one, for work that all layers do
-    restore_s = {form: 0.0 if row.is_read_as_stored else rates.restore_s_per_token[form] for form, row in FORMS.items()}
+    restore_s = {
+        form: 0.0 if row.is_read_as_stored else rates.restore_s_per_token.get(form, 0.0) for form, row in FORMS.items()
+    }
     chunks = [chunk for kind, n in plan.placed.items() if kind.tier == "host" for chunk in _chunks(kind.form, n, plan)]
     plain_chunks = [chunk for chunk in chunks if chunk.form == PLAIN]
     other_chunks = [chunk for chunk in chunks if chunk.form != PLAIN]

@@ -257,11 +257,9 @@ class CachePlans:
 
     def plan_ahead(self, cache: hf.OffloadedHFCache) -> None:
         """Begin to plan the blocks still to come, at the rates measured so far; it is taken by `follow`."""
-        before = self._plans[cache]
-        make = functools.partial(
-            self._planner.replan, before, cache.core.layers[0].count("host"), self._planner.rates(before)
-        )
-        self._ahead.start(before, make)
+        before, layer = self._plans[cache], cache.core.layers[0]
+        there, rates = (layer.count("host"), layer.count("device")), self._planner.rates(before)
+        self._ahead.start(before, functools.partial(self._planner.replan, before, *there, rates))
 
     def close(self) -> None:
         """Plan nothing any more."""

@@ -235,7 +235,8 @@ class GenerateCalls:
         """A forward of the model begins, with a cache of the session."""
         generation = self.current
         if generation is not None and generation.cache is cache:
-            generation.note_forward()
+            plan = self._plans[cache].plan if cache in self._plans else None
+            generation.note_forward(0.0 if plan is None else plan.predicted_step_s)
         elif generation is None and cache.core.layers[0].num_tokens:
             self._engine.release_stages()  # the prefill, or a part of it, is over
 

@@ -85,6 +85,7 @@ class Generation:
         self._settled_gaps = Pace(0, 0.0)  # before the steps that count
         self._recomputed_before = 0
         self._forwards: list[float] = []  # start of each forward
+        self._predicted_s: list[float] = []  # for each decode step, by the plan that held
         self._num_prefill_forwards = 0
         self._prefill_peak_bytes = 0
 
@@ -116,8 +117,8 @@ class Generation:
         """Recomputed so far, summed over steps, layers and rows."""
         return 0 if self.cache is None else self.cache.core.recomputed_tokens - self._recomputed_before
 
-    def note_forward(self) -> None:
-        """A forward of the model begins."""
+    def note_forward(self, predicted_step_s: float) -> None:
+        """A forward of the model begins; a decode step is predicted to take so long."""
         assert self.cache is not None
         self._forwards.append(time.perf_counter())
         is_first = len(self._forwards) == 1
@@ -127,7 +128,9 @@ class Generation:
         self._backend.mark("prefill" if is_prefill else "step")
         if is_prefill:
             self._num_prefill_forwards += 1
-        elif self._decode is None:
+            return
+        self._predicted_s.append(predicted_step_s)
+        if self._decode is None:
             self._decode = _Readings.of(self._backend)
             self._engine.release_stages()
             self._prefill_peak_bytes = self._engine.account.take_peak()
@@ -192,7 +195,7 @@ class Generation:
             idle_s += (gap_s or 0.0) * (end.gaps.amount - decode_start.gaps.amount)
         new_tokens = core.layers[0].num_tokens + 1 - self.prompt_tokens
         p50 = statistics.median(steps) if steps else None
-        predicted = plan.predicted_step_s or None
+        predicted = (statistics.median(self._predicted_s) if self._predicted_s else plan.predicted_step_s) or None
         others = self.cache.other_device_bytes
         return GenerationStats(
             setup_s=self.setup_s,

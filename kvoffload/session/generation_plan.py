@@ -23,14 +23,28 @@ class GenerationPlan:
     plan: Plan
     placement: Placement
     inputs: PlanInputs | None  # None where nothing could be predicted
-    stage_limit_bytes: int | None  # what the cap on device memory leaves for staging a prefill's blocks
+    device_cap_bytes: int | None  # on all that is held on the device; None: what the plan takes
     host_cap_bytes: int  # on the host at the full length, as if every row stored every block
     reserved_shares: Mapping[FormName, float]  # that room on the host was made for
 
     @property
     def device_budget_bytes(self) -> int:
         """The cap on device memory; without one, what the plan takes."""
-        return self.plan.device_bytes + (self.stage_limit_bytes or 0)
+        return self.plan.device_bytes if self.device_cap_bytes is None else self.device_cap_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Device memory of the resident blocks, at the full length."""
+        token_bytes = bytes_per_token(self.geometry)
+        per_layer = sum(n * token_bytes[form] for form, n in self.placement.resident.items())
+        return self.geometry.num_offloaded_layers * self.placement.block_tokens * per_layer
+
+    @property
+    def stage_limit_bytes(self) -> int | None:
+        """What the cap leaves for staging a prefill's blocks; None: anything."""
+        if self.device_cap_bytes is None:
+            return None
+        return max(0, self.device_cap_bytes - self.sizes.fixed_device_bytes - self.resident_bytes)
 
     @property
     def full_host_bytes(self) -> int:

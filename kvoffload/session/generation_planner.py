@@ -24,6 +24,7 @@ from kvoffload.model.shape import ModelShape
 from kvoffload.planning import planner
 from kvoffload.planning.forms import FORMS, option_name
 from kvoffload.planning.geometry import Geometry
+from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.placement import PLAIN, FormName, Placement
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.problem import bytes_per_token, does_without, host_bytes_at, may_do_without, mean_tokens, pose
@@ -133,9 +134,8 @@ class GenerationPlanner:
         if not has_rates:
             plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
         shares = plan.shares if fixed_split is None else _fixed_shares(plan, fixed_split)
-        room = None if device_bytes is None else max(0, device_bytes - plan.device_bytes)
         chosen = GenerationPlan(
-            stage_limit_bytes=room,
+            device_cap_bytes=device_bytes,
             host_cap_bytes=host_cap,
             reserved_shares=shares,
             geometry=geometry,
@@ -144,7 +144,7 @@ class GenerationPlanner:
             placement=Placement(
                 block_tokens=sizes.block_tokens,
                 chunk_blocks=sizes.chunk_blocks,
-                resident=_resident(plan),
+                resident=_resident(plan, inputs, geometry),
                 shares=shares,
                 may_become=tuple(sorted(forms - {PLAIN})) if fixed_split is None and has_rates else (),
                 max_tokens=geometry.max_tokens if knows_length else None,
@@ -260,34 +260,54 @@ class GenerationPlanner:
                 can_recompute=longer.placement.forms != {PLAIN},
                 correct=lambda rates: self.measured.correct(rates, geometry.rows),
             )
-            num_blocks = max(inputs.num_blocks, sum(on_host.values()) + sum(resident.values()) + 1)
-            inputs = replace(
-                inputs,
-                num_blocks=num_blocks,
-                device_bytes=inputs.device_bytes + resident_bytes,
-                host_bytes=host_bytes_at(host_cap, geometry, num_blocks, sizes.block_tokens),
-                stored=_stored(on_host, resident),
-            )
-            plan = replace(planner.solve(inputs), version=longer.plan.version + 1)
+            inputs = replace(inputs, device_bytes=inputs.device_bytes + resident_bytes)
+            inputs, plan, shares = self._solve_with(inputs, geometry, host_cap, _stored(on_host, resident))
+            plan = replace(plan, version=longer.plan.version + 1)
         except InfeasiblePlanError as error:
             logger.debug("the plan of the last turn stays: %s", error)
             return None
         if not has_rates:
             plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
         sizes = with_kv_rows(sizes, geometry, kv_row_bytes)
-        shares = plan.shares if longer.placement.may_become else longer.placement.shares
+        kept: Mapping[FormName, float] = shares if longer.placement.may_become else longer.placement.shares
         return replace(
             longer,
             geometry=geometry,
             sizes=sizes,
             plan=plan,
             inputs=inputs if has_rates else None,
-            reserved_shares=shares,
-            stage_limit_bytes=None if left_bytes is None else max(0, left_bytes + resident_bytes - plan.device_bytes),
+            reserved_shares=kept,
+            device_cap_bytes=None if left_bytes is None else left_bytes + resident_bytes,
             placement=replace(
-                longer.placement, chunk_blocks=sizes.chunk_blocks, resident=_resident(plan), shares=shares
+                longer.placement,
+                chunk_blocks=sizes.chunk_blocks,
+                resident=_resident(plan, inputs, geometry),
+                shares=kept,
             ),
         )
+
+    def _solve_with(
+        self, inputs: PlanInputs, geometry: Geometry, host_cap_bytes: int, stored: Mapping[str, int]
+    ) -> tuple[PlanInputs, Plan, dict[FormName, float]]:
+        """The plan for the mean length or the blocks there are, and the shares of forms with one block more.
+
+        Args:
+            inputs: for the mean length.
+            geometry: of the cache.
+            host_cap_bytes: at the full length.
+            stored: blocks that there are, by option.
+
+        Raises:
+            InfeasiblePlanError: they do not fit.
+        """
+
+        def at(num_blocks: int) -> PlanInputs:
+            host_bytes = host_bytes_at(host_cap_bytes, geometry, num_blocks, inputs.block_tokens)
+            return replace(inputs, num_blocks=num_blocks, host_bytes=host_bytes, stored=stored)
+
+        there = sum(stored.values())
+        now = at(max(inputs.num_blocks, there))
+        return now, planner.solve(now), planner.solve(at(max(inputs.num_blocks, there + 1))).shares
 
     def carries_positions(self, chosen: GenerationPlan, token_bytes: int) -> bool:
         """Whether position embeddings travel with the blocks, as their table on the device would become too large.
@@ -332,7 +352,7 @@ class GenerationPlanner:
             rates.restore_s_per_token["activation"],
             plan.split_fraction,
         )
-        placement = replace(chosen.placement, resident=_resident(plan), shares=plan.shares)
+        placement = replace(chosen.placement, resident=_resident(plan, inputs, chosen.geometry), shares=plan.shares)
         corrected = replace(chosen, inputs=inputs, plan=plan, placement=placement, reserved_shares=plan.shares)
         # The plan is for the mean length; at the full one only the form that was asked for first may fit.
         return corrected if corrected.fits_on_host else replace(chosen, inputs=inputs)
@@ -349,38 +369,47 @@ class GenerationPlanner:
         """Those that a plan was made with, corrected by what was measured since."""
         return self.measured.correct(chosen.inputs.rates, chosen.geometry.rows) if chosen.inputs else None
 
-    def replan(self, chosen: GenerationPlan, stored: Mapping[FormName, int], rates: Rates | None) -> GenerationPlan:
+    def replan(
+        self,
+        chosen: GenerationPlan,
+        on_host: Mapping[FormName, int],
+        on_device: Mapping[FormName, int],
+        rates: Rates | None,
+    ) -> GenerationPlan:
         """The plan for blocks still to come, at the rates measured so far and with the blocks there are.
 
         Where no plan is within the caps any more the decision stays: whether the blocks fit is for the store to say.
 
         Args:
             chosen: what held so far.
-            stored: blocks of each layer on the host, by form.
+            on_host: blocks of each layer on the host, by form.
+            on_device: the same on the device.
             rates: the newest.
         """
         if chosen.inputs is None or rates is None or not chosen.placement.may_become:
             return chosen
-        num_blocks = max(chosen.inputs.num_blocks, sum(stored.values()) + chosen.placement.num_resident + 1)
-        inputs = replace(
-            chosen.inputs,
-            rates=rates,
-            num_blocks=num_blocks,
-            host_bytes=host_bytes_at(chosen.host_cap_bytes, chosen.geometry, num_blocks, chosen.inputs.block_tokens),
-            stored=_stored(stored, chosen.placement.resident),
-        )
+        there = _stored(on_host, on_device)
         try:
-            plan = replace(planner.solve(inputs), version=chosen.plan.version + 1)
+            inputs = replace(chosen.inputs, rates=rates)
+            inputs, plan, shares = self._solve_with(inputs, chosen.geometry, chosen.host_cap_bytes, there)
+            plan = replace(plan, version=chosen.plan.version + 1)
         except InfeasiblePlanError as error:
             logger.debug("the plan stays as it is: %s", error)
             return chosen
-        changed = replace(chosen, inputs=inputs, plan=plan, placement=replace(chosen.placement, shares=plan.shares))
+        changed = replace(chosen, inputs=inputs, plan=plan, placement=replace(chosen.placement, shares=shares))
         return changed if changed.fits_on_host else chosen
 
 
-def _resident(plan: Plan) -> dict[FormName, int]:
-    """Blocks on the device, by form."""
-    return {kind.form: n for kind, n in plan.placed.items() if kind.tier == "device" and n}
+def _resident(plan: Plan, inputs: PlanInputs, geometry: Geometry) -> dict[FormName, int]:
+    """Blocks on the device, by form: those of the plan, and of those that come after it as many as there is room for.
+
+    A plan is for the mean length.
+    """
+    found = {kind.form: n for kind, n in plan.placed.items() if kind.tier == "device" and n}
+    block_bytes = inputs.num_offloaded_layers * inputs.block_tokens * inputs.bytes_per_token[PLAIN]
+    to_come = max(0, geometry.max_tokens // inputs.block_tokens - inputs.num_blocks)
+    more = min(to_come, max(0, inputs.device_bytes - plan.device_bytes) // max(1, block_bytes))
+    return found | ({PLAIN: found.get(PLAIN, 0) + more} if more else {})
 
 
 def _stored(on_host: Mapping[FormName, int], resident: Mapping[FormName, int]) -> dict[str, int]:
@@ -390,5 +419,5 @@ def _stored(on_host: Mapping[FormName, int], resident: Mapping[FormName, int]) -
 
 
 def _fixed_shares(plan: Plan, split: float) -> dict[FormName, float]:
-    """A share that the user fixed, of the form that a plan restores K and V from."""
-    return {form: split for form in plan.shares if not FORMS[form].is_read_as_stored}
+    """A share that the user fixed, of the form that is recomputed."""
+    return {form: split for form in plan.shares if FORMS[form].is_recomputed}

@@ -107,8 +107,8 @@ class MemoryLimits:
         sizes = inputs.bytes_per_token
         plain = sizes[PLAIN]
         smallest = min(sizes.values()) if inputs.split is None else plain
-        restored = next(size for form, size in sizes.items() if not FORMS[form].is_read_as_stored)
-        token_bytes = smallest if inputs.split is None else inputs.split * restored + (1 - inputs.split) * plain
+        recomputed = next(size for form, size in sizes.items() if FORMS[form].is_recomputed)
+        token_bytes = smallest if inputs.split is None else inputs.split * recomputed + (1 - inputs.split) * plain
         num_tokens = geometry.max_tokens // inputs.block_tokens * inputs.block_tokens
         needed = geometry.num_offloaded_layers * num_tokens * token_bytes * _stored_share(geometry, prompt_tokens)
         on_device = max(0, inputs.device_bytes - inputs.fixed_device_bytes) * token_bytes / smallest
