@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from kvoffload import EmulatedLink, OffloadConfig, Plan
 from kvoffload.errors import HostMemoryError, InfeasiblePlanError
-from kvoffload.session import generation_planner
+from kvoffload.session import later_plans
 from kvoffload.session.session import Session
 
 LINK = EmulatedLink(h2d_gb_per_s=0.05)
@@ -94,7 +94,7 @@ def test_a_turn_that_no_plan_fits_keeps_the_plan_of_the_last(model: Any, monkeyp
         def refuse(*args: object, **options: object) -> None:
             raise InfeasiblePlanError("no room")
 
-        monkeypatch.setattr(generation_planner, "pose", refuse)
+        monkeypatch.setattr(later_plans, "pose", refuse)
         text = torch.cat([expected[0], prompt(ROWS, TURNS[1] - expected[0].shape[1], seed=1)], 1)
         call = {**COMMON, "max_new_tokens": NEW_TOKENS, "attention_mask": torch.ones_like(text), **given(cache)}
         assert torch.equal(model.generate(text, **call).sequences, expected[1])

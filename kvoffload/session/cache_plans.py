@@ -23,6 +23,7 @@ from kvoffload.planning.placement import PLAIN
 from kvoffload.planning.sizes import grown, widened, with_kv_rows
 from kvoffload.session.generation_plan import GenerationPlan
 from kvoffload.session.generation_planner import GenerationPlanner
+from kvoffload.session.later_plans import LaterPlans
 from kvoffload.session.planning_ahead import PlanningAhead
 from kvoffload.session.progress import AllocationProgress
 from kvoffload.store.forms import activation as activations
@@ -53,7 +54,7 @@ class CachePlans:
         num_layers: int,
         offers_segments: bool,
     ) -> None:
-        self._planner = planner
+        self._planner, self._later = planner, LaterPlans(planner)
         self._engine = engine
         self._pool = pool
         self._progress = progress
@@ -126,7 +127,7 @@ class CachePlans:
         before, layers = self._plans[cache], cache.core.layers
         if cache.core.rows > before.geometry.rows:  # they were repeated since
             before = self._widened(before, cache.core.rows)
-        chosen = self._plans[cache] = self._planner.prolong(
+        chosen = self._plans[cache] = self._later.prolong(
             before,
             max_tokens,
             prompt_tokens=max(prompt_tokens, layers[0].num_tokens),
@@ -258,8 +259,8 @@ class CachePlans:
     def plan_ahead(self, cache: hf.OffloadedHFCache) -> None:
         """Begin to plan the blocks still to come, at the rates measured so far; it is taken by `follow`."""
         before, layer = self._plans[cache], cache.core.layers[0]
-        there, rates = (layer.count("host"), layer.count("device")), self._planner.rates(before)
-        self._ahead.start(before, functools.partial(self._planner.replan, before, *there, rates))
+        there, rates = (layer.count("host"), layer.count("device")), self._later.rates(before)
+        self._ahead.start(before, functools.partial(self._later.replan, before, *there, rates))
 
     def close(self) -> None:
         """Plan nothing any more."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvoffload.planning.forms import option_name
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
-from kvoffload.planning.placement import FormName, Placement, reserved_blocks
+from kvoffload.planning.placement import PLAIN, FormName, Placement, reserved_blocks
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.problem import bytes_per_token
 from kvoffload.planning.sizes import Sizes
@@ -72,3 +73,26 @@ class GenerationPlan:
             HostMemoryError: with the numbers.
         """
         check_full_host(self.geometry, self.placement.prompt_tokens, self.full_host_bytes, self.host_cap_bytes)
+
+
+def planned_resident(plan: Plan) -> dict[FormName, int]:
+    """Blocks on the device, by form."""
+    return {kind.form: n for kind, n in plan.placed.items() if kind.tier == "device" and n}
+
+
+def resident_with_room(plan: Plan, inputs: PlanInputs, geometry: Geometry) -> dict[FormName, int]:
+    """Blocks on the device, by form: those of the plan, and of those that come after it as many as there is room for.
+
+    A plan is for the mean length.
+    """
+    found = planned_resident(plan)
+    block_bytes = inputs.num_offloaded_layers * inputs.block_tokens * inputs.bytes_per_token[PLAIN]
+    to_come = max(0, geometry.max_tokens // inputs.block_tokens - inputs.num_blocks)
+    more = min(to_come, max(0, inputs.device_bytes - plan.device_bytes) // max(1, block_bytes))
+    return found | ({PLAIN: found.get(PLAIN, 0) + more} if more else {})
+
+
+def stored_options(on_host: Mapping[FormName, int], resident: Mapping[FormName, int]) -> dict[str, int]:
+    """Blocks that there are, by option."""
+    found = {option_name(form, "host"): n for form, n in on_host.items()}
+    return found | {option_name(form, "device"): n for form, n in resident.items()}
