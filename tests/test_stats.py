@@ -41,7 +41,7 @@ def _run(split: Any = 0.5, new_tokens: int = 12, backend: Any = None) -> kvofflo
 @pytest.mark.timing
 def test_pinning_is_set_up_and_neither_prefill_nor_time_to_first_token() -> None:
     _run()  # first use of everything
-    usual, slow = _run(), _run(backend=SlowPinning(LINK))
+    usual, slow = min((_run() for _ in range(3)), key=lambda stats: stats.setup_s), _run(backend=SlowPinning(LINK))
     assert slow.setup_s >= usual.setup_s + 0.9 * SLOW_PINNING_S
     assert slow.prefill_s < slow.setup_s + usual.prefill_s
     assert slow.ttft_s < usual.ttft_s + SLOW_PINNING_S

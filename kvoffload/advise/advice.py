@@ -25,6 +25,8 @@ from kvoffload.model.facts import Facts
 from kvoffload.model.model_shape import is_model, model_shape
 from kvoffload.model.stored_facts import facts_of
 from kvoffload.planning import planner
+from kvoffload.planning.forms import FORMS
+from kvoffload.planning.placement import Kind
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.workload import Workload
 from kvoffload.units import count, counted, duration, gb
@@ -172,13 +174,7 @@ def _doubted(facts: Facts) -> str:
 
 
 def _describe_plan(chosen: Plan, offload: Alternative) -> str:
-    places = (
-        (chosen.resident_kv_blocks, "stays", "stay", "on the device as K/V"),
-        (chosen.resident_activation_blocks, "stays", "stay", "on the device as activations"),
-        (chosen.kv_blocks, "is", "are", "transferred as K/V"),
-        (chosen.activation_blocks, "is", "are", "transferred as activations and recomputed"),
-    )
-    placed = ", ".join(f"{counted(blocks, one, many)} {what}" for blocks, one, many, what in places if blocks)
+    placed = ", ".join(_in_words(kind, n) for kind, n in chosen.placed.items() if n)
     limit = chosen.binding_constraint.replace("_", " ")
     return (
         f"offloaded (of {counted(chosen.num_blocks, 'block')} per layer {placed or 'none leaves the tail'}) a step "
@@ -186,6 +182,14 @@ def _describe_plan(chosen: Plan, offload: Alternative) -> str:
         f"the {limit} there ({duration(chosen.full_transfer_step_s)} with full transfer), and everything "
         f"{duration(offload.total_s)}"
     )
+
+
+def _in_words(kind: Kind, num_blocks: int) -> str:
+    form = FORMS[kind.form]
+    if kind.tier == "device":
+        return f"{counted(num_blocks, 'stays', 'stay')} on the device as {form.label}"
+    also = " and recomputed" if form.is_recomputed else ""
+    return f"{counted(num_blocks, 'is', 'are')} transferred as {form.label}{also}"
 
 
 def _describe(one: Alternative) -> str:

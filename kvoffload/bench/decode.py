@@ -81,7 +81,6 @@ def measure(
         if drift <= MAX_RATE_DRIFT_FRACTION or tries == max_tries:
             break
         before = after
-    offloaded = max(1, stats.plan.activation_blocks + stats.plan.kv_blocks)
     row = {
         "mode": mode,
         "decode_step_s": stats.decode_step_s[NUM_UNEVEN_STEPS:],
@@ -91,7 +90,7 @@ def measure(
         "h2d_bytes_per_step": stats.plan.link_bytes_per_step,
         "h2d_gb_per_s": stats.h2d_gb_per_s,
         "link_utilization": stats.link_utilization,
-        "split_fraction": stats.plan.activation_blocks / offloaded,
+        "split_fraction": stats.plan.split_fraction,
         "device_kv_peak_decode_bytes": stats.device_kv_peak_decode_bytes,
         "plan": stats.plan.to_json(),
     }

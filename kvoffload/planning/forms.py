@@ -19,6 +19,7 @@ class StoredForm:
     """One form."""
 
     name: FormName
+    label: str  # what people read: blocks are transferred as ...
     made_of: Literal["kv", "activation"] = "kv"  # what of the newest tokens the device keeps for it
     row_bytes: Callable[[Geometry], int]  # of a token of one stored row
     is_read_as_stored: bool = True  # False: K and V come back by work of the device (`Rates.restore_s_per_token`)
@@ -32,9 +33,10 @@ class StoredForm:
 FORMS: dict[FormName, StoredForm] = {
     row.name: row
     for row in (
-        StoredForm(name=PLAIN, row_bytes=lambda cache: cache.kv_row_bytes),
+        StoredForm(name=PLAIN, label="K/V", row_bytes=lambda cache: cache.kv_row_bytes),
         StoredForm(
             name="activation",
+            label="activations",
             made_of="activation",
             row_bytes=lambda cache: cache.stored_activation_row_bytes,
             is_read_as_stored=False,

@@ -7,6 +7,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from kvoffload.planning.forms import FORMS
+from kvoffload.planning.placement import PLAIN
 from kvoffload.planning.plan import Plan
 from kvoffload.units import counted, duration, gb
 
@@ -63,7 +65,7 @@ class GenerationStats:
         link = "" if self.h2d_gb_per_s is None else f" at {gb(self.h2d_gb_per_s * 1e9)}/s"
         busy = "" if self.link_utilization is None else f", busy {self.link_utilization:.2f} of the time"
         plan = self.plan
-        resident = plan.resident_kv_blocks + plan.resident_activation_blocks
+        resident = plan.count(tier="device")
         return "\n".join(
             [
                 f"first token {duration(self.ttft_s)} (setup {duration(self.setup_s)} apart), {step_text}, "
@@ -91,7 +93,7 @@ class GenerationStats:
                 "verdict: none, a given split needs no prediction and none was made: split='auto' makes one, or name a "
                 "profile=..."
             )
-        if self.plan.kv_blocks == self.plan.num_blocks:
+        if self.plan.count(tier="host", form=PLAIN) == self.plan.num_blocks:
             took = f"{step_s / full:.2f} times the predicted {duration(full)}"
             return f"verdict: this is full transfer itself, a step took {took}"
         return f"verdict: {full / step_s:.2f}x as fast as the predicted full transfer ({duration(full)} a step)"
@@ -99,10 +101,17 @@ class GenerationStats:
 
 def _moved(plan: Plan) -> str:
     """In which form the offloaded tokens cross the link, in words."""
-    if not plan.kv_blocks + plan.activation_blocks:
+    shares = {form: share for form, share in plan.shares.items() if share}
+    if not plan.count(tier="host"):
         return "nothing crosses the link"
-    if not plan.activation_blocks:
+    if not shares:
         return "offloaded tokens cross as K/V, none is recomputed"
-    if not plan.kv_blocks:
-        return "offloaded tokens cross as activations, all are recomputed"
-    return f"{plan.split_fraction:.2g} of the offloaded tokens cross as activations and are recomputed, the rest as K/V"
+    if not plan.count(tier="host", form=PLAIN) and len(shares) == 1:
+        form = FORMS[next(iter(shares))]
+        return f"offloaded tokens cross as {form.label}" + (", all are recomputed" if form.is_recomputed else "")
+    parts = [
+        f"{share:.2g} of the offloaded tokens cross as {FORMS[form].label}"
+        + (" and are recomputed" if FORMS[form].is_recomputed else "")
+        for form, share in shares.items()
+    ]
+    return ", ".join([*parts, "the rest as K/V"])

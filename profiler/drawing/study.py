@@ -184,7 +184,7 @@ def study(
         problem = str(error)
     tell("the roofline", 0.1)
     plan = advice.plan if advice else None
-    offloaded = (plan.kv_blocks + plan.activation_blocks) / max(1, plan.num_blocks) if plan else 0.0
+    offloaded = plan.count(tier="host") / max(1, plan.num_blocks) if plan else 0.0
     setting = setting_of(
         dims,
         bits=(None, None, None),
