@@ -108,6 +108,22 @@ def rates(h2d_bytes_per_s: float) -> Rates:
     )
 
 
+def test_a_ring_makes_room_for_a_cache_that_fits_whole() -> None:
+    segmented = replace(GEOMETRY, is_segmented=True, least_chunk_bytes=MIB)
+    cache_bytes = segmented.num_offloaded_layers * segmented.max_tokens * segmented.kv_bytes_per_token
+    options: Any = {"forms": FORMS, "rates": rates(50e9)}
+    comfortable = choose_sizes(segmented, OffloadConfig(), **options, device_bytes=2**60)
+    tight = choose_sizes(segmented, OffloadConfig(), **options, device_bytes=comfortable.fixed_device_bytes)
+    assert tight == comfortable  # the cache fits in no case
+    room = comfortable.fixed_device_bytes + cache_bytes
+    assert choose_sizes(segmented, OffloadConfig(), **options, device_bytes=room) == comfortable
+    smaller = choose_sizes(segmented, OffloadConfig(), **options, device_bytes=room - 1)
+    assert smaller.fixed_device_bytes < comfortable.fixed_device_bytes
+    assert smaller.block_tokens == comfortable.block_tokens
+    fixed = choose_sizes(segmented, OffloadConfig(slots=comfortable.num_slots), **options, device_bytes=room - 1)
+    assert fixed.num_slots == comfortable.num_slots
+
+
 @pytest.mark.parametrize("h2d_bytes_per_s", [12e9, 50e9, 400e9])
 @pytest.mark.parametrize("least_chunk_bytes", [2 * MIB, 32 * MIB])
 def test_the_ring_covers_the_gap_however_small_its_chunks_are(h2d_bytes_per_s: float, least_chunk_bytes: int) -> None:

@@ -49,8 +49,10 @@ def choose_sizes(
         InfeasiblePlanError: the smallest sizes exceed the cap; says by how much.
     """
     sizes = _comfortable(geometry, config, forms, rates)
-    if device_bytes is None or sizes.fixed_device_bytes <= device_bytes:
+    if device_bytes is None:
         return sizes
+    if sizes.fixed_device_bytes <= device_bytes:
+        return _beside_whole_cache(sizes, geometry, config, forms, device_bytes) or sizes
     smallest = smallest_sizes(geometry, config, forms=forms)
     if smallest.fixed_device_bytes > device_bytes:
         raise InfeasiblePlanError(
@@ -75,6 +77,26 @@ def choose_sizes(
         if candidate.fixed_device_bytes <= device_bytes:
             best = candidate
     return best
+
+
+def _beside_whole_cache(
+    sizes: Sizes, geometry: Geometry, config: OffloadConfig, forms: Collection[FormName], device_bytes: int
+) -> Sizes | None:
+    """Smaller sizes, where nothing but the ring keeps the whole cache from staying on the device; else None."""
+    if not geometry.is_segmented or config.schedule != "pipelined":
+        return None
+    cache_bytes = geometry.num_offloaded_layers * geometry.max_tokens * geometry.kv_bytes_per_token
+    if sizes.fixed_device_bytes + cache_bytes <= device_bytes:
+        return None
+    small = _with(
+        geometry,
+        config,
+        forms,
+        block_tokens=sizes.block_tokens,
+        chunk_blocks=1 if config.chunk_blocks == "auto" else sizes.chunk_blocks,
+        num_slots=1 + _at_work(geometry) if config.slots == "auto" else config.slots,
+    )
+    return small if small.fixed_device_bytes + cache_bytes <= device_bytes else None
 
 
 def _smaller(sizes: Sizes, geometry: Geometry, config: OffloadConfig, forms: Collection[FormName]) -> Iterator[Sizes]:

@@ -72,7 +72,7 @@ class GenerationStats:
                 f"{self.tokens_per_s:.1f} tokens/s",
                 f"link ({self.link_name}): {gb(self.h2d_bytes)} to the device{link}{busy}, {gb(self.d2h_bytes)} back",
                 f"plan: {_moved(plan)}; {resident} of {counted(plan.num_blocks, 'block')} "
-                f"{'stays' if resident == 1 else 'stay'} on the device; host {gb(self.host_bytes)}; K/V "
+                f"{'stays' if resident == 1 else 'stay'} on the device halfway; host {gb(self.host_bytes)}; K/V "
                 + ("exact" if self.exact else "recomputed in half precision"),
                 self._verdict(step),
             ]
@@ -83,6 +83,8 @@ class GenerationStats:
         full = self.plan.full_transfer_step_s
         if step_s is None:
             return "verdict: none, no decode step was run: the first token comes from the prefill, generate more"
+        if not self.h2d_bytes:
+            return "verdict: none, nothing crossed the link: the whole cache stayed on the device"
         if not full and not self.link_has_speed:
             return (
                 "verdict: none, this link copies as fast as it can and has no speed to predict with: give it one with "
