@@ -260,3 +260,130 @@ def test_an_empty_cache_is_copied(model: PreTrainedModel) -> None:
         copied = copy.deepcopy(session.new_cache())
         ids = prompt(1, 12)
         assert torch.equal(model(ids, **given(copied)).logits.argmax(-1), model(ids).logits.argmax(-1))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def held(session: Session) -> int:
+    """Device memory that the session accounts for."""
+    return sum(session.engine.account.held_bytes.values())
+
+
+def test_copies_that_go_on_by_themselves_take_what_they_add(model: PreTrainedModel) -> None:
+    with kvoffload.offload(model, WAYS["transfer"]) as session, torch.no_grad():
+        cache = session.new_cache()
+        model(prompt(2, 400), **given(cache))
+        before = session.pool.used_bytes
+        copies = [copy.deepcopy(cache) for _ in range(10)]
+        for idx, copied in enumerate(copies):
+            model(prompt(2, 5, seed=idx), **given(copied))
+        block_bytes = before // 100
+        assert session.pool.used_bytes <= before + 10 * 4 * block_bytes
+
+
+def test_the_cap_on_the_device_holds_for_all_copies_together(model: PreTrainedModel) -> None:
+    cap = 400_000
+    with kvoffload.offload(model, replace(WAYS["resident"], device_gib=cap / GIB)) as session, torch.no_grad():
+        cache, ids = session.new_cache(), prompt(2, 41)
+        model.generate(ids, **given(cache), **COMMON)
+        for idx, copied in enumerate([copy.deepcopy(cache) for _ in range(4)]):
+            text = torch.cat([ids, prompt(2, 90, seed=idx)], 1)
+            wanted = model.generate(text, **COMMON).sequences if idx == 3 else None
+            copied.crop(41 - copied.get_seq_length())
+            found = model.generate(text, **given(copied), **COMMON).sequences
+            assert wanted is None or torch.equal(found, wanted)
+            assert held(session) <= cap
+
+
+def test_what_copies_share_on_the_device_counts_until_the_last_is_closed(model: PreTrainedModel) -> None:
+    with kvoffload.offload(model, WAYS["resident"]) as session, torch.no_grad():
+        cache = session.new_cache()
+        model(prompt(2, 120), **given(cache))
+        alone = held(session)
+        copied = copy.deepcopy(cache)
+        tails = sum(layer.tail.device_bytes for layer in copied.core.layers)
+        assert held(session) == alone + tails
+        cache.close()
+        assert held(session) == alone
+        copied.close()
+        assert held(session) < alone - tails
+
+
+def test_a_copy_for_which_there_is_no_memory_leaves_nothing(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with kvoffload.offload(model, WAYS["half"]) as session, torch.no_grad():
+        cache = session.new_cache()
+        model(prompt(2, 60), **given(cache))
+        before, calls = held(session), []
+        allocate = session.backend.allocate_device
+
+        def out_of_memory(num_bytes: int) -> torch.Tensor:
+            calls.append(num_bytes)
+            if len(calls) == 5:
+                raise torch.OutOfMemoryError("simulated")
+            return allocate(num_bytes)
+
+        monkeypatch.setattr(session.backend, "allocate_device", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            copy.deepcopy(cache)
+        monkeypatch.undo()
+        assert held(session) == before
+        assert model(prompt(2, 1), **given(cache)).logits.isfinite().all()
+        cache.close()
+        assert session.pool.used_bytes == 0
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_turn_after_rows_were_repeated_has_buffers_for_all_of_them(way: str, model: PreTrainedModel) -> None:
+    def talk(cache: Any) -> torch.Tensor:
+        text = model.generate(prompt(1, 41), **given(cache), **COMMON).sequences
+        cache.batch_repeat_interleave(2)
+        text = torch.cat([text.repeat_interleave(2, 0), prompt(2, 3, seed=4)], 1)
+        answer: torch.Tensor = model.generate(text, **given(cache), **COMMON).sequences
+        return answer
+
+    with torch.no_grad():
+        wanted = talk(plain_cache(model))
+        with Session(model, WAYS[way], CheckingBackend(EmulatedBackend(FAST_LINK))) as session:
+            assert torch.equal(talk(session.new_cache()), wanted)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_of_one_prompt_that_part_after_a_crop_are_stored_apart(way: str, model: PreTrainedModel) -> None:
+    """Returned by beams, whose prompt is stored once."""
+    with Session(model, WAYS[way], CheckingBackend(EmulatedBackend(FAST_LINK))), torch.no_grad():
+        for is_selected in (False, True):
+            given_back = model.generate(prompt(2, 41), num_beams=3, **{**COMMON, "output_logits": False})
+            ours = getattr(given_back, "cache", None) or given_back.past_key_values
+            plain = plain_cache(model)
+            model(prompt(2, 41).repeat_interleave(3, 0), **given(plain))
+            pair = Pair(model, plain, ours, 6)
+            ours.crop(41 - ours.get_seq_length())
+            for chat in pair.chats:
+                chat.mask = torch.ones(6, 41, dtype=torch.long)
+            if is_selected:
+                pair.do(lambda chat: chat.select(0, 3))
+            pair.do(lambda chat: chat.crop(14))
+            for step in range(12):  # the first token differs by row, those behind are alike
+                tokens = prompt(6, 1, seed=step) if step == 0 else prompt(1, 1, seed=step).expand(6, 1)
+                for chat in pair.chats:
+                    rows = chat.mask.shape[0]
+                    chat.mask = torch.cat([chat.mask, torch.ones(rows, 1, dtype=torch.long)], 1)
+                    out = model(tokens[:rows], attention_mask=chat.mask, **given(chat.cache))
+                    chat.logits.append(out.logits[:, -1])
+            assert pair.error <= TOLERANCE
+            ours.close()
+
+
+def test_a_turn_that_is_refused_leaves_the_cache_as_it_was(model: PreTrainedModel) -> None:
+    with kvoffload.offload(model, replace(WAYS["transfer"], host_gib=0.002)) as session, torch.no_grad():
+        cache, ids = session.new_cache(), prompt(2, 40)
+        model(ids, **given(cache))
+        with pytest.raises(kvoffload.KVOffloadError, match="host memory"):
+            model.generate(ids, **given(cache), **{**COMMON, "max_new_tokens": 100_000})
+        assert cache.get_seq_length() == 40

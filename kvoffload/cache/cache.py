@@ -5,6 +5,8 @@ Owns reordering, cropping and copying over layers; a layer itself is in layer.py
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 
 from kvoffload.cache.layer import CacheLayer
@@ -41,6 +43,7 @@ class CacheCore(CacheState):
         super().__init__(engine, pool, placement, rows=rows, prompt_copies=prompt_copies)
         self.layers = [CacheLayer(self, position) for position in range(num_layers)]
         self.sources = self.layers
+        self._family: weakref.WeakSet[CacheCore] = weakref.WeakSet([self])  # copies, which share device memory
 
     @property
     def recomputed_tokens(self) -> int:
@@ -85,6 +88,8 @@ class CacheCore(CacheState):
                 layer.tail.select_rows(indices)
         self.positions.select(indices, self.row_table.num_blocks * self.placement.block_tokens, self.rows)
         self.row_table.select(indices)
+        if indices.numel() != self.rows:
+            self.prompt_copies = 1  # groups of rows may be cut
         self.rows = indices.numel()
 
     def crop(self, tokens: int) -> None:
@@ -109,15 +114,24 @@ class CacheCore(CacheState):
             self.engine.prefetch(self)
 
     def fork(self) -> CacheCore:
-        """A copy, between two forwards: it shares all blocks with this one, and from now on each goes its own way."""
+        """A copy, between two forwards: it shares all blocks with this one, and from now on each goes its own way.
+
+        Whatever interrupts it, nothing of the copy is left.
+        """
         other = CacheCore(
             self.engine, self.pool, self.placement, num_layers=0, rows=self.rows, prompt_copies=self.prompt_copies
         )
         other.is_recording = self.is_recording
         other.positions, other.row_table = self.positions.fork(), self.row_table.fork()
         other._claimed_copies = self._claimed_copies
-        other.layers = [layer.fork(other) for layer in self.layers]
-        other.sources = other.layers
+        other.sources, other._family = other.layers, self._family
+        try:
+            for layer in self.layers:
+                other.layers.append(layer.fork(other))
+        except BaseException:
+            other.reset()
+            raise
+        self._family.add(other)
         return other
 
     def reset(self) -> None:
@@ -126,3 +140,6 @@ class CacheCore(CacheState):
         for layer in self.layers:
             layer.close()
         self.forget_rows()
+        for other in self._family:  # what was shared counts for another one now
+            if other is not self:
+                other.account_all()

@@ -81,7 +81,7 @@ class CacheLayer:
 
     @property
     def resident_places(self) -> dict[FormName, int]:
-        """Blocks that memory on the device was made for, by form."""
+        """Blocks that there are on the device or that can come there, by form."""
         return self._memory.resident_places
 
     def kv_offset(self, first_block: int) -> int:
@@ -241,7 +241,7 @@ class CacheLayer:
             return
         bt = self.cache.placement.block_tokens
         if num_full:
-            copies = self.cache.claim_blocks(len(self.blocks) + num_full, new)
+            copies = self.cache.claim_blocks(len(self.blocks) + num_full, self.tail, new)
             leaving = Leaving(self.tail, new, self.num_stored_tokens, 0, num_full * bt, copies)
             rows = self.cache.rows // copies
             runs = self._next_runs(num_full, rows, leaving)
@@ -329,10 +329,10 @@ class CacheLayer:
         """
         other = CacheLayer(cache, self.position)
         other.blocks, other.shape, other._reopened = list(self.blocks), self.shape, self._reopened
+        other.tail = None if self.tail is None else self.tail.fork()  # before anything is shared: it takes memory
         other.forms = {name: form.fork(cache.positions, cache.work) for name, form in self.forms.items()}
         other.is_full_precision, other.is_segmented = self.is_full_precision, self.is_segmented
         other.awaits_crop = self.awaits_crop
-        other.tail = None if self.tail is None else self.tail.fork()
         other._memory = self._memory.fork()
         other.account()
         return other

@@ -19,8 +19,10 @@ from kvoffload.store.carried import CarriedPositions
 from kvoffload.store.pool import HostPool
 from kvoffload.store.positions import PositionTable
 from kvoffload.store.row_table import RowTable
-from kvoffload.store.tail import NewTokens
+from kvoffload.store.tail import NewTokens, Tail
 from kvoffload.store.verification import rows_are_alike
+
+CACHE_ACCOUNT = "cache "  # how the accounts of device memory of caches begin
 
 
 class CacheState:
@@ -55,10 +57,20 @@ class CacheState:
     def account(self, layer: int, num_bytes: int) -> None:
         """Tell the engine how much device memory a layer holds now."""
         self._layer_bytes[layer] = num_bytes
-        self.engine.account.note(f"cache {id(self)}", sum(self._layer_bytes.values()) + self.positions.device_bytes)
+        self.engine.account.note(self.account_name, sum(self._layer_bytes.values()) + self.positions.device_bytes)
 
-    def claim_blocks(self, num_blocks: int, new: NewTokens) -> int:
+    @property
+    def account_name(self) -> str:
+        """Of its device memory."""
+        return f"{CACHE_ACCOUNT}{id(self)}"
+
+    def claim_blocks(self, num_blocks: int, tail: Tail, new: NewTokens) -> int:
         """Called by each layer before it stores blocks up to `num_blocks`; the first one extends the row table.
+
+        Args:
+            num_blocks: with what is stored now.
+            tail: of the layer, which with `new` has the tokens to be stored.
+            new: tokens of this forward.
 
         Returns:
             How many consecutive logical rows each stored row stands for: more than 1 for prompt blocks of beams,
@@ -72,7 +84,7 @@ class CacheState:
             copies = self.prompt_copies
             if num_blocks * self.placement.block_tokens > self.placement.prompt_tokens:
                 copies = 1
-            if copies > 1 and not new.rows_are_copies(copies):
+            if copies > 1 and not (tail.rows_are_copies(copies) and new.rows_are_copies(copies)):
                 self.prompt_copies = copies = 1
             self.row_table.extend(missing, self.rows, copies)
             self._claimed_copies = copies
@@ -127,4 +139,4 @@ class CacheState:
         self.positions = PositionTable(self.placement.max_tokens or 0)
         self.rows, self.prompt_copies = 0, 1
         self._layer_bytes.clear()
-        self.engine.account.note(f"cache {id(self)}", 0)
+        self.engine.account.note(self.account_name, 0)

@@ -16,6 +16,7 @@ from typing import Any
 
 from kvoffload import hf
 from kvoffload.cache.layer import CacheLayer
+from kvoffload.cache.state import CACHE_ACCOUNT
 from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.geometry import Geometry
@@ -124,7 +125,8 @@ class CachePlans:
             prompt_tokens: of the turn, those that are cached already among them; 0 if unknown.
             max_tokens: cached at its end.
         """
-        before, layers = self._plans[cache], cache.core.layers
+        configured = before = self._plans[cache]
+        layers = cache.core.layers
         if cache.core.rows > before.geometry.rows:  # they were repeated since
             before = self._widened(before, cache.core.rows)
         chosen = self._plans[cache] = self._later.prolong(
@@ -137,8 +139,9 @@ class CachePlans:
             kv_row_bytes=max((layer.shape.row_bytes for layer in layers if layer.shape is not None), default=0),
             host_held_bytes=self._pool.slab_bytes,
             device_held_bytes=self._device_held_bytes,
+            device_others_bytes=self._held_by_others(cache),
         )
-        changed = chosen.sizes != before.sizes or self._configured_for() is not cache
+        changed = chosen.sizes != configured.sizes or self._configured_for() is not cache
         cache.core.placement = chosen.placement
         if chosen.placement.chunk_blocks != before.placement.chunk_blocks:
             cache.core.regroup()
@@ -341,6 +344,12 @@ class CachePlans:
             scratch_bytes=sizes.scratch_bytes,
         )
         self._configured_for = weakref.ref(cache)
+
+    def _held_by_others(self, cache: hf.OffloadedHFCache) -> int:
+        """Device memory of the other caches' layers."""
+        mine = cache.core.account_name
+        held = self._engine.account.held_bytes
+        return sum(size for name, size in held.items() if name.startswith(CACHE_ACCOUNT) and name != mine)
 
     @property
     def _device_held_bytes(self) -> int:

@@ -173,11 +173,6 @@ class GenerateCalls:
             cache.check_rows(batch_size * copies)
             vars(cache)["_is_user_defined"] = True  # what transformers does to a cache it is given
             prompt_tokens = min(generation.prompt_tokens, max_cache_length)
-            mask = model_kwargs.get("attention_mask")
-            # as transformers tells a whole prompt from its newest tokens
-            num_masked = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
-            if num_masked == prompt_tokens:
-                cache.take_back_last(prompt_tokens)
             if cache in self._plans:
                 self._plans.prolong(cache, prompt_tokens, max_cache_length)
             elif prompt_tokens and not cache.core.layers[0].num_tokens:
@@ -186,6 +181,11 @@ class GenerateCalls:
                 )
                 self._shorten_prefill(generation_config, cache, prompt_tokens)
             generation.use(cache)  # from now on an error closes it
+            mask = model_kwargs.get("attention_mask")
+            # as transformers tells a whole prompt from its newest tokens
+            num_masked = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+            if num_masked == prompt_tokens:
+                cache.take_back_last(prompt_tokens)
         model_kwargs[hf.generation_name()] = cache
         generation.setup_before_forward_s += time.perf_counter() - began
         return None
@@ -246,9 +246,9 @@ class GenerateCalls:
         The rates of real steps may change the form of blocks still to come.
         """
         generation = self.current
-        if cache not in self._plans or generation is None or not generation.is_decoding:
+        if generation is None or generation.cache is not cache or not generation.is_decoding:
             return
-        if not self._plans[cache].placement.may_become:
+        if cache not in self._plans or not self._plans[cache].placement.may_become:
             return
         self._plans.follow(cache)
         plan, left = self._plans[cache], cache.core.placement.block_tokens - cache.core.layers[0].tail_tokens

@@ -48,6 +48,7 @@ class LaterPlans:
         is_uniform: bool,
         host_held_bytes: int,
         device_held_bytes: int,
+        device_others_bytes: int,
     ) -> GenerationPlan:
         """Plan anew for a further turn of a cache: what is stored stays, sizes and the form of new blocks follow.
 
@@ -56,11 +57,12 @@ class LaterPlans:
             max_tokens: cached at the end of the turn.
             prompt_tokens: cached when its first token is decoded.
             on_host: blocks of each layer on the host, by form.
-            on_device: blocks of each layer that memory on the device was made for, by form.
+            on_device: blocks of each layer that are on the device or that there are places for, by form.
             kv_row_bytes: K and V of one token of one sequence in the widest layer.
             is_uniform: whether all layers attend chunk by chunk, or all over whole layers; else sizes stay.
             host_held_bytes: host memory the session holds already.
             device_held_bytes: device memory the session holds already, and will use again.
+            device_others_bytes: device memory that other caches of the session hold.
 
         Raises:
             HostMemoryError: before any token of that turn, with the numbers.
@@ -77,7 +79,9 @@ class LaterPlans:
         anew = None
         if is_uniform:
             there = (on_host, on_device)
-            anew = self._planned_anew(longer, prompt_tokens, *there, kv_row_bytes, device_held_bytes)
+            anew = self._planned_anew(
+                longer, prompt_tokens, *there, kv_row_bytes, device_held_bytes, device_others_bytes
+            )
             anew = anew and self._planner.with_fitting_share(anew)
         if anew is None or not anew.fits_on_host:
             longer.check_host()
@@ -92,6 +96,7 @@ class LaterPlans:
         on_device: Mapping[FormName, int],
         kv_row_bytes: int,
         device_held_bytes: int,
+        device_others_bytes: int,
     ) -> GenerationPlan | None:
         """Another plan for a cache that has become longer; None where there is none. Arguments as of `prolong`."""
         geometry, host_cap, max_tokens = longer.geometry, longer.host_cap_bytes, longer.placement.max_tokens
@@ -103,7 +108,8 @@ class LaterPlans:
         resident_bytes *= geometry.num_offloaded_layers * longer.placement.block_tokens
 
         def left_beside_residents(settled: Geometry) -> int | None:
-            cap = self._planner.limits.device_cap_bytes(settled, prompt_tokens, device_held_bytes)
+            how = (longer.placement.forms, prompt_tokens, device_held_bytes, device_others_bytes)
+            cap = self._planner.device_cap_bytes(settled, *how)
             return None if cap is None else cap - resident_bytes
 
         try:

@@ -6,11 +6,13 @@ made (`generation_planner`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 PlanT = TypeVar("PlanT")
+logger = logging.getLogger(__name__)
 
 
 class PlanningAhead(Generic[PlanT]):
@@ -33,14 +35,13 @@ class PlanningAhead(Generic[PlanT]):
             self._pending = (before, self._executor.submit(make))
 
     def take(self, before: PlanT) -> PlanT | None:
-        """The plan that was made in the place of `before`, once; None while there is none.
-
-        Raises:
-            whatever making it raised.
-        """
+        """The plan that was made in the place of `before`, once; None while there is none or where making it failed."""
         if self._pending is None or not self._pending[1].done():
             return None
         (made_from, future), self._pending = self._pending, None
+        if (error := future.exception()) is not None:
+            logger.warning("the plan stays as it is, making another failed: %r", error, exc_info=error)
+            return None
         return future.result() if made_from is before else None
 
     def wait(self) -> None:

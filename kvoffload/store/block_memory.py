@@ -72,8 +72,9 @@ class BlockMemory:
             rows: logical rows.
         """
         for name, count in placement.resident.items():
-            there = sum(kept.count for kept in self._rooms.get(name, ())) + self.resident_room(rows).get(name, 0)
-            missing = count - there
+            # Places that a copy of the cache has taken are not made again: its memory is the same.
+            rooms = self._rooms.get(name, ())
+            missing = count - sum(kept.room.num_places if kept.room.rows >= rows else kept.count for kept in rooms)
             if missing > 0 and name in forms:
                 place_bytes = forms[name].num_bytes(placement.block_tokens, rows)
                 data = backend.allocate_device(missing * place_bytes)
@@ -115,8 +116,8 @@ class BlockMemory:
 
     @property
     def resident_places(self) -> dict[FormName, int]:
-        """Blocks that memory on the device was made for, by form."""
-        return {form: sum(kept.room.num_places for kept in rooms) for form, rooms in self._rooms.items()}
+        """Blocks that there are on the device or that can come there, by form."""
+        return {form: sum(kept.count + kept.num_free for kept in rooms) for form, rooms in self._rooms.items()}
 
     def resident_room(self, rows: int) -> dict[FormName, int]:
         """How many more blocks there are places for, by form.

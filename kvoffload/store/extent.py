@@ -91,10 +91,11 @@ class Extent:
         return piece
 
     def _allocate(self, num_bytes: int) -> Region:
-        """As much again as there is, where the length is not known and the pool may grow so much."""
-        if self.doubles and self.capacity_bytes > num_bytes:
+        """As much again as is its own, where the length is not known and the pool may grow so much."""
+        own_bytes = sum(piece.memory.region.num_bytes for piece in self._pieces if piece.memory.holders == 1)
+        if self.doubles and own_bytes > num_bytes:
             with contextlib.suppress(HostMemoryError):  # there may be room for what is needed now
-                return self._pool.allocate(self.capacity_bytes)
+                return self._pool.allocate(own_bytes)
         return self._pool.allocate(num_bytes)
 
     def pop(self, num_bytes: int, guard: Event | None) -> None:

@@ -142,6 +142,13 @@ class Tail:
     def device_bytes(self) -> int:
         return sum(data.numel() * data.element_size() for data in self._data.values())
 
+    def rows_are_copies(self, copies: int) -> bool:
+        """Whether each group of `copies` consecutive rows holds the same bits; waits for the device."""
+        if not self.num_tokens:
+            return True
+        groups = [data[: self.num_tokens].unflatten(1, (-1, copies)) for data in self._data.values()]
+        return all(bool((group == group[:, :, :1]).all()) for group in groups)
+
     def grow(self, tokens: int) -> bool:
         """Make room for that many tokens; whether the buffers are new."""
         capacity, rows = self._data["kv"].shape[:2]
