@@ -148,7 +148,7 @@ def half_resident_gib(
     """What everything we hold takes with half of the cache on the device."""
     assert isinstance(config.profile, HardwareProfile)
     bytes_of, shape = row_bytes(model), model_shape(model.config.get_text_config(decoder=True))
-    max_tokens = max(mode.max_tokens, mode.planned_tokens)
+    max_tokens = mode.max_tokens
     geometry = Geometry(
         num_offloaded_layers=len(offloadable_layers(model)),
         rows=mode.rows,
@@ -170,9 +170,17 @@ def half_resident_gib(
         # "auto" may keep activations there, where more tokens fit.
         row = min(bytes_of) if config.split == "auto" and can_recompute else bytes_of.kv
         tokens = geometry.num_offloaded_layers * mode.rows * mode.max_tokens
+        found = fixed + tokens * row / 2
+        sized_for = [FORMS if keeps else {PLAIN}]
         if config.split == "auto" and config.schedule == "pipelined":  # may be sized as transfer, which needs less
-            return min(fixed + tokens * row / 2, plain + tokens * bytes_of.kv * 3 / 4)
-        return fixed + tokens * row / 2
+            found = min(found, plain + tokens * bytes_of.kv * 3 / 4)
+            sized_for.append({PLAIN})
+        # Where the whole cache fits beside a smaller ring, it stays: then half of it beside that.
+        for forms in sized_for:
+            sizes = choose_sizes(geometry, config, forms=forms, device_bytes=int(found), rates=None)
+            if sizes.fixed_device_bytes + tokens * bytes_of.kv <= found:
+                found = sizes.fixed_device_bytes + tokens * row / 2
+        return found
 
     found, token_bytes = budget(geometry), position_bytes(model) if keeps else 0
     # then blocks carry them, and slots are larger
@@ -436,6 +444,8 @@ def check_cell(cell: Cell, backend: Backend | None = None) -> Run:
     if cell.device == "half":  # memory for recomputing may cost more resident blocks than it gains
         gains &= any(plan.activation_blocks + plan.resident_activation_blocks for plan in run.plans)
     wants = cell.split in ("recompute", 0.5) or (cell.split == "auto" and gains)
+    if cell.device == "half" and cell.split == 0.5:  # of a single block on the host there is no half
+        wants = any(activations + kv > 1 for _, _, activations, kv in seen.placements)
     assert (run.recomputed_tokens > 0) == (can_recompute and wants)
 
     # Placement: where the tokens of each forward were, as the plan and the split say.

@@ -46,7 +46,6 @@ class Mode(NamedTuple):
         rows: sequences decoded at once, beams included.
         sequences: rows whose prompts differ.
         max_tokens: cached at the end, at most.
-        planned_tokens: what buffers are made for; more than that for caches that may grow over several turns.
         ends_early: the last prefetched layers may never be used.
     """
 
@@ -55,7 +54,6 @@ class Mode(NamedTuple):
     sequences: int
     max_tokens: int
     ends_early: bool = False
-    planned_tokens: int = 0
 
 
 class Shape(NamedTuple):
@@ -174,7 +172,7 @@ def multi_turn(shape: Shape) -> Mode:
 
     added = TURNS * TURN_TOKENS + (TURNS - 1) * TURN_PROMPT_TOKENS
     max_tokens = shape.prompt_tokens + added - 1
-    return Mode(run, shape.rows, shape.rows, max_tokens, planned_tokens=max(256, 2 * shape.prompt_tokens))
+    return Mode(run, shape.rows, shape.rows, max_tokens)
 
 
 def returned_cache(shape: Shape) -> Mode:
