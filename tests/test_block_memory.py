@@ -85,7 +85,7 @@ def test_room_that_is_added_comes_behind_what_there_is(backend: EmulatedBackend,
     memory.make_resident(backend, placement(resident={"kv": 1}), SHAPES, ROWS)
     first = memory.keep("kv", block_bytes, ROWS).fill_(1)
     memory.make_resident(backend, placement(resident={"kv": 3}), SHAPES, ROWS)
-    assert memory.resident_places == {"kv": 3}
+    assert memory.resident_places(ROWS) == {"kv": 3}
     second, third = (memory.keep("kv", block_bytes, ROWS).fill_(idx) for idx in (2, 3))
     assert [place.unique().tolist() for place in (first, second, third)] == [[1], [2], [3]]
     assert memory.resident_room(ROWS) == {"kv": 0}

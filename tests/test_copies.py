@@ -282,18 +282,24 @@ def test_copies_that_go_on_by_themselves_take_what_they_add(model: PreTrainedMod
         assert session.pool.used_bytes <= before + 10 * 4 * block_bytes
 
 
-def test_the_cap_on_the_device_holds_for_all_copies_together(model: PreTrainedModel) -> None:
-    cap = 400_000
+@pytest.mark.parametrize("are_copies", [True, False])
+def test_the_cap_on_the_device_holds_for_all_caches_together(are_copies: bool, model: PreTrainedModel) -> None:
+    cap, ids = 400_000, prompt(2, 41)
+    texts = [torch.cat([ids, prompt(2, 90, seed=idx)], 1) for idx in range(4)]
+    wanted = [model.generate(text, **COMMON).sequences for text in texts]
     with kvoffload.offload(model, replace(WAYS["resident"], device_gib=cap / GIB)) as session, torch.no_grad():
-        cache, ids = session.new_cache(), prompt(2, 41)
+        cache = session.new_cache()
         model.generate(ids, **given(cache), **COMMON)
-        for idx, copied in enumerate([copy.deepcopy(cache) for _ in range(4)]):
-            text = torch.cat([ids, prompt(2, 90, seed=idx)], 1)
-            wanted = model.generate(text, **COMMON).sequences if idx == 3 else None
-            copied.crop(41 - copied.get_seq_length())
-            found = model.generate(text, **given(copied), **COMMON).sequences
-            assert wanted is None or torch.equal(found, wanted)
-            assert held(session) <= cap
+        caches = [copy.deepcopy(cache) for _ in range(4)] if are_copies else [session.new_cache() for _ in range(4)]
+        for one, text, answer in zip(caches, texts, wanted, strict=True):
+            one.crop(min(0, 41 - one.get_seq_length()))
+            assert torch.equal(model.generate(text, **given(one), **COMMON).sequences, answer)
+            # A further cache gets no less than works: its tails, where the first ones have taken all there was.
+            tails = sum(layer.tail.device_bytes for layer in one.core.layers)
+            spare = 0 if are_copies else tails * (1 + caches.index(one))
+            assert held(session) <= cap + spare
+            assert session.stats is not None
+            assert session.stats.device_kv_peak_decode_bytes <= cap + spare
 
 
 def test_what_copies_share_on_the_device_counts_until_the_last_is_closed(model: PreTrainedModel) -> None:

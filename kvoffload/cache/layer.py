@@ -82,7 +82,7 @@ class CacheLayer:
     @property
     def resident_places(self) -> dict[FormName, int]:
         """Blocks that there are on the device or that can come there, by form."""
-        return self._memory.resident_places
+        return self._memory.resident_places(self.cache.rows)
 
     def kv_offset(self, first_block: int) -> int:
         """Bytes from the start of a layer buffer to the place of a block's K and V."""

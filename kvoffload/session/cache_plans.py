@@ -115,7 +115,8 @@ class CachePlans:
     def prefill_chunk_tokens(self, cache: hf.OffloadedHFCache, prompt_tokens: int) -> int | None:
         """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole."""
         geometry = self._plans[cache].geometry
-        return self._planner.limits.prefill_chunk_tokens(geometry, prompt_tokens, self._device_held_bytes)
+        held_bytes, _ = self._device_bytes(cache)
+        return self._planner.limits.prefill_chunk_tokens(geometry, prompt_tokens, held_bytes)
 
     def prolong(self, cache: hf.OffloadedHFCache, prompt_tokens: int, max_tokens: int) -> None:
         """A further turn begins: plan it anew, with what is stored.
@@ -126,10 +127,10 @@ class CachePlans:
             max_tokens: cached at its end.
         """
         configured = before = self._plans[cache]
-        layers = cache.core.layers
+        layers, (held_bytes, others_bytes) = cache.core.layers, self._device_bytes(cache)
         if cache.core.rows > before.geometry.rows:  # they were repeated since
             before = self._widened(before, cache.core.rows)
-        chosen = self._plans[cache] = self._later.prolong(
+        chosen = self._later.prolong(
             before,
             max_tokens,
             prompt_tokens=max(prompt_tokens, layers[0].num_tokens),
@@ -138,11 +139,11 @@ class CachePlans:
             is_uniform=all(layer.is_segmented == before.geometry.is_segmented for layer in layers),
             kv_row_bytes=max((layer.shape.row_bytes for layer in layers if layer.shape is not None), default=0),
             host_held_bytes=self._pool.slab_bytes,
-            device_held_bytes=self._device_held_bytes,
-            device_others_bytes=self._held_by_others(cache),
+            device_held_bytes=held_bytes,
+            device_others_bytes=others_bytes,
         )
         changed = chosen.sizes != configured.sizes or self._configured_for() is not cache
-        cache.core.placement = chosen.placement
+        self._change(cache, chosen)
         if chosen.placement.chunk_blocks != before.placement.chunk_blocks:
             cache.core.regroup()
         if changed:
@@ -275,8 +276,11 @@ class CachePlans:
             self._plans[other] = self._plans[cache]
 
     def _change(self, cache: hf.OffloadedHFCache, chosen: GenerationPlan) -> None:
+        """Another plan holds from now on; buffers stay as they are."""
         self._plans[cache] = chosen
         cache.core.placement = chosen.placement
+        if self._configured_for() is cache:
+            self._engine.stage_limit_bytes = chosen.stage_limit_bytes  # more resident blocks leave less for stages
 
     def _lay_out_anew(self, cache: hf.OffloadedHFCache, first: hf.FirstTokens, prompt_tokens: int, **how: Any) -> None:
         """Plan again for what an empty cache is really given."""
@@ -315,20 +319,21 @@ class CachePlans:
             other_device_bytes=self._planner.shape.other_layers_bytes(rows, longest),
             is_segmented=self._offers_segments if is_segmented is None else is_segmented,
         )
+        held_bytes, others_bytes = self._device_bytes(cache)
         chosen = self._planner.plan_for(
             geometry,
             prompt_tokens=prompt_tokens,
             knows_length=max_tokens is not None,
             host_held_bytes=self._pool.slab_bytes,
-            device_held_bytes=self._device_held_bytes,
+            device_held_bytes=held_bytes,
+            device_others_bytes=others_bytes,
             can_recompute=can_recompute,
         )
         self._apply(cache, replace(chosen, placement=replace(chosen.placement, lives_on=lives_on)))
         cache.core.rows, cache.core.prompt_copies = rows, copies
 
     def _apply(self, cache: hf.OffloadedHFCache, chosen: GenerationPlan) -> None:
-        self._plans[cache] = chosen
-        cache.core.placement = chosen.placement
+        self._change(cache, chosen)
         self._configure(cache)
         self._progress.expect(self._pool.used_bytes + chosen.plan.host_bytes)
 
@@ -345,12 +350,9 @@ class CachePlans:
         )
         self._configured_for = weakref.ref(cache)
 
-    def _held_by_others(self, cache: hf.OffloadedHFCache) -> int:
-        """Device memory of the other caches' layers."""
-        mine = cache.core.account_name
-        held = self._engine.account.held_bytes
-        return sum(size for name, size in held.items() if name.startswith(CACHE_ACCOUNT) and name != mine)
-
-    @property
-    def _device_held_bytes(self) -> int:
-        return self._engine.account.total_bytes
+    def _device_bytes(self, cache: hf.OffloadedHFCache) -> tuple[int, int]:
+        """Device memory that the session holds and this cache will use again, and that of its other caches' layers."""
+        account, mine = self._engine.account, cache.core.account_name
+        others = (name for name in account.held_bytes if name.startswith(CACHE_ACCOUNT) and name != mine)
+        others_bytes = sum(account.held_bytes[name] for name in others)
+        return account.total_bytes - others_bytes, others_bytes

@@ -10,7 +10,7 @@ how much memory may be taken (`memory_limits`), the timing (`measured_rates`), n
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.placement import PLAIN, FormName, Placement
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.problem import does_without, host_bytes_at, may_do_without, mean_tokens, pose
-from kvoffload.planning.sizing import planned_forms, smallest_sizes, split_to_plan
+from kvoffload.planning.sizing import planned_forms, split_to_plan
 from kvoffload.session.generation_plan import GenerationPlan, planned_resident, resident_with_room, stored_options
 from kvoffload.session.measured_rates import MeasuredRates
 from kvoffload.session.memory_limits import MemoryLimits
@@ -123,8 +123,8 @@ class GenerationPlanner:
             self.profile(),
             is_emulated=self.backend.emulated,
             cached_tokens=mean_tokens(prompt_tokens, geometry.max_tokens),
-            device_cap_bytes=lambda settled: self.device_cap_bytes(
-                settled, forms, prompt_tokens, device_held_bytes, device_others_bytes
+            device_cap_bytes=lambda settled: self.limits.device_cap_bytes(
+                settled, prompt_tokens, device_held_bytes, device_others_bytes
             ),
             host_cap_bytes=host_cap,
             can_recompute=can_recompute,
@@ -156,23 +156,6 @@ class GenerationPlanner:
         chosen = self.with_fitting_share(chosen)
         chosen.check_host()
         return chosen
-
-    def device_cap_bytes(
-        self, geometry: Geometry, forms: Collection[FormName], prompt_tokens: int, held_bytes: int, others_bytes: int
-    ) -> int | None:
-        """The cap on device memory for one cache: less what others hold, but never less than works; None as it is.
-
-        Args:
-            geometry: of the cache.
-            forms: that its blocks may have.
-            prompt_tokens: of the prompt.
-            held_bytes: device memory the session holds already, and will use again.
-            others_bytes: device memory that other caches of the session hold.
-        """
-        cap = self.limits.device_cap_bytes(geometry, prompt_tokens, held_bytes)
-        if cap is None or not others_bytes:
-            return cap
-        return max(cap - others_bytes, min(cap, smallest_sizes(geometry, self.config, forms=forms).fixed_device_bytes))
 
     def with_fitting_share(self, chosen: GenerationPlan) -> GenerationPlan:
         """The same with as many activations as it takes to fit on the host at the full length.

@@ -8,7 +8,7 @@ and the rates measured since. Does not own the first plan (`generation_planner`)
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from kvoffload.errors import InfeasiblePlanError
@@ -78,10 +78,12 @@ class LaterPlans:
         )
         anew = None
         if is_uniform:
-            there = (on_host, on_device)
-            anew = self._planned_anew(
-                longer, prompt_tokens, *there, kv_row_bytes, device_held_bytes, device_others_bytes
-            )
+
+            def cap_bytes(settled: Geometry) -> int | None:
+                held = (device_held_bytes, device_others_bytes)
+                return self._planner.limits.device_cap_bytes(settled, prompt_tokens, *held)
+
+            anew = self._planned_anew(longer, prompt_tokens, on_host, on_device, kv_row_bytes, cap_bytes)
             anew = anew and self._planner.with_fitting_share(anew)
         if anew is None or not anew.fits_on_host:
             longer.check_host()
@@ -95,10 +97,12 @@ class LaterPlans:
         on_host: Mapping[FormName, int],
         on_device: Mapping[FormName, int],
         kv_row_bytes: int,
-        device_held_bytes: int,
-        device_others_bytes: int,
+        cap_bytes: Callable[[Geometry], int | None],
     ) -> GenerationPlan | None:
-        """Another plan for a cache that has become longer; None where there is none. Arguments as of `prolong`."""
+        """Another plan for a cache that has become longer; None where there is none.
+
+        Arguments as of `prolong`; `cap_bytes` is the cap on device memory, given the geometry with its chunk sizes.
+        """
         geometry, host_cap, max_tokens = longer.geometry, longer.host_cap_bytes, longer.placement.max_tokens
         assert max_tokens is not None
         # Blocks have the tokens they have, and stay where they are: those to come may be resident as well.
@@ -108,8 +112,7 @@ class LaterPlans:
         resident_bytes *= geometry.num_offloaded_layers * longer.placement.block_tokens
 
         def left_beside_residents(settled: Geometry) -> int | None:
-            how = (longer.placement.forms, prompt_tokens, device_held_bytes, device_others_bytes)
-            cap = self._planner.device_cap_bytes(settled, *how)
+            cap = cap_bytes(settled)
             return None if cap is None else cap - resident_bytes
 
         try:

@@ -39,7 +39,9 @@ class MemoryLimits:
 
     # ---- device --------------------------------------------------------------------------------------------------
 
-    def device_cap_bytes(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int | None:
+    def device_cap_bytes(
+        self, geometry: Geometry, prompt_tokens: int, held_bytes: int, others_bytes: int = 0
+    ) -> int | None:
         """The cap on device memory; None for whatever is comfortable without resident blocks.
 
         "auto" is what a prefill leaves of the free memory, and where that is too little for anything, what is least.
@@ -48,16 +50,18 @@ class MemoryLimits:
             geometry: of the cache.
             prompt_tokens: tokens of the prompt.
             held_bytes: device memory the session holds already, and will use again.
+            others_bytes: device memory that its other caches hold; leaves no less than works.
         """
         setting = self._config.device_gib
         if setting == "min" or (setting == "auto" and self._backend.emulated):
             return None
+        least = smallest_sizes(geometry, self._config, forms=planned_forms(self._config, geometry)).fixed_device_bytes
         if setting != "auto":
-            return int(float(setting) * GIB)
+            cap = int(float(setting) * GIB)
+            return max(cap - others_bytes, min(cap, least))
         tokens = self.prefill_chunk_tokens(geometry, prompt_tokens, held_bytes) or prompt_tokens
         room = self._free_device_bytes(held_bytes) - self._prefill_peak_bytes(geometry, tokens)
-        forms = planned_forms(self._config, geometry)
-        return max(room, smallest_sizes(geometry, self._config, forms=forms).fixed_device_bytes)
+        return max(room, least)
 
     def prefill_chunk_tokens(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int | None:
         """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole.

@@ -96,11 +96,6 @@ class Session:
         return self._calls.stats
 
     @property
-    def num_generations(self) -> int:
-        """Calls of `generate()` so far."""
-        return self.progress.generations
-
-    @property
     def num_forwards(self) -> int:
         """Forwards of the model that came to the first offloaded layer so far."""
         return self.progress.forwards
@@ -121,12 +116,12 @@ class Session:
             return
         self.is_closed = True
         self._hooks.remove()
-        self._plans.close()
         if self._segment_attention is not None:
             self._segment_attention.remove()
         self._calls.remove()
         del vars(self.model)["_kvoffload_session"]
         try:
+            self._plans.close()
             for cache in list(self._caches):
                 cache.close()
             self._reap()

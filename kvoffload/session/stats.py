@@ -72,7 +72,7 @@ class GenerationStats:
                 f"{self.tokens_per_s:.1f} tokens/s",
                 f"link ({self.link_name}): {gb(self.h2d_bytes)} to the device{link}{busy}, {gb(self.d2h_bytes)} back",
                 f"plan: {_moved(plan)}; {resident} of {counted(plan.num_blocks, 'block')} "
-                f"{'stays' if resident == 1 else 'stay'} on the device halfway; host {gb(self.host_bytes)}; K/V "
+                f"{'stays' if resident == 1 else 'stay'} on the device; host {gb(self.host_bytes)}; K/V "
                 + ("exact" if self.exact else "recomputed in half precision"),
                 self._verdict(step),
             ]

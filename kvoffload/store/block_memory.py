@@ -114,10 +114,10 @@ class BlockMemory:
             found = self._extents[form] = Extent(self._pool, doubles=self._doubles)
         return found
 
-    @property
-    def resident_places(self) -> dict[FormName, int]:
-        """Blocks that there are on the device or that can come there, by form."""
-        return {form: sum(kept.count + kept.num_free for kept in rooms) for form, rooms in self._rooms.items()}
+    def resident_places(self, rows: int) -> dict[FormName, int]:
+        """Blocks that there are on the device or that can come there, by form; see `resident_room`."""
+        room = self.resident_room(rows)
+        return {form: sum(kept.count for kept in rooms) + room[form] for form, rooms in self._rooms.items()}
 
     def resident_room(self, rows: int) -> dict[FormName, int]:
         """How many more blocks there are places for, by form.

@@ -62,10 +62,6 @@ class Extent:
     def used_bytes(self) -> int:
         return sum(piece.used_bytes for piece in self._pieces)
 
-    @property
-    def num_pieces(self) -> int:
-        return len(self._pieces)
-
     def reserve(self, num_bytes: int) -> None:
         """Make room for that many bytes in all, in one piece if nothing was reserved before."""
         room = sum(piece.room_bytes for piece in self._pieces)
