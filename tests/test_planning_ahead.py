@@ -19,6 +19,11 @@ from kvoffload.planning import planner
 from kvoffload.session.planning_ahead import PlanningAhead
 
 
+def wait(ahead: PlanningAhead[str]) -> None:
+    assert ahead._pending is not None
+    ahead._pending[1].exception()
+
+
 @pytest.fixture
 def ahead() -> Iterator[PlanningAhead[str]]:
     ahead: PlanningAhead[str] = PlanningAhead()
@@ -39,14 +44,14 @@ def test_a_plan_is_taken_once_when_it_is_ready(ahead: PlanningAhead[str]) -> Non
     assert ahead.take(before) is None
     ahead.start(before, lambda: "another")  # one at a time
     may_end.set()
-    ahead.wait()
+    wait(ahead)
     assert ahead.take(before) == "after"
     assert ahead.take(before) is None
 
 
 def test_a_plan_made_for_what_does_not_hold_any_more_is_dropped(ahead: PlanningAhead[str]) -> None:
     ahead.start("before", lambda: "after")
-    ahead.wait()
+    wait(ahead)
     assert ahead.take("something else") is None
     assert ahead.take("before") is None
 
@@ -59,14 +64,15 @@ def test_a_plan_that_cannot_be_made_leaves_the_old_one_in_force(
 
     before = "before"
     ahead.start(before, fail)
-    ahead.wait()
+    wait(ahead)
     assert ahead.take(before) is None
     assert "no room" in caplog.text
     ahead.start(before, lambda: "after")
-    ahead.wait()
+    wait(ahead)
     assert ahead.take(before) == "after"
 
 
+@pytest.mark.timing
 def test_no_token_waits_for_the_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny("llama", num_key_value_heads=4), prompt(1, 37)
     wanted = model.generate(ids, **{**COMMON, "max_new_tokens": 24}).sequences

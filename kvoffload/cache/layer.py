@@ -18,6 +18,7 @@ from kvoffload.cache.state import CacheState
 from kvoffload.pipeline.cargo import Cargo
 from kvoffload.pipeline.chunks import Chunk, chunks_of, joined, resident_spans
 from kvoffload.pipeline.write_back import WriteBack
+from kvoffload.planning.forms import FORMS
 from kvoffload.planning.placement import BlockRun, FormName, Kind, Tier, next_runs
 from kvoffload.store import forms
 from kvoffload.store.block import Block, Place, Span
@@ -149,7 +150,7 @@ class CacheLayer:
         placement, rows = self.cache.placement, self.cache.rows
         self.shape = KVShape.of(keys, values)
         self.forms |= forms.made_of_kv(placement.forms - self.forms.keys(), self.shape)
-        parts = {form.part for name, form in self.forms.items() if name in placement.forms}
+        parts = {FORMS[name].made_of for name in placement.forms & self.forms.keys()}
         hidden = None
         if activation is not None and "activation" in parts:
             hidden = RowShape(activation.shape[2], activation.dtype)
@@ -250,7 +251,7 @@ class CacheLayer:
             start = 0
             for form, tier, count in runs:
                 end = start + count * bt
-                part = leaving._replace(first_token=leaving.first_token + start, start=start, stop=end)
+                part = leaving.between(start, end)
                 if tier == "device":
                     self._keep(form, count, rows, part)
                 else:
@@ -274,7 +275,8 @@ class CacheLayer:
             resident_room=self._memory.resident_room(self.cache.rows),
             first=first,
         )
-        possible = {name for name, form in self.forms.items() if form.part in leaving.tail.parts and form.accepts(rows)}
+        kept = leaving.tail.parts
+        possible = {name for name, form in self.forms.items() if FORMS[name].made_of in kept and form.accepts(rows)}
         found = runs(possible=possible)
         while others := self._that_disagree(found, leaving):
             self.cache.warn_of_disagreement(self.position)
@@ -301,7 +303,7 @@ class CacheLayer:
         num_bytes = self.forms[form].num_bytes(bt, rows)
         for idx in range(count):
             data = self._memory.keep(form, num_bytes, self.cache.rows)
-            self.forms[form].pack(data, _part(leaving, idx * bt, (idx + 1) * bt))
+            self.forms[form].pack(data, leaving.between(idx * bt, (idx + 1) * bt))
             self.blocks.append(Block(form, rows, num_bytes, Place("device", data), leaving.row_step))
 
     def _write_back(self, to_host: WriteBack, form: FormName, count: int, rows: int, leaving: Leaving) -> None:
@@ -314,7 +316,7 @@ class CacheLayer:
             blocks = [
                 Block(form, rows, num_bytes, row_step=leaving.row_step) for _ in range(min(per_copy, count - done))
             ]
-            part = _part(leaving, done * bt, (done + len(blocks)) * bt)
+            part = leaving.between(done * bt, (done + len(blocks)) * bt)
             to_host.store(self._memory.extent(form), blocks, functools.partial(self.forms[form].pack, leaving=part))
             self.blocks += blocks
             done += len(blocks)
@@ -346,10 +348,3 @@ class CacheLayer:
         self._chunks, self._resident = (-1, ()), (-1, (), {})
         self.version += 1
         self.account()
-
-
-def _part(leaving: Leaving, start: int, stop: int) -> Leaving:
-    """Tokens `start..stop` of these."""
-    return leaving._replace(
-        first_token=leaving.first_token + start, start=leaving.start + start, stop=leaving.start + stop
-    )

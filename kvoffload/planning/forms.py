@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal
 
 from kvoffload.planning.geometry import Geometry
-from kvoffload.planning.placement import PLAIN, FormName, Kind, Tier
+from kvoffload.planning.placement import PLAIN, FormName, Kind, Part, Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +19,7 @@ class StoredForm:
 
     name: FormName
     label: str  # what people read: blocks are transferred as ...
-    made_of: Literal["kv", "activation"] = "kv"  # what of the newest tokens the device keeps for it
+    made_of: Part = "kv"  # what of the newest tokens the device keeps for it
     row_bytes: Callable[[Geometry], int]  # of a token of one stored row
     is_read_as_stored: bool = True  # False: K and V come back by work of the device (`Rates.restore_s_per_token`)
 

@@ -1,7 +1,7 @@
 """The options of a plan: each way in which a cached block serves a step, one row of a table.
 
 Owns what a block of each option costs, by resource and by tier of memory, and what a step costs besides; the program
-(`planner`) knows no option by name. Another way to hold or serve a block is another row here.
+(`program`) knows no option by name. Options follow from the rows of `forms`, each in every tier.
 
     resources   h2d, d2h   the link, by direction          device   compute on the device
                 host       work on the host's cores        dram     the host's memory
@@ -51,9 +51,7 @@ class Table(NamedTuple):
     num_blocks: int  # s: of one layer, each in one option
     chunk_blocks: int
     fixed_s: Mapping[Resource, float]  # of a step, whatever is chosen
-    capacity: Mapping[
-        Tier, int
-    ]  # bytes of blocks of one layer that fit beside everything else; negative: not even that
+    capacity: Mapping[Tier, int]  # bytes of blocks of a layer beside everything else; negative: not even that fits
     stored: tuple[int, ...]  # blocks of each option that are stored already: lower bounds
     split: float | None  # the share of recomputed blocks among those on the host; None: free
     schedule: Schedule

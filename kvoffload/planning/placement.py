@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 FormName = str  # a file of `kvoffload/store/forms/`
 Tier = Literal["device", "host"]
+Part = Literal["kv", "activation"]  # what a forward brings of a token, of which blocks are made
 TIERS: tuple[Tier, ...] = ("device", "host")
 PLAIN: FormName = "kv"  # what every block can be stored as: K and V as attention reads them
 

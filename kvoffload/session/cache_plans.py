@@ -195,7 +195,7 @@ class CachePlans:
             cache.core.carry_positions(is_carried)
         if cache.core.placement.forms == {PLAIN}:  # with what blocks carry
             return False
-        settled = cache.core.layers[0].forms.get("activation")
+        settled = cache.core.layers[0].forms.get(activations.Stored.name)
         layout = settled.layout if isinstance(settled, activations.Stored) else None
         form = first.recomputing_form(None if layout is None else layout.row_bytes)
         if form is None:

@@ -44,11 +44,6 @@ class PlanningAhead(Generic[PlanT]):
             return None
         return future.result() if made_from is before else None
 
-    def wait(self) -> None:
-        """Block until no plan is in the making."""
-        if self._pending is not None:
-            self._pending[1].exception()
-
     def close(self) -> None:
         """End the thread; a plan in the making is dropped."""
         if self._executor is not None:

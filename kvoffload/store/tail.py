@@ -7,13 +7,12 @@ of tokens that lie partly in the tail and partly in this forward. Does not know 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from kvoffload.backend import Backend
-
-Part = Literal["kv", "activation"]  # what a forward brings of a token, of which blocks are made
+from kvoffload.planning.placement import Part
 
 
 class KVShape(NamedTuple):
@@ -85,12 +84,7 @@ class NewTokens(NamedTuple):
 
     def rows_are_copies(self, copies: int) -> bool:
         """Whether each group of `copies` consecutive rows holds the same bits (GEMM rows may differ in the last)."""
-        for part in self:
-            if part is not None:
-                groups = part.unflatten(1, (-1, copies))
-                if not bool((groups == groups[:, :, :1]).all()):
-                    return False
-        return True
+        return all(_are_copies(part, copies) for part in self if part is not None)
 
 
 class Tail:
@@ -144,10 +138,7 @@ class Tail:
 
     def rows_are_copies(self, copies: int) -> bool:
         """Whether each group of `copies` consecutive rows holds the same bits; waits for the device."""
-        if not self.num_tokens:
-            return True
-        groups = [data[: self.num_tokens].unflatten(1, (-1, copies)) for data in self._data.values()]
-        return all(bool((group == group[:, :, :1]).all()) for group in groups)
+        return not self.num_tokens or all(_are_copies(data[: self.num_tokens], copies) for data in self._data.values())
 
     def grow(self, tokens: int) -> bool:
         """Make room for that many tokens; whether the buffers are new."""
@@ -231,3 +222,9 @@ class Tail:
             self._data = self._allocate(capacity, indices.numel())
         for part, data in old.items():
             self._data[part][: self.num_tokens] = data[: self.num_tokens].index_select(1, indices)
+
+
+def _are_copies(part: torch.Tensor, copies: int) -> bool:
+    """Whether each group of `copies` consecutive rows of [tokens, rows, ...] holds the same bits."""
+    groups = part.unflatten(1, (-1, copies))
+    return bool((groups == groups[:, :, :1]).all())

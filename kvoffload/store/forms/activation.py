@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from kvoffload.backend import Backend
+from kvoffload.planning.placement import Part
 from kvoffload.store.block import Span
 from kvoffload.store.carried import CarriedPositions, PositionLayout
 from kvoffload.store.device_memory import DeviceMemory
 from kvoffload.store.forms.form import Form, Leaving, attention_layout
 from kvoffload.store.positions import PositionStore, PositionTable
-from kvoffload.store.tail import KVShape, Part, RowShape
+from kvoffload.store.tail import KVShape, RowShape
 from kvoffload.store.verification import Probe, Recompute, reproduces, sampled
 
 
@@ -37,7 +38,6 @@ class Stored(Form):
     """
 
     name = "activation"
-    part: Part = "activation"  # type: ignore[misc]
 
     def __init__(
         self,

@@ -14,11 +14,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from kvoffload.kernels import ops
-from kvoffload.planning.placement import FormName
+from kvoffload.planning.placement import FormName, Part
 from kvoffload.store.block import Span
 from kvoffload.store.device_memory import DeviceMemory
 from kvoffload.store.positions import PositionStore
-from kvoffload.store.tail import KVShape, NewTokens, Part, RowShape, Tail
+from kvoffload.store.tail import KVShape, NewTokens, RowShape, Tail
 
 
 class Leaving(NamedTuple):
@@ -33,6 +33,10 @@ class Leaving(NamedTuple):
     start: int  # of the tail and the new tokens together
     stop: int
     row_step: int  # every so manieth row is stored
+
+    def between(self, start: int, stop: int) -> Leaving:
+        """Some of these, as numbers from `start` on."""
+        return self._replace(first_token=self.first_token + start, start=self.start + start, stop=self.start + stop)
 
     def copy(self, part: Part, out: torch.Tensor) -> None:
         """One part of these tokens into `out`, [tokens, stored rows, width]."""
@@ -51,7 +55,6 @@ class Form(ABC):
     """
 
     name: ClassVar[FormName]
-    part: ClassVar[Part] = "kv"  # what of a token it is made of, so that the tail must keep that
     row: RowShape
     shape: KVShape
 
