@@ -14,6 +14,7 @@ from kvoffload.errors import ConfigError
 from kvoffload.machine.hardware_profile import HardwareProfile
 
 GIB = 2**30
+MOST_DRAFTS = 15  # in a round: 16 tokens are checked together
 Auto = Literal["auto"]
 Schedule = Literal["pipelined", "kvpr"]
 
@@ -63,6 +64,8 @@ class OffloadConfig:
         schedule: "pipelined", or "kvpr" for the paper's schedule.
         attention: "auto" attends to each chunk where it arrives (device memory does not grow with the context) where
             the model and the call allow it and the link has a speed; "whole_layer" puts a layer's K/V together first.
+        speculate: verified drafts, several tokens for one pass over the link (docs/drafts.md). "auto" where greedy
+            decoding gains by them; a number (1..15) drafts that many, in sampling too; "off" (or 0) never.
         profile: a HardwareProfile, a path to one, or "auto" (stored for this machine, else measured once).
         link: "auto" (CUDA, else an unpaced emulated link) or an EmulatedLink.
 
@@ -79,6 +82,7 @@ class OffloadConfig:
     overlap: bool = True
     schedule: Schedule = "pipelined"
     attention: Literal["auto", "whole_layer"] = "auto"
+    speculate: Literal["auto", "off"] | int = "auto"
     profile: HardwareProfile | str | Path = "auto"
     link: Auto | EmulatedLink = "auto"
 
@@ -107,6 +111,12 @@ class OffloadConfig:
             raise ConfigError(f"schedule must be 'pipelined' or 'kvpr', got {self.schedule!r}")
         if self.attention not in ("auto", "whole_layer"):
             raise ConfigError(f"attention must be 'auto' or 'whole_layer', got {self.attention!r}")
+        is_number = isinstance(self.speculate, int) and not isinstance(self.speculate, bool)
+        if self.speculate not in ("auto", "off") and not (is_number and 0 <= int(self.speculate) <= MOST_DRAFTS):
+            raise ConfigError(
+                f"speculate must be 'auto', 'off' or a whole number of drafts from 1 to {MOST_DRAFTS}, "
+                f"got {self.speculate!r}"
+            )
         if not isinstance(self.profile, (HardwareProfile, str, Path)):
             raise ConfigError(f"profile must be 'auto', a path or a HardwareProfile, got {self.profile!r}")
         if self.link != "auto" and not isinstance(self.link, EmulatedLink):
@@ -141,6 +151,13 @@ class OffloadConfig:
             values["link"] = EmulatedLink(**link)
         _check_names("OffloadConfig", values, cls)
         return cls(**values)
+
+    @property
+    def fixed_drafts(self) -> int | None:
+        """The number of drafts the user asked for, 0 for none, or None for "auto"."""
+        if isinstance(self.speculate, str):
+            return {"auto": None, "off": 0}[self.speculate]
+        return self.speculate
 
     @property
     def fixed_split(self) -> float | None:

@@ -8,6 +8,8 @@ simulation (`simulation`) gives planned times, a backend that records (`Backend.
     attention   over chunks, the tail and the new tokens; the model's own function where that runs instead
     dense       the rest: projections, MLP, head, sampling; measured, it is what the other lanes of compute leave of a
                 step, so host time and launch gaps are in it
+    draft, verification   of a round of verified drafts: tokens drafted on what is on the device, then the pass over
+                the link that checks them; the lanes of compute are within
     wait        compute waits: measured, for the link; planned, for the link or for the host to issue something
     prefill, step, end   moments without length: a forward of the prompt begins, a decode step, nothing follows
 """
@@ -17,8 +19,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
-Lane = Literal["h2d", "d2h", "recompute", "attention", "dense", "wait", "prefill", "step", "end"]
-LANES: tuple[Lane, ...] = ("h2d", "recompute", "attention", "dense", "wait", "d2h")  # in the order people read them
+Lane = Literal[
+    "h2d", "d2h", "recompute", "attention", "dense", "draft", "verification", "wait", "prefill", "step", "end"
+]
+# in the order people read them
+LANES: tuple[Lane, ...] = ("h2d", "draft", "verification", "recompute", "attention", "dense", "wait", "d2h")
 COMPUTE: frozenset[Lane] = frozenset({"recompute", "attention", "dense", "wait"})
 _MARKS: frozenset[Lane] = frozenset({"prefill", "step", "end"})
 

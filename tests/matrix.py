@@ -10,7 +10,7 @@ import functools
 import itertools
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -229,14 +229,14 @@ class Cell(NamedTuple):
 FACTORS: tuple[Sequence[Any], ...] = (ARCHITECTURES, list(MODES), SPLITS, DEVICES, list(BLOCKS), list(PIPELINES))
 
 
-def pairwise(factors: Sequence[Sequence[Any]] = FACTORS) -> list[Cell]:
+def pairwise(factors: Sequence[Sequence[Any]] = FACTORS, make: Callable[..., Any] = Cell) -> list[Any]:
     """One cell for each architecture and mode; the other factors so that every pair of any two values occurs.
 
     Greedy: each cell takes the values that cover most pairs still missing, of equals the next in rotation.
     """
     seen: set[tuple[int, Any, int, Any]] = set()
     rest = list(itertools.product(*factors[2:]))
-    cells = []
+    cells: list[Any] = []
     for idx, (first, second) in enumerate(itertools.product(factors[0], factors[1])):
         fixed = [(0, first), (1, second)]
 
@@ -247,7 +247,7 @@ def pairwise(factors: Sequence[Sequence[Any]] = FACTORS) -> list[Cell]:
         rotated = rest[idx * 7 % len(rest) :] + rest[: idx * 7 % len(rest)]
         best = max(rotated, key=lambda choice: len(pairs(choice) - seen))
         seen |= pairs(best)
-        cells.append(Cell(first, second, *best))
+        cells.append(make(first, second, *best))
     return cells
 
 

@@ -81,14 +81,43 @@ def test_an_exception_in_a_logits_processor(
     assert session.pool.slab_bytes == 0
 
 
-def test_a_cache_given_to_a_generate_that_failed_is_not_used_again(model: PreTrainedModel, wanted: Outcome) -> None:
+def test_a_cache_given_to_a_generate_that_failed_in_a_forward_is_not_used_again(
+    model: PreTrainedModel, wanted: Outcome
+) -> None:
     """It may have stopped between two layers, whose lengths then differ."""
+    calls: list[int] = []
+
+    def hook(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Planted
+
+    with kvoffload.offload(model, config()) as session:
+        cache = session.new_cache()
+        handle = model.model.layers[1].mlp.register_forward_hook(hook)
+        with pytest.raises(Planted):
+            generate(model, **given(cache))
+        handle.remove()
+        with torch.no_grad(), pytest.raises(KVOffloadError, match=r"is over: take a new_cache\(\)"):
+            model(prompt(3, 1), **given(cache))
+        check_after(session, model, wanted)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_cache_given_to_a_generate_that_failed_between_two_forwards_goes_on(
+    step: int, model: PreTrainedModel, wanted: Outcome
+) -> None:
     with kvoffload.offload(model, config()) as session:
         cache = session.new_cache()
         with pytest.raises(Planted):
-            generate(model, **given(cache), logits_processor=[failing_at(3, Planted)])
-        with torch.no_grad(), pytest.raises(KVOffloadError, match=r"is over: take a new_cache\(\)"):
-            model(prompt(3, 1), **given(cache))
+            generate(model, **given(cache), logits_processor=[failing_at(step, Planted)])
+        tokens = wanted.sequences[0]
+        known = tokens.shape[1] - COMMON["max_new_tokens"] + step
+        assert cache.get_seq_length() == known - 1
+        with torch.no_grad():
+            logits = model(tokens[:, known - 1 : known], **given(cache)).logits[:, -1]
+        assert (logits[0] - wanted.logits[step][0]).abs().max() <= TOLERANCE  # the row without padding
+        cache.close()
         check_after(session, model, wanted)
 
 

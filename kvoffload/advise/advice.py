@@ -25,6 +25,7 @@ from kvoffload.model.facts import Facts
 from kvoffload.model.model_shape import is_model, model_shape
 from kvoffload.model.stored_facts import facts_of
 from kvoffload.planning import planner
+from kvoffload.planning.drafts import PRIOR_ACCEPTANCE
 from kvoffload.planning.forms import FORMS
 from kvoffload.planning.placement import Kind
 from kvoffload.planning.plan import Plan
@@ -74,9 +75,16 @@ def advised_plan(model_or_config: Any, workload: Workload, profile: HardwareProf
     return advise(model_or_config, workload, profile, config).plan
 
 
-def advise(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Advice:
-    """As `advised_plan`, with the numbers of every way."""
-    task = task_of(model_or_config, workload, profile, config).settled()
+def advise(
+    model_or_config: Any,
+    workload: Workload,
+    profile: HardwareProfile,
+    config: OffloadConfig,
+    *,
+    acceptance: float = PRIOR_ACCEPTANCE,
+) -> Advice:
+    """As `advised_plan`, with the numbers of every way; `acceptance` is assumed of each draft of a sequence."""
+    task = task_of(model_or_config, workload, profile, config, acceptance=acceptance).settled()
     facts = _facts(model_or_config)
     _warn_of_unknown_weights(facts)
     on_device = task.on_device()
@@ -88,11 +96,12 @@ def advise(model_or_config: Any, workload: Workload, profile: HardwareProfile, c
         if on_device is None:
             raise
         raise InfeasiblePlanError(f"{error}. Without offloading: {_describe(on_device)}") from error
-    ways = [offload, *([on_device] if on_device else [])]
+    drafts = task.drafts(offload)
+    ways = [one for one in (offload, drafts, on_device) if one is not None]
     best = best_of({one.way: one.total_s for one in ways})
     ways.sort(key=lambda one: (one.way != best, one.total_s))
     text = (
-        _recommend(task, chosen, offload, on_device, is_best=best == "offload")
+        _recommend(task, chosen, offload, on_device, drafts, is_best=best in ("offload", "drafts"))
         + _beyond_positions(facts, workload)
         + _doubted(facts)
     )
@@ -109,14 +118,21 @@ def _beside_full_transfer(task: Task, chosen: Plan) -> Plan:
     return dataclasses.replace(chosen, full_transfer_step_s=full_s)
 
 
-def task_of(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Task:
+def task_of(
+    model_or_config: Any,
+    workload: Workload,
+    profile: HardwareProfile,
+    config: OffloadConfig,
+    *,
+    acceptance: float = PRIOR_ACCEPTANCE,
+) -> Task:
     """One workload of one model on one machine; arguments and errors as of `advised_plan`."""
     shape = model_shape(model_or_config)
     if shape.num_offloaded_layers < 1:
         raise UnsupportedModelError(
             "no layer of this model has a cache that grows without bound: there is nothing to offload, use generate()"
         )
-    return Task(shape, workload, profile, config)
+    return Task(shape, workload, profile, config, acceptance)
 
 
 def _facts(model_or_config: Any) -> Facts:
@@ -136,7 +152,15 @@ def _warn_of_unknown_weights(facts: Facts) -> None:
         )
 
 
-def _recommend(task: Task, chosen: Plan, offload: Alternative, on_device: Alternative | None, *, is_best: bool) -> str:
+def _recommend(
+    task: Task,
+    chosen: Plan,
+    offload: Alternative,
+    on_device: Alternative | None,
+    drafts: Alternative | None,
+    *,
+    is_best: bool,
+) -> str:
     """What to do, and the numbers that say so."""
     cache_bytes = task.resident_bytes(task.workload.batch)
     room = (
@@ -144,6 +168,11 @@ def _recommend(task: Task, chosen: Plan, offload: Alternative, on_device: Altern
         f"device's {gb(task.profile.device_memory_bytes)}"
     )
     ours = _describe_plan(chosen, offload)
+    if drafts is not None:
+        ours += (
+            f"; with verified drafts, {task.acceptance:.2f} of which are assumed to be right, a token takes "
+            f"{duration(drafts.step_s)} and everything {duration(drafts.total_s)}"
+        )
     if on_device is None:
         return f"Offload: {room}, and not even one sequence fits there whole. Predicted: {ours}."
     if is_best:

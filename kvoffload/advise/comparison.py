@@ -40,6 +40,7 @@ class WayFigures(NamedTuple):
     device_utilization: float = 0.0  # of a step
     device_bytes: int = 0
     host_bytes: int = 0
+    tokens_per_pass: float = 1.0  # over the link
     mfu: float = 0.0
     mbu: float = 0.0
     price_per_million_prompt_tokens: float | None = None
@@ -59,7 +60,30 @@ def compare_ways(task: Task, economics: Economics | None = None) -> tuple[WayFig
         ("kvpr", {"split": "auto", "schedule": "kvpr"}),
     ):
         rows.append(_offloaded(name, task._replace(config=replace(task.config, **changes)), money))  # type: ignore[arg-type]
+        if name == "offload" and not rows[-1].problem and (drafted := _drafted(rows[-1], task, money)) is not None:
+            rows.append(drafted)
     return tuple(rows)
+
+
+def _drafted(offloaded: WayFigures, task: Task, money: Economics) -> WayFigures | None:
+    """Offloading with verified drafts at the assumed acceptance; None where they gain nothing."""
+    task = task.settled()
+    inputs = task.inputs(task.mean_tokens())
+    mean = planner.solve(inputs)
+    rounds, found = task.rounds(inputs, mean), task.offload(planner.solve(task.inputs(task.workload.cached_tokens)))
+    drafted = task.drafts(found)
+    if rounds is None or drafted is None:
+        return None
+    row = _figures("drafts", task, drafted, inputs, mean, money)
+    # of a round, in which everything that a step moves is moved once
+    share = offloaded.step_s / rounds.round_s
+    return row._replace(
+        host_bytes=offloaded.host_bytes,
+        link_utilization=min(1.0, offloaded.link_utilization * share),
+        device_utilization=min(1.0, 1 - max(0.0, 1 - offloaded.device_utilization) * share),
+        mbu=offloaded.mbu * share,
+        tokens_per_pass=rounds.tokens,
+    )
 
 
 def _on_device(task: Task, money: Economics) -> Iterator[WayFigures]:

@@ -43,7 +43,7 @@ def _cells(task: Task, batches: list[int], prompts: list[int]) -> Iterator[BestA
             workload = replace(task.workload, batch=batch, prompt_tokens=prompt)
             rows = compare_ways(task._replace(workload=workload))
             possible = [row for row in rows if not row.problem]
-            offloaded = next((row.tokens_per_s for row in possible if row.name == "offload"), 0.0)
+            offloaded = max((row.tokens_per_s for row in possible if row.name in ("offload", "drafts")), default=0.0)
             best = best_of({row.name: row.total_s for row in possible})
             if best is None:
                 yield BestAtSize(batch, prompt, None, 0.0, 0.0, 0.0)

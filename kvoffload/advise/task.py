@@ -20,6 +20,7 @@ from kvoffload.errors import InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning import planner, step_time
+from kvoffload.planning.drafts import PRIOR_ACCEPTANCE, ExpectedRounds, expected_rounds, round_times
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.memory import (
@@ -58,6 +59,7 @@ class Task(NamedTuple):
     workload: Workload
     profile: HardwareProfile
     config: OffloadConfig
+    acceptance: float = PRIOR_ACCEPTANCE  # assumed of each draft of a sequence
 
     def inputs(self, cached_tokens: int, batch: int | None = None) -> PlanInputs:
         """The planning problem with `cached_tokens` in the cache of all sequences.
@@ -117,6 +119,30 @@ class Task(NamedTuple):
         prefill_s = max(self._prefill_s(self.workload.batch), written)
         used = self.shape.weight_bytes + chosen.device_bytes
         return self._alternative("offload", self.workload.batch, 1, prefill_s, step_s, used)
+
+    def rounds(self, inputs: PlanInputs, mean: Plan) -> ExpectedRounds | None:
+        """Rounds of verified drafts with that placement; None where there are none, or they gain nothing.
+
+        Args:
+            inputs: at the mean context.
+            mean: the placement there.
+        """
+        number = self.config.fixed_drafts
+        if number == 0 or self.workload.num_beams > 1 or not inputs.is_segmented or not mean.count(tier="host"):
+            return None
+        rows = self.workload.batch
+        times = round_times(inputs, mean, self.shape, self.profile, rows=rows)
+        found = expected_rounds(times, rows, acceptance=self.acceptance, drafts=number)
+        return found if found.drafts else None
+
+    def drafts(self, offload: Alternative) -> Alternative | None:
+        """The same with verified drafts at the assumed acceptance; None where they gain nothing."""
+        inputs = self.inputs(self.mean_tokens())
+        found = self.rounds(inputs, planner.solve(inputs))
+        if found is None:
+            return None
+        used, prefill_s = offload.device_bytes, offload.prefill_s
+        return self._alternative("drafts", self.workload.batch, 1, prefill_s, found.token_s, used)
 
     def on_device(self) -> Alternative | None:
         """The whole batch on the device, else in sub-batches, else None where not even one sequence fits."""

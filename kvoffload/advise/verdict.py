@@ -3,6 +3,7 @@
 Owns the judgement over the ways of a task. Does not own the ways' figures (`comparison`) nor the recommendation in
 sentences (`advice`).
 
+Offloading is what it is with verified drafts, at the acceptance that the task assumes, where these gain something.
 The gain is over the *best* alternative: everything on the device, sub-batches there, or full transfer, which is
 offloading without a plan. What gains less than `LEAST_GAIN` is not worth another cache.
 """
@@ -48,6 +49,9 @@ def of_rows(rows: tuple[WayFigures, ...]) -> Verdict:
     if "on_device" in works:
         return Verdict("fits", gain=1.0, gain_together=1.0)
     offload, parts, full = (works.get(name) for name in ("offload", "sub_batches", "full_transfer"))
+    drafts = works.get("drafts")
+    if drafts is not None and offload is not None and drafts.total_s < offload.total_s:
+        offload = drafts
     if offload is None:
         if parts is not None:
             return Verdict("parts", parts=parts.runs)

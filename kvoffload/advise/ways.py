@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-Way = Literal["on_device", "sub_batches", "offload", "full_transfer", "kvpr"]
+Way = Literal["on_device", "sub_batches", "offload", "drafts", "full_transfer", "kvpr"]
 # the simplest first
 LABELS: dict[Way, str] = {
     "on_device": "no offload",  # the whole batch on the device
     "sub_batches": "sub-batches",  # the largest part of it that fits, as often as needed
     "offload": "offload",  # the plan: residency, transfer and recomputation in one pipeline
+    "drafts": "offload, drafts",  # several tokens for one pass over the link, at an assumed acceptance
     "full_transfer": "full transfer",  # the same without recomputation
     "kvpr": "paper's schedule",  # KVPR's barrier between layers (arXiv 2411.17089)
 }

@@ -22,7 +22,14 @@ Event = Any  # a torch.cuda.Event, or the event type of the backend that made it
 Queue = Literal["compute", "h2d", "d2h"]
 MAX_RECORDED = 200_000  # stretches that a recording keeps: the latest
 # Span names whose totals every backend keeps, and the lane each is recorded in.
-LANE_OF: dict[str, Lane] = {"exposed_wait": "wait", "recompute": "recompute", "attention": "attention"}
+LANE_OF: dict[str, Lane] = {
+    "exposed_wait": "wait",
+    "recompute": "recompute",
+    "attention": "attention",
+    "draft": "draft",
+    "verification": "verification",
+}
+OF_A_CHUNK = {"exposed_wait", "recompute", "attention"}  # names of which a step has so many that some are timed
 _NOT_RECORDING = contextlib.nullcontext()
 
 

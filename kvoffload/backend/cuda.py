@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 
-from kvoffload.backend.base import LANE_OF, MAX_RECORDED, Backend, HostBuffer, LinkUse, Pace
+from kvoffload.backend.base import LANE_OF, MAX_RECORDED, OF_A_CHUNK, Backend, HostBuffer, LinkUse, Pace
 from kvoffload.backend.clock import DeviceClock, Stretch
 from kvoffload.backend.pinned import make_pages, pin, pool_of, unpin
 from kvoffload.backend.sampling import Sampler
@@ -171,7 +171,7 @@ class CudaBackend(Backend):
         return self._totals[direction]
 
     def start_span(self, name: str) -> tuple[str, Any, float] | None:
-        is_rare = name not in LANE_OF  # once a step: counted one by one
+        is_rare = name not in OF_A_CHUNK  # once a step: counted one by one
         weight = self._samplers[name].weight(at_once=self.is_recording or is_rare)
         return (name, self._timed_event(), weight) if weight else None
 

@@ -203,6 +203,7 @@ class Lab:
             "block_tokens": self.block_tokens,
             "chunk_blocks": self.chunk_blocks,
             "device_gib": "min",
+            "speculate": "off",  # these compare steps; drafts have a benchmark of their own
             "profile": self.on_this_link(profile),
             "link": self.link,
         }

@@ -33,6 +33,8 @@ class Question(NamedTuple):
 def attend(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor, question: Question) -> torch.Tensor:
     """Attention over all cached tokens of a layer and the new ones, causal among the new.
 
+    While the cache is drafting, over those on the device alone: no job begins, and nothing is asked of the link.
+
     Args:
         layer: a segmented layer that has cached tokens; its state does not change.
         keys: of the new tokens, [rows, heads, q_tokens, head_dim]; values likewise.
@@ -43,6 +45,12 @@ def attend(layer: CacheLayer, keys: torch.Tensor, values: torch.Tensor, question
     """
     cache, engine = layer.cache, layer.cache.engine
     answer = _Answer(layer, question)
+    if cache.is_drafting:
+        is_any_order = question.valid is None and cache.row_table.table is None
+        for span, stored in layer.on_device(is_any_order):
+            answer.add(stored, span)
+        answer.add_newest(keys, values)
+        return answer.finish()
     resident = ResidentBlocks(layer, max_blocks=cache.placement.chunk_blocks)
 
     job = engine.begin(cache, layer, in_layer_buffer=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -19,13 +19,14 @@ from kvoffload.pipeline.cargo import Cargo
 from kvoffload.pipeline.chunks import Chunk, chunks_of, joined, resident_spans
 from kvoffload.pipeline.write_back import WriteBack
 from kvoffload.planning.forms import FORMS
-from kvoffload.planning.placement import BlockRun, FormName, Kind, Tier, next_runs
+from kvoffload.planning.placement import PLAIN, BlockRun, FormName, Kind, Tier, next_runs
 from kvoffload.store import forms
 from kvoffload.store.block import Block, Place, Span
 from kvoffload.store.block_memory import BlockMemory
 from kvoffload.store.device_memory import DeviceMemory
 from kvoffload.store.forms.form import Form, Leaving
 from kvoffload.store.tail import KVShape, NewTokens, RowShape, Tail
+from kvoffload.store.window import Window
 
 RECORDING_ROOM_TOKENS = 32  # tail room for tokens that a crop may take back
 
@@ -50,6 +51,9 @@ class CacheLayer:
         self.is_segmented = False  # attention runs over its chunks one by one
         self.tail: Tail | None = None
         self._memory = BlockMemory(cache.pool)
+        self._window: Window | None = None  # copies on the device of the newest blocks that are stored on the host
+        self._nearest: tuple[int, Sequence[Block]] = (-1, ())
+        self._on_device: tuple[tuple[int, bool], Sequence[tuple[Span, DeviceMemory]]] = ((-1, False), ())
         self._reopened: Kind | None = None  # what the block was that a crop made partial
         self._chunks: tuple[int, Sequence[Chunk]] = (-1, ())
         self._resident: tuple[int, Sequence[Span], dict[tuple[int, int], DeviceMemory]] = (-1, (), {})
@@ -76,14 +80,31 @@ class CacheLayer:
         """Bytes the stored blocks need in a layer buffer."""
         return self.kv_offset(len(self.blocks))
 
+    @property
+    def nearest(self) -> Sequence[Block]:
+        """The blocks as a forward reads them: the copy on the device where there is one."""
+        if self._window is None:
+            return self.blocks
+        if self._nearest[0] != self.version:
+            copy_of = self._window.copy_of
+            self._nearest = (self.version, [copy_of(idx) or block for idx, block in enumerate(self.blocks)])
+        return self._nearest[1]
+
     def count(self, tier: Tier) -> dict[FormName, int]:
-        """Blocks on the device or on the host, by form."""
+        """Blocks stored on the device or on the host, by form."""
         return Counter(block.form for block in self.blocks if block.is_resident == (tier == "device"))
+
+    def count_read(self, tier: Tier) -> dict[FormName, int]:
+        """Blocks that a forward reads on the device or from the host, by form."""
+        return Counter(block.form for block in self.nearest if block.is_resident == (tier == "device"))
 
     @property
     def resident_places(self) -> dict[FormName, int]:
-        """Blocks that there are on the device or that can come there, by form."""
-        return self._memory.resident_places(self.cache.rows)
+        """Blocks that there are on the device or that can come there, by form; those of the window are among them."""
+        found = self._memory.resident_places(self.cache.rows)
+        if self._window is not None:
+            found[PLAIN] = found.get(PLAIN, 0) + self._window.num_places
+        return found
 
     def kv_offset(self, first_block: int) -> int:
         """Bytes from the start of a layer buffer to the place of a block's K and V."""
@@ -104,7 +125,7 @@ class CacheLayer:
             assert self.shape is not None
             placement = self.cache.placement
             chunks = chunks_of(
-                self.blocks,
+                self.nearest,
                 block_tokens=placement.block_tokens,
                 chunk_blocks=placement.chunk_blocks,
                 kv_row_bytes=self.shape.row_bytes,
@@ -116,8 +137,39 @@ class CacheLayer:
     def resident_spans(self) -> Sequence[Span]:
         """The blocks on the device, as many together as are contiguous there."""
         if self._resident[0] != self.version:
-            self._resident = (self.version, resident_spans(self.blocks, self.cache.placement.block_tokens), {})
+            self._resident = (self.version, resident_spans(self.nearest, self.cache.placement.block_tokens), {})
         return self._resident[1]
+
+    def on_device(self, is_any_order: bool) -> Sequence[tuple[Span, DeviceMemory]]:
+        """All blocks that are on the device, with their bytes.
+
+        Args:
+            is_any_order: whether the window may be taken as it lies, whatever the order of its blocks; their numbers
+                are then not those of its span.
+        """
+        key = (self.version, is_any_order)
+        if self._on_device[0] != key:
+            bt, rows = self.cache.placement.block_tokens, self.cache.rows
+            whole = self._window.whole if self._window is not None and is_any_order else None
+            blocks = self.nearest if whole is None else self.blocks
+            spans = [part for span in resident_spans(blocks, bt) for part in self._parts(span)]
+            found = [(span, self._bytes_of(blocks, span)) for span in spans]
+            if whole is not None and whole.numel():
+                count = whole.numel() // self.forms[PLAIN].num_bytes(bt, rows)
+                found.append((Span(PLAIN, 0, count, bt, rows, 1), DeviceMemory(whole)))
+            self._on_device = (key, found)
+        return self._on_device[1]
+
+    def _parts(self, span: Span) -> Iterator[Span]:
+        """A span in parts for which there is a scratch, where attention cannot read it as it lies."""
+        most = span.num_blocks if FORMS[span.form].is_read_as_stored else self.cache.placement.chunk_blocks
+        for start in range(0, span.num_blocks, most):
+            count = min(most, span.num_blocks - start)
+            yield span._replace(first_block=span.first_block + start, num_blocks=count)
+
+    def _bytes_of(self, blocks: Sequence[Block], span: Span) -> DeviceMemory:
+        with torch.inference_mode(False):
+            return DeviceMemory(joined(blocks[span.first_block : span.first_block + span.num_blocks]))
 
     def resident(self, span: Span) -> DeviceMemory:
         """The bytes of contiguous blocks on the device; the same object until blocks change."""
@@ -125,9 +177,7 @@ class CacheLayer:
         known, key = self._resident[2], (span.first_block, span.num_blocks)
         found = known.get(key)
         if found is None:
-            with torch.inference_mode(False):
-                blocks = self.blocks[span.first_block : span.first_block + span.num_blocks]
-                found = known[key] = DeviceMemory(joined(blocks))
+            found = known[key] = self._bytes_of(self.nearest, span)
         return found
 
     def span(self, first_block: int, num_blocks: int) -> Span:
@@ -154,7 +204,8 @@ class CacheLayer:
         hidden = None
         if activation is not None and "activation" in parts:
             hidden = RowShape(activation.shape[2], activation.dtype)
-        room = placement.block_tokens + (RECORDING_ROOM_TOKENS if self.cache.is_recording else 0)
+        ahead = max(placement.ahead_tokens, RECORDING_ROOM_TOKENS if self.cache.is_recording else 0)
+        room = placement.block_tokens + ahead
         self.tail = Tail(self.cache.engine.backend, self.shape, hidden, rows, room)
         self.grow_resident()
         self.reserve()
@@ -163,7 +214,22 @@ class CacheLayer:
         """Room on the device for the resident blocks that the placement foresees; nothing before the first K/V."""
         if self.shape is not None:
             self._memory.make_resident(self.cache.engine.backend, self.cache.placement, self.forms, self.cache.rows)
+            self._make_window()
             self.account()
+
+    def _make_window(self) -> None:
+        """Room for the copies that the placement foresees; those there are stay, as many as it has room for."""
+        placement, before = self.cache.placement, self._window
+        place_bytes = self.forms[PLAIN].num_bytes(placement.block_tokens, self.cache.rows)
+        wanted = (placement.window_blocks, place_bytes)
+        if wanted == (0, place_bytes) if before is None else wanted == (before.num_places, before.place_bytes):
+            return
+        self._window = Window(self.cache.engine.backend, *wanted) if placement.window_blocks else None
+        if before is not None and self._window is not None:
+            before.move_to(self._window)
+        elif before is not None:
+            before.close()
+        self.version += 1
 
     def reserve(self) -> None:
         """Room on the host for all blocks that the placement foresees; nothing before the first K/V."""
@@ -172,8 +238,9 @@ class CacheLayer:
 
     @property
     def device_bytes(self) -> int:
-        """Device memory of the tail and the resident blocks."""
-        return self._memory.device_bytes + (0 if self.tail is None else self.tail.device_bytes)
+        """Device memory of the tail, the resident blocks and the window."""
+        window_bytes = 0 if self._window is None else self._window.num_bytes
+        return self._memory.device_bytes + window_bytes + (0 if self.tail is None else self.tail.device_bytes)
 
     def account(self) -> None:
         """Tell how much device memory it holds."""
@@ -212,6 +279,8 @@ class CacheLayer:
                 self._reopen(remaining // bt)
             self._memory.drop(reversed(self.blocks[remaining // bt :]), guard)
             del self.blocks[remaining // bt :]
+            if self._window is not None:
+                self._window.forget(remaining // bt)
             self.tail.num_tokens = remaining % bt
             self.version += 1
         else:
@@ -225,7 +294,7 @@ class CacheLayer:
         """Bring a block's tokens back to the tail."""
         assert self.tail is not None
         block, span = self.blocks[index], self.span(index, 1)
-        if block.is_resident:
+        if self.nearest[index].is_resident and self.nearest[index].form == block.form:
             stored = self.resident(span)
         else:
             stored = self.cache.engine.fetch(Cargo(source=block.bytes, after=block.written))
@@ -257,8 +326,10 @@ class CacheLayer:
                 else:
                     self._write_back(to_host, form, count, rows, part)
                 start = end
+            self._copy_newest(num_full, leaving)
             self.version += 1
-        grew = self.tail.grow(self.tail_tokens + new.num_tokens - num_full * bt)
+        needed = self.tail_tokens + new.num_tokens - num_full * bt
+        grew = self.tail.grow(max(needed, bt + self.cache.placement.ahead_tokens))
         if grew or num_full:
             self.account()
         self.tail.advance(num_full * bt, new)
@@ -321,6 +392,19 @@ class CacheLayer:
             self.blocks += blocks
             done += len(blocks)
 
+    def _copy_newest(self, count: int, leaving: Leaving) -> None:
+        """Copy what is on the host of the last `count` blocks, as far as these are the newest."""
+        if self._window is None:
+            return
+        bt, first = self.cache.placement.block_tokens, len(self.blocks) - count
+        plain = self.forms[PLAIN]
+        for idx in range(first, len(self.blocks)):
+            block = self.blocks[idx]
+            if not block.is_resident and self._window.wants(idx, len(self.blocks)):
+                data = self._window.take(idx, block, plain.num_bytes(bt, block.rows))
+                if data is not None:
+                    plain.pack(data, leaving.between((idx - first) * bt, (idx - first + 1) * bt))
+
     # ---- its end, and copies -------------------------------------------------------------------------------------
 
     def fork(self, cache: CacheState) -> CacheLayer:
@@ -342,9 +426,11 @@ class CacheLayer:
     def close(self) -> None:
         """Give the memory back."""
         self._memory.close(self.cache.engine.last_h2d)
-        self.blocks, self.tail = [], None
+        if self._window is not None:
+            self._window.close()
+        self.blocks, self.tail, self._window = [], None, None
         self.shape, self.forms, self._reopened = None, {}, None
         self.awaits_crop = False
-        self._chunks, self._resident = (-1, ()), (-1, (), {})
+        self._chunks, self._resident, self._on_device = (-1, ()), (-1, (), {}), ((-1, False), ())
         self.version += 1
         self.account()

@@ -45,6 +45,7 @@ class CacheState:
         self.rows = rows
         self.prompt_copies = prompt_copies
         self.is_recording = False  # a crop follows each forward
+        self.is_drafting = False  # attention sees what is on the device alone
         self.sources: Sequence[LayerSource[Cargo]] = ()  # the layers, in the order of their jobs
         self.work: Counter[str] = Counter()  # what forms did, in tokens of rows: "recomputed"
         self.on_disagreement: Callable[[int], None] | None = None  # told of a layer, see `warn_of_disagreement`

@@ -124,6 +124,12 @@ LatencyUs = Annotated[
         help="Latency of each copy over the emulated link, in microseconds.",
     ),
 ]
+Acceptance = Annotated[
+    float,
+    typer.Option(
+        callback=within(0, 1, "a share"), help="Of verified drafts, the share that is assumed to be right, 0..1."
+    ),
+]
 Split = Annotated[
     Any,
     typer.Option(

@@ -9,6 +9,7 @@ import typer
 
 from kvoffload.cli.machine import machine_named
 from kvoffload.cli.options import (
+    Acceptance,
     AsJson,
     Batch,
     DeviceGib,
@@ -32,6 +33,7 @@ from kvoffload.cli.terminal import print_json, progress, waiting
 from kvoffload.config import OffloadConfig
 from kvoffload.model.facts import Facts
 from kvoffload.model.stored_facts import facts_of, is_known
+from kvoffload.planning.drafts import PRIOR_ACCEPTANCE
 from kvoffload.planning.workload import Workload
 
 
@@ -62,6 +64,7 @@ def plan(
         float | None,
         typer.Option(callback=within(0, 5000, "grams"), help="Grams of CO2 per kWh of your electricity."),
     ] = None,
+    acceptance: Acceptance = PRIOR_ACCEPTANCE,
     sweep: Annotated[str | None, typer.Option(help="Batches and prompts, such as 1,8,64:1024,8192.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -80,8 +83,8 @@ def plan(
     machine = machine_named(hardware, emulated, needs_speed=link is None)
     machine = what_if(machine, link=link, device_memory_bytes=None if device_memory is None else device_memory * 1e9)
     money = Economics.of(machine, price_per_hour, grid_g_per_kwh)
-    advice = advise(model, workload, machine, config)
-    seen = overview(task_of(model, workload, machine, config), money, cells)
+    advice = advise(model, workload, machine, config, acceptance=acceptance)
+    seen = overview(task_of(model, workload, machine, config, acceptance=acceptance), money, cells)
     if as_json:
         print_json(advice.to_json() | seen.to_json())
         return
@@ -145,6 +148,7 @@ def report(
     hardware: Hardware = "auto",
     link_gb_per_s: LinkSpeed = None,
     device_gib: DeviceGib = "auto",
+    acceptance: Acceptance = PRIOR_ACCEPTANCE,
     measure: Annotated[
         bool, typer.Option("--measure", help="Also run decode steps on this machine, random weights.")
     ] = False,
@@ -173,7 +177,9 @@ def report(
         with progress("measuring") as tell:
             run = measured_run.measure_run(dimensions, workload, tell)
     with progress("working out") as tell:
-        found = study.study(config, workload, machine, options, compared=compared, measured=run, progress=tell)
+        found = study.study(
+            config, workload, machine, options, acceptance=acceptance, compared=compared, measured=run, progress=tell
+        )
     written = reports.write_page(found, _model_name(config), output, trace, __version__)
     if as_json:
         print_json(written)

@@ -7,6 +7,8 @@ attention functions of transformers, which stays there.
 
 from kvoffload.hf.arguments import generation_name, given_cache, returned_cache
 from kvoffload.hf.contract import check_release
+from kvoffload.hf.decode_call import ONE_BY_ONE, DecodeCall, logits_of, output_for
+from kvoffload.hf.draft_processors import draft_processors
 from kvoffload.hf.first_tokens import FirstTokens
 from kvoffload.hf.hooks import ModelHooks
 from kvoffload.hf.interface import SegmentAttention
@@ -14,11 +16,14 @@ from kvoffload.hf.layer_owner import Progress
 from kvoffload.hf.models import check_supported, offloadable_layers, unwrap
 from kvoffload.hf.offloaded_cache import OffloadedHFCache
 from kvoffload.hf.offloaded_layer import OffloadedLayer
+from kvoffload.hf.rotation import changing_rotations
 from kvoffload.hf.shadows import CONTINUOUS_BATCHING, Shadows
 from kvoffload.model.self_attention import attention_modules
 
 __all__ = [
     "CONTINUOUS_BATCHING",
+    "ONE_BY_ONE",
+    "DecodeCall",
     "FirstTokens",
     "ModelHooks",
     "OffloadedHFCache",
@@ -27,11 +32,15 @@ __all__ = [
     "SegmentAttention",
     "Shadows",
     "attention_modules",
+    "changing_rotations",
     "check_release",
     "check_supported",
+    "draft_processors",
     "generation_name",
     "given_cache",
+    "logits_of",
     "offloadable_layers",
+    "output_for",
     "returned_cache",
     "unwrap",
 ]

@@ -45,7 +45,8 @@ class ModelHooks:
         self._on_layers = on_layers
         self._handles: list[Any] = []
         self._model_names = list(inspect.signature(model.forward).parameters)
-        self._with_ours: set[int] = set()  # threads in a forward of the model that was given a cache of ours
+        # threads in a forward of the model that was given a cache of ours, and which
+        self._with_ours: dict[int, weakref.ref[OffloadedHFCache]] = {}
         # Attention modules in a forward, per thread (others may run the model without us), and the layer each feeds.
         self._running: dict[tuple[int, nn.Module], weakref.ref[OffloadedLayer]] = {}
         self.is_compiled = is_compiled(model)
@@ -71,6 +72,18 @@ class ModelHooks:
         self._handles.clear()
         self._running.clear()
 
+    def are_alone(self, model: PreTrainedModel) -> bool:
+        """Whether nobody else has hooks on the model, which would see drafts as well; transformers' own see nothing."""
+        ours = {handle.id for handle in self._handles}
+        others = (
+            hook
+            for module in model.modules()
+            for hooks in (module._forward_pre_hooks, module._forward_hooks)
+            for number, hook in hooks.items()
+            if number not in ours
+        )
+        return all(getattr(hook, "__module__", "").split(".")[0] == "transformers" for hook in others)
+
     def layer_of(self, module: nn.Module) -> OffloadedLayer | None:
         """The layer that an attention module feeds in the forward which this thread is in."""
         reference = self._running.get((threading.get_ident(), module))
@@ -79,13 +92,16 @@ class ModelHooks:
     def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         cache = given_cache(args, kwargs, self._model_names)
         if isinstance(cache, OffloadedHFCache):
-            self._with_ours.add(threading.get_ident())
+            self._with_ours[threading.get_ident()] = weakref.ref(cache)
+            cache.is_torn = True
             self._on_forward(cache)
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         """Also after an exception, which leaves attention modules in the middle of theirs."""
         thread = threading.get_ident()
-        self._with_ours.discard(thread)
+        reference = self._with_ours.pop(thread, None)
+        if output is not None and reference is not None and (cache := reference()) is not None:
+            cache.is_torn = False
         for key in [key for key in self._running if key[0] == thread]:
             layer = self._running.pop(key)()
             if layer is not None:

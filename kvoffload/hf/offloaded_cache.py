@@ -63,6 +63,8 @@ class OffloadedHFCache(DynamicCache):
         self.progress = progress
         self.offers_segments = offers_segments
         self.is_closed = False
+        self.is_torn = False  # a forward ended in the middle, so that layers may hold different tokens
+        self.tokens_ahead = 0  # the newest, which whoever decodes has not asked for yet
         self.masks = MaskReader()
         self._warned: set[str] = set()
         reference = weakref.ref(self)  # the core must not keep the cache alive
@@ -155,6 +157,8 @@ class OffloadedHFCache(DynamicCache):
 
     def end_forward(self) -> None:
         """All layers have cached this forward's tokens: a plan for the next may follow, and its first copies begin."""
+        if self.core.is_drafting:
+            return
         self.core.drop_stored_positions()
         self.session.end_forward(self)
         if not self.core.layers[-1].awaits_crop:
@@ -168,6 +172,7 @@ class OffloadedHFCache(DynamicCache):
         Raises:
             KVOffloadError: in the middle of a forward, of a closed cache, or while another thread generates.
         """
+        self.drop_ahead()
         return self.session.copy_of(self)
 
     def check_copyable(self) -> None:
@@ -195,8 +200,13 @@ class OffloadedHFCache(DynamicCache):
                 self.layers[idx] = copy.deepcopy(theirs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Cached tokens of a layer."""
-        return super().get_seq_length(layer_idx)
+        """Cached tokens of a layer, as far as they were asked for."""
+        return super().get_seq_length(layer_idx) - self.tokens_ahead
+
+    def drop_ahead(self) -> None:
+        """Remove what was cached before anybody asked for it."""
+        if self.tokens_ahead:
+            self.crop(0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` tokens.
@@ -207,6 +217,8 @@ class OffloadedHFCache(DynamicCache):
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts candidates in a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        tokens_to_remove -= self.tokens_ahead
+        self.tokens_ahead = 0
         removed = min(-tokens_to_remove, self.core.layers[0].num_tokens)
         self.session.claim(self)  # another cache may have had the engine's buffers
         for layer in (*self._others, *self._beside):
@@ -225,18 +237,21 @@ class OffloadedHFCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Follow a beam search: only the row table and the tails change."""
+        self.drop_ahead()
         for layer in self._others:
             layer.reorder_cache(beam_idx)
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
+        self.drop_ahead()
         for layer in self._others:
             layer.batch_repeat_interleave(repeats)
         self._select(torch.arange(self.core.rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these rows (indices or a mask)."""
+        self.drop_ahead()
         for layer in self._others:
             layer.batch_select_indices(indices)
         self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
@@ -252,8 +267,26 @@ class OffloadedHFCache(DynamicCache):
         super().activate_past_recording()  # type: ignore[no-untyped-call]
         self.core.is_recording = True
 
+    def record_past(self, is_wanted: bool) -> None:
+        """Whether a crop will follow each forward from now on; between two forwards, after the crop of the last."""
+        if is_wanted == self.core.is_recording:
+            return
+        if is_wanted:
+            self.activate_past_recording()
+        for layer in () if is_wanted else (*self.layers, *self._beside):
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
+
+    def why_not_croppable(self) -> str | None:
+        """Why tokens cannot be taken back one by one; None if they can. Known once something is cached."""
+        for layer in (*self._others, *self._beside):
+            if not layer.is_croppable:
+                return f"a {type(layer).__name__} of the model cannot take tokens back (a recurrent state?)"
+        return None
+
     def reset(self) -> None:
         """Forget everything."""
+        self.tokens_ahead = 0
         for layer in self._others:
             layer.reset()
         self._renew()

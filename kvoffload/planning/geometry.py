@@ -19,6 +19,7 @@ class Geometry:
     position_row_bytes: int = 0  # of position embeddings, where a block has some behind each activation
     beams: int = 1
     other_device_bytes: int = 0  # layers that stay on the device
+    ahead_tokens: int = 0  # that may be cached before anybody asks for them, in the tail
     lives_on: bool = False  # may grow over further turns: blocks are not made for the first one's length alone
     is_segmented: bool = False  # attention takes chunks one by one: no layer buffers, and kv chunks use the ring
     least_chunk_bytes: int = TARGET_CHUNK_BYTES  # K/V of a chunk that keeps link and GEMM fast, see `rates`

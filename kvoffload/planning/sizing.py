@@ -224,7 +224,7 @@ def _with(
         num_buffers=0 if geometry.is_segmented else num_buffers,
         d2h_slot_bytes=chunk_rows * largest_row,
         scratch_bytes=chunk_rows * geometry.kv_row_bytes if geometry.is_segmented and is_restored else 0,
-        tail_bytes=geometry.num_offloaded_layers * block_tokens * geometry.rows * tail_row,
+        tail_bytes=geometry.num_offloaded_layers * (block_tokens + geometry.ahead_tokens) * geometry.rows * tail_row,
         other_device_bytes=geometry.other_device_bytes,
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 from kvoffload import hf
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.cache.state import CACHE_ACCOUNT
+from kvoffload.config import MOST_DRAFTS
 from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.geometry import Geometry
@@ -60,7 +61,7 @@ class CachePlans:
         self._pool = pool
         self._progress = progress
         self._num_layers = num_layers
-        self._offers_segments = offers_segments
+        self.offers_segments = offers_segments
         self._plans: weakref.WeakKeyDictionary[hf.OffloadedHFCache, GenerationPlan] = weakref.WeakKeyDictionary()
         self._ahead: PlanningAhead[GenerationPlan] = PlanningAhead()
         self._configured_for: Callable[[], Any] = lambda: None  # a weak reference
@@ -71,6 +72,10 @@ class CachePlans:
 
     def __getitem__(self, cache: hf.OffloadedHFCache) -> GenerationPlan:
         return self._plans[cache]
+
+    def get(self, cache: hf.OffloadedHFCache) -> GenerationPlan | None:
+        """What holds for a cache; None where nothing is planned yet."""
+        return self._plans.get(cache)
 
     def forget(self, cache: hf.OffloadedHFCache) -> None:
         """Drop what was planned for a cache that starts anew, perhaps with other rows."""
@@ -85,6 +90,7 @@ class CachePlans:
         max_tokens: int,
         *,
         lives_on: bool = False,
+        drafts: bool = False,
     ) -> None:
         """Plan a cache whose blocks carry what those of the last such cache did, if that is possible.
 
@@ -95,22 +101,23 @@ class CachePlans:
             prompt_tokens: tokens of the prompt.
             max_tokens: cached at the end.
             lives_on: whether further turns may follow.
+            drafts: whether tokens are drafted on what is on the device.
         """
         row_bytes = self._position_row_bytes.get((rows, copies), 0)
         how = (cache, rows, copies, prompt_tokens, max_tokens)
         try:
-            self._lay_out(*how, position_row_bytes=row_bytes, lives_on=lives_on)
+            self._lay_out(*how, position_row_bytes=row_bytes, lives_on=lives_on, drafts=drafts)
         except (HostMemoryError, InfeasiblePlanError):
             if not row_bytes:
                 raise
-            self._lay_out(*how, lives_on=lives_on)
+            self._lay_out(*how, lives_on=lives_on, drafts=drafts)
 
     def start_anew(self, cache: hf.OffloadedHFCache) -> None:
         """Empty a cache and plan the same rows and length again; its prompt is all that it held, row by row."""
         before, num_tokens = self._plans[cache], cache.core.layers[0].num_tokens
         rows, max_tokens, lives_on = cache.core.rows, before.geometry.max_tokens, before.placement.lives_on
         cache.reset()
-        self.lay_out_as_before(cache, rows, 1, num_tokens, max_tokens, lives_on=lives_on)
+        self.lay_out_as_before(cache, rows, 1, num_tokens, max_tokens, lives_on=lives_on, drafts=before.drafts)
 
     def prefill_chunk_tokens(self, cache: hf.OffloadedHFCache, prompt_tokens: int) -> int | None:
         """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole."""
@@ -118,13 +125,14 @@ class CachePlans:
         held_bytes, _ = self._device_bytes(cache)
         return self._planner.limits.prefill_chunk_tokens(geometry, prompt_tokens, held_bytes)
 
-    def prolong(self, cache: hf.OffloadedHFCache, prompt_tokens: int, max_tokens: int) -> None:
+    def prolong(self, cache: hf.OffloadedHFCache, prompt_tokens: int, max_tokens: int, *, drafts: bool = False) -> None:
         """A further turn begins: plan it anew, with what is stored.
 
         Args:
             cache: one that was planned before.
             prompt_tokens: of the turn, those that are cached already among them; 0 if unknown.
             max_tokens: cached at its end.
+            drafts: whether tokens are drafted on what is on the device.
         """
         configured = before = self._plans[cache]
         layers, (held_bytes, others_bytes) = cache.core.layers, self._device_bytes(cache)
@@ -134,13 +142,14 @@ class CachePlans:
             before,
             max_tokens,
             prompt_tokens=max(prompt_tokens, layers[0].num_tokens),
-            on_host=layers[0].count("host"),
+            on_host=layers[0].count_read("host"),
             on_device=layers[0].resident_places,
             is_uniform=all(layer.is_segmented == before.geometry.is_segmented for layer in layers),
             kv_row_bytes=max((layer.shape.row_bytes for layer in layers if layer.shape is not None), default=0),
             host_held_bytes=self._pool.slab_bytes,
             device_held_bytes=held_bytes,
             device_others_bytes=others_bytes,
+            drafts=drafts,
         )
         changed = chosen.sizes != configured.sizes or self._configured_for() is not cache
         self._change(cache, chosen)
@@ -263,7 +272,7 @@ class CachePlans:
     def plan_ahead(self, cache: hf.OffloadedHFCache) -> None:
         """Begin to plan the blocks still to come, at the rates measured so far; it is taken by `follow`."""
         before, layer = self._plans[cache], cache.core.layers[0]
-        there, rates = (layer.count("host"), layer.count("device")), self._later.rates(before)
+        there, rates = (layer.count_read("host"), layer.count_read("device")), self._later.rates(before)
         self._ahead.start(before, functools.partial(self._later.replan, before, *there, rates))
 
     def close(self) -> None:
@@ -287,7 +296,7 @@ class CachePlans:
         before, copies = self._plans[cache].placement, cache.core.prompt_copies
         prompt_tokens = max(first.tokens, prompt_tokens)
         segmented = cache.core.layers[0].is_segmented
-        how |= {"is_segmented": segmented, "lives_on": before.lives_on}
+        how |= {"is_segmented": segmented, "lives_on": before.lives_on, "drafts": self._plans[cache].drafts}
         self._lay_out(cache, first.rows, copies, prompt_tokens, before.max_tokens, first, **how)
 
     def _lay_out(
@@ -303,6 +312,7 @@ class CachePlans:
         can_recompute: bool = True,
         is_segmented: bool | None = None,
         lives_on: bool = False,
+        drafts: bool = False,
     ) -> None:
         """Plan an empty cache and make the engine's buffers."""
         shape = first or self._planner.shape
@@ -315,9 +325,10 @@ class CachePlans:
             activation_row_bytes=shape.activation_row_bytes,
             position_row_bytes=position_row_bytes,
             beams=copies,
+            ahead_tokens=MOST_DRAFTS + 1 if drafts else 0,
             lives_on=lives_on,
             other_device_bytes=self._planner.shape.other_layers_bytes(rows, longest),
-            is_segmented=self._offers_segments if is_segmented is None else is_segmented,
+            is_segmented=self.offers_segments if is_segmented is None else is_segmented,
         )
         held_bytes, others_bytes = self._device_bytes(cache)
         chosen = self._planner.plan_for(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from kvoffload import hf
 from kvoffload.backend import Backend, LinkUse, Pace
 from kvoffload.pipeline.engine import TransferEngine
+from kvoffload.planning.drafts import RoundTimes
 from kvoffload.planning.plan import Plan
 from kvoffload.session.stats import GenerationStats
 from kvoffload.store.pool import HostPool
@@ -31,6 +32,7 @@ class _Readings(NamedTuple):
     copied: Pace  # in bytes
     recompute: Pace  # in tokens of rows
     attention: Pace
+    draft_s: float
 
     @classmethod
     def of(cls, backend: Backend) -> _Readings:
@@ -43,6 +45,7 @@ class _Readings(NamedTuple):
             copied=backend.pace("h2d"),
             recompute=backend.pace("recompute"),
             attention=backend.pace("attention"),
+            draft_s=backend.span_seconds("draft"),
         )
 
 
@@ -51,12 +54,27 @@ MAX_PREDICTION_ERROR_FRACTION = 0.1  # above this the rates behind the predictio
 SETTLING_STEPS = 2  # the first waits for the end of the write-back, the second empties the ring
 
 
+class DraftFigures(NamedTuple):
+    """What verified drafts did in a call."""
+
+    asked: int = 0  # tokens of decode steps
+    passes: int = 0  # over the link, that gave them
+    drafted: int = 0
+    accepted: int = 0
+    survivals: tuple[float, ...] = ()
+    times: RoundTimes | None = None  # that were planned
+    reason: str | None = None  # why there were none, where they might have been
+
+
 class StepRates(NamedTuple):
     """Rates of recent steps; None where nothing was done."""
 
     recompute_s_per_row_token: float | None
     h2d_bytes_per_s: float | None
     attention_s_per_row_token: float | None
+
+
+NO_DRAFTS = DraftFigures()
 
 
 class Generation:
@@ -169,13 +187,16 @@ class Generation:
         gaps, before = self._backend.spans("gap"), self._settled_gaps
         return gaps.since(before) if gaps.amount - before.amount >= MIN_WINDOW_STEPS else None
 
-    def finish(self, plan: Plan, pool: HostPool, gap_s: float | None = None) -> GenerationStats:
+    def finish(
+        self, plan: Plan, pool: HostPool, gap_s: float | None = None, drafts: DraftFigures = NO_DRAFTS
+    ) -> GenerationStats:
         """The statistics, once `generate()` has returned.
 
         Args:
             plan: it ran with.
             pool: of the session.
             gap_s: that a device waited for its host between two steps; None where that is not known.
+            drafts: what they did.
         """
         assert self.cache is not None
         self._backend.mark("end")
@@ -201,7 +222,7 @@ class Generation:
             setup_s=self.setup_s,
             prefill_s=decode[0] - starts[0] - self._setup_in_forward_s,
             ttft_s=decode[0] - self._began - self.setup_s,
-            tpot_s=wall_s / len(steps) if steps else None,
+            tpot_s=wall_s / (drafts.asked or len(steps)) if steps else None,
             decode_step_s=steps,
             tokens_per_s=core.rows * max(0, new_tokens - 1) / wall_s if wall_s > 0 else 0.0,
             h2d_bytes=end.h2d.since(self._start.h2d).copied_bytes,
@@ -221,6 +242,13 @@ class Generation:
             device_kv_peak_decode_bytes=self._engine.account.take_peak() + others,
             device_kv_peak_prefill_bytes=self._prefill_peak_bytes + others,
             exact=self.recomputed_tokens == 0 or all(layer.is_full_precision for layer in core.layers),
+            tokens_per_pass=drafts.asked / drafts.passes if drafts.passes else float(bool(steps)) or None,
+            draft_acceptance=drafts.accepted / drafts.drafted if drafts.drafted else None,
+            drafted_tokens=drafts.drafted,
+            round_times=drafts.times,
+            draft_survivals=list(drafts.survivals),
+            draft_s=end.draft_s - self._start.draft_s,
+            drafts_off_reason=drafts.reason,
             link_name=backend.link_name,
             link_has_speed=backend.has_speed,
         )

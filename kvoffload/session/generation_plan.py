@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from kvoffload.planning.drafts import RoundTimes
 from kvoffload.planning.forms import option_name
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
@@ -27,6 +28,12 @@ class GenerationPlan:
     device_cap_bytes: int | None  # on all that is held on the device; None: what the plan takes
     host_cap_bytes: int  # on the host at the full length, as if every row stored every block
     reserved_shares: Mapping[FormName, float]  # that room on the host was made for
+    round_times: RoundTimes | None = None  # of verified drafts; None where there are none, or no prediction
+
+    @property
+    def drafts(self) -> bool:
+        """Whether tokens are drafted on what is on the device: the first block, and the newest ones."""
+        return self.geometry.ahead_tokens > 0
 
     @property
     def device_budget_bytes(self) -> int:
@@ -35,9 +42,10 @@ class GenerationPlan:
 
     @property
     def resident_bytes(self) -> int:
-        """Device memory of the resident blocks, at the full length."""
+        """Device memory of the resident blocks and of the window, at the full length."""
         token_bytes = bytes_per_token(self.geometry)
         per_layer = sum(n * token_bytes[form] for form, n in self.placement.resident.items())
+        per_layer += self.placement.window_blocks * token_bytes[PLAIN]
         return self.geometry.num_offloaded_layers * self.placement.block_tokens * per_layer
 
     @property
@@ -90,6 +98,25 @@ def resident_with_room(plan: Plan, inputs: PlanInputs, geometry: Geometry) -> di
     to_come = max(0, geometry.max_tokens // inputs.block_tokens - inputs.num_blocks)
     more = min(to_come, max(0, inputs.device_bytes - plan.device_bytes) // max(1, block_bytes))
     return found | ({PLAIN: found.get(PLAIN, 0) + more} if more else {})
+
+
+def with_window(chosen: GenerationPlan, places: int = 0) -> GenerationPlan:
+    """The same with the blocks of K and V on the device as drafts want them: the first of a layer, and the newest.
+
+    The newest are stored on the host as well. Where that has no room for them, blocks stay where they were put.
+
+    Args:
+        chosen: with all of them as residents.
+        places: for residents of K and V that there are already; what is in them does not move.
+    """
+    if not chosen.drafts:
+        return chosen
+    resident = chosen.placement.resident
+    plain = resident.get(PLAIN, 0)
+    stay = min(plain, places)
+    placement = replace(chosen.placement, resident={**resident, PLAIN: stay}, window_blocks=plain - stay)
+    rolling = replace(chosen, placement=placement)
+    return rolling if chosen.placement.window_blocks or rolling.fits_on_host else chosen
 
 
 def stored_options(on_host: Mapping[FormName, int], resident: Mapping[FormName, int]) -> dict[str, int]:

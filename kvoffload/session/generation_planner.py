@@ -22,13 +22,20 @@ from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning import planner
+from kvoffload.planning.drafts import expected_rounds, round_times
 from kvoffload.planning.forms import FORMS
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.placement import PLAIN, FormName, Placement
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.problem import does_without, host_bytes_at, may_do_without, mean_tokens, pose
 from kvoffload.planning.sizing import planned_forms, split_to_plan
-from kvoffload.session.generation_plan import GenerationPlan, planned_resident, resident_with_room, stored_options
+from kvoffload.session.generation_plan import (
+    GenerationPlan,
+    planned_resident,
+    resident_with_room,
+    stored_options,
+    with_window,
+)
 from kvoffload.session.measured_rates import MeasuredRates
 from kvoffload.session.memory_limits import MemoryLimits
 
@@ -69,6 +76,23 @@ class GenerationPlanner:
         Recomputing takes memory for activations, which under a cap leaves less for resident blocks. Arguments and
         errors as of `plan_sizes_for`.
         """
+        if geometry.ahead_tokens and self.config.fixed_drafts is None:
+            return self._with_drafts_that_pay(geometry, can_recompute=can_recompute, **known)
+        return self._plan_for(geometry, can_recompute=can_recompute, **known)
+
+    def _with_drafts_that_pay(self, geometry: Geometry, **known: Any) -> GenerationPlan:
+        """With room for drafts where these are expected to make decoding faster, else without."""
+        try:
+            drafted = self._plan_for(geometry, **known)
+        except (InfeasiblePlanError, HostMemoryError):
+            pass  # it may fit without
+        else:
+            if drafted.round_times is not None and expected_rounds(drafted.round_times, geometry.rows).drafts:
+                return drafted
+        return self._plan_for(replace(geometry, ahead_tokens=0), **known)
+
+    def _plan_for(self, geometry: Geometry, *, can_recompute: bool = True, **known: Any) -> GenerationPlan:
+        """`plan_for`, drafts or not."""
         if not can_recompute or not may_do_without(self.config, geometry):
             return self.plan_sizes_for(geometry, can_recompute=can_recompute, **known)
         found, why = [], None
@@ -150,12 +174,21 @@ class GenerationPlanner:
                 may_become=tuple(sorted(forms - {PLAIN})) if fixed_split is None and has_rates else (),
                 max_tokens=geometry.max_tokens if knows_length else None,
                 prompt_tokens=prompt_tokens,
+                ahead_tokens=geometry.ahead_tokens,
             ),
             inputs=inputs if has_rates else None,
         )
         chosen = self.with_fitting_share(chosen)
         chosen.check_host()
-        return chosen
+        return self.with_rounds(with_window(chosen))
+
+    def with_rounds(self, chosen: GenerationPlan) -> GenerationPlan:
+        """The same with what rounds of drafts take, where that can be predicted."""
+        profile = self.profile() if chosen.drafts and chosen.inputs is not None else None
+        if profile is None or chosen.inputs is None:
+            return chosen
+        times = round_times(chosen.inputs, chosen.plan, self.shape, profile, rows=chosen.geometry.rows)
+        return replace(chosen, round_times=times)
 
     def with_fitting_share(self, chosen: GenerationPlan) -> GenerationPlan:
         """The same with as many activations as it takes to fit on the host at the full length.
@@ -230,6 +263,7 @@ class GenerationPlanner:
             chosen.placement, resident=resident_with_room(plan, inputs, chosen.geometry), shares=plan.shares
         )
         corrected = replace(chosen, inputs=inputs, plan=plan, placement=placement, reserved_shares=plan.shares)
+        corrected = with_window(corrected)
         # The plan is for the mean length; at the full one only the form that was asked for first may fit.
         return corrected if corrected.fits_on_host else replace(chosen, inputs=inputs)
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from kvoffload.config import MOST_DRAFTS
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.planning import planner
 from kvoffload.planning.geometry import Geometry
@@ -20,7 +21,7 @@ from kvoffload.planning.plan import Plan
 from kvoffload.planning.problem import bytes_per_token, host_bytes_at, mean_tokens, pose
 from kvoffload.planning.rates import Rates
 from kvoffload.planning.sizes import grown, with_kv_rows
-from kvoffload.session.generation_plan import GenerationPlan, resident_with_room, stored_options
+from kvoffload.session.generation_plan import GenerationPlan, resident_with_room, stored_options, with_window
 from kvoffload.session.generation_planner import GenerationPlanner
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class LaterPlans:
         host_held_bytes: int,
         device_held_bytes: int,
         device_others_bytes: int,
+        drafts: bool = False,
     ) -> GenerationPlan:
         """Plan anew for a further turn of a cache: what is stored stays, sizes and the form of new blocks follow.
 
@@ -63,17 +65,19 @@ class LaterPlans:
             host_held_bytes: host memory the session holds already.
             device_held_bytes: device memory the session holds already, and will use again.
             device_others_bytes: device memory that other caches of the session hold.
+            drafts: whether tokens are drafted on what is on the device.
 
         Raises:
             HostMemoryError: before any token of that turn, with the numbers.
         """
-        geometry = replace(chosen.geometry, max_tokens=max(prompt_tokens, max_tokens))
+        ahead_tokens = MOST_DRAFTS + 1 if drafts else chosen.geometry.ahead_tokens
+        geometry = replace(chosen.geometry, max_tokens=max(prompt_tokens, max_tokens), ahead_tokens=ahead_tokens)
         host_cap = self._planner.limits.full_host_cap_bytes(geometry, chosen.placement.prompt_tokens, host_held_bytes)
         longer = replace(
             chosen,
             geometry=geometry,
             sizes=grown(chosen.sizes, geometry),
-            placement=replace(chosen.placement, max_tokens=max_tokens),
+            placement=replace(chosen.placement, max_tokens=max_tokens, ahead_tokens=ahead_tokens),
             host_cap_bytes=host_cap,
         )
         anew = None
@@ -85,6 +89,8 @@ class LaterPlans:
 
             anew = self._planned_anew(longer, prompt_tokens, on_host, on_device, kv_row_bytes, cap_bytes)
             anew = anew and self._planner.with_fitting_share(anew)
+            anew = anew and with_window(anew, on_device.get(PLAIN, 0) - chosen.placement.window_blocks)
+            anew = anew and self._planner.with_rounds(anew)
         if anew is None or not anew.fits_on_host:
             longer.check_host()
             return longer

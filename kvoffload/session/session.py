@@ -66,7 +66,8 @@ class Session:
         self._segment_attention: hf.SegmentAttention | None = None
         # An unpaced emulated link has no device behind it whose memory could be saved: there the model's own attention
         # is faster, and the same to the last bit.
-        if config.attention == "auto" and config.schedule == "pipelined" and self.backend.has_speed:
+        is_worth_it = self.backend.has_speed or bool(config.fixed_drafts)  # drafts attend to a part of the segments
+        if config.attention == "auto" and config.schedule == "pipelined" and is_worth_it:
             self._segment_attention = hf.SegmentAttention.install(self.model, self._hooks)
         self._plans = CachePlans(
             self.planner,
@@ -87,6 +88,7 @@ class Session:
             progress=self.progress,
             new_cache=self.new_cache,
             reap=self._reap,
+            are_hooks_alone=lambda: self._hooks.are_alone(self.model),
         )
         vars(self.model)["_kvoffload_session"] = self
 

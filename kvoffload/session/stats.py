@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from kvoffload.planning.drafts import RoundTimes
 from kvoffload.planning.forms import FORMS
 from kvoffload.planning.placement import PLAIN
 from kvoffload.planning.plan import Plan
@@ -44,6 +45,14 @@ class GenerationStats:
     device_kv_peak_decode_bytes: int
     device_kv_peak_prefill_bytes: int
     exact: bool
+    tokens_per_pass: float | None = None  # over the link; 1 without drafts, None without decode steps
+    draft_acceptance: float | None = None  # of the tokens drafted, the share that was asked for
+    # the share of rounds in which the first draft was accepted, the first two, ...
+    draft_survivals: list[float] = field(default_factory=list)
+    drafted_tokens: int = 0  # of each sequence
+    round_times: RoundTimes | None = None  # what rounds of drafts were planned to take; None without a prediction
+    draft_s: float = 0.0  # spent on drafts, in the decode steps
+    drafts_off_reason: str | None = None  # why speculate="auto" decoded one by one; None where it did not, or was off
     link_name: str = ""
     link_has_speed: bool = True  # False: an emulated link that copies as fast as it can
 
@@ -56,12 +65,15 @@ class GenerationStats:
         """Plain data for a file."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "plan"}
         data["plan"] = self.plan.to_json()
+        data["round_times"] = None if self.round_times is None else dataclasses.asdict(self.round_times)
         data["decode_step_s_p50"] = self.decode_step_s_p50
         return data
 
     def __str__(self) -> str:
         step = self.decode_step_s_p50
         step_text = "no decode step" if step is None else f"step {duration(step)} (median)"
+        if step is not None and self.draft_acceptance is not None:
+            step_text = f"round {duration(step)} (median, {self.draft_acceptance:.2f} of the drafts accepted)"
         link = "" if self.h2d_gb_per_s is None else f" at {gb(self.h2d_gb_per_s * 1e9)}/s"
         busy = "" if self.link_utilization is None else f", busy {self.link_utilization:.2f} of the time"
         plan = self.plan
@@ -81,6 +93,9 @@ class GenerationStats:
     def _verdict(self, step_s: float | None) -> str:
         """How the steps compare with full transfer; else why they cannot be compared, and what would change that."""
         full = self.plan.full_transfer_step_s
+        many = ""
+        if self.draft_acceptance is not None and self.tpot_s is not None:
+            step_s, many = self.tpot_s, f"{self.tokens_per_pass:.1f} tokens per pass, "
         if step_s is None:
             return "verdict: none, no decode step was run: the first token comes from the prefill, generate more"
         if not self.h2d_bytes:
@@ -95,10 +110,10 @@ class GenerationStats:
                 "verdict: none, a given split needs no prediction and none was made: split='auto' makes one, or name a "
                 "profile=..."
             )
-        if self.plan.count(tier="host", form=PLAIN) == self.plan.num_blocks:
+        if not many and self.plan.count(tier="host", form=PLAIN) == self.plan.num_blocks:
             took = f"{step_s / full:.2f} times the predicted {duration(full)}"
             return f"verdict: this is full transfer itself, a step took {took}"
-        return f"verdict: {full / step_s:.2f}x as fast as the predicted full transfer ({duration(full)} a step)"
+        return f"verdict: {many}{full / step_s:.2f}x as fast as the predicted full transfer ({duration(full)} a step)"
 
 
 def _moved(plan: Plan) -> str:

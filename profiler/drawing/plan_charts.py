@@ -13,6 +13,7 @@ from kvoffload.profiler.drawing.chart import (
     ORANGE,
     PINK,
     PURPLE,
+    TEAL,
     Chart,
     figure,
     layout_of,
@@ -29,6 +30,7 @@ STYLES: dict[Way, tuple[str, str, str]] = {  # colour, symbol and dash of a way 
     "on_device": (GREEN, "circle", "solid"),
     "sub_batches": (PURPLE, "square", "dash"),
     "offload": (BLUE, "diamond", "solid"),
+    "drafts": (TEAL, "star", "solid"),
     "full_transfer": (ORANGE, "triangle-up", "dot"),
     "kvpr": (PINK, "x", "dashdot"),
 }

@@ -30,6 +30,7 @@ from kvoffload.machine.machine import Machine, machine_of
 from kvoffload.model.facts import Facts
 from kvoffload.model.stored_facts import facts_of
 from kvoffload.planning import step_time
+from kvoffload.planning.drafts import PRIOR_ACCEPTANCE
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.options import table_of
 from kvoffload.planning.plan import Plan
@@ -154,6 +155,7 @@ def study(
     profile: HardwareProfile,
     options: OffloadConfig,
     *,
+    acceptance: float = PRIOR_ACCEPTANCE,
     compared: tuple[Compared, ...] = (),
     measured: MeasuredRun | None = None,
     progress: Tell | None = None,
@@ -165,6 +167,7 @@ def study(
         workload: what will be generated.
         profile: the machine.
         options: caps and choices.
+        acceptance: assumed of verified drafts, 0..1.
         compared: measured steps from elsewhere.
         measured: a run of this machine, if there was one.
         progress: called with what begins and the share done.
@@ -176,10 +179,11 @@ def study(
     tell = progress or (lambda _what, _share: None)
     tell("the plan", 0.0)
     dims = facts_of(config)
-    task, machine = task_of(config, workload, profile, options), machine_of(profile)
+    task = task_of(config, workload, profile, options, acceptance=acceptance)
+    machine = machine_of(profile)
     advice, problem = None, ""
     try:
-        advice = advise(config, workload, profile, options)
+        advice = advise(config, workload, profile, options, acceptance=acceptance)
     except InfeasiblePlanError as error:
         problem = str(error)
     tell("the roofline", 0.1)

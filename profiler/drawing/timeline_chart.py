@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 from kvoffload.profiler.drawing.chart import (
     BLUE,
+    GOLD,
     GREEN,
     GREY,
     ORANGE,
     PINK,
     PURPLE,
+    TEAL,
     Chart,
     figure,
     layout_of,
@@ -25,6 +27,8 @@ from kvoffload.units import counted
 
 COLOURS: dict[Lane, str] = {
     "h2d": BLUE,
+    "draft": TEAL,
+    "verification": GOLD,
     "recompute": ORANGE,
     "attention": GREEN,
     "dense": PURPLE,
@@ -33,6 +37,8 @@ COLOURS: dict[Lane, str] = {
 }
 SHORT: dict[Lane, str] = {
     "h2d": "link",
+    "draft": "drafts",
+    "verification": "verifying",
     "recompute": "recompute",
     "attention": "attention",
     "dense": "dense, rest",

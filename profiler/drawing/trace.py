@@ -20,6 +20,8 @@ from kvoffload.timeline import LANES, Lane, Span, Timeline
 LABELS: dict[Lane, str] = {
     "h2d": "link to the device",
     "recompute": "recompute",
+    "draft": "drafting on what is on the device",
+    "verification": "verifying drafts",
     "attention": "attention",
     "dense": "dense and the rest",
     "wait": "waiting",

@@ -1,0 +1,193 @@
+"""How many tokens a round drafts: as many as a user asks for, or as many as what was measured says.
+
+Owns the estimates of what a round takes and of how many drafts are accepted, the choice between all numbers of drafts,
+none among them, and how much bad drafts may cost. Does not own the prediction it begins with (`planning/drafts`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from kvoffload.config import MOST_DRAFTS
+from kvoffload.planning.drafts import PRIOR_ACCEPTANCE, RoundTimes, best_length
+
+FORGET = 0.03  # of what was seen, at each further round: a text changes
+PRIOR_ROUNDS = 3.0  # that the prior acceptance counts for, for each position
+NEW_SHARE = 0.3  # of a measured time in the mean of the latest ones
+MOST_LOST_FRACTION = 0.015  # of the time so far, that drafts may have cost
+MOST_LOST_STEPS = 1.5  # or so many steps without drafts, where that is more
+MOST_CREDIT_STEPS = 4.0  # that drafts have gained before, and may lose as well
+FIRST_PAUSE_TOKENS = 24  # without drafts, once these do not pay; twice as many at each further time
+LONGEST_PAUSE_TOKENS = 384
+
+
+class Report(NamedTuple):
+    """What came of one round, a plain step among them."""
+
+    drafted: int
+    accepted: int  # drafts that were asked for
+    was_refused: bool  # another token than the next draft was asked for; else the round ended for another reason
+    tokens: int  # that were asked for
+    draft_s: float
+    seconds: float  # from its beginning to that of the next, drafts included
+
+
+class Lengths(Protocol):
+    """Asked before each round, and told what came of it."""
+
+    most: int  # the most that are ever drafted
+
+    def next(self, most: int) -> int:
+        """Tokens to draft now, at most so many."""
+        ...
+
+    def note(self, report: Report) -> None:
+        """A round is over."""
+        ...
+
+
+class FixedLength:
+    """As many as a user asks for.
+
+    Args:
+        number: of them.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.most = number
+
+    def next(self, most: int) -> int:
+        return min(self.most, most)
+
+    def note(self, report: Report) -> None:
+        """Nothing follows from it."""
+
+
+class Acceptance:
+    """How often drafts are accepted, by their position in a round, as far as rounds tell.
+
+    Of the drafts of a round the first that is refused is the last that tells anything.
+    """
+
+    def __init__(self, prior: float = PRIOR_ACCEPTANCE) -> None:
+        self._prior = prior
+        self._tried = [0.0] * MOST_DRAFTS
+        self._accepted = [0.0] * MOST_DRAFTS
+
+    def note(self, accepted: int, was_refused: bool) -> None:
+        """So many drafts were accepted, and perhaps the next one refused."""
+        self.forget(FORGET)
+        for position in range(accepted):
+            self._tried[position] += 1
+            self._accepted[position] += 1
+        if was_refused:
+            self._tried[accepted] += 1
+
+    def forget(self, share: float = 0.9) -> None:
+        """What was seen counts for less by so much."""
+        for counts in (self._tried, self._accepted):
+            counts[:] = [(1 - share) * count for count in counts]
+
+    def survivals(self) -> list[float]:
+        """S_1, S_2, ...: the first i drafts are all accepted."""
+        # A position that was seldom tried is expected to do as all positions did.
+        pooled = PRIOR_ROUNDS * self._prior + sum(self._accepted)
+        pooled /= PRIOR_ROUNDS + sum(self._tried)
+        found, together = [], 1.0
+        for tried, accepted in zip(self._tried, self._accepted, strict=True):
+            together *= (PRIOR_ROUNDS * pooled + accepted) / (PRIOR_ROUNDS + tried)
+            found.append(together)
+        return found
+
+
+class MeasuredTimes:
+    """What rounds take: as predicted, until they were measured.
+
+    Args:
+        predicted: by the plan.
+    """
+
+    def __init__(self, predicted: RoundTimes) -> None:
+        self._predicted = predicted
+        self._draft_s: float | None = None
+        self._pass_s: dict[int, float] = {}  # by drafts: what a round took beside them
+
+    def note(self, drafts: int, draft_s: float, seconds: float) -> None:
+        """A round of so many drafts took so long, of that so much to draft."""
+        if drafts:
+            self._draft_s = _mean(self._draft_s, draft_s / drafts)
+        self._pass_s[drafts] = _mean(self._pass_s.get(drafts), max(0.0, seconds - draft_s))
+
+    @property
+    def draft_s(self) -> float:
+        """T_d."""
+        return self._predicted.draft_s if self._draft_s is None else self._draft_s
+
+    def round_s(self, drafts: int) -> float:
+        """Of a round; one of a length that was not measured by the nearest that was."""
+        drafting_s = drafts * self.draft_s
+        if not self._pass_s:
+            return drafting_s + self._beside(drafts)
+        nearest = min(self._pass_s, key=lambda measured: (abs(measured - drafts), measured))
+        return drafting_s + self._beside(drafts) * self._pass_s[nearest] / max(1e-9, self._beside(nearest))
+
+    def _beside(self, drafts: int) -> float:
+        """What a round takes beside drafting, as predicted."""
+        predicted = self._predicted
+        return predicted.pass_s[drafts] - min(drafts * self.draft_s, predicted.ahead_s)
+
+
+class PlannedLength:
+    """As many as make a token cheapest, by what was measured; none where they do not pay.
+
+    What drafts cost more than decoding without them is kept within a part of the time so far.
+
+    Args:
+        predicted: by the plan.
+        rows: sequences, which go in lock-step.
+    """
+
+    most = MOST_DRAFTS
+
+    def __init__(self, predicted: RoundTimes, rows: int = 1) -> None:
+        self._acceptance, self._times = Acceptance(PRIOR_ACCEPTANCE**rows), MeasuredTimes(predicted)
+        self._seconds = self._lost_s = 0.0
+        self._pause_tokens, self._next_pause_tokens = 0, FIRST_PAUSE_TOKENS
+        self._is_first = True
+
+    def next(self, most: int) -> int:
+        if self._pause_tokens > 0 or self._lost_s > self._may_lose_s:
+            return 0
+        survivals = self._acceptance.survivals()
+        length = best_length(survivals, self._times.round_s, most)
+        if not length and most:
+            self._pause_tokens = self._next_pause_tokens
+            self._next_pause_tokens = min(LONGEST_PAUSE_TOKENS, 2 * self._next_pause_tokens)
+        return length
+
+    @property
+    def _may_lose_s(self) -> float:
+        return max(MOST_LOST_FRACTION * self._seconds, MOST_LOST_STEPS * self._times.round_s(0))
+
+    def note(self, report: Report) -> None:
+        if report.drafted:
+            self._acceptance.note(report.accepted, report.was_refused)
+        if self._is_first:  # the first step waits for the write-back of the prompt
+            self._is_first = False
+            return
+        self._times.note(report.drafted, report.draft_s, report.seconds)
+        self._seconds += report.seconds
+        if not report.drafted:
+            self._pause_tokens -= report.tokens
+            if self._pause_tokens <= 0 < self._pause_tokens + report.tokens:
+                self._acceptance.forget()  # the text may be another by now
+            return
+        plain_s = self._times.round_s(0)
+        self._lost_s = max(-MOST_CREDIT_STEPS * plain_s, self._lost_s + report.seconds - report.tokens * plain_s)
+        if self._lost_s <= 0:
+            self._next_pause_tokens = FIRST_PAUSE_TOKENS
+
+
+def _mean(before: float | None, value: float) -> float:
+    """The mean of the latest values."""
+    return value if before is None else before + NEW_SHARE * (value - before)

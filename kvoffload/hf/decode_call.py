@@ -1,0 +1,97 @@
+"""A call of a model's forward for the next token of each row, and the calls that several tokens make of it.
+
+Owns what of such a call depends on which tokens it is for, so that a model is asked for a draft, or for some tokens
+together, as `generate()` would ask it for the next one. Does not own which tokens these are (`kvoffload/draft/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from transformers.generation.configuration_utils import GenerationMode
+
+from kvoffload.hf.arguments import CACHE_NAMES, given_cache
+
+ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # ways to decode that ask for the next token alone
+# What says the same for any number of tokens.
+_ALIKE = {*CACHE_NAMES, "use_cache", "return_dict"}
+
+
+class DecodeCall(NamedTuple):
+    """The call, of which nothing but the tokens changes."""
+
+    inputs: Mapping[str, Any]
+    token: torch.Tensor  # [rows, 1]
+    cache: Any
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> DecodeCall | str | None:
+        """The call that a model's forward was given; why it cannot be made for several tokens, or None: for no token.
+
+        Args:
+            args: positional arguments.
+            inputs: named ones.
+        """
+        token = inputs.get("input_ids")
+        if not isinstance(token, torch.Tensor) or token.dim() != 2 or token.shape[1] != 1:
+            return None
+        if args:
+            return "the model is called with arguments by position"
+        for name, value in inputs.items():
+            if not _is_known(name, value):
+                return f"the model is asked for or given {name}"
+        return cls(inputs, token, given_cache((), inputs))
+
+    def for_next(self, token: torch.Tensor, ahead: int) -> dict[str, Any]:
+        """The same for one token, [rows, 1], that is so many behind this one."""
+        return self._inputs(token, ahead)
+
+    def for_all(self, tokens: torch.Tensor) -> dict[str, Any]:
+        """The same for this token and those that follow it, [rows, tokens] in all."""
+        inputs = self._inputs(tokens, 0)
+        if inputs.get("logits_to_keep") is not None:
+            inputs["logits_to_keep"] = tokens.shape[1]
+        return inputs
+
+    def _inputs(self, tokens: torch.Tensor, ahead: int) -> dict[str, Any]:
+        inputs = dict(self.inputs, input_ids=tokens)
+        count = tokens.shape[1]
+        if (mask := inputs.get("attention_mask")) is not None:
+            more = ahead + count - 1
+            inputs["attention_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], more)], dim=1) if more else mask
+        if (positions := inputs.get("position_ids")) is not None:
+            inputs["position_ids"] = positions + torch.arange(ahead, ahead + count, device=positions.device)
+        return inputs
+
+
+def _is_known(name: str, value: Any) -> bool:
+    if value is None or value is False or name in _ALIKE:
+        return True
+    if name == "input_ids":
+        return True
+    if name == "attention_mask":
+        return isinstance(value, torch.Tensor) and value.dim() == 2
+    if name == "position_ids":
+        return isinstance(value, torch.Tensor) and value.shape[-1] == 1
+    return name == "logits_to_keep" and type(value) is int
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """Of the tokens of a call, [rows, tokens, vocabulary]."""
+    logits: torch.Tensor = output.logits
+    return logits
+
+
+def output_for(output: Any, index: int, count: int) -> Any:
+    """What a model returned for `count` tokens, as if it had been asked for one of them.
+
+    Args:
+        output: of the forward.
+        index: of the token among those.
+        count: of the tokens.
+    """
+    logits = logits_of(output)
+    start = logits.shape[1] - count + index
+    return type(output)(**{**output, "logits": logits[:, start : start + 1]})

@@ -1,0 +1,161 @@
+"""Verified drafts in the cost model: how long a round takes, how many tokens it gives, and how many are drafted.
+
+A round drafts k tokens with what is on the device, then checks them and the one before in one pass over the link:
+
+    round = k * T_d + T_v(k + 1) - min(k * T_d, ring / rate)
+
+T_d is a step over the blocks on the device, T_v(m) a pass of m tokens, and while tokens are drafted the link fills the
+ring. With S_i the probability that the first i drafts are all accepted, a round gives 1 + S_1 + ... + S_k tokens.
+
+Source: speculative decoding (Leviathan et al., arXiv 2211.17192, section 3); survival per position in the place of
+their one acceptance rate, as acceptance is not the same at each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from kvoffload.config import MOST_DRAFTS
+from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.model.shape import ModelShape
+from kvoffload.planning import step_time
+from kvoffload.planning.inputs import PlanInputs
+from kvoffload.planning.placement import PLAIN
+from kvoffload.planning.plan import Plan
+from kvoffload.planning.rates import Rates, rates_from_profile
+
+PRIOR_ACCEPTANCE = 0.7  # of each draft, before any was seen
+FULL_SPEED_ROWS = 256  # of a GEMM that is bound by arithmetic
+LEAST_WINDOW_TOKENS = 128  # on the device; with fewer the prior is not to be believed
+MIN_GAIN_FRACTION = 0.05  # by which drafts must be faster than none to be begun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundTimes:
+    """What rounds of one cache take."""
+
+    draft_s: float  # T_d
+    pass_s: tuple[float, ...]  # T_v(1), T_v(2), ...
+    window_tokens: int  # of each sequence, that drafts attend to
+    ahead_s: float  # of the link's time, that the ring can take on while tokens are drafted
+
+    def round_s(self, drafts: int) -> float:
+        """A round of that many drafts; of none, a plain step."""
+        drafting_s = drafts * self.draft_s
+        return drafting_s + self.pass_s[drafts] - min(drafting_s, self.ahead_s)
+
+
+def survival(acceptance: float, rows: int = 1, drafts: int = MOST_DRAFTS) -> list[float]:
+    """S_1, S_2, ... where each draft of a row is accepted with the same probability, and a batch goes in lock-step."""
+    return [acceptance ** (rows * position) for position in range(1, drafts + 1)]
+
+
+def tokens_per_round(survivals: Sequence[float], drafts: int) -> float:
+    """Tokens that a round of so many drafts is expected to give."""
+    return 1 + sum(survivals[:drafts])
+
+
+def best_length(survivals: Sequence[float], round_s: Callable[[int], float], most: int) -> int:
+    """The number of drafts with the least time for a token; 0 is a candidate, and the fewest of equals are taken.
+
+    Args:
+        survivals: S_1, S_2, ...
+        round_s: seconds of a round of so many drafts.
+        most: drafts.
+    """
+    return min(range(min(most, len(survivals)) + 1), key=lambda k: round_s(k) / tokens_per_round(survivals, k))
+
+
+class ExpectedRounds(NamedTuple):
+    """What rounds of drafts are expected to give."""
+
+    drafts: int  # in a round; 0: they do not gain enough
+    tokens: float  # of each sequence, that a round gives
+    round_s: float
+
+    @property
+    def token_s(self) -> float:
+        """Seconds for the next token of each sequence."""
+        return self.round_s / self.tokens
+
+
+def expected_rounds(
+    times: RoundTimes, rows: int, *, acceptance: float = PRIOR_ACCEPTANCE, drafts: int | None = None
+) -> ExpectedRounds:
+    """The rounds that are planned where each draft of a row is accepted with the same probability.
+
+    Args:
+        times: that rounds take.
+        rows: sequences, of which a round keeps as many tokens as all of them accept.
+        acceptance: that probability, 0..1.
+        drafts: in each round; None: as many as make a token cheapest, and none where these gain too little.
+    """
+    survivals = survival(acceptance, rows)
+    length = best_length(survivals, times.round_s, MOST_DRAFTS) if drafts is None else drafts
+    gains = times.window_tokens >= LEAST_WINDOW_TOKENS and speedup(survivals, times, length) >= 1 + MIN_GAIN_FRACTION
+    if drafts is None and not gains:
+        length = 0
+    return ExpectedRounds(length, tokens_per_round(survivals, length), times.round_s(length))
+
+
+def speedup(survivals: Sequence[float], times: RoundTimes, drafts: int) -> float:
+    """Tokens in the time of one without drafts, from the same blocks."""
+    return tokens_per_round(survivals, drafts) * times.round_s(0) / times.round_s(drafts)
+
+
+def round_times(
+    inputs: PlanInputs,
+    plan: Plan,
+    shape: ModelShape,
+    profile: HardwareProfile,
+    *,
+    rows: int,
+    device_tokens: int | None = None,
+) -> RoundTimes:
+    """What rounds take by the cost model.
+
+    Args:
+        inputs: of the plan, with rates as far as they were measured.
+        plan: where the blocks are.
+        shape: of the model.
+        profile: of the machine.
+        rows: sequences.
+        device_tokens: of each sequence, that drafts attend to; None: those of the blocks that the plan has there.
+    """
+    tokens = plan.count(tier="device") * inputs.block_tokens if device_tokens is None else device_tokens
+
+    def rates_at(batch: int, cached_tokens: int) -> Rates:
+        return rates_from_profile(
+            profile,
+            shape,
+            batch=batch,
+            block_tokens=inputs.block_tokens,
+            chunk_blocks=inputs.chunk_blocks,
+            cached_tokens=cached_tokens,
+        )
+
+    cached = inputs.num_blocks * inputs.block_tokens
+    pass_s = []
+    for checked in range(1, MOST_DRAFTS + 2):
+        together = rates_at(rows * checked, cached)
+        # K and V are read once for all of the tokens, which is what takes long on a GPU, and multiplied with each.
+        flops = 4 * rows * checked * shape.num_heads * shape.head_dim
+        multiply_s = flops / profile.gemm_flops_per_s(FULL_SPEED_ROWS, shape.hidden_size, shape.hidden_size)
+        rates = replace(
+            inputs.rates,
+            dense_s=max(inputs.rates.dense_s, together.dense_s),
+            head_s=max(inputs.rates.head_s, together.head_s),
+            attention_s_per_token=max(inputs.rates.attention_s_per_token, multiply_s),
+        )
+        pass_s.append(step_time.predict(replace(inputs, rates=rates), plan.blocks).step_s)
+    near = rates_at(rows, max(inputs.block_tokens, tokens))
+    layers_s = inputs.num_layers * near.dense_s + inputs.num_offloaded_layers * tokens * near.attention_s_per_token
+    issue_s = inputs.num_layers * near.host_s_per_layer
+    return RoundTimes(
+        draft_s=max(layers_s, issue_s) + near.head_s,
+        pass_s=tuple(pass_s),
+        window_tokens=tokens,
+        ahead_s=inputs.ring_bytes / inputs.rates.h2d_bytes_per_s[PLAIN] if plan.count(tier="host") else 0.0,
+    )

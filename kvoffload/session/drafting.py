@@ -1,0 +1,126 @@
+"""Verified drafts in one `generate()`: whether they can serve it, what stands in for the model, and what is told.
+
+Owns the stand-ins on the model during the call, and the limits on how many tokens go together. Does not own a round
+(`kvoffload/draft/`), nor the cache or the calls of `generate()` (`generate_calls`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kvoffload import hf
+from kvoffload.backend import Backend
+from kvoffload.draft.lengths import Lengths
+from kvoffload.draft.rounds import Rounds, Rule
+from kvoffload.errors import ConfigError
+
+
+class Drafting:
+    """Of one `generate()`; ends with `close`.
+
+    Args:
+        model: the model.
+        cache: of the call, planned.
+        backend: of the session.
+        generation_config: of the call, as transformers prepared it.
+        lengths: how many tokens are drafted.
+        is_asked_for: whether the user gave a number, so that what cannot be served is an error.
+        before_pass: told when a pass begins, with how many drafts.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: hf.OffloadedHFCache,
+        backend: Backend,
+        generation_config: Any,
+        lengths: Lengths,
+        *,
+        is_asked_for: bool,
+        before_pass: Callable[[int], None],
+    ) -> None:
+        self.reason: str | None = None  # why tokens were decoded one by one
+        self.lengths = lengths
+        self._cache, self._is_asked_for = cache, is_asked_for
+        self._rotations = hf.changing_rotations(model.config)
+        self._is_settled = False
+        shadowed = {"forward": self._forward, "_get_logits_processor": self._processors}
+        self._shadows = hf.Shadows(model, shadowed)
+        self.rounds = Rounds(
+            self._shadows.originals["forward"],
+            cache,
+            backend,
+            rule=_rule(generation_config),
+            length=self._length,
+            before_pass=before_pass,
+            report=lengths.note,
+            refuse=self._refuse,
+        )
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.rounds(*args, **kwargs)
+
+    def _processors(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = self._shadows.originals["_get_logits_processor"](*args, **kwargs)
+        given = kwargs.get("logits_processor") or ()
+        self.rounds.rule = self.rounds.rule._replace(processors=hf.draft_processors(prepared, given))
+        return prepared
+
+    def _length(self, call: hf.DecodeCall) -> int:
+        """How many tokens to draft now."""
+        core = self._cache.core
+        if not self._is_settled:
+            self._is_settled = True
+            if not all(layer.is_segmented for layer in core.layers):
+                self._refuse("its attention puts whole layers together on the device (attention over segments cannot)")
+            elif (reason := self._cache.why_not_croppable()) is not None:
+                self._refuse(reason)
+        if self.reason is not None:
+            return 0
+        cached, limit = core.layers[0].num_tokens, core.placement.max_tokens
+        most = self.lengths.most
+        if limit is not None:
+            most = min(most, limit - cached - 1)
+        if self._rotations:
+            positions = call.inputs.get("position_ids")
+            first = cached if positions is None else int(positions.max())
+            for rotation in self._rotations:
+                together = rotation.most_together(first)
+                most = most if together is None else min(most, together - 1)
+        return self.lengths.next(max(0, most))
+
+    def _refuse(self, reason: str) -> None:
+        """This call is not served by drafts.
+
+        Raises:
+            ConfigError: a number of drafts was asked for.
+        """
+        if self._is_asked_for:
+            raise cannot_draft(self.lengths.most, reason)
+        self.reason = self.reason or reason
+
+    def close(self) -> None:
+        """Give the model its own methods back."""
+        self._shadows.remove()
+
+    def settle(self) -> None:
+        """The call is over, or stopped between two forwards: the cache is as plain decoding leaves it."""
+        self.rounds.settle()
+        self._cache.record_past(False)
+
+
+def cannot_draft(number: int, reason: str) -> ConfigError:
+    """Why a number of drafts cannot be served, and the way out."""
+    return ConfigError(f"speculate={number} cannot serve this generate(): {reason}; use speculate='auto' or 'off'")
+
+
+def _rule(generation_config: Any) -> Rule:
+    """How the call chooses tokens, as `_prepare_special_tokens` left its configuration."""
+    eos = getattr(generation_config, "_eos_token_tensor", None)
+    pad = getattr(generation_config, "_pad_token_tensor", None)
+    if not isinstance(eos, torch.Tensor) or not isinstance(pad, torch.Tensor):
+        return Rule(do_sample=bool(generation_config.do_sample))
+    return Rule(do_sample=bool(generation_config.do_sample), pad=int(pad), eos=tuple(eos.flatten().tolist()))

@@ -1,0 +1,145 @@
+"""Verified drafts in tests: drafts made worse on purpose, and cells of a matrix.
+
+Not a test module.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from matrix import FAST_LINK, checking_backend, distance, leaves_no_trace, model_for, profile, row_bytes
+from modes import KINDS, Mode, Outcome, Shape, outcome, plain_cache
+from transformers import PreTrainedModel
+
+from kvoffload import OffloadConfig
+from kvoffload.config import GIB
+from kvoffload.draft.rounds import Rounds
+from kvoffload.session.session import Session
+from kvoffload.session.stats import GenerationStats
+
+ARCHITECTURES = (
+    *("llama", "opt", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "cohere2"),
+    *("starcoder2", "granite", "mixtral", "gpt_oss", "exaone4", "gpt2", "lfm2", "gemma3n_text"),
+)
+MODES = (
+    *("greedy", "sampling", "left_padding", "chunked_prefill", "multi_turn", "returned_cache", "early_ends"),
+    "return_sequences",
+)
+BATCHES = (1, 3, 8)
+NUMBERS = (1, 4, 15)
+QUALITIES = (1.0, 0.7, 0.0)  # share of the drafts that are left as they are
+DEVICES = ("tail", "window", "all")  # what is on the device: the newest tokens, some blocks, everything
+SPLITS = ("transfer", "recompute", 0.5)
+BLOCK_TOKENS = 4
+
+
+class Cell(NamedTuple):
+    """One point of the matrix."""
+
+    architecture: str
+    mode: str
+    rows: int
+    number: int
+    quality: float
+    device: str
+    split: Any
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(rows=self.rows, new_tokens=24)
+
+
+FACTORS = (ARCHITECTURES, MODES, BATCHES, NUMBERS, QUALITIES, DEVICES, SPLITS)
+
+
+def full_product() -> Iterator[Cell]:
+    """All of it, but for the split, which goes in rotation."""
+    splits = itertools.cycle(SPLITS)
+    for values in itertools.product(*FACTORS[:-1]):
+        yield Cell(*values, next(splits))
+
+
+@contextmanager
+def drafts_worse(monkeypatch: pytest.MonkeyPatch, quality: float) -> Iterator[None]:
+    """Of the tokens drafted only so many are what the model said; the others are any."""
+    original, generator = Rounds._choose, torch.Generator().manual_seed(5)
+
+    def choose(self: Rounds, ids: Any, logits: torch.Tensor) -> torch.Tensor:
+        token = original(self, ids, logits)
+        other = torch.randint(3, logits.shape[-1], token.shape, generator=generator)
+        return torch.where(torch.rand(token.shape, generator=generator) < quality, token, other)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Rounds, "_choose", choose)
+        yield
+
+
+class Drafted(NamedTuple):
+    """What generations with drafts gave."""
+
+    outcome: Outcome
+    stats: list[GenerationStats]
+
+
+def run_drafted(model: PreTrainedModel, mode: Mode, config: OffloadConfig, backend: Any = None) -> Drafted:
+    """Generate with a session of its own; afterwards nothing of it may be left."""
+    stats: list[Any] = []
+    with leaves_no_trace(model):
+        session = Session(model, config, backend or checking_backend())
+        original = vars(model)["generate"]
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            stats.append(session.stats)
+            return output
+
+        vars(model)["generate"] = generate
+        try:
+            with session:
+                outputs = mode.run(model, session.new_cache)
+                result = outcome(outputs)
+                del outputs
+                vars(model)["generate"] = original
+        finally:
+            session.close()
+    assert session.pool.used_bytes == session.pool.slab_bytes == 0
+    return Drafted(result, stats)
+
+
+def config_of(cell: Cell, mode: Mode) -> OffloadConfig:
+    """The options of a cell."""
+    gib: Any = "min"
+    if cell.device != "tail":
+        model = model_for(cell.architecture, False)
+        num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        cached = num_layers * mode.rows * mode.max_tokens * row_bytes(model).kv
+        ring = 40 * BLOCK_TOKENS * mode.rows * num_layers * row_bytes(model).kv
+        gib = (ring + cached * (0.3 if cell.device == "window" else 2.0)) / GIB
+    return OffloadConfig(
+        split=cell.split,
+        speculate=cell.number,
+        device_gib=gib,
+        block_tokens=BLOCK_TOKENS,
+        chunk_blocks=2,
+        slots=2,
+        link=FAST_LINK,
+        profile=profile(),
+    )
+
+
+def check_cell(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> Drafted:
+    """Run a cell beside plain `generate()` and compare tokens and logits."""
+    model, mode = model_for(cell.architecture, False), KINDS[cell.mode](cell.shape)
+    wanted = outcome(mode.run(model, lambda: plain_cache(model)))
+    with drafts_worse(monkeypatch, cell.quality):
+        run = run_drafted(model, mode, config_of(cell, mode))
+    assert distance(run.outcome, wanted) <= 1e-5
+    return run

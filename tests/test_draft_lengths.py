@@ -1,0 +1,177 @@
+"""How many tokens a round drafts: the rule, what is measured, and how much bad drafts may cost."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from kvoffload.config import MOST_DRAFTS
+from kvoffload.draft.lengths import Acceptance, FixedLength, MeasuredTimes, PlannedLength, Report
+from kvoffload.planning.drafts import (
+    RoundTimes,
+    best_length,
+    expected_rounds,
+    speedup,
+    survival,
+    tokens_per_round,
+)
+
+
+def times(ratio: float, *, ahead_s: float = 0.0, growth: float = 0.0) -> RoundTimes:
+    """Rounds whose pass takes `ratio` drafts, a pass of several tokens a little longer."""
+    return RoundTimes(
+        draft_s=1.0,
+        pass_s=tuple(ratio + growth * more for more in range(MOST_DRAFTS + 1)),
+        window_tokens=1024,
+        ahead_s=ahead_s,
+    )
+
+
+# ---- the rule --------------------------------------------------------------------------------------------------------
+
+
+def test_a_round_is_its_drafts_and_a_pass_less_what_the_link_did_meanwhile() -> None:
+    found = times(25.0, ahead_s=3.0, growth=0.5)
+    assert found.round_s(0) == 25.0
+    assert found.round_s(2) == pytest.approx(2 + 26.0 - 2)
+    assert found.round_s(12) == pytest.approx(12 + 31.0 - 3)
+
+
+def test_a_batch_in_lock_step_keeps_what_all_rows_accept() -> None:
+    assert survival(0.5, drafts=3) == [0.5, 0.25, 0.125]
+    assert survival(0.5, rows=2, drafts=2) == [0.25, 0.0625]
+    assert tokens_per_round([0.5, 0.25], 2) == 1.75
+
+
+@pytest.mark.parametrize("ratio", [1.5, 3.0, 8.0, 25.0, 50.0])
+@pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.7, 0.95, 1.0])
+def test_the_best_length_is_the_best_of_all(ratio: float, acceptance: float) -> None:
+    survivals, found = survival(acceptance), times(ratio)
+    length = best_length(survivals, found.round_s, MOST_DRAFTS)
+    gains = [speedup(survivals, found, k) for k in range(MOST_DRAFTS + 1)]
+    assert gains[length] == pytest.approx(max(gains))
+    assert gains[0] == 1.0
+    assert length == (0 if acceptance == 0 else length)
+    assert best_length(survivals, found.round_s, 2) <= 2
+
+
+def test_drafts_that_gain_little_are_not_planned() -> None:
+    assert expected_rounds(times(1.2), 1).drafts == 0
+    found = expected_rounds(times(25.0), 1)
+    assert found.drafts > 3
+    assert found.token_s < 25.0 / 2
+    assert expected_rounds(times(25.0), 8).drafts == 0  # no eight rows accept a draft of this prior together
+    assert expected_rounds(times(1.2), 1, drafts=4).drafts == 4  # asked for
+    assert expected_rounds(replace(times(25.0), window_tokens=16), 1).drafts == 0  # what they would see is too little
+
+
+# ---- what is measured ------------------------------------------------------------------------------------------------
+
+
+def test_acceptance_is_counted_by_position() -> None:
+    """Bimodal: half of the rounds accept nothing, the others all of it."""
+    found = Acceptance()
+    for turn in range(400):
+        found.note(*((8, False) if turn % 2 else (0, True)))
+    survivals = found.survivals()
+    assert survivals[0] == pytest.approx(0.5, abs=0.06)
+    assert survivals[7] == pytest.approx(0.5, abs=0.1)  # once the first is, all are; a power law would say 0.004
+
+
+def test_a_refused_draft_says_nothing_of_those_behind_it() -> None:
+    found = Acceptance(prior=0.5)
+    for _ in range(200):
+        found.note(2, was_refused=True)
+    survivals = found.survivals()
+    assert survivals[1] > 0.9
+    assert survivals[2] < 0.1 * survivals[1]
+    assert found.survivals() == survivals
+    found.forget()
+    assert found.survivals()[2] > survivals[2]
+
+
+def test_times_are_as_predicted_until_they_are_measured() -> None:
+    found = MeasuredTimes(times(10.0, growth=1.0))
+    assert found.round_s(4) == 4 + 14.0
+    found.note(4, 8.0, 8.0 + 28.0)  # both twice as long as predicted
+    assert found.draft_s == 2.0
+    assert found.round_s(4) == pytest.approx(8.0 + 28.0)
+    assert found.round_s(0) == pytest.approx(20.0)
+    found.note(0, 0.0, 40.0)
+    assert found.round_s(0) == pytest.approx(40.0)
+    assert found.round_s(3) == pytest.approx(6.0 + 26.0)  # by the nearest
+
+
+# ---- planned and corrected -------------------------------------------------------------------------------------------
+
+
+class Played:
+    """Decoding at given times and a given acceptance of each draft."""
+
+    def __init__(self, lengths: PlannedLength | FixedLength, real: RoundTimes, seed: int = 0) -> None:
+        self.lengths, self.real, self._random = lengths, real, random.Random(seed)
+        self.seconds, self.tokens, self.drafted = 0.0, 0, 0
+
+    def play(self, tokens: int, acceptance: float) -> None:
+        until = self.tokens + tokens
+        while self.tokens < until:
+            k = self.lengths.next(MOST_DRAFTS)
+            accepted = 0
+            while accepted < k and self._random.random() < acceptance:
+                accepted += 1
+            seconds = self.real.round_s(k)
+            self.lengths.note(Report(k, accepted, accepted < k, accepted + 1, k * self.real.draft_s, seconds))
+            self.seconds += seconds
+            self.tokens += accepted + 1
+            self.drafted += k
+
+
+@pytest.mark.parametrize("ratio", [2.0, 3.0, 8.0, 14.0, 25.0, 50.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_worthless_drafts_cost_little(ratio: float, seed: int) -> None:
+    played = Played(PlannedLength(times(ratio)), times(ratio), seed)
+    played.play(200, acceptance=0.0)
+    assert played.drafted > 0
+    assert played.seconds <= 1.03 * 200 * ratio
+
+
+@pytest.mark.parametrize("ratio", [3.0, 8.0, 25.0, 50.0])
+@pytest.mark.parametrize("acceptance", [0.2, 0.5, 0.8, 0.95])
+def test_it_is_nearly_as_fast_as_the_best_length_known_beforehand(ratio: float, acceptance: float) -> None:
+    real = times(ratio, growth=0.1)
+    survivals = survival(acceptance)
+    length = best_length(survivals, real.round_s, MOST_DRAFTS)
+    best_s = real.round_s(length) / tokens_per_round(survivals, length)
+    taken = []
+    for seed in range(5):
+        played = Played(PlannedLength(real), real, seed)
+        played.play(400, acceptance)
+        taken.append(played.seconds / played.tokens)
+    assert sum(taken) / len(taken) <= 1.1 * best_s
+
+
+def test_a_wrong_prediction_is_corrected() -> None:
+    """Passes are predicted to take 25 drafts, and take 1.05: drafts are dropped, at no more than a few steps."""
+    real = times(1.05)
+    played = Played(PlannedLength(times(25.0)), real)
+    played.play(400, acceptance=0.6)
+    assert played.seconds <= 1.05 * 400 * 1.05
+
+
+def test_drafts_begin_again_where_the_text_changes() -> None:
+    played = Played(PlannedLength(times(25.0)), times(25.0))
+    played.play(150, acceptance=0.0)
+    bad_s, bad_tokens = played.seconds, played.tokens
+    played.play(600, acceptance=0.9)
+    gained = 25.0 * (played.tokens - bad_tokens) / (played.seconds - bad_s)
+    assert gained > 2.0
+
+
+def test_a_fixed_number_is_cut_at_the_end_only() -> None:
+    lengths = FixedLength(6)
+    assert lengths.next(15) == 6
+    assert lengths.next(2) == 2
+    lengths.note(Report(6, 0, True, 1, 1.0, 2.0))
+    assert lengths.next(15) == 6

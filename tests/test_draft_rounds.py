@@ -1,0 +1,295 @@
+"""What a round of drafts leaves behind, and what users' own parts of `generate()` see of it: nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from drafting import drafts_worse
+from matrix import FAST_LINK, checking_backend, distance, leaves_no_trace, profile
+from models import make_model
+from modes import COMMON, assistant_of, given, once, outcome, padded_prompt, plain_cache, prompt
+from modes import Shape as Inputs
+from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+import kvoffload
+from kvoffload import ConfigError, OffloadConfig, hf
+from kvoffload.draft.rounds import Rounds
+from kvoffload.session.session import Session
+
+NEW_TOKENS = 24
+OPTIONS: dict[str, Any] = {**COMMON, "max_new_tokens": NEW_TOKENS}
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return make_model("llama")
+
+
+def config(number: Any = 4, **options: Any) -> OffloadConfig:
+    """With the whole cache on the device, so that every draft is right unless it is made wrong on purpose."""
+    values: dict[str, Any] = {"device_gib": 0.01, "block_tokens": 4, "chunk_blocks": 2, **options}
+    return OffloadConfig(speculate=number, link=FAST_LINK, profile=profile(), **values)
+
+
+def session_of(model: PreTrainedModel, number: Any = 4, **options: Any) -> Session:
+    return Session(model, config(number, **options), checking_backend())
+
+
+class Noting(LogitsProcessor):
+    """Writes down every call, and depends on how many there were."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.seen.append(input_ids.clone())
+        scores = scores.clone()
+        scores[:, (7 * len(self.seen)) % scores.shape[1]] += 3.0
+        return scores
+
+
+class Counting(StoppingCriteria):
+    """Writes down every call, and ends rows at calls of its own choice."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.seen.append(input_ids.clone())
+        return torch.tensor([len(self.seen) >= 9 + 5 * row for row in range(input_ids.shape[0])])
+
+
+class Listening(BaseStreamer):
+    """Writes down what it is given."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.seen.append(value.clone())
+
+    def end(self) -> None:
+        self.seen.append(torch.tensor(-1))
+
+
+@pytest.mark.parametrize("quality", [1.0, 0.5])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_processors_criteria_and_streamers_see_what_plain_decoding_shows_them(
+    do_sample: bool, quality: float, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> tuple[Any, list[torch.Tensor]]:
+        processor, criterion, streamer = Noting(), Counting(), Listening()
+        torch.manual_seed(3)
+        options = {**OPTIONS, "do_sample": do_sample, "repetition_penalty": 1.3, "eos_token_id": 5}
+        output = model.generate(
+            prompt(1), logits_processor=[processor], stopping_criteria=[criterion], streamer=streamer, **options
+        )
+        return output, [*processor.seen, *criterion.seen, *streamer.seen]
+
+    wanted, seen_plain = run()
+    with drafts_worse(monkeypatch, quality), session_of(model) as session:
+        found, seen = run()
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert len(seen) == len(seen_plain)
+    assert all(torch.equal(a, b) for a, b in zip(seen, seen_plain, strict=True))
+    assert session.stats is not None
+    assert session.stats.draft_acceptance is not None
+
+
+def test_rows_end_at_a_criterion_of_their_own(model: PreTrainedModel) -> None:
+    def run() -> Any:
+        options = {**OPTIONS, "eos_token_id": 5, "output_scores": True}
+        return model.generate(**padded_prompt(3), stopping_criteria=[Counting()], **options)
+
+    wanted = run()
+    with session_of(model):
+        found = run()
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert distance(outcome([found]), outcome([wanted])) <= 1e-5
+    assert len(found.scores) == len(wanted.scores)
+
+
+def test_random_numbers_are_left_as_plain_sampling_leaves_them(model: PreTrainedModel) -> None:
+    states = []
+    for number in ("off", 5):
+        with session_of(model, number):
+            torch.manual_seed(4)
+            model.generate(prompt(2), **{**OPTIONS, "do_sample": True})
+            states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("when", [1, 6, 13])
+def test_an_exception_in_a_processor_leaves_the_cache_after_the_last_token(when: int, model: PreTrainedModel) -> None:
+    class Failing(LogitsProcessor):
+        calls = 0
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if self.calls == when:
+                raise RuntimeError("on purpose")
+            return scores
+
+    ids = prompt(2)
+    plain = model.generate(ids, **OPTIONS)
+    with session_of(model) as session:
+        cache = session.new_cache()
+        with pytest.raises(RuntimeError, match="on purpose"):
+            model.generate(ids, **given(cache), logits_processor=[Failing()], **OPTIONS)
+        assert cache.get_seq_length() == cache.core.layers[0].num_tokens == ids.shape[1] + when - 1
+        assert not cache.core.is_recording
+        again = model.generate(plain.sequences[:, : ids.shape[1] + when], **given(cache), **OPTIONS)
+    wanted = model.generate(plain.sequences[:, : ids.shape[1] + when], **OPTIONS)
+    assert torch.equal(again.sequences, wanted.sequences)
+
+
+def test_an_exception_in_a_draft_closes_the_cache_and_leaves_the_model_as_it_was(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = model.generate(prompt(2), **OPTIONS)
+
+    def choose(self: Rounds, ids: Any, logits: torch.Tensor) -> torch.Tensor:
+        raise MemoryError("on purpose")
+
+    with leaves_no_trace(model), session_of(model) as session:
+        with monkeypatch.context() as patched:
+            patched.setattr(Rounds, "_choose", choose)
+            with pytest.raises(MemoryError, match="on purpose"):
+                model.generate(prompt(2), **OPTIONS)
+        assert session.pool.used_bytes == 0
+        assert torch.equal(model.generate(prompt(2), **OPTIONS).sequences, wanted.sequences)
+    assert torch.equal(model.generate(prompt(2), **OPTIONS).sequences, wanted.sequences)
+
+
+@pytest.mark.parametrize("device_gib", ["min", 0.001])
+def test_the_cache_that_is_left_is_that_of_plain_decoding(device_gib: Any, model: PreTrainedModel) -> None:
+    caches = []
+    for number in ("off", 6):
+        session = session_of(model, number, device_gib=device_gib, split="transfer")
+        with session:
+            cache = session.new_cache()
+            model.generate(padded_prompt(3)["input_ids"], **given(cache), **OPTIONS)
+            caches.append([(layer.keys, layer.values) for layer in cache.layers])
+    for (keys, values), (wanted_keys, wanted_values) in zip(*caches, strict=True):
+        assert (keys - wanted_keys).abs().max() <= 1e-5
+        assert (values - wanted_values).abs().max() <= 1e-5
+
+
+def test_a_crop_between_two_tokens_is_of_the_tokens_asked_for(model: PreTrainedModel) -> None:
+    lengths: list[tuple[int, int]] = []
+
+    class Looking(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if cache is not None:
+                lengths.append((cache.get_seq_length(), input_ids.shape[1]))
+                if len(lengths) == 5:
+                    cache.crop(0)  # takes nothing of what was asked for
+                if len(lengths) == 9:
+                    copies.append(hf.OffloadedHFCache.__deepcopy__(cache, {}))
+            return scores
+
+    cache: Any = None
+    copies: list[Any] = []
+    wanted = model.generate(prompt(2), logits_processor=[Looking()], **OPTIONS)
+    with session_of(model) as session:
+        cache = session.new_cache()
+        found = model.generate(prompt(2), **given(cache), logits_processor=[Looking()], **OPTIONS)
+        assert copies[0].get_seq_length() == lengths[8][1]
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert all(cached == known for cached, known in lengths)
+    assert len(lengths) == NEW_TOKENS
+
+
+# ---- what cannot be served -------------------------------------------------------------------------------------------
+
+
+CANNOT: dict[str, tuple[Callable[[PreTrainedModel], dict[str, Any]], str]] = {
+    "beams": (lambda model: {"num_beams": 2}, "beam search"),
+    "an assistant": (lambda model: {"assistant_model": assistant_of(model)}, "assisted generation"),
+    "prompt lookup": (lambda model: {"prompt_lookup_num_tokens": 3}, "assisted generation"),
+    "hidden states": (lambda model: {"output_hidden_states": True}, "output_hidden_states"),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT)
+def test_a_number_of_drafts_that_cannot_be_served_is_an_error(case: str, model: PreTrainedModel) -> None:
+    options, reason = CANNOT[case]
+    call = {**OPTIONS, **options(model)}
+    wanted = model.generate(prompt(1), **call)
+    with leaves_no_trace(model), session_of(model) as session:
+        with pytest.raises(ConfigError, match=rf"speculate=4 cannot serve this generate\(\): .*{reason}.*'off'"):
+            model.generate(prompt(1), **call)
+        assert session.pool.used_bytes == 0
+    with session_of(model, "auto"):
+        assert torch.equal(model.generate(prompt(1), **call).sequences, wanted.sequences)
+
+
+def test_a_model_that_cannot_take_tokens_back_is_an_error() -> None:
+    model = make_model("bamba")
+    with session_of(model) as session:
+        with pytest.raises(ConfigError, match="speculate=4 cannot serve.*cannot take tokens back"):
+            model.generate(prompt(1), **OPTIONS)
+        assert session.pool.used_bytes == 0
+
+
+def test_a_model_whose_attention_is_not_known_is_an_error() -> None:
+    model = make_model("bloom")
+    with session_of(model), pytest.raises(ConfigError, match="speculate=4 cannot serve.*whole layers"):
+        model.generate(prompt(1), **OPTIONS)
+
+
+def test_whole_layers_asked_for_are_an_error(model: PreTrainedModel) -> None:
+    with session_of(model, attention="whole_layer"), pytest.raises(ConfigError, match=r"speculate=4.*whole_layer"):
+        model.generate(prompt(1), **OPTIONS)
+
+
+@pytest.mark.parametrize("number", [16, -1, 2.0, True, "on", None])
+def test_a_number_out_of_range_is_an_error(number: Any) -> None:
+    with pytest.raises(ConfigError, match="speculate must be 'auto', 'off' or a whole number of drafts from 1 to 15"):
+        OffloadConfig(speculate=number)
+
+
+def test_no_drafts_can_be_said_as_a_number() -> None:
+    assert OffloadConfig(speculate=0).fixed_drafts == OffloadConfig(speculate="off").fixed_drafts == 0
+
+
+def test_an_unpaced_link_drafts_if_asked_to(model: PreTrainedModel) -> None:
+    wanted = model.generate(prompt(2), **OPTIONS)
+    with kvoffload.offload(model, OffloadConfig(speculate=4, block_tokens=4)) as session:
+        found = model.generate(prompt(2), **OPTIONS)
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert session.stats is not None
+    assert session.stats.draft_acceptance is not None
+
+
+# ---- rotations that change with the length ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@pytest.mark.parametrize("tokens", [30, 45])
+def test_no_pass_crosses_the_length_at_which_rotations_change(kind: str, tokens: int) -> None:
+    rope: dict[str, Any] = {"rope_type": kind, "factor": 4.0, "rope_theta": 10000.0}
+    architecture, sizes = "llama", {}
+    if kind == "longrope":
+        architecture, sizes = "phi3", {"original_max_position_embeddings": 40}
+        half = [1.0 + 0.3 * idx for idx in range(6)]
+        rope |= {"short_factor": half, "long_factor": [2 * one for one in half]}
+        rope["original_max_position_embeddings"] = 40
+        del rope["factor"]
+    limit = 160 if kind == "longrope" else 40
+    # Beyond the length the frequencies of `dynamic` stay where the last generation left them: a model for each.
+    model, another = (
+        make_model(architecture, max_position_embeddings=limit, rope_parameters=rope, **sizes) for _ in range(2)
+    )
+    mode = once(Inputs(rows=2, prompt_tokens=tokens, new_tokens=NEW_TOKENS), padded=True)
+    wanted = outcome(mode.run(another, lambda: plain_cache(another)))
+    with session_of(model, 15) as session:
+        found = outcome(mode.run(model, None))
+    assert distance(found, wanted) <= 1e-5
+    assert session.stats is not None
+    assert session.stats.tokens_per_pass is not None
+    assert (session.stats.tokens_per_pass > 1) == (kind == "longrope" or tokens < 40)

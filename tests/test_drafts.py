@@ -1,0 +1,24 @@
+"""Verified drafts give the tokens and logits of plain `generate()`, however good the drafts are."""
+
+from __future__ import annotations
+
+import pytest
+from drafting import FACTORS, Cell, check_cell, full_product
+from matrix import pairwise
+
+CELLS = pairwise(FACTORS, Cell)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_tokens_and_logits_are_those_of_plain_generate(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = check_cell(cell, monkeypatch)
+    for stats in run.stats:
+        assert stats.tokens_per_pass is not None
+        assert stats.draft_acceptance is not None
+        assert stats.tokens_per_pass <= cell.number + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", list(full_product()), ids=str)
+def test_the_full_product(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_cell(cell, monkeypatch)
