@@ -66,6 +66,8 @@ class OffloadConfig:
             the model and the call allow it and the link has a speed; "whole_layer" puts a layer's K/V together first.
         speculate: verified drafts, several tokens for one pass over the link (docs/drafts.md). "auto" where greedy
             decoding gains by them; a number (1..15) drafts that many, in sampling too; "off" (or 0) never.
+        deterministic: True fixes split, shares and the number of drafts by the first plan, from the profile alone: no
+            timing of a run changes them, so that runs in half precision are alike. A profile is still measured once.
         profile: a HardwareProfile, a path to one, or "auto" (stored for this machine, else measured once).
         link: "auto" (CUDA, else an unpaced emulated link) or an EmulatedLink.
 
@@ -83,6 +85,7 @@ class OffloadConfig:
     schedule: Schedule = "pipelined"
     attention: Literal["auto", "whole_layer"] = "auto"
     speculate: Literal["auto", "off"] | int = "auto"
+    deterministic: bool = False
     profile: HardwareProfile | str | Path = "auto"
     link: Auto | EmulatedLink = "auto"
 
@@ -105,8 +108,9 @@ class OffloadConfig:
             value = getattr(self, name)
             if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be 'auto' or a whole number of at least 1, got {value!r}")
-        if not isinstance(self.overlap, bool):
-            raise ConfigError(f"overlap must be True or False, got {self.overlap!r}")
+        for name in ("overlap", "deterministic"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.schedule not in ("pipelined", "kvpr"):
             raise ConfigError(f"schedule must be 'pipelined' or 'kvpr', got {self.schedule!r}")
         if self.attention not in ("auto", "whole_layer"):

@@ -8,10 +8,12 @@ scripts/will_it_help.py --check    fail if it differs from what stands there
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -41,9 +43,12 @@ FILES = {
     "Llama-3.1-8B": "llama-3.1-8b",
     "Qwen3-8B": "qwen3-8b",
     "Mixtral-8x7B": "mixtral-8x7b",
+    "Qwen2.5-32B, 4-bit weights": "qwen2.5-32b-awq",
 }
+CHANGES = tuple(itertools.product((16, 8, 4), (16, 8, 4)))  # bits of weights and of the cache, the best first
 LARGER_OPT = {"OPT-13B": (5120, 40, 40), "OPT-30B": (7168, 56, 48)}  # hidden size, heads, layers
 WORKLOADS = {
+    "one context of 128k tokens": Workload(batch=1, prompt_tokens=131072 - 512, new_tokens=512),
     "one context of 32k tokens": Workload(batch=1, prompt_tokens=32768, new_tokens=256),
     "64 sequences of 1k tokens": Workload(batch=64, prompt_tokens=1024, new_tokens=128),
     "8 beams over 8k tokens": Workload(batch=1, prompt_tokens=8192, new_tokens=128, num_beams=8),
@@ -51,7 +56,9 @@ WORKLOADS = {
 KEY = """
 Read it so: **1.5x** means offload, predicted so many times as fast as the best alternative, which is full transfer
 where no part of the work fits on the device; `=` offload, nothing else works, but planning gains nothing over full
-transfer (`split="transfer"` does as well). All others mean **no, do this instead**:
+transfer (`split="transfer"` does as well). Where verified drafts gain, they are in it, and it is *assumed* that 0.7 of
+the drafts are right ([docs/drafts.md](docs/drafts.md) has measured shares); beams have none. All others mean **no, do
+this instead**:
 
 - `fits`: plain `model.generate()`; weights and cache fit on the device.
 - `3 parts`: run the batch in 3 parts, one after another, on the device. The number behind it is what planning gains
@@ -66,6 +73,16 @@ tokens. Beams are counted as sequences of their own, although their prompt is st
 """
 
 
+LONG_MODELS = ("Qwen2.5-32B, 4-bit weights",)  # shown with the longest context alone
+WITH_POSITIONS = ("Llama-3.1-8B", *LONG_MODELS)
+LONGEST = "one context of 128k tokens"
+ALTERNATIVES = """
+**Or fewer bits.** One context of 128k tokens also fits without offloading with so many bits of weights *and* cache, and
+then decodes faster than anything that crosses a link, where that loss of accuracy is acceptable. `none`: not even in 4
+and 4.
+"""
+
+
 class Cell(NamedTuple):
     """One workload of one model on one device."""
 
@@ -76,9 +93,11 @@ class Cell(NamedTuple):
 
 
 def cells() -> Iterator[Cell]:
-    """All of them."""
+    """All of them; the longest context is for models with positions for it, and these are large."""
     for workload_name, workload in WORKLOADS.items():
         for model, config in models().items():
+            if (model in LONG_MODELS) if workload_name != LONGEST else (model not in WITH_POSITIONS):
+                continue
             for device, preset in DEVICES.items():
                 task = task_of(config, workload, HardwareProfile.preset(preset), OffloadConfig())
                 yield Cell(workload_name, model, device, judge(task))
@@ -101,10 +120,39 @@ def table() -> str:
         rows: dict[str, list[str]] = {}
         for model in models():
             row = " | ".join(short(cell.verdict) for cell in found if (cell.workload, cell.model) == (workload, model))
-            rows.setdefault(row, []).append(model)
+            if row:
+                rows.setdefault(row, []).append(model)
         for idx, (row, names) in enumerate(rows.items()):
             lines.append(f"| {workload if idx == 0 else ''} | {', '.join(names)} | {row} |")
-    return "\n".join([*lines, KEY.rstrip()])
+    return "\n".join([*lines, KEY.rstrip(), *_alternatives()])
+
+
+def _alternatives() -> Iterator[str]:
+    """What would fit one long context on the device in fewer bits, where it does not in the model's own."""
+    yield ALTERNATIVES
+    yield "| Model | " + " | ".join(DEVICES) + " |"
+    yield "|---|" + "---|" * len(DEVICES)
+    rows: dict[str, list[str]] = {}
+    for model, config in models().items():
+        if model not in WITH_POSITIONS:
+            continue
+        found = [_fewest_changes(config, HardwareProfile.preset(preset)) for preset in DEVICES.values()]
+        rows.setdefault(" | ".join(found), []).append(model)
+    for row, names in rows.items():
+        yield f"| {', '.join(names)} | {row} |"
+
+
+def _fewest_changes(config: dict[str, Any], profile: HardwareProfile) -> str:
+    """The most bits of weights, then of the cache, with which the context fits on the device."""
+    task = task_of(config, WORKLOADS[LONGEST], profile, OffloadConfig())
+    own_bits = 4 if "quantization_config" in config else 16
+    for weight_bits, cache_bits in CHANGES:
+        if weight_bits > own_bits:
+            continue
+        shape = replace(task.shape, weight_bytes=task.shape.weight_bytes * weight_bits // own_bits)
+        if task.resident_bytes(1) * cache_bits / 16 <= task._replace(shape=shape).free_bytes(1):
+            return "fits" if (weight_bits, cache_bits) == (own_bits, 16) else f"{weight_bits} and {cache_bits}"
+    return "none"
 
 
 def short(verdict: Verdict) -> str:

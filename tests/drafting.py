@@ -114,6 +114,13 @@ def run_drafted(model: PreTrainedModel, mode: Mode, config: OffloadConfig, backe
     return Drafted(result, stats)
 
 
+def window_gib(model: PreTrainedModel, rows: int, tokens: int, block_tokens: int, share: float) -> float:
+    """Device memory for the buffers of a pass and that share of the cache."""
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    token_bytes = num_layers * rows * row_bytes(model).kv
+    return token_bytes * (tokens * share + 14 * block_tokens) / GIB
+
+
 def config_of(cell: Cell, mode: Mode) -> OffloadConfig:
     """The options of a cell."""
     gib: Any = "min"

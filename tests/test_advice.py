@@ -115,7 +115,7 @@ def test_blocks_and_sequences_are_told_in_their_number() -> None:
 
 
 def test_one_context_too_long_for_the_device_is_offloaded() -> None:
-    advice = advise(LLAMA_2_7B, LONG, A100, OffloadConfig())
+    advice = advise(LLAMA_2_7B, LONG, A100, OffloadConfig(speculate="off"))
     assert [one.way for one in advice.alternatives] == ["offload"]
     assert advice.plan.recommendation.startswith("Offload: ")
     assert "not even one sequence fits" in advice.plan.recommendation
@@ -142,7 +142,7 @@ def test_the_way_that_ends_first_is_the_one_recommended(workload: Workload, conf
     advice = advise(config, workload, A100, OffloadConfig())
     totals = [one.total_s for one in advice.alternatives]
     assert totals == sorted(totals)
-    assert advice.plan.recommendation.startswith("Offload") == (advice.best.way == "offload")
+    assert advice.plan.recommendation.startswith("Offload") == (advice.best.way in ("offload", "drafts"))
     for one in advice.alternatives:
         assert one.total_s == pytest.approx(one.runs * (one.prefill_s + (workload.new_tokens - 1) * one.step_s))
         assert one.tokens_per_s == pytest.approx(workload.batch * workload.new_tokens / one.total_s)

@@ -281,7 +281,7 @@ def test_a_sweep_names_the_fastest_way_at_every_size() -> None:
     cells = {(cell.batch, cell.prompt_tokens): cell for cell in found.cells}
     assert cells[1, 1024].name == "on_device"
     assert cells[64, 1024].name == "sub_batches"
-    assert cells[1, 200_000].name == "offload"
+    assert cells[1, 200_000].name == "drafts"
     assert cells[1, 200_000].tokens_per_s == cells[1, 200_000].offload_tokens_per_s
     rows = by_name(compare_ways(task()))
     assert cells[64, 1024].tokens_per_s == rows["sub_batches"].tokens_per_s

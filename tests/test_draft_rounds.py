@@ -293,3 +293,119 @@ def test_no_pass_crosses_the_length_at_which_rotations_change(kind: str, tokens:
     assert session.stats is not None
     assert session.stats.tokens_per_pass is not None
     assert (session.stats.tokens_per_pass > 1) == (kind == "longrope" or tokens < 40)
+
+
+# ---- what stops a generation -----------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of one letter for each token, as far as `stop_strings` need one."""
+
+    def __init__(self, size: int) -> None:
+        self._letters = [*"abcdef", *(chr(0x100 + idx) for idx in range(size - 6))]
+
+    def get_vocab(self) -> dict[str, int]:
+        return {letter: idx for idx, letter in enumerate(self._letters)}
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
+
+    def _convert_id_to_token(self, idx: int) -> str:
+        return self._letters[idx]
+
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
+        return {"input_ids": [self._letters.index(one) for one in text]}
+
+    def string_of(self, ids: torch.Tensor) -> str:
+        return "".join(self._letters[idx] for idx in ids.tolist())
+
+
+def test_stop_strings_end_a_row_in_the_middle_of_a_round(model: PreTrainedModel) -> None:
+    letters = Letters(model.config.vocab_size)
+    text = model.generate(prompt(1), **OPTIONS).sequences[0, -NEW_TOKENS:]
+    stop = letters.string_of(text[9:11])
+    options = {**OPTIONS, "stop_strings": [stop], "tokenizer": letters}
+    wanted = model.generate(prompt(1), **options)
+    assert wanted.sequences.shape[1] < 37 + NEW_TOKENS
+    with session_of(model, 4):
+        found = model.generate(prompt(1), **options)
+    assert torch.equal(found.sequences, wanted.sequences)
+
+
+def test_a_time_limit_ends_a_generation_between_two_tokens(model: PreTrainedModel) -> None:
+    with session_of(model, 4) as session:
+        cache = session.new_cache()
+        options = {**OPTIONS, "max_new_tokens": 150, "max_time": 0.15}
+        found = model.generate(prompt(1), **given(cache), **options).sequences
+        assert cache.get_seq_length() == found.shape[1] - 1 == cache.core.layers[0].num_tokens
+        again = model.generate(found, **given(cache), **OPTIONS).sequences
+    assert torch.equal(again, model.generate(found, **OPTIONS).sequences)
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_the_statistics_tell_rounds_tokens_and_drafts_apart(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with session_of(model, 3) as session:
+        session.record_timeline()
+        model.generate(prompt(2), **OPTIONS)
+        stats, timeline = session.stats, session.timeline()
+    assert stats is not None
+    rounds = -(-(NEW_TOKENS - 1) // 4)  # every draft is right
+    assert len(stats.decode_step_s) == rounds == timeline.num_steps
+    assert stats.tokens_per_pass == pytest.approx((NEW_TOKENS - 1) / rounds)
+    assert stats.draft_survivals == [1.0, 1.0, 1.0]
+    assert stats.drafted_tokens == 3 * (rounds - 1) + (NEW_TOKENS - 2) % 4
+    assert stats.draft_acceptance == 1.0
+    assert stats.tpot_s == pytest.approx(sum(stats.decode_step_s) / (NEW_TOKENS - 1))
+    assert len(timeline.lane("draft")) == len(timeline.lane("verification")) == rounds
+    assert timeline.busy_s("draft") == pytest.approx(stats.draft_s, rel=0.05)
+    assert stats.drafts_off_reason is None
+    assert stats.to_json()["draft_acceptance"] == 1.0
+    with drafts_worse(monkeypatch, 0.0), session_of(model, 3) as session:
+        model.generate(prompt(2), **OPTIONS)
+    assert session.stats is not None
+    assert session.stats.tokens_per_pass == 1.0
+    assert session.stats.draft_survivals == [0.0]
+
+
+def test_without_drafts_there_are_none_in_the_statistics(model: PreTrainedModel) -> None:
+    with session_of(model, "off") as session:
+        model.generate(prompt(2), **OPTIONS)
+    stats = session.stats
+    assert stats is not None
+    assert (stats.tokens_per_pass, stats.draft_acceptance, stats.draft_s, stats.drafted_tokens) == (1.0, None, 0.0, 0)
+    assert stats.drafts_off_reason is None
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"do_sample": True}, "tokens are sampled"),
+        ({"num_beams": 2}, "beam search"),
+        ({}, "not expected to gain"),
+    ],
+)
+def test_auto_says_why_it_decoded_one_by_one(options: Any, reason: str, model: PreTrainedModel) -> None:
+    with session_of(model, "auto", device_gib="min") as session:
+        model.generate(prompt(2), **{**OPTIONS, **options})
+    assert session.stats is not None
+    assert session.stats.drafts_off_reason is not None
+    assert reason in session.stats.drafts_off_reason
+
+
+def test_a_users_hook_ends_drafts_under_auto_alone(model: PreTrainedModel) -> None:
+    calls: list[int] = []
+    handle = model.model.layers[0].register_forward_hook(lambda *args: calls.append(1))
+    with session_of(model, "auto") as session:
+        model.generate(prompt(2), **OPTIONS)
+        assert len(calls) == NEW_TOKENS
+        assert session.stats is not None
+        assert session.stats.drafts_off_reason == "hooks on the model would see drafts"
+    with session_of(model, 4) as session:
+        model.generate(prompt(2), **OPTIONS)
+    handle.remove()
+    assert session.stats is not None
+    assert session.stats.drafted_tokens > 0

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from kvoffload import EmulatedLink, OffloadConfig
 from kvoffload.backend import EmulatedBackend
 from kvoffload.backend.base import HostBuffer
-from kvoffload.config import GIB
+from kvoffload.config import GIB, MOST_DRAFTS
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.session.session import Session
 from kvoffload.store import pool
@@ -274,6 +274,24 @@ def test_resident_blocks_take_what_the_budget_leaves(
     assert backend.peak_device_bytes == pytest.approx(fixed + resident, rel=0.02)
     assert backend.peak_device_bytes <= budget
     assert fixed + resident > budget - LAYERS * BLOCK_TOKENS * call.rows * kv  # not one block more would fit
+
+
+@pytest.mark.parametrize("number", [1, 4, 15])
+@pytest.mark.parametrize("call", [CALLS[0], CALLS[1]], ids=str)
+def test_with_drafts_device_memory_is_that_of_the_plan(
+    call: Call, number: int, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The window in the place of resident blocks, and room in the tails for 16 tokens ahead."""
+    kv, _ = row_bytes(model)
+    fixed = fixed_device_bytes(model, call, "transfer", "auto") + LAYERS * (MOST_DRAFTS + 1) * call.rows * kv
+    budget = fixed + LAYERS * call.max_tokens * call.rows * kv // 3
+    options: dict[str, Any] = {"attention": "auto", "speculate": number, "device_gib": budget / GIB}
+    backend, stats = measure(model, call, "transfer", monkeypatch, **options)
+    resident = LAYERS * stats.plan.resident_kv_blocks * BLOCK_TOKENS * call.rows * kv
+    assert resident > 0
+    assert backend.decode_device_bytes == pytest.approx(fixed + resident, rel=0.02)
+    assert stats.device_kv_peak_decode_bytes == pytest.approx(stats.plan.device_bytes, rel=0.02)
+    assert backend.decode_device_bytes <= budget
 
 
 @pytest.mark.parametrize("split", ["transfer", 0.5])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ def test_the_gain_is_over_the_best_alternative_that_works(rows: tuple[WayFigures
 )
 def test_a_task_is_judged_by_its_forecast(preset: str, workload: Workload, answer: str) -> None:
     one = task(profile=HardwareProfile.preset(preset), workload=workload)
+    one = one._replace(config=replace(one.config, speculate="off"))
     found = judge(one)
     assert found.answer == answer
     if answer == "faster":
@@ -94,5 +96,5 @@ def test_the_readme_says_what_plan_predicts_now(tmp_path: Path) -> None:
     assert "has no markers" in run("--write", "--file", changed).stderr
     section = text.partition("<!-- will-it-help:begin -->")[2].partition("<!-- will-it-help:end -->")[0]
     assert "**not measured**" in section
-    assert section.count("\n| ") <= 22  # a table that can be read
-    assert len(run().stdout.splitlines()) == 7 * 7 * 3
+    assert section.count("\n| ") <= 30  # tables that can be read
+    assert len(run().stdout.splitlines()) == 7 * (7 * 3 + 2)

@@ -431,6 +431,7 @@ class CacheLayer:
         self.blocks, self.tail, self._window = [], None, None
         self.shape, self.forms, self._reopened = None, {}, None
         self.awaits_crop = False
-        self._chunks, self._resident, self._on_device = (-1, ()), (-1, (), {}), ((-1, False), ())
+        self._chunks, self._resident, self._nearest = (-1, ()), (-1, (), {}), (-1, ())
+        self._on_device = ((-1, False), ())
         self.version += 1
         self.account()

@@ -22,7 +22,7 @@ from kvoffload.hf.masks import Padding
 KNOWN_ARGUMENTS = {
     *("scaling", "softcap", "s_aux", "dropout", "is_causal", "sliding_window"),
     *("position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict"),
-    *("output_router_logits", "logits_to_keep"),
+    *("output_router_logits", "logits_to_keep", "tokenizer"),  # that of `stop_strings` comes along with them
 }
 
 

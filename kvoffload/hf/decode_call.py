@@ -16,7 +16,7 @@ from kvoffload.hf.arguments import CACHE_NAMES, given_cache
 
 ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # ways to decode that ask for the next token alone
 # What says the same for any number of tokens.
-_ALIKE = {*CACHE_NAMES, "use_cache", "return_dict"}
+_ALIKE = {*CACHE_NAMES, "use_cache", "return_dict", "tokenizer"}
 
 
 class DecodeCall(NamedTuple):

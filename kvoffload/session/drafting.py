@@ -103,8 +103,9 @@ class Drafting:
         self.reason = self.reason or reason
 
     def close(self) -> None:
-        """Give the model its own methods back."""
+        """Give the model its own methods back; it is not used any more."""
         self._shadows.remove()
+        del self.rounds  # they know each other, and the cache would live until the next collection
 
     def settle(self) -> None:
         """The call is over, or stopped between two forwards: the cache is as plain decoding leaves it."""

@@ -20,6 +20,7 @@ from kvoffload import hf
 from kvoffload.draft.lengths import FixedLength, Lengths, PlannedLength
 from kvoffload.errors import ConfigError, KVOffloadError
 from kvoffload.pipeline.engine import TransferEngine
+from kvoffload.planning.drafts import expected_rounds
 from kvoffload.session.cache_plans import CachePlans
 from kvoffload.session.drafting import Drafting, cannot_draft
 from kvoffload.session.generation import DraftFigures, Generation
@@ -220,6 +221,8 @@ class GenerateCalls:
         elif chosen is None or chosen.round_times is None:
             self._why_one_by_one = self._why_not_expected(chosen)
             return
+        elif self._config.deterministic:
+            lengths = FixedLength(expected_rounds(chosen.round_times, chosen.geometry.rows).drafts)
         else:
             lengths = PlannedLength(chosen.round_times, chosen.geometry.rows)
         self._drafting = Drafting(
@@ -363,7 +366,7 @@ class GenerateCalls:
         generation = self.current
         if generation is None or generation.cache is not cache or not generation.is_decoding:
             return
-        if cache not in self._plans or not self._plans[cache].placement.may_become:
+        if self._config.deterministic or cache not in self._plans or not self._plans[cache].placement.may_become:
             return
         self._plans.follow(cache)
         plan, left = self._plans[cache], cache.core.placement.block_tokens - cache.core.layers[0].tail_tokens

@@ -248,7 +248,7 @@ class GenerationPlanner:
             prepare: returns the recomputation of that many tokens of all rows of one layer.
             ring: returns slots that lie idle.
         """
-        if chosen.inputs is None or not chosen.placement.may_become:
+        if chosen.inputs is None or not chosen.placement.may_become or self.config.deterministic:
             return chosen
         self.measured.time_chunk(self.backend, self.shape, chosen.geometry, chosen.sizes, prepare, ring)
         rates = self.measured.correct(chosen.inputs.rates, chosen.geometry.rows)
@@ -272,7 +272,7 @@ class GenerationPlanner:
 
         Where the device is the CPU the gap is part of its work, and is left as it is.
         """
-        if chosen.inputs is not None and not self.backend.emulated:
+        if chosen.inputs is not None and not self.backend.emulated and not self.config.deterministic:
             self.measured.take_gap(between_steps_s, chosen.inputs.rates)
 
 

@@ -58,13 +58,14 @@ def run(path: Path, tell: Tell) -> None:
             save(case.name, "relative_error", "", case.name, error, config, "none")
             tell(f"{case.name}: {time.perf_counter() - began_s:.1f} s with its compilation")
             wrong += [] if error <= TOLERANCE[case.dtype] else [f"{case.name} is off by {error:.2g}"]
-    distance, tokens_equal, h2d_bytes = checked_generate(device)
-    config = {"tokens_equal": tokens_equal, "h2d_bytes": h2d_bytes, "new_tokens": NEW_TOKENS}
-    save("generate", "max_abs_logit_difference", "", "tiny llama, float32", distance, config, "none")
-    if not (tokens_equal and distance <= LOGIT_TOLERANCE and h2d_bytes):
-        wrong.append(
-            f"generate: tokens equal {tokens_equal}, logits off by {distance:.2g}, {h2d_bytes} bytes came back"
-        )
+    for what, drafts in (("generate", 0), ("generate with drafts", 4)):
+        distance, tokens_equal, h2d_bytes = checked_generate(device, drafts)
+        config = {"tokens_equal": tokens_equal, "h2d_bytes": h2d_bytes, "new_tokens": NEW_TOKENS}
+        save(what, "max_abs_logit_difference", "", "tiny llama, float32", distance, config, "none")
+        if not (tokens_equal and distance <= LOGIT_TOLERANCE and h2d_bytes):
+            wrong.append(
+                f"{what}: tokens equal {tokens_equal}, logits off by {distance:.2g}, {h2d_bytes} bytes came back"
+            )
     if wrong:
         raise AssertionError("; ".join(wrong))
 
@@ -156,14 +157,19 @@ def cases(device: torch.device) -> Iterator[Case]:
     yield Case("linear_rope", torch.bfloat16, linear_rope, reference.linear_rope, x | turned, keys)
 
 
-def checked_generate(device: torch.device) -> tuple[float, bool, int]:
-    """Largest difference of logits, whether all tokens are those of plain `generate`, and bytes that came back."""
+def checked_generate(device: torch.device, drafts: int) -> tuple[float, bool, int]:
+    """Largest difference of logits, whether all tokens are those of plain `generate`, and bytes that came back.
+
+    Args:
+        device: the GPU.
+        drafts: verified drafts in a round; 0: none.
+    """
     model: Any = make_model(TINY, device)
     torch.manual_seed(1)
     ids = torch.randint(3, TINY.vocab, (TINY.batch, TINY.cached_tokens), device=device)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    config = kvoffload.OffloadConfig(split=0.5, block_tokens=8, chunk_blocks=2, device_gib="min")
+    config = kvoffload.OffloadConfig(split=0.5, block_tokens=8, chunk_blocks=2, device_gib="min", speculate=drafts)
     with kvoffload.offload(model, config) as session:
         found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert session.stats is not None
