@@ -17,14 +17,11 @@ from typing import Any
 import torch
 
 from kvoffload import hf
-from kvoffload.draft.lengths import FixedLength, Lengths, PlannedLength
 from kvoffload.errors import ConfigError, KVOffloadError
 from kvoffload.pipeline.engine import TransferEngine
-from kvoffload.planning.drafts import expected_rounds
 from kvoffload.session.cache_plans import CachePlans
-from kvoffload.session.drafting import Drafting, cannot_draft
-from kvoffload.session.generation import DraftFigures, Generation
-from kvoffload.session.generation_plan import GenerationPlan
+from kvoffload.session.drafted_call import DraftedCall
+from kvoffload.session.generation import Generation
 from kvoffload.session.generation_planner import GenerationPlanner
 from kvoffload.session.progress import AllocationProgress
 from kvoffload.session.stats import GenerationStats
@@ -70,8 +67,7 @@ class GenerateCalls:
         self.current: Generation | None = None
         self.stats: GenerationStats | None = None  # of the last call
         self._model, self._owner, self._config = model, owner, planner.config
-        self._drafting: Drafting | None = None
-        self._why_one_by_one: str | None = None
+        self._drafts = DraftedCall(planner.config)
         self._engine, self._backend, self._pool = engine, engine.backend, pool
         self._planner, self._plans = planner, plans
         self._allocation, self._progress = allocation, progress
@@ -116,17 +112,14 @@ class GenerateCalls:
             generation = self.current = Generation(
                 self._backend, self._engine, self._progress, prompt_tokens=_prompt_tokens(args, kwargs)
             )
-            self._why_one_by_one = None
-            if kwargs.get("custom_generate"):
-                self._why_one_by_one = "custom_generate is a loop of its own"
+            self._drafts = DraftedCall(self._config, has_own_loop=bool(kwargs.get("custom_generate")))
             output = original(*args, **kwargs)
-            if self._drafting is not None:
-                self._drafting.settle()
+            self._drafts.settle()
             if generation.cache is not None:
                 plan = self._plans[generation.cache]
                 self._planner.note_gap(plan, generation.between_steps_s)
                 self.stats = generation.finish(
-                    plan.plan, self._pool, self._planner.measured.gap_s, drafts=self._draft_figures(plan)
+                    plan.plan, self._pool, self._planner.measured.gap_s, drafts=self._drafts.figures(plan)
                 )
             if hf.returned_cache(output) is generation.cache:
                 generation.owns_cache = False  # the caller has it now
@@ -136,9 +129,7 @@ class GenerateCalls:
             raise
         finally:
             ended, self.current = self.current, None
-            if self._drafting is not None:
-                self._drafting.close()
-                self._drafting = None
+            self._drafts.close()
             self._allocation.stop()
             try:
                 if not self._owner.is_closed:
@@ -160,80 +151,12 @@ class GenerateCalls:
         cache = generation.cache
         try:
             if not (cache.is_torn or generation.owns_cache):
-                if self._drafting is not None:
-                    self._drafting.settle()
+                self._drafts.settle()
                 return
         except BaseException:
             cache.close()
             raise
         cache.close()
-
-    def _drafts(self, generation_config: Any, generation_mode: Any) -> bool:
-        """Whether tokens are drafted in this call.
-
-        Raises:
-            ConfigError: a number of drafts was asked for, and the call cannot be served by them.
-        """
-        number = self._config.fixed_drafts
-        if number == 0:
-            return False
-        reason = self._why_one_by_one
-        if generation_mode not in hf.ONE_BY_ONE:
-            reason = f"{generation_mode.value.replace('_', ' ')} asks for more than the next token"
-        elif number is None and generation_config.do_sample:
-            reason = "tokens are sampled: 'auto' drafts for greedy decoding only, a number for both"
-        elif number is None and not self._are_hooks_alone():
-            reason = "hooks on the model would see drafts"
-        elif not self._plans.offers_segments:
-            reason = "its attention puts whole layers together on the device (attention='whole_layer', or no other way)"
-        if number is not None and reason is not None:
-            raise cannot_draft(number, reason)
-        self._why_one_by_one = reason
-        return reason is None
-
-    def _draft_figures(self, chosen: GenerationPlan) -> DraftFigures:
-        """What drafts did in the call that is about to end."""
-        if self._drafting is None:
-            reason = self._why_one_by_one if self._config.fixed_drafts is None else None
-            return DraftFigures(reason=reason)
-        rounds = self._drafting.rounds
-        return DraftFigures(
-            rounds.num_asked,
-            rounds.num_passes,
-            rounds.num_drafted,
-            rounds.num_accepted,
-            tuple(rounds.survivals),
-            chosen.round_times,
-            self._drafting.reason,
-        )
-
-    def _why_not_expected(self, chosen: GenerationPlan | None) -> str:
-        """Why a plan has no drafts, where they were possible."""
-        if chosen is None or chosen.inputs is None:
-            return "nothing is known that would predict what drafts gain (the link has no speed, or the split is fixed)"
-        return "drafts are not expected to gain anything here"
-
-    def _start_drafts(self, cache: hf.OffloadedHFCache, generation_config: Any) -> None:
-        """From the next forward on, `generate()` is answered from rounds of drafts."""
-        number, chosen = self._config.fixed_drafts, self._plans.get(cache)
-        if number is not None:
-            lengths: Lengths = FixedLength(number)
-        elif chosen is None or chosen.round_times is None:
-            self._why_one_by_one = self._why_not_expected(chosen)
-            return
-        elif self._config.deterministic:
-            lengths = FixedLength(expected_rounds(chosen.round_times, chosen.geometry.rows).drafts)
-        else:
-            lengths = PlannedLength(chosen.round_times, chosen.geometry.rows)
-        self._drafting = Drafting(
-            self._model,
-            cache,
-            self._backend,
-            generation_config,
-            lengths,
-            is_asked_for=number is not None,
-            before_pass=lambda drafts: self._note_forward(cache, drafts),
-        )
 
     def prepare_cache(
         self,
@@ -256,7 +179,12 @@ class GenerateCalls:
         generation = self.current
         assert generation is not None
         began = time.perf_counter()
-        drafts = self._drafts(generation_config, generation_mode)
+        drafts = self._drafts.is_wanted(
+            generation_config,
+            generation_mode,
+            offers_segments=self._plans.offers_segments,
+            has_hooks=lambda: not self._are_hooks_alone(),
+        )
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         cache = hf.given_cache((), model_kwargs)
         if cache is None:
@@ -291,7 +219,15 @@ class GenerateCalls:
             if num_masked == prompt_tokens:
                 cache.take_back_last(prompt_tokens)
         if drafts:
-            self._start_drafts(cache, generation_config)
+            chosen = self._plans.get(cache)
+            self._drafts.start(
+                self._model,
+                cache,
+                self._backend,
+                generation_config,
+                chosen,
+                lambda count: self._note_forward(cache, count),
+            )
         model_kwargs[hf.generation_name()] = cache
         generation.setup_before_forward_s += time.perf_counter() - began
         return None
@@ -309,8 +245,7 @@ class GenerateCalls:
         begins anew as well.
         """
         inputs = self._originals["prepare_inputs_for_generation"](*args, **kwargs)
-        if self._drafting is not None:
-            self._drafting.rounds.prefix = args[0] if args else kwargs.get("input_ids")
+        self._drafts.note_prefix(args[0] if args else kwargs.get("input_ids"))
         generation, cache = self.current, hf.given_cache(args, kwargs)
         is_ours = generation is not None and isinstance(cache, hf.OffloadedHFCache) and cache is generation.cache
         if is_ours and hf.given_cache((), inputs) is None:
@@ -343,7 +278,7 @@ class GenerateCalls:
         """A forward of the model begins, with a cache of the session."""
         generation = self.current
         if generation is not None and generation.cache is cache:
-            if self._drafting is None:  # else it says which are answered from an earlier one
+            if not self._drafts.is_drafting:  # else it says which are answered from an earlier one
                 self._note_forward(cache)
         elif generation is None and cache.core.layers[0].num_tokens:
             self._engine.release_stages()  # the prefill, or a part of it, is over
