@@ -160,6 +160,15 @@ def test_a_wrong_prediction_is_corrected() -> None:
     assert played.seconds <= 1.05 * 400 * 1.05
 
 
+@pytest.mark.parametrize("acceptance", [0.0, 0.2, 0.35])
+def test_a_pass_of_many_tokens_that_takes_longer_than_predicted_is_found_out(acceptance: float) -> None:
+    """As with experts, of which more are met: several tokens take 1.6 times one, and were predicted to take as long."""
+    real = RoundTimes(draft_s=1.0, pass_s=(12.0, *[19.2] * MOST_DRAFTS), window_tokens=1024, ahead_s=0.0)
+    played = Played(PlannedLength(times(12.0)), real)
+    played.play(200, acceptance)
+    assert played.seconds <= 1.05 * 200 * 12.0
+
+
 def test_drafts_begin_again_where_the_text_changes() -> None:
     played = Played(PlannedLength(times(25.0)), times(25.0))
     played.play(150, acceptance=0.0)

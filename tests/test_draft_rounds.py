@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -202,6 +203,36 @@ def test_a_crop_between_two_tokens_is_of_the_tokens_asked_for(model: PreTrainedM
     assert torch.equal(found.sequences, wanted.sequences)
     assert all(cached == known for cached, known in lengths)
     assert len(lengths) == NEW_TOKENS
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_a_copy_at_any_token_goes_on_like_plain_decoding(architecture: str) -> None:
+    model = make_model(architecture)
+    copies: list[Any] = []
+
+    class Copying(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            copies.append((copy.deepcopy(cache), input_ids.clone()))
+            assert cache.layers[-1].keys.shape[2] == cache.get_seq_length() == input_ids.shape[1] - 1
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    with session_of(model, 3) as session:
+        cache = session.new_cache()
+        options = {**OPTIONS, "max_new_tokens": 9}
+        model.generate(prompt(2), **given(cache), **options, stopping_criteria=[Copying()])
+        found = [model.generate(ids, **given(one), **options).sequences for one, ids in copies]
+        assert not any(one.core.is_recording for one, _ in copies)
+    for (_, ids), answer in zip(copies, found, strict=True):
+        assert torch.equal(answer, model.generate(ids, **options).sequences)
+
+
+def test_a_call_that_fails_before_its_first_token_leaves_the_cache_as_new(model: PreTrainedModel) -> None:
+    with session_of(model, "off") as session:
+        cache = session.new_cache()
+        with pytest.raises(ValueError, match="tokenizer"):
+            model.generate(prompt(2), **given(cache), stop_strings=["x"], **OPTIONS)
+        found = model.generate(prompt(3), **given(cache), **OPTIONS).sequences
+    assert torch.equal(found, model.generate(prompt(3), **OPTIONS).sequences)
 
 
 # ---- what cannot be served -------------------------------------------------------------------------------------------

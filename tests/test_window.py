@@ -12,10 +12,12 @@ from drafting import window_gib
 from matrix import FAST_LINK, checking_backend, profile
 from models import make_model
 from modes import COMMON, given, padded_prompt, plain_cache, prompt
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
 from kvoffload import OffloadConfig
 from kvoffload.backend import EmulatedBackend
+from kvoffload.config import GIB
 from kvoffload.session.session import Session
 from kvoffload.store.block import Block
 from kvoffload.store.window import Window
@@ -107,11 +109,14 @@ def model() -> PreTrainedModel:
     return make_model("llama")
 
 
-def drafted_session(model: PreTrainedModel, rows: int, tokens: int, **options: Any) -> Session:
+def drafted_session(
+    model: PreTrainedModel, rows: int, tokens: int, *, plain_backend: bool = False, **options: Any
+) -> Session:
+    """With memory for two fifths of so many tokens; the backend that checks for races keeps what it has seen."""
     values: dict[str, Any] = {"block_tokens": 4, "chunk_blocks": 2, "slots": 2, "split": "transfer", **options}
     gib = window_gib(model, rows, tokens, 4, 0.4)
     config = OffloadConfig(speculate=4, device_gib=gib, link=FAST_LINK, profile=profile(), **values)
-    return Session(model, config, checking_backend())
+    return Session(model, config, EmulatedBackend(FAST_LINK) if plain_backend else checking_backend())
 
 
 @pytest.mark.parametrize("new_tokens", [1, 3, 14])
@@ -162,6 +167,44 @@ def test_a_copy_of_a_cache_has_no_window_and_the_same_tokens(model: PreTrainedMo
         for one in (copied, cache, copied):
             one.crop(61 - 1 - one.get_seq_length())
             assert torch.equal(model.generate(ids, **given(one), **COMMON).sequences, wanted)
+
+
+def test_copies_of_a_cache_stay_within_the_cap_together(model: PreTrainedModel) -> None:
+    ids = prompt(2, 61)
+    with drafted_session(model, 2, 160) as session:
+        cap = session.config.device_gib
+        assert isinstance(cap, float)
+        cache = session.new_cache()
+        model.generate(ids, **given(cache), **COMMON)
+        assert cache.core.layers[0].window_places > 2
+        more = torch.cat([ids, prompt(2, 40, seed=3)], 1)
+        for _ in range(2):
+            copied = copy.deepcopy(cache)
+            copied.crop(61 - copied.get_seq_length())
+            model.generate(more, **given(copied), **COMMON)
+            held = sum(layer.device_bytes for one in (cache, copied) for layer in one.core.layers)
+            tails = sum(layer.tail.device_bytes for layer in copied.core.layers if layer.tail is not None)
+            assert held <= cap * GIB + tails
+            copied.close()
+
+
+def test_a_window_of_another_size_leaves_nothing_of_the_one_before(model: PreTrainedModel) -> None:
+    with drafted_session(model, 2, 400, plain_backend=True) as session:
+        cache = session.new_cache()
+        text = model.generate(prompt(2, 61), **given(cache), **COMMON).sequences
+        before = [reference(layer._window._data) for layer in cache.core.layers if layer._window is not None]
+        longer = torch.cat([text, prompt(2, 120, seed=4)], 1)
+        wanted = model.generate(longer, **COMMON).sequences
+        assert torch.equal(model.generate(longer, **given(cache), **COMMON).sequences, wanted)
+        assert len(before) == 3
+        now = [layer._window._data.numel() for layer in cache.core.layers if layer._window is not None]
+        assert now[0] > before[0][1], "the window did not grow"
+        assert all(storage.expired() for storage, _ in before)
+
+
+def reference(data: torch.Tensor) -> tuple[StorageWeakRef, int]:
+    """What tells whether the memory is still there, and its size."""
+    return StorageWeakRef(data.untyped_storage()), data.numel()
 
 
 def test_every_block_of_the_window_is_on_the_host_as_well(model: PreTrainedModel) -> None:

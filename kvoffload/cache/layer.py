@@ -64,8 +64,13 @@ class CacheLayer(LayerBlocks):
         """Blocks that there are on the device or that can come there, by form; those of the window are among them."""
         found = self._memory.resident_places(self.cache.rows)
         if self._window is not None:
-            found[PLAIN] = found.get(PLAIN, 0) + self._window.num_places
+            found[PLAIN] = found.get(PLAIN, 0) + self.window_places
         return found
+
+    @property
+    def window_places(self) -> int:
+        """How many of these are copies, of blocks that are on the host as well."""
+        return 0 if self._window is None else self._window.num_places
 
     def expects_another_step(self) -> bool:
         """Whether it makes sense to prefetch this layer now."""
@@ -117,6 +122,7 @@ class CacheLayer(LayerBlocks):
             before.move_to(self._window)
         elif before is not None:
             before.close()
+        self._forget_views()  # they would keep the memory of the one before
         self.version += 1
 
     def reserve(self) -> None:

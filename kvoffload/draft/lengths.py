@@ -6,10 +6,11 @@ none among them, and how much bad drafts may cost. Does not own the prediction i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from kvoffload.config import MOST_DRAFTS
-from kvoffload.planning.drafts import PRIOR_ACCEPTANCE, RoundTimes, best_length
+from kvoffload.planning.drafts import PRIOR_ACCEPTANCE, RoundTimes, best_length, tokens_per_round
 
 FORGET = 0.03  # of what was seen, at each further round: a text changes
 PRIOR_ROUNDS = 3.0  # that the prior acceptance counts for, for each position
@@ -17,6 +18,7 @@ NEW_SHARE = 0.3  # of a measured time in the mean of the latest ones
 MOST_LOST_FRACTION = 0.015  # of the time so far, that drafts may have cost
 MOST_LOST_STEPS = 1.5  # or so many steps without drafts, where that is more
 MOST_CREDIT_STEPS = 4.0  # that drafts have gained before, and may lose as well
+SURE_GAIN = 2.0  # by drafts, from which on a step without them need not be measured
 FIRST_PAUSE_TOKENS = 24  # without drafts, once these do not pay; twice as many at each further time
 LONGEST_PAUSE_TOKENS = 384
 
@@ -119,6 +121,11 @@ class MeasuredTimes:
         self._pass_s[drafts] = _mean(self._pass_s.get(drafts), max(0.0, seconds - draft_s))
 
     @property
+    def knows_steps(self) -> bool:
+        """Whether a step without drafts was measured."""
+        return 0 in self._pass_s
+
+    @property
     def draft_s(self) -> float:
         """T_d."""
         return self._predicted.draft_s if self._draft_s is None else self._draft_s
@@ -160,10 +167,19 @@ class PlannedLength:
             return 0
         survivals = self._acceptance.survivals()
         length = best_length(survivals, self._times.round_s, most)
+        if length and self._is_in_doubt(survivals, length):
+            return 0  # so that it is known what drafts are to be compared with
         if not length and most:
             self._pause_tokens = self._next_pause_tokens
             self._next_pause_tokens = min(LONGEST_PAUSE_TOKENS, 2 * self._next_pause_tokens)
         return length
+
+    def _is_in_doubt(self, survivals: Sequence[float], length: int) -> bool:
+        """Whether drafts gain so little by what is known of a step without them that it must be measured."""
+        if self._is_first or self._times.knows_steps:
+            return False
+        gain = tokens_per_round(survivals, length) * self._times.round_s(0) / self._times.round_s(length)
+        return gain < SURE_GAIN
 
     @property
     def _may_lose_s(self) -> float:

@@ -188,12 +188,14 @@ class Rounds:
         eos = torch.tensor(rule.eos, device=token.device)
         found: list[torch.Tensor] = []
         core = self._cache.core
+        core.engine.forget_gap()  # what passes until the next pass is no gap between two steps
         core.is_drafting = True
         try:
-            with _own_random_numbers(token.device) if rule.do_sample else contextlib.nullcontext():
+            device = token.device if ids is None else ids.device  # where the loop chooses
+            with _own_random_numbers(device) if rule.do_sample else contextlib.nullcontext():
                 for ahead in range(count):
                     logits = hf.logits_of(self._forward(**call.for_next(token, ahead)))
-                    token = self._choose(ids, logits[:, -1])
+                    token = self._choose(ids, logits[:, -1].to(device)).to(token.device)
                     if rule.pad is not None:
                         token = token.masked_fill(is_finished, rule.pad)
                         is_finished = is_finished | torch.isin(token, eos)

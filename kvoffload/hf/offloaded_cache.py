@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 import weakref
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from kvoffload.cache.cache import CacheCore
 from kvoffload.errors import ConfigError, KVOffloadError
@@ -64,7 +65,8 @@ class OffloadedHFCache(DynamicCache):
         self.offers_segments = offers_segments
         self.is_closed = False
         self.is_torn = False  # a forward ended in the middle, so that layers may hold different tokens
-        self.tokens_ahead = 0  # the newest, which whoever decodes has not asked for yet
+        # While a round of drafts is open: the newest tokens, which whoever decodes has not asked for yet.
+        self.tokens_ahead: int | None = None
         self.masks = MaskReader()
         self._warned: set[str] = set()
         reference = weakref.ref(self)  # the core must not keep the cache alive
@@ -172,8 +174,12 @@ class OffloadedHFCache(DynamicCache):
         Raises:
             KVOffloadError: in the middle of a forward, of a closed cache, or while another thread generates.
         """
+        is_drafted = self.tokens_ahead is not None
         self.drop_ahead()
-        return self.session.copy_of(self)
+        copied = self.session.copy_of(self)
+        if is_drafted:
+            copied.record_past(False)
+        return copied
 
     def check_copyable(self) -> None:
         """Refuse a copy in the middle of a forward.
@@ -201,11 +207,11 @@ class OffloadedHFCache(DynamicCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Cached tokens of a layer, as far as they were asked for."""
-        return super().get_seq_length(layer_idx) - self.tokens_ahead
+        return super().get_seq_length(layer_idx) - (self.tokens_ahead or 0)
 
     def drop_ahead(self) -> None:
-        """Remove what was cached before anybody asked for it."""
-        if self.tokens_ahead:
+        """End an open round of drafts: what was cached before anybody asked for it goes."""
+        if self.tokens_ahead is not None:
             self.crop(0)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -217,8 +223,8 @@ class OffloadedHFCache(DynamicCache):
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts candidates in a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
-        tokens_to_remove -= self.tokens_ahead
-        self.tokens_ahead = 0
+        tokens_to_remove -= self.tokens_ahead or 0
+        self.tokens_ahead = None
         removed = min(-tokens_to_remove, self.core.layers[0].num_tokens)
         self.session.claim(self)  # another cache may have had the engine's buffers
         for layer in (*self._others, *self._beside):
@@ -279,14 +285,17 @@ class OffloadedHFCache(DynamicCache):
 
     def why_not_croppable(self) -> str | None:
         """Why tokens cannot be taken back one by one; None if they can. Known once something is cached."""
-        for layer in (*self._others, *self._beside):
+        others = (*self._others, *self._beside)
+        for layer in others:
             if not layer.is_croppable:
                 return f"a {type(layer).__name__} of the model cannot take tokens back (a recurrent state?)"
+        if any(isinstance(layer, DynamicSlidingWindowLayer) for layer in others) and not _forwards_may_follow():
+            return "sliding layers of this release of transformers (5.17) take back the tokens of one forward alone"
         return None
 
     def reset(self) -> None:
         """Forget everything."""
-        self.tokens_ahead = 0
+        self.tokens_ahead = None
         for layer in self._others:
             layer.reset()
         self._renew()
@@ -307,3 +316,12 @@ class OffloadedHFCache(DynamicCache):
             for layer in self._others:
                 layer.reset()
             self._renew()
+
+
+@functools.cache
+def _forwards_may_follow() -> bool:
+    """Whether a sliding layer that records its past shows later forwards no more than its window, before a crop."""
+    layer = DynamicSlidingWindowLayer(sliding_window=2)
+    layer.record_past = True
+    state = torch.zeros(1, 1, 1, 1)
+    return [layer.update(state, state)[0].shape[2] for _ in range(4)][-1] == 2

@@ -92,6 +92,7 @@ class OffloadedLayer(CacheLayerMixin):
                 torch.empty(rows, shape.key_heads, tokens, shape.key_dim, dtype=shape.dtype, device="meta"),
                 torch.empty(rows, shape.value_heads, tokens, shape.value_dim, dtype=shape.dtype, device="meta"),
             )
+        owner.drop_ahead()
         owner.claim(owner.core.rows)
         return whole_layer.read_back(core)
 

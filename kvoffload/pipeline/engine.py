@@ -240,6 +240,10 @@ class TransferEngine:
         self._jobs.clear()
         self._current = self._cache = self._gap = None
 
+    def forget_gap(self) -> None:
+        """Something else than the next step follows: what passes until that is no gap between two."""
+        self._gap = None
+
     def forget(self, cache: CacheSource) -> None:
         """Drop what was prefetched for a cache that goes away; that of another stays."""
         if self._cache is cache:

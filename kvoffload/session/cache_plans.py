@@ -149,6 +149,7 @@ class CachePlans:
             host_held_bytes=self._pool.slab_bytes,
             device_held_bytes=held_bytes,
             device_others_bytes=others_bytes,
+            window_places=layers[0].window_places,
             drafts=drafts,
         )
         changed = chosen.sizes != configured.sizes or self._configured_for() is not cache

@@ -117,7 +117,7 @@ class DraftedCall:
 
     def note_prefix(self, input_ids: Any) -> None:
         """The tokens of each row so far, as processors see them."""
-        if self._drafting is not None:
+        if self._drafting is not None and self._drafting.rounds is not None:
             self._drafting.rounds.prefix = input_ids
 
     def settle(self) -> None:
@@ -127,7 +127,7 @@ class DraftedCall:
 
     def figures(self, chosen: GenerationPlan) -> DraftFigures:
         """What drafts did, before `close`."""
-        if self._drafting is None:
+        if self._drafting is None or self._drafting.rounds is None:
             return DraftFigures(reason=self._reason if self._config.fixed_drafts is None else None)
         rounds = self._drafting.rounds
         return DraftFigures(

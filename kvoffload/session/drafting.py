@@ -48,12 +48,13 @@ class Drafting:
         self._rotations = hf.changing_rotations(model.config)
         self._is_settled = False
         shadowed = {"forward": self._forward, "_get_logits_processor": self._processors}
+        rule = _rule(generation_config)
         self._shadows = hf.Shadows(model, shadowed)
-        self.rounds = Rounds(
+        self.rounds: Rounds | None = Rounds(
             self._shadows.originals["forward"],
             cache,
             backend,
-            rule=_rule(generation_config),
+            rule=rule,
             length=self._length,
             before_pass=before_pass,
             report=lengths.note,
@@ -61,11 +62,14 @@ class Drafting:
         )
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.rounds is None:  # another thread was on its way into the model when the call ended
+            return self._shadows.originals["forward"](*args, **kwargs)
         return self.rounds(*args, **kwargs)
 
     def _processors(self, *args: Any, **kwargs: Any) -> Any:
         prepared = self._shadows.originals["_get_logits_processor"](*args, **kwargs)
         given = kwargs.get("logits_processor") or ()
+        assert self.rounds is not None
         self.rounds.rule = self.rounds.rule._replace(processors=hf.draft_processors(prepared, given))
         return prepared
 
@@ -105,10 +109,11 @@ class Drafting:
     def close(self) -> None:
         """Give the model its own methods back; it is not used any more."""
         self._shadows.remove()
-        del self.rounds  # they know each other, and the cache would live until the next collection
+        self.rounds = None  # they know each other, and the cache would live until the next collection
 
     def settle(self) -> None:
         """The call is over, or stopped between two forwards: the cache is as plain decoding leaves it."""
+        assert self.rounds is not None
         self.rounds.settle()
         self._cache.record_past(False)
 

@@ -152,6 +152,8 @@ class GenerateCalls:
         try:
             if not (cache.is_torn or generation.owns_cache):
                 self._drafts.settle()
+                if not cache.core.layers[0].num_tokens:
+                    cache.reset()  # what was planned for it was for this call
                 return
         except BaseException:
             cache.close()
@@ -178,6 +180,7 @@ class GenerateCalls:
             )
         generation = self.current
         assert generation is not None
+        self._reap()  # what nobody holds is no other cache's memory
         began = time.perf_counter()
         drafts = self._drafts.is_wanted(
             generation_config,

@@ -169,6 +169,9 @@ class Generation:
         start, first_forward = self._window
         self._open_window()
         step_s = statistics.median(b - a for a, b in itertools.pairwise(self._forwards[first_forward:]))
+        # of rounds of drafts their own prediction
+        expected = self._predicted_s[first_forward - self._num_prefill_forwards : -1]
+        predicted_step_s = statistics.median(expected) if expected else predicted_step_s
         if predicted_step_s and abs(step_s / predicted_step_s - 1) <= MAX_PREDICTION_ERROR_FRACTION:
             return None
         now = _Readings.of(self._backend)

@@ -111,6 +111,7 @@ def with_window(chosen: GenerationPlan, places: int = 0) -> GenerationPlan:
     """
     if not chosen.drafts:
         return chosen
+    assert places >= 0
     resident = chosen.placement.resident
     plain = resident.get(PLAIN, 0)
     stay = min(plain, places)

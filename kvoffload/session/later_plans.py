@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from kvoffload.config import MOST_DRAFTS
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.planning import planner
+from kvoffload.planning.drafts import expected_rounds
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.placement import PLAIN, FormName
@@ -37,7 +39,18 @@ class LaterPlans:
     def __init__(self, planner: GenerationPlanner) -> None:
         self._planner = planner
 
-    def prolong(
+    def prolong(self, chosen: GenerationPlan, max_tokens: int, *, drafts: bool = False, **known: Any) -> GenerationPlan:
+        """As `_prolong`, with drafts only where they are asked for, or expected to pay."""
+        if drafts and self._planner.config.fixed_drafts is None:
+            drafted = self._prolong(chosen, max_tokens, drafts=True, **known)
+            times = drafted.round_times
+            if times is not None and expected_rounds(times, drafted.geometry.rows).drafts:
+                return drafted
+            drafts = False
+        found = self._prolong(chosen, max_tokens, drafts=drafts, **known)
+        return found if drafts else replace(found, round_times=None)
+
+    def _prolong(
         self,
         chosen: GenerationPlan,
         max_tokens: int,
@@ -50,6 +63,7 @@ class LaterPlans:
         host_held_bytes: int,
         device_held_bytes: int,
         device_others_bytes: int,
+        window_places: int = 0,
         drafts: bool = False,
     ) -> GenerationPlan:
         """Plan anew for a further turn of a cache: what is stored stays, sizes and the form of new blocks follow.
@@ -65,6 +79,7 @@ class LaterPlans:
             host_held_bytes: host memory the session holds already.
             device_held_bytes: device memory the session holds already, and will use again.
             device_others_bytes: device memory that other caches of the session hold.
+            window_places: of `on_device`, those for copies of the newest blocks.
             drafts: whether tokens are drafted on what is on the device.
 
         Raises:
@@ -89,7 +104,7 @@ class LaterPlans:
 
             anew = self._planned_anew(longer, prompt_tokens, on_host, on_device, kv_row_bytes, cap_bytes)
             anew = anew and self._planner.with_fitting_share(anew)
-            anew = anew and with_window(anew, on_device.get(PLAIN, 0) - chosen.placement.window_blocks)
+            anew = anew and with_window(anew, on_device.get(PLAIN, 0) - window_places)
             anew = anew and self._planner.with_rounds(anew)
         if anew is None or not anew.fits_on_host:
             longer.check_host()

@@ -92,6 +92,14 @@ class _Stream:
         index = index.t()  # [rows or 1, tokens]
         return self.table.index_select(0, index.reshape(-1).long()).view(*index.shape, -1)
 
+    def keep_pending(self, tokens: int) -> None:
+        """Of those that are not stored yet the first so many stay; the others never were."""
+        parts, self.pending, self.num_pending = self.pending, [], max(0, tokens)
+        for part in parts:
+            if tokens > 0:
+                self.pending.append(part[:, :tokens])
+                tokens -= part.shape[1]
+
     def fork(self) -> _Stream:
         """The same, for a copy of the cache: what either writes behind it is its own."""
         with torch.inference_mode(False):  # else the copy could not be written outside of inference mode
@@ -246,10 +254,10 @@ class PositionTable(PositionStore):
     def truncate(self, num_tokens: int) -> None:
         for stream in self._streams:
             if stream.num_stored + stream.num_pending > num_tokens:
-                stream.store(self._capacity_tokens)
-                stream.num_stored = num_tokens
+                stream.keep_pending(num_tokens - stream.num_stored)
+                stream.num_stored = min(stream.num_stored, num_tokens)
                 if stream.is_sequence:
-                    stream.num_vectors = num_tokens
+                    stream.num_vectors = min(stream.num_vectors, num_tokens)
 
     def restore(self, start: int, stop: int, columns: torch.Tensor, rows: int) -> None:
         for stream in self._streams:
