@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
 from matrix import FAST_LINK, checking_backend, distance, leaves_no_trace, model_for, profile, row_bytes
+from models import OTHERS, RECOMPUTABLE
 from modes import KINDS, Mode, Outcome, Shape, outcome, plain_cache
 from transformers import PreTrainedModel
 
@@ -144,6 +146,9 @@ def config_of(cell: Cell, mode: Mode) -> OffloadConfig:
 
 def check_cell(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> Drafted:
     """Run a cell beside plain `generate()` and compare tokens and logits."""
+    release = tuple(map(int, transformers.__version__.split(".")[:2]))
+    if release < (5, 23) and {**RECOMPUTABLE, **OTHERS}[cell.architecture].get("sliding_window"):
+        pytest.skip("sliding layers of transformers 5.17 take back the tokens of one forward alone")
     model, mode = model_for(cell.architecture, False), KINDS[cell.mode](cell.shape)
     wanted = outcome(mode.run(model, lambda: plain_cache(model)))
     with drafts_worse(monkeypatch, cell.quality):

@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 import kvoffload
 from kvoffload import ConfigError, OffloadConfig, hf
 from kvoffload.draft.rounds import Rounds
+from kvoffload.hf import offloaded_cache
 from kvoffload.session.session import Session
 
 NEW_TOKENS = 24
@@ -265,6 +266,24 @@ def test_a_model_that_cannot_take_tokens_back_is_an_error() -> None:
         with pytest.raises(ConfigError, match="speculate=4 cannot serve.*cannot take tokens back"):
             model.generate(prompt(1), **OPTIONS)
         assert session.pool.used_bytes == 0
+
+
+def test_sliding_layers_that_show_too_much_before_a_crop_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of transformers 5.17 do; a model without such layers is served there as well."""
+    monkeypatch.setattr(offloaded_cache, "_forwards_may_follow", lambda: False)
+    model = make_model("gemma3_text")
+    wanted = model.generate(prompt(1), **OPTIONS)
+    with session_of(model) as session:
+        with pytest.raises(ConfigError, match=r"sliding layers of this release of transformers \(5.17\)"):
+            model.generate(prompt(1), **OPTIONS)
+        assert session.pool.used_bytes == 0
+    with session_of(model, "auto"):
+        assert torch.equal(model.generate(prompt(1), **OPTIONS).sequences, wanted.sequences)
+    llama = make_model("llama")
+    with session_of(llama) as session:
+        llama.generate(prompt(1), **OPTIONS)
+    assert session.stats is not None
+    assert session.stats.drafted_tokens > 0
 
 
 def test_a_model_whose_attention_is_not_known_is_an_error() -> None:

@@ -85,6 +85,10 @@ PROMISES = (
         "GenerationMixin.prepare_inputs_for_generation with the cache as one of " + ", ".join(CACHE_NAMES),
         lambda: name_of_cache(GenerationMixin.prepare_inputs_for_generation) is not None,
     ),
+    Promise(
+        "GenerationMixin._get_logits_processor(..., logits_processor=...)",
+        lambda: "logits_processor" in _parameters(GenerationMixin._get_logits_processor),
+    ),
     Promise("outputs of generate() that carry the cache under the same name", _outputs_carry_the_cache),
     Promise(
         "models that take the cache under the same name",
