@@ -90,8 +90,8 @@ class Bench:
     """The model, its texts and how fast it is by itself."""
 
     def __init__(self, new_tokens: int) -> None:
-        self.model: Any = None
-        self.model, self._tokenizer = chat.load_model(None, torch.device("cpu"))[:2]
+        model, self._tokenizer = chat.load_model(None, torch.device("cpu"))[:2]
+        self.model: Any = model
         self.new_tokens = new_tokens
         config, itemsize = self.model.config, self.model.dtype.itemsize
         head_dim = config.hidden_size // config.num_attention_heads

@@ -77,9 +77,8 @@ LONG_MODELS = ("Qwen2.5-32B, 4-bit weights",)  # shown with the longest context 
 WITH_POSITIONS = ("Llama-3.1-8B", *LONG_MODELS)
 LONGEST = "one context of 128k tokens"
 ALTERNATIVES = """
-**Or fewer bits.** One context of 128k tokens also fits without offloading with so many bits of weights *and* cache, and
-then decodes faster than anything that crosses a link, where that loss of accuracy is acceptable. `none`: not even in 4
-and 4.
+**Or fewer bits.** Where that loss of accuracy is acceptable, one context of 128k tokens also fits with so many bits of
+weights *and* cache, and then nothing has to cross a link. `none`: not even in 4 and 4.
 """
 
 

@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
-from matrix import FAST_LINK, checking_backend, distance, leaves_no_trace, model_for, profile, row_bytes
+from matrix import (
+    FAST_LINK,
+    checking_backend,
+    distance,
+    leaves_no_trace,
+    model_for,
+    noted_statistics,
+    profile,
+    row_bytes,
+)
 from models import OTHERS, RECOMPUTABLE
 from modes import KINDS, Mode, Outcome, Shape, outcome, plain_cache
 from transformers import PreTrainedModel
@@ -93,25 +102,12 @@ class Drafted(NamedTuple):
 
 def run_drafted(model: PreTrainedModel, mode: Mode, config: OffloadConfig, backend: Any = None) -> Drafted:
     """Generate with a session of its own; afterwards nothing of it may be left."""
-    stats: list[Any] = []
     with leaves_no_trace(model):
         session = Session(model, config, backend or checking_backend())
-        original = vars(model)["generate"]
-
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            stats.append(session.stats)
-            return output
-
-        vars(model)["generate"] = generate
-        try:
-            with session:
-                outputs = mode.run(model, session.new_cache)
-                result = outcome(outputs)
-                del outputs
-                vars(model)["generate"] = original
-        finally:
-            session.close()
+        with session, noted_statistics(model, session) as stats:
+            outputs = mode.run(model, session.new_cache)
+            result = outcome(outputs)
+            del outputs
     assert session.pool.used_bytes == session.pool.slab_bytes == 0
     return Drafted(result, stats)
 

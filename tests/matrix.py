@@ -377,6 +377,24 @@ class Run(NamedTuple):
     used_bytes: int  # of the pool, while the outputs were alive
 
 
+@contextmanager
+def noted_statistics(model: PreTrainedModel, session: Session) -> Iterator[list[Any]]:
+    """The statistics of every `generate()` within, as they come."""
+    found: list[Any] = []
+    original = vars(model)["generate"]
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        found.append(session.stats)
+        return output
+
+    vars(model)["generate"] = generate
+    try:
+        yield found
+    finally:
+        vars(model)["generate"] = original
+
+
 def run_offloaded(
     model: PreTrainedModel,
     mode: Mode,
@@ -387,27 +405,17 @@ def run_offloaded(
 ) -> Run:
     """Generate with a session of its own; afterwards nothing of it may be left."""
     bytes_of = row_bytes(model)
-    stats: list[Any] = []
     with leaves_no_trace(model):
         session = Session(model, config, backend=backend)
         if fixed_rates:
             session.planner.measured = FixedRates(*bytes_of)
         observer = Observer(model, bytes_of)
-        original = vars(model)["generate"]
-
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            stats.append(session.stats)
-            return output
-
-        vars(model)["generate"] = generate
         try:
-            with session:
+            with session, noted_statistics(model, session) as stats:
                 outputs = mode.run(model, session.new_cache)
                 used_bytes = session.pool.used_bytes
                 result = outcome(outputs)
                 del outputs
-                vars(model)["generate"] = original
         finally:
             observer.remove()
             session.close()

@@ -193,13 +193,14 @@ def test_a_window_of_another_size_leaves_nothing_of_the_one_before(model: PreTra
         cache = session.new_cache()
         text = model.generate(prompt(2, 61), **given(cache), **COMMON).sequences
         before = [reference(layer._window._data) for layer in cache.core.layers if layer._window is not None]
-        longer = torch.cat([text, prompt(2, 120, seed=4)], 1)
-        wanted = model.generate(longer, **COMMON).sequences
-        assert torch.equal(model.generate(longer, **given(cache), **COMMON).sequences, wanted)
         assert len(before) == 3
+        longer = torch.cat([text, prompt(2, 120, seed=4)], 1)
+        session._plans.prolong(cache, longer.shape[1], longer.shape[1] + 12, drafts=True)
         now = [layer._window._data.numel() for layer in cache.core.layers if layer._window is not None]
         assert now[0] > before[0][1], "the window did not grow"
-        assert all(storage.expired() for storage, _ in before)
+        assert all(storage.expired() for storage, _ in before), "before any forward"
+        found = model.generate(longer, **given(cache), **COMMON).sequences
+    assert torch.equal(found, model.generate(longer, **COMMON).sequences)
 
 
 def reference(data: torch.Tensor) -> tuple[StorageWeakRef, int]:

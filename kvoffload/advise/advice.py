@@ -96,7 +96,8 @@ def advise(
         if on_device is None:
             raise
         raise InfeasiblePlanError(f"{error}. Without offloading: {_describe(on_device)}") from error
-    drafts = task.drafts(offload)
+    rounds = task.rounds()
+    drafts = None if rounds is None else task.drafted(offload, rounds)
     ways = [one for one in (offload, drafts, on_device) if one is not None]
     best = best_of({one.way: one.total_s for one in ways})
     ways.sort(key=lambda one: (one.way != best, one.total_s))

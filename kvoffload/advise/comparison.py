@@ -68,13 +68,11 @@ def compare_ways(task: Task, economics: Economics | None = None) -> tuple[WayFig
 def _drafted(offloaded: WayFigures, task: Task, money: Economics) -> WayFigures | None:
     """Offloading with verified drafts at the assumed acceptance; None where they gain nothing."""
     task = task.settled()
-    inputs = task.inputs(task.mean_tokens())
-    mean = planner.solve(inputs)
-    rounds, found = task.rounds(inputs, mean), task.offload(planner.solve(task.inputs(task.workload.cached_tokens)))
-    drafted = task.drafts(found)
-    if rounds is None or drafted is None:
+    rounds, inputs = task.rounds(), task.inputs(task.mean_tokens())
+    if rounds is None:
         return None
-    row = _figures("drafts", task, drafted, inputs, mean, money)
+    found = task.drafted(task.offload(planner.solve(task.inputs(task.workload.cached_tokens))), rounds)
+    row = _figures("drafts", task, found, inputs, planner.solve(inputs), money)
     # of a round, in which everything that a step moves is moved once
     share = offloaded.step_s / rounds.round_s
     return row._replace(

@@ -120,14 +120,10 @@ class Task(NamedTuple):
         used = self.shape.weight_bytes + chosen.device_bytes
         return self._alternative("offload", self.workload.batch, 1, prefill_s, step_s, used)
 
-    def rounds(self, inputs: PlanInputs, mean: Plan) -> ExpectedRounds | None:
-        """Rounds of verified drafts with that placement; None where there are none, or they gain nothing.
-
-        Args:
-            inputs: at the mean context.
-            mean: the placement there.
-        """
-        number = self.config.fixed_drafts
+    def rounds(self) -> ExpectedRounds | None:
+        """Rounds of verified drafts at the mean context; None where there are none, or they gain nothing."""
+        number, inputs = self.config.fixed_drafts, self.inputs(self.mean_tokens())
+        mean = planner.solve(inputs)
         if number == 0 or self.workload.num_beams > 1 or not inputs.is_segmented or not mean.count(tier="host"):
             return None
         rows = self.workload.batch
@@ -135,14 +131,10 @@ class Task(NamedTuple):
         found = expected_rounds(times, rows, acceptance=self.acceptance, drafts=number)
         return found if found.drafts else None
 
-    def drafts(self, offload: Alternative) -> Alternative | None:
-        """The same with verified drafts at the assumed acceptance; None where they gain nothing."""
-        inputs = self.inputs(self.mean_tokens())
-        found = self.rounds(inputs, planner.solve(inputs))
-        if found is None:
-            return None
+    def drafted(self, offload: Alternative, rounds: ExpectedRounds) -> Alternative:
+        """Offloading with such rounds."""
         used, prefill_s = offload.device_bytes, offload.prefill_s
-        return self._alternative("drafts", self.workload.batch, 1, prefill_s, found.token_s, used)
+        return self._alternative("drafts", self.workload.batch, 1, prefill_s, rounds.token_s, used)
 
     def on_device(self) -> Alternative | None:
         """The whole batch on the device, else in sub-batches, else None where not even one sequence fits."""

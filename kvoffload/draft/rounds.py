@@ -34,8 +34,8 @@ class Rule(NamedTuple):
 
     processors: Sequence[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = ()
     do_sample: bool = False
-    pad: int | None = None  # what a finished row is given
-    eos: tuple[int, ...] = ()  # what finishes a row
+    pad: int | None = None  # what a finished row is given; None: no row is finished before the others
+    eos: torch.Tensor | None = None  # tokens that finish a row, on the device of the model
 
 
 @dataclass(slots=True)
@@ -184,8 +184,7 @@ class Rounds:
         """The next tokens, [rows, count], as what is on the device suggests; nothing of them stays cached."""
         token, rule = call.token, self.rule
         ids = self.prefix
-        is_finished = torch.zeros_like(token, dtype=torch.bool) if rule.pad is None else token == rule.pad
-        eos = torch.tensor(rule.eos, device=token.device)
+        is_finished = None if rule.pad is None else token == rule.pad
         found: list[torch.Tensor] = []
         core = self._cache.core
         core.engine.forget_gap()  # what passes until the next pass is no gap between two steps
@@ -196,9 +195,9 @@ class Rounds:
                 for ahead in range(count):
                     logits = hf.logits_of(self._forward(**call.for_next(token, ahead)))
                     token = self._choose(ids, logits[:, -1].to(device)).to(token.device)
-                    if rule.pad is not None:
+                    if is_finished is not None and rule.pad is not None and rule.eos is not None:
                         token = token.masked_fill(is_finished, rule.pad)
-                        is_finished = is_finished | torch.isin(token, eos)
+                        is_finished = is_finished | torch.isin(token, rule.eos)
                     found.append(token)
                     if rule.processors and ids is not None:
                         ids = torch.cat([ids, token.to(ids.device)], dim=1)

@@ -112,7 +112,6 @@ def round_times(
     profile: HardwareProfile,
     *,
     rows: int,
-    device_tokens: int | None = None,
 ) -> RoundTimes:
     """What rounds take by the cost model.
 
@@ -122,9 +121,8 @@ def round_times(
         shape: of the model.
         profile: of the machine.
         rows: sequences.
-        device_tokens: of each sequence, that drafts attend to; None: those of the blocks that the plan has there.
     """
-    tokens = plan.count(tier="device") * inputs.block_tokens if device_tokens is None else device_tokens
+    tokens = plan.count(tier="device") * inputs.block_tokens  # of each sequence, that drafts attend to
 
     def rates_at(batch: int, cached_tokens: int) -> Rates:
         return rates_from_profile(

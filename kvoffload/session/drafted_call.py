@@ -13,7 +13,6 @@ from kvoffload import hf
 from kvoffload.backend import Backend
 from kvoffload.config import OffloadConfig
 from kvoffload.draft.lengths import FixedLength, Lengths, PlannedLength
-from kvoffload.planning.drafts import expected_rounds
 from kvoffload.session.drafting import Drafting, cannot_draft
 from kvoffload.session.generation import DraftFigures
 from kvoffload.session.generation_plan import GenerationPlan
@@ -110,10 +109,9 @@ class DraftedCall:
         if chosen.round_times is None:
             self._reason = "drafts are not expected to gain anything here"
             return None
-        rows = chosen.geometry.rows
         if self._config.deterministic:
-            return FixedLength(expected_rounds(chosen.round_times, rows).drafts)
-        return PlannedLength(chosen.round_times, rows)
+            return FixedLength(chosen.expected_drafts)
+        return PlannedLength(chosen.round_times, chosen.geometry.rows)
 
     def note_prefix(self, input_ids: Any) -> None:
         """The tokens of each row so far, as processors see them."""

@@ -48,7 +48,7 @@ class Drafting:
         self._rotations = hf.changing_rotations(model.config)
         self._is_settled = False
         shadowed = {"forward": self._forward, "_get_logits_processor": self._processors}
-        rule = _rule(generation_config)
+        rule = _rule(generation_config, backend.device)
         self._shadows = hf.Shadows(model, shadowed)
         self.rounds: Rounds | None = Rounds(
             self._shadows.originals["forward"],
@@ -123,10 +123,10 @@ def cannot_draft(number: int, reason: str) -> ConfigError:
     return ConfigError(f"speculate={number} cannot serve this generate(): {reason}; use speculate='auto' or 'off'")
 
 
-def _rule(generation_config: Any) -> Rule:
+def _rule(generation_config: Any, device: torch.device) -> Rule:
     """How the call chooses tokens, as `_prepare_special_tokens` left its configuration."""
     eos = getattr(generation_config, "_eos_token_tensor", None)
     pad = getattr(generation_config, "_pad_token_tensor", None)
     if not isinstance(eos, torch.Tensor) or not isinstance(pad, torch.Tensor):
         return Rule(do_sample=bool(generation_config.do_sample))
-    return Rule(do_sample=bool(generation_config.do_sample), pad=int(pad), eos=tuple(eos.flatten().tolist()))
+    return Rule(do_sample=bool(generation_config.do_sample), pad=int(pad), eos=eos.to(device))

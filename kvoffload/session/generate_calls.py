@@ -215,7 +215,7 @@ class GenerateCalls:
                     cache, batch_size * copies, 1, prompt_tokens, max_cache_length, lives_on=True, drafts=drafts
                 )
                 self._shorten_prefill(generation_config, cache, prompt_tokens)
-            generation.use(cache)  # from now on an error closes it
+            generation.use(cache)  # from now on an error in a forward closes it
             mask = model_kwargs.get("attention_mask")
             # as transformers tells a whole prompt from its newest tokens
             num_masked = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]

@@ -245,7 +245,7 @@ class Generation:
             device_kv_peak_decode_bytes=self._engine.account.take_peak() + others,
             device_kv_peak_prefill_bytes=self._prefill_peak_bytes + others,
             exact=self.recomputed_tokens == 0 or all(layer.is_full_precision for layer in core.layers),
-            tokens_per_pass=drafts.asked / drafts.passes if drafts.passes else float(bool(steps)) or None,
+            tokens_per_pass=drafts.asked / drafts.passes if drafts.passes else 1.0 if steps else None,
             draft_acceptance=drafts.accepted / drafts.drafted if drafts.drafted else None,
             drafted_tokens=drafts.drafted,
             round_times=drafts.times,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from kvoffload.planning.drafts import RoundTimes
+from kvoffload.planning.drafts import RoundTimes, expected_rounds
 from kvoffload.planning.forms import option_name
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
@@ -34,6 +34,11 @@ class GenerationPlan:
     def drafts(self) -> bool:
         """Whether tokens are drafted on what is on the device: the first block, and the newest ones."""
         return self.geometry.ahead_tokens > 0
+
+    @property
+    def expected_drafts(self) -> int:
+        """Tokens that rounds are expected to draft; 0 where that gains too little, or cannot be predicted."""
+        return 0 if self.round_times is None else expected_rounds(self.round_times, self.geometry.rows).drafts
 
     @property
     def device_budget_bytes(self) -> int:

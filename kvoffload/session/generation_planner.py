@@ -9,6 +9,7 @@ how much memory may be taken (`memory_limits`), the timing (`measured_rates`), n
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning import planner
-from kvoffload.planning.drafts import expected_rounds, round_times
+from kvoffload.planning.drafts import round_times
 from kvoffload.planning.forms import FORMS
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.placement import PLAIN, FormName, Placement
@@ -82,12 +83,9 @@ class GenerationPlanner:
 
     def _with_drafts_that_pay(self, geometry: Geometry, **known: Any) -> GenerationPlan:
         """With room for drafts where these are expected to make decoding faster, else without."""
-        try:
+        with contextlib.suppress(InfeasiblePlanError, HostMemoryError):  # it may fit without
             drafted = self._plan_for(geometry, **known)
-        except (InfeasiblePlanError, HostMemoryError):
-            pass  # it may fit without
-        else:
-            if drafted.round_times is not None and expected_rounds(drafted.round_times, geometry.rows).drafts:
+            if drafted.expected_drafts:
                 return drafted
         return self._plan_for(replace(geometry, ahead_tokens=0), **known)
 

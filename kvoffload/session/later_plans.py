@@ -15,7 +15,6 @@ from typing import Any
 from kvoffload.config import MOST_DRAFTS
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.planning import planner
-from kvoffload.planning.drafts import expected_rounds
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.placement import PLAIN, FormName
@@ -43,8 +42,7 @@ class LaterPlans:
         """As `_prolong`, with drafts only where they are asked for, or expected to pay."""
         if drafts and self._planner.config.fixed_drafts is None:
             drafted = self._prolong(chosen, max_tokens, drafts=True, **known)
-            times = drafted.round_times
-            if times is not None and expected_rounds(times, drafted.geometry.rows).drafts:
+            if drafted.expected_drafts:
                 return drafted
             drafts = False
         found = self._prolong(chosen, max_tokens, drafts=drafts, **known)
