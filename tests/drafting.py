@@ -24,7 +24,7 @@ from matrix import (
     row_bytes,
 )
 from models import OTHERS, RECOMPUTABLE
-from modes import KINDS, Mode, Outcome, Shape, outcome, plain_cache
+from modes import COMMON, KINDS, Mode, Outcome, Shape, outcome, plain_cache
 from transformers import PreTrainedModel
 
 from kvoffload import OffloadConfig
@@ -47,6 +47,8 @@ QUALITIES = (1.0, 0.7, 0.0)  # share of the drafts that are left as they are
 DEVICES = ("tail", "window", "all")  # what is on the device: the newest tokens, some blocks, everything
 SPLITS = ("transfer", "recompute", 0.5)
 BLOCK_TOKENS = 4
+NEW_TOKENS = 24
+OPTIONS: dict[str, Any] = {**COMMON, "max_new_tokens": NEW_TOKENS}
 
 
 class Cell(NamedTuple):
@@ -151,3 +153,13 @@ def check_cell(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> Drafted:
         run = run_drafted(model, mode, config_of(cell, mode))
     assert distance(run.outcome, wanted) <= 1e-5
     return run
+
+
+def config(number: Any = 4, **options: Any) -> OffloadConfig:
+    """With the whole cache on the device, so that every draft is right unless it is made wrong on purpose."""
+    values: dict[str, Any] = {"device_gib": 0.01, "block_tokens": 4, "chunk_blocks": 2, **options}
+    return OffloadConfig(speculate=number, link=FAST_LINK, profile=profile(), **values)
+
+
+def session_of(model: PreTrainedModel, number: Any = 4, **options: Any) -> Session:
+    return Session(model, config(number, **options), checking_backend())
