@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvoffload.kernels.stored import StoredKV
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -36,21 +38,102 @@ def segment(
             "q must be [batch, q_tokens, q_heads, head_dim] and kv [tokens, rows, 2, kv_heads, head_dim], "
             f"got {list(q.shape)} and {list(kv.shape)}"
         )
-    batch, q_tokens, q_heads, head_dim = q.shape
+    head_dim, dtype = q.shape[3], q.dtype
     tokens, rows, two, kv_heads, kv_dim = kv.shape
-    dtype, device = q.dtype, q.device
     if two != 2 or kv_dim != head_dim:
         raise ValueError(f"kv must be [tokens, rows, 2, kv_heads, {head_dim}] for this q, got {list(kv.shape)}")
-    if kv_heads == 0 or q_heads % kv_heads:
-        raise ValueError(f"the {q_heads} heads of q must be a multiple of the {kv_heads} heads of kv")
-    if dtype not in FLOATS:
-        raise ValueError(f"q has dtype {dtype}, needed is one of {_names(FLOATS)}")
-    if kv.dtype != dtype:
+    if kv.dtype != dtype and dtype in FLOATS:
         raise ValueError(f"kv has dtype {kv.dtype}, needed is that of q, {dtype}")
     if q.stride(3) != 1 or kv.stride(4) != 1:
         raise ValueError(
             f"q and kv need unit stride in head_dim, their strides are {list(q.stride())} and {list(kv.stride())}"
         )
+    _attention(
+        q,
+        kv,
+        (tokens, rows, kv_heads),
+        out,
+        lse,
+        first_position=first_position,
+        query_position=query_position,
+        valid=valid,
+        row_table=row_table,
+        block_tokens=block_tokens,
+        window=window,
+        softcap=softcap,
+    )
+
+
+def stored(
+    q: Tensor,
+    stored: StoredKV,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    first_position: int,
+    query_position: int,
+    valid: Tensor | None,
+    row_table: Tensor | None,
+    block_tokens: int,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Arguments of `stored_attention`; see there for what they mean.
+
+    Raises:
+        ValueError: naming the tensor, what was given and what is needed.
+    """
+    data = stored.data
+    if q.dim() != 4 or q.shape[3] != stored.head_dim or q.stride(3) != 1:
+        raise ValueError(
+            f"q must be [batch, q_tokens, q_heads, {stored.head_dim}] for these blocks, with unit stride in the last "
+            f"dimension, got {list(q.shape)} with strides {list(q.stride())}"
+        )
+    if data.dim() != 2 or data.dtype is not torch.uint8 or not data.is_contiguous():
+        raise ValueError(
+            f"blocks must be contiguous [blocks, bytes] of torch.uint8, got {list(data.shape)}, {data.dtype}"
+        )
+    if row_table is not None and block_tokens != stored.block_tokens:
+        raise ValueError(f"blocks have {stored.block_tokens} tokens, a row of row_table {block_tokens}: needed is one")
+    _attention(
+        q,
+        data,
+        (stored.num_tokens, stored.rows, stored.heads),
+        out,
+        lse,
+        first_position=first_position,
+        query_position=query_position,
+        valid=valid,
+        row_table=row_table,
+        block_tokens=block_tokens,
+        window=window,
+        softcap=softcap,
+    )
+
+
+def _attention(
+    q: Tensor,
+    kv: Tensor,
+    kv_shape: tuple[int, int, int],
+    out: Tensor,
+    lse: Tensor,
+    *,
+    first_position: int,
+    query_position: int,
+    valid: Tensor | None,
+    row_table: Tensor | None,
+    block_tokens: int,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """What both kinds of K and V ask; `kv_shape` is tokens, rows and heads."""
+    batch, q_tokens, q_heads, _ = q.shape
+    tokens, rows, kv_heads = kv_shape
+    dtype, device = q.dtype, q.device
+    if kv_heads == 0 or q_heads % kv_heads:
+        raise ValueError(f"the {q_heads} heads of q must be a multiple of the {kv_heads} heads of kv")
+    if dtype not in FLOATS:
+        raise ValueError(f"q has dtype {dtype}, needed is one of {_names(FLOATS)}")
     accumulated = torch.float64 if dtype is torch.float64 else torch.float32
     _accumulator("out", out, list(q.shape), accumulated, device)
     _accumulator("lse", lse, [batch, q_tokens, q_heads], accumulated, device)

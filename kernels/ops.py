@@ -17,7 +17,8 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from kvoffload.kernels import cpu_attention, reference
+from kvoffload.kernels import cpu_attention, pieces, reference
+from kvoffload.kernels.stored import StoredKV
 
 _NOTHING_TO_DO = contextlib.nullcontext()
 
@@ -57,6 +58,16 @@ def segment_attention(q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, **options
         return
     with _on_its_device(q):
         (_triton("segment_attention", q) or reference).segment_attention(q, kv, out, lse, **options)
+
+
+def stored_attention(q: Tensor, stored: StoredKV, out: Tensor, lse: Tensor, **options: Unpack[SegmentOptions]) -> None:
+    """Attention over blocks of a form of fewer bytes, which are read as they lie; see `pieces.stored_attention`.
+
+    Raises:
+        ValueError: if shapes, dtypes, strides or devices do not fit.
+    """
+    with _on_its_device(q):
+        (_triton("segment_attention", q) or pieces).stored_attention(q, stored, out, lse, **options)
 
 
 def merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:

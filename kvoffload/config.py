@@ -66,6 +66,9 @@ class OffloadConfig:
             the model and the call allow it and the link has a speed; "whole_layer" puts a layer's K/V together first.
         speculate: verified drafts, several tokens for one pass over the link (docs/drafts.md). "auto" where greedy
             decoding gains by them; a number (1..15) drafts that many, in sampling too; "off" (or 0) never.
+        kv_dtype: "model" stores K and V exactly; "int8", "int4" or "int2" allows forms of that many bits and more, with
+            loss (docs/quality.md): plans take the coarsest only where a step gets shorter by it.
+        packing: "auto" packs blocks of bfloat16 without loss where the plan says that it is faster; "off" never.
         deterministic: True fixes split, shares and the number of drafts by the first plan, from the profile alone: no
             timing of a run changes them, so that runs in half precision are alike. A profile is still measured once.
         profile: a HardwareProfile, a path to one, or "auto" (stored for this machine, else measured once).
@@ -85,6 +88,8 @@ class OffloadConfig:
     schedule: Schedule = "pipelined"
     attention: Literal["auto", "whole_layer"] = "auto"
     speculate: Literal["auto", "off"] | int = "auto"
+    kv_dtype: Literal["model", "int8", "int4", "int2"] = "model"
+    packing: Literal["auto", "off"] = "auto"
     deterministic: bool = False
     profile: HardwareProfile | str | Path = "auto"
     link: Auto | EmulatedLink = "auto"
@@ -113,6 +118,9 @@ class OffloadConfig:
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.schedule not in ("pipelined", "kvpr"):
             raise ConfigError(f"schedule must be 'pipelined' or 'kvpr', got {self.schedule!r}")
+        for name, choices in (("kv_dtype", ("model", "int8", "int4", "int2")), ("packing", ("auto", "off"))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.attention not in ("auto", "whole_layer"):
             raise ConfigError(f"attention must be 'auto' or 'whole_layer', got {self.attention!r}")
         is_number = isinstance(self.speculate, int) and not isinstance(self.speculate, bool)

@@ -22,6 +22,7 @@ class Budget(NamedTuple):
     pageable_s: float  # 0: left out
     emulated_s: float
     compute_s: float
+    decoding_s: float
     host_memory_s: float
     stretch_s: float  # of energy, six of them; 0: left out
     host_s: float  # of either half
@@ -35,6 +36,7 @@ BUDGETS: dict[Thoroughness, Budget] = {
         pageable_s=0.0,
         emulated_s=1.0,
         compute_s=5.0,
+        decoding_s=1.2,
         host_memory_s=1.2,
         stretch_s=0.0,
         host_s=0.3,
@@ -46,6 +48,7 @@ BUDGETS: dict[Thoroughness, Budget] = {
         pageable_s=9.0,
         emulated_s=3.0,
         compute_s=12.0,
+        decoding_s=3.0,
         host_memory_s=4.0,
         stretch_s=1.0,
         host_s=0.5,
@@ -92,6 +95,7 @@ def lengths(budget: Budget, *, has_link: bool, is_paced: bool, has_meter: bool) 
         "link": budget.link_s if has_link else budget.emulated_s if is_paced else 0.0,
         "link, pageable memory": budget.pageable_s if has_link else 0.0,
         "matrix products and attention": budget.compute_s,
+        "forms of fewer bytes": budget.decoding_s,
         "host memory": budget.host_memory_s,
         "energy": 6 * budget.stretch_s if has_meter else 0.0,  # three for products, three for copies
         "host": 2 * budget.host_s,

@@ -10,6 +10,7 @@ Timeline (a GPU, or two CPU cores), every part bounded in wall-clock time:
     pageable              -         9 s     the same from memory that is not pinned
     emulated link         1 s       3 s     in place of both: what copies over it achieve
     compute               5 s       12 s    device copy, attention over sizes, matrix products over shapes
+    forms of fewer bytes  1.2 s     3 s     attention that decodes K and V while it reads them
     host memory           1.2 s     4 s     reading it, attention over K and V in it
     energy                -         6 s     GPUs that count it: matrix products, copies
     host                  0.6 s     1 s     seconds to issue a chunk and a layer
@@ -46,6 +47,7 @@ from kvoffload.profiler import energy, environment
 from kvoffload.profiler.budget import BUDGETS, Progress, ProgressParts, Thoroughness, lengths
 from kvoffload.profiler.compute import measure_compute
 from kvoffload.profiler.copies import given_curves, measure_copies
+from kvoffload.profiler.decoding import measure_decoding
 from kvoffload.profiler.device import Link, default_dtype, device_memory_bytes, device_name, machine_key, resolve_device
 from kvoffload.profiler.host import measure_host_s_per_chunk, measure_host_s_per_layer
 from kvoffload.profiler.host_memory import measure_host_memory
@@ -55,8 +57,9 @@ logger = logging.getLogger(__name__)
 
 MAX_OTHER_LOAD_FRACTION = 0.25  # of all CPUs, by other processes
 # Of measuring; since 2 a chunk's host time is that of all its calls, before only of queueing its copy. Since 3 a GPU's
-# rates have no launches in them, and chunks of either form are timed apart.
-METHOD = 3
+# rates have no launches in them, and chunks of either form are timed apart. Since 4 decoding of forms of fewer bytes is
+# measured.
+METHOD = 4
 MAX_NAMED = 3  # noisy points in a message
 
 
@@ -109,6 +112,8 @@ def measure_hardware(
         facts = environment.environment(device)  # while the link is awake
         steps.begin("matrix products and attention")
         compute = measure_compute(device, dtype, budget_s=budget.compute_s, progress=steps.within)
+        steps.begin("forms of fewer bytes")
+        decoding = measure_decoding(device, dtype, budget_s=budget.decoding_s)
         steps.begin("host memory")
         host_memory = measure_host_memory(budget_s=budget.host_memory_s)
         steps.begin("energy")
@@ -156,7 +161,8 @@ def measure_hardware(
             name: Quantity(value=trials.seconds, unit="s", spread_fraction=trials.spread_fraction)
             for name, trials in host.items()
         }
-        | powers,
+        | powers
+        | decoding,
         extra={
             "thoroughness": thoroughness,
             "pinned": copies.pinned,

@@ -37,7 +37,7 @@ def main(
     if preset not in bench.PRESETS:
         raise typer.BadParameter(f"unknown preset {preset!r}; known: {', '.join(bench.PRESETS)}")
     chosen = modes.split(",")
-    known = [*bench.MODES, *bench.WHOLE_LAYER_MODES]
+    known = [*bench.MODES, *bench.WHOLE_LAYER_MODES, *bench.FORM_MODES]
     if unknown := [mode for mode in chosen if mode not in known]:
         raise typer.BadParameter(f"unknown modes {unknown}; known: {', '.join(known)}")
     if csv_path:

@@ -22,13 +22,16 @@ from typing import Any
 
 import torch
 import triton
+from test_forms import form_of
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler
 from triton.runtime.jit import JITFunction
 
 from kvoffload.kernels import linear_rope, merge, rope, segment_attention, tiles
+from kvoffload.kernels.stored import StoredKV
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
+FORMS = ("int8", "int4", "int2", "packed_kv")
 CUOBJDUMP = Path(compiler.__file__).parent / "bin" / "cuobjdump"
 
 
@@ -78,10 +81,12 @@ def main(capability: int, *, is_whole: bool) -> None:
 
     if is_whole:
         every_attention(report)
+        every_stored_attention(report)
         for head_dim in HEAD_DIMS:
             others(report, head_dim)
     else:
         attention(report)
+        stored_attention(report)
         others(report, 128)
 
 
@@ -129,6 +134,27 @@ def every_attention(report: Callable[[str], None]) -> None:
             report(f"{dtype}, head_dim {head_dim}, {q_tokens} queries, {name}")
 
 
+def stored_attention(report: Callable[[str], None]) -> None:
+    """Attention over every form at decode and at verification of drafts, at several lengths."""
+    for form, (dtype, head_dim, q_tokens) in itertools.product(
+        FORMS, ((torch.bfloat16, 128, 1), (torch.bfloat16, 64, 16), (torch.float16, 80, 1))
+    ):
+        for blocks in (1, 16, 17):
+            for position in (0, 1, 16):
+                attend_stored(form, dtype, head_dim, q_tokens, blocks, position)
+        report(f"{form}, {dtype}, head_dim {head_dim}, {q_tokens} queries")
+
+
+def every_stored_attention(report: Callable[[str], None]) -> None:
+    """Every form, head size and dtype, plain and with all there is to be given."""
+    given = {"plain": {"valid": None}, "beams, window, softcap": table(32) | {"window": 100, "softcap": 30.0}}
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    for form, dtype, head_dim, q_tokens in itertools.product(FORMS, dtypes, HEAD_DIMS, (1, 12, 64)):
+        for name, extra in given.items():
+            attend_stored(form, dtype, head_dim, q_tokens, 16, 16, **extra)
+            report(f"{form}, {dtype}, head_dim {head_dim}, {q_tokens} queries, {name}")
+
+
 def table(block_tokens: int) -> dict[str, Any]:
     """Rows of beams, in blocks of so many tokens."""
     return {"row_table": torch.zeros(99, 16, dtype=torch.int32), "block_tokens": block_tokens}
@@ -143,6 +169,21 @@ def attend(dtype: torch.dtype, head_dim: int, q_tokens: int, tokens: int, positi
     segment_attention.segment_attention(
         q, kv, out, lse, scale=0.1, is_first=False, first_position=position, query_position=300 + position,
         **{"valid": valid} | extra,
+    )  # fmt: skip
+
+
+def attend_stored(
+    name: str, dtype: torch.dtype, head_dim: int, q_tokens: int, blocks: int, position: int, **extra: Any
+) -> None:
+    """The same over blocks of a form."""
+    form = form_of(name, head_dim, 32, heads=4)
+    q = torch.zeros(16, q_tokens, 8, head_dim, dtype=dtype)
+    out, lse = torch.zeros(q.shape), torch.zeros(q.shape[:3])
+    valid = torch.zeros(16, 99, dtype=torch.int32)[:, position // 16 :]
+    data = torch.zeros(blocks, form.block_bytes(16), dtype=torch.uint8)
+    segment_attention.stored_attention(
+        q, StoredKV(name, data, 32, 16, 4, head_dim, form.decode), out, lse, scale=0.1, is_first=False,
+        first_position=position, query_position=1000 + position, **{"valid": valid} | extra,
     )  # fmt: skip
 
 

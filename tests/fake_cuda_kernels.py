@@ -14,7 +14,7 @@ from fake_cuda_streams import active
 from fake_cuda_tensors import CudaTensor, each_tensor, inner
 from torch.utils._python_dispatch import _disable_current_modes
 
-from kvoffload.kernels import ops, reference
+from kvoffload.kernels import ops, pieces, reference
 
 
 class _Twins:
@@ -30,7 +30,7 @@ class _Twins:
             active().launch(lambda clock: clock.speeds.operation_s(tensors))
             args, kwargs = inner((args, kwargs))
             with _disable_current_modes():
-                getattr(reference, operation)(*args, **kwargs)
+                getattr(pieces if operation == "stored_attention" else reference, operation)(*args, **kwargs)
 
         return launch
 

@@ -18,6 +18,8 @@ def each_tensor(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
     """Arguments or results with each tensor changed."""
     if isinstance(value, torch.Tensor):
         return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(each_tensor(change, one) for one in value))
     if isinstance(value, (list, tuple)):
         return type(value)(each_tensor(change, one) for one in value)
     if isinstance(value, slice):

@@ -28,11 +28,16 @@ PRETENDED_STEPS = {  # by provider and shape: seconds measured, and by the cost 
 
 
 def made(
-    name: str = "opt-6.7b", batch: int = 64, prompt_tokens: int = 1024, new_tokens: int = 128, **options: Any
+    name: str = "opt-6.7b",
+    batch: int = 64,
+    prompt_tokens: int = 1024,
+    new_tokens: int = 128,
+    config: OffloadConfig = OffloadConfig(),  # noqa: B008, it is frozen
+    **options: Any,
 ) -> Study:
     """The study of one of the recorded configurations on an A100."""
     workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    return study(CONFIGS / f"{name}.json", workload, find_profile(HARDWARE), OffloadConfig(), **options)
+    return study(CONFIGS / f"{name}.json", workload, find_profile(HARDWARE), config, **options)
 
 
 def pretended_run(found: Study) -> MeasuredRun:

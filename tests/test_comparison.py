@@ -64,7 +64,7 @@ def opt(hidden: int) -> dict[str, Any]:
 def link_and_recomputation(config: Any, profile: HardwareProfile, schedule: str) -> PlanInputs:
     """The planning problem of a preset with nothing in it but the link and recomputation, in fine blocks."""
     workload = Workload(batch=32, prompt_tokens=1024, new_tokens=1)
-    found = task_of(config, workload, profile, OffloadConfig(schedule=schedule)).inputs(1024)  # type: ignore[arg-type]
+    found = task_of(config, workload, profile, OffloadConfig(schedule=schedule, packing="off")).inputs(1024)  # type: ignore[arg-type]
     nothing = {"attention_s_per_token": 0.0, "dense_s": 0.0, "head_s": 0.0, "gap_s": 0.0}
     rates = dataclasses.replace(found.rates, **nothing, host_s_per_layer=0.0, host_s_per_chunk=0.0)
     return dataclasses.replace(
@@ -105,7 +105,9 @@ def test_grouped_queries_recompute_nothing_in_either_schedule() -> None:
 def test_where_activations_are_no_smaller_the_plan_is_full_transfer_with_all_its_room(name: str) -> None:
     """No memory is set aside for recomputing, so that planning is never behind not planning."""
     tight = HardwareProfile.preset("h200-pcie5" if name == "mixtral-8x7b" else "rtx3090-24gb-pcie4")
-    rows = by_name(compare_ways(task(name, dataclasses.replace(BATCH, batch=256), tight)))
+    asked = task(name, dataclasses.replace(BATCH, batch=256), tight)
+    asked = asked._replace(config=dataclasses.replace(asked.config, packing="off"))
+    rows = by_name(compare_ways(asked))
     assert rows["offload"] == rows["full_transfer"]._replace(name="offload")
 
 

@@ -15,6 +15,7 @@ from campaign.rows import is_gpu, load
 from gpu.steps import STEPS
 from kvoffload.cli import app
 from kvoffload.config import OffloadConfig
+from kvoffload.planning.forms import KINDS
 from kvoffload.session.stats import GenerationStats
 
 ROOT = Path(__file__).parents[1]
@@ -47,11 +48,12 @@ def test_the_page_of_figures_names_every_field_of_the_statistics_and_every_key_o
     arguments = ["plan", "--config", str(config), "--hardware", "a100-40gb-pcie4", "--sweep", "1:128", "--json"]
     data = json.loads(CliRunner().invoke(app, arguments).stdout)
     listed = [key for key, value in data.items() if isinstance(value, (list, dict))]
-    assert listed == ["blocks", "alternatives", "forecast", "limits", "sweep"]
+    assert listed == ["blocks", "alternatives", "forecast", "limits", "sweep", "precisions"]
     assert names_in("Plan") == sorted(set(data) - set(listed))
     for key in listed:
         one = data[key][0] if isinstance(data[key], list) else data[key]
-        assert names_in(key) == sorted(one), key
+        assert names_in(key) == sorted(KINDS if key == "blocks" else one), key
+        assert key != "blocks" or one.keys() <= KINDS.keys()
 
 
 def test_it_is_said_at_the_top_that_no_gpu_was_measured_as_long_as_that_is_so() -> None:

@@ -30,6 +30,7 @@ from reports import (
 from campaign import rows
 from kvoffload import bench
 from kvoffload.cli import measured_run, report_page
+from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError
 from kvoffload.model.stored_facts import facts_of
 from kvoffload.planning.workload import Workload
@@ -59,7 +60,7 @@ def charts_of(found: Study) -> list[Chart]:
 
 @pytest.mark.parametrize("name", ["opt-6.7b", "llama-2-7b", "llama-3.1-8b", "qwen3-8b"])
 def test_the_lowest_point_of_the_split_curve_is_the_plan_and_nothing_is_below_it(name: str) -> None:
-    found = made(name, batch=64, prompt_tokens=2048)
+    found = made(name, batch=64, prompt_tokens=2048, config=OffloadConfig(packing="off"))
     assert found.advice is not None
     plan = found.advice.plan
     chosen = plan.activation_blocks + plan.resident_activation_blocks
@@ -70,6 +71,16 @@ def test_the_lowest_point_of_the_split_curve_is_the_plan_and_nothing_is_below_it
     for point in found.splits:
         assert point.step_s == max(point.link_s, point.device_s, point.host_s)
         assert point.paper_step_s >= point.step_s * (1 - 1e-9)
+
+
+def test_no_point_of_the_split_curve_is_below_a_plan_that_packs() -> None:
+    found = made("llama-3.1-8b", batch=64, prompt_tokens=2048)
+    assert found.advice is not None
+    plan = found.advice.plan
+    assert plan.count(form="packed_kv")
+    lowest_s = min(point.step_s for point in found.splits)
+    assert plan.predicted_step_s <= lowest_s * (1 + 1e-3)
+    assert lowest_s <= plan.predicted_step_s * 1.05, "a plan may have blocks of both forms, which the curve has not"
 
 
 def test_the_planned_step_moves_the_bytes_of_the_plan_at_the_speed_of_the_link() -> None:

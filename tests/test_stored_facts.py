@@ -164,7 +164,7 @@ def test_facts_are_the_same_after_they_were_in_a_file() -> None:
         assert Facts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
     quantised = facts_of(SMALL | {"quantization_config": {"load_in_4bit": True}})
     assert Facts.from_json(json.loads(json.dumps(quantised.to_json()))) == quantised
-    with pytest.raises(ValueError, match="its schema is 0, not 1"):
+    with pytest.raises(ValueError, match="its schema is 0, not 2"):
         Facts.from_json(quantised.to_json() | {"schema": 0})
 
 

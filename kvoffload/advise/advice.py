@@ -17,7 +17,7 @@ import logging
 from typing import Any, NamedTuple
 
 from kvoffload.advise.task import Alternative, Task
-from kvoffload.advise.ways import best_of
+from kvoffload.advise.ways import AS_THEY_ARE, best_of
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, UnsupportedModelError
 from kvoffload.machine.hardware_profile import HardwareProfile
@@ -111,7 +111,7 @@ def advise(
 
 def _beside_full_transfer(task: Task, chosen: Plan) -> Plan:
     """The plan with the step of full transfer as it would be set up by itself."""
-    plain = task._replace(config=dataclasses.replace(task.config, split="transfer"))
+    plain = task._replace(config=dataclasses.replace(task.config, split="transfer", **AS_THEY_ARE))
     try:
         full_s = planner.solve(plain.inputs(task.workload.cached_tokens)).predicted_step_s
     except InfeasiblePlanError:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from kvoffload.advise.economics import MILLION, Economics
 from kvoffload.advise.task import Alternative, Task
 from kvoffload.advise.utilization import decode_mbu, peak_flops_per_s
-from kvoffload.advise.ways import Way
+from kvoffload.advise.ways import AS_THEY_ARE, Way
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.planning import planner, step_time
 from kvoffload.planning.inputs import PlanInputs
@@ -56,8 +56,8 @@ def compare_ways(task: Task, economics: Economics | None = None) -> tuple[WayFig
     rows = [*_on_device(task, money)]
     for name, changes in (
         ("offload", {}),
-        ("full_transfer", {"split": "transfer"}),
-        ("kvpr", {"split": "auto", "schedule": "kvpr"}),
+        ("full_transfer", {"split": "transfer"} | AS_THEY_ARE),
+        ("kvpr", {"split": "auto", "schedule": "kvpr"} | AS_THEY_ARE),
     ):
         rows.append(_offloaded(name, task._replace(config=replace(task.config, **changes)), money))  # type: ignore[arg-type]
         if name == "offload" and not rows[-1].problem and (drafted := _drafted(rows[-1], task, money)) is not None:

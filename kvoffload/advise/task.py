@@ -87,6 +87,8 @@ class Task(NamedTuple):
             rows=rows,
             max_tokens=self.workload.cached_tokens,
             kv_row_bytes=shape.kv_row_bytes,
+            head_dim=shape.kv_head_dim,
+            kv_dtype=shape.kv_dtype,
             activation_row_bytes=shape.activation_row_bytes,
             beams=self.workload.num_beams,
             other_device_bytes=self.shape.other_layers_bytes(rows, self.workload.cached_tokens),
@@ -126,7 +128,8 @@ class Task(NamedTuple):
         mean = planner.solve(inputs)
         if number == 0 or self.workload.num_beams > 1 or not inputs.is_segmented or not mean.count(tier="host"):
             return None
-        rows = self.workload.batch
+        inputs = replace(inputs, is_plain_on_device=True)  # what drafts see
+        mean, rows = planner.solve(inputs), self.workload.batch
         times = round_times(inputs, mean, self.shape, self.profile, rows=rows)
         found = expected_rounds(times, rows, acceptance=self.acceptance, drafts=number)
         return found if found.drafts else None

@@ -7,7 +7,7 @@ one. Does not own the figures (`task`, `comparison`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 Way = Literal["on_device", "sub_batches", "offload", "drafts", "full_transfer", "kvpr"]
 # the simplest first
@@ -19,6 +19,8 @@ LABELS: dict[Way, str] = {
     "full_transfer": "full transfer",  # the same without recomputation
     "kvpr": "paper's schedule",  # KVPR's barrier between layers (arXiv 2411.17089)
 }
+# options of the ways that all others are compared with: no K or V in fewer bytes
+AS_THEY_ARE: dict[str, Any] = {"packing": "off", "kv_dtype": "model"}
 LEAST_GAIN = 1.05  # predictions are not better than that
 
 

@@ -24,7 +24,12 @@ from kvoffload.backend import DeviceClock
 from kvoffload.bench.presets import Preset
 from kvoffload.bench.watch import Stamp
 from kvoffload.kernels import ops
+from kvoffload.planning.placement import FormName
 from kvoffload.store import recompute
+from kvoffload.store.block import Span
+from kvoffload.store.device_memory import DeviceMemory
+from kvoffload.store.forms import made_of_kv
+from kvoffload.store.forms.encoded import Encoded
 from kvoffload.store.tail import KVShape
 
 RING_CHUNKS = 4
@@ -96,6 +101,37 @@ def attention_s_per_token(
         torch.nn.functional.scaled_dot_product_attention(q, keys, values)
 
     return _median_s(attend, device, budget_s=0.2) / p.cached_tokens
+
+
+def decode_s_per_token(
+    preset: Preset, device: torch.device, chunk_tokens: int, block_tokens: int, name: FormName
+) -> float:
+    """What attention takes longer over a chunk in a form than over K and V; 0 where it is shorter."""
+    p = preset
+    head_dim = p.hidden // p.heads
+    form = made_of_kv([name], KVShape(p.kv_heads, head_dim, p.kv_heads, head_dim, p.dtype), block_tokens)[name]
+    assert isinstance(form, Encoded)
+    blocks = chunk_tokens // block_tokens
+    size = (blocks, block_tokens, p.batch, 2, p.kv_heads, head_dim)
+    ring = []
+    for _ in range(RING_CHUNKS):
+        data = torch.empty(blocks * form.block_bytes(p.batch), dtype=torch.uint8, device=device)
+        form.encode(torch.randn(size, device=device).to(p.dtype), data.view(blocks, -1))
+        ring.append(DeviceMemory(data))
+    query = torch.randn(p.batch, 1, p.heads, head_dim, device=device, dtype=p.dtype)
+    out = torch.empty_like(query, dtype=torch.float32)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=device)
+    span, scratch = Span(name, 0, blocks, block_tokens, p.batch, 1), DeviceMemory(torch.empty(0, dtype=torch.uint8))
+    turns = itertools.count()
+
+    def attend_next() -> None:
+        turn = next(turns)
+        segment = form.segment(ring[turn % RING_CHUNKS], span, scratch)
+        options = {"is_first": turn % 8 == 0, "first_position": 0, "query_position": chunk_tokens}
+        form.attend(query, segment, out, lse, scale=1.0, **options)
+
+    both_s = _median_s(attend_next, device, budget_s=0.2) / chunk_tokens
+    return max(0.0, both_s - attention_s_per_token(preset, device, chunk_tokens))
 
 
 def step_s_without_cache(model: PreTrainedModel, ids: torch.Tensor) -> float:

@@ -17,7 +17,13 @@ import torch
 
 from kvoffload.backend import Backend, CudaBackend
 from kvoffload.backend.clock import LEAST_CALLS
-from kvoffload.bench.current_rates import attention_s_per_token, forward_s, recompute_s_per_token, step_s_without_cache
+from kvoffload.bench.current_rates import (
+    attention_s_per_token,
+    decode_s_per_token,
+    forward_s,
+    recompute_s_per_token,
+    step_s_without_cache,
+)
 from kvoffload.bench.presets import Preset, make_model
 from kvoffload.config import EmulatedLink, OffloadConfig, Schedule
 from kvoffload.errors import ConfigError
@@ -27,6 +33,7 @@ from kvoffload.planning import planner, step_time
 from kvoffload.planning.forms import FORMS
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
+from kvoffload.planning.placement import PLAIN, FormName
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.problem import make_inputs
 from kvoffload.planning.rates import Rates
@@ -37,7 +44,9 @@ from kvoffload.profiler.profile import with_link
 MODES = ("full_transfer", "recompute_all", "sequential", "kvpr", "planned")
 # The same with a layer's K/V put together before attention, where `MODES` attend chunk by chunk.
 WHOLE_LAYER_MODES = {"full_transfer_whole_layer": "full_transfer", "planned_whole_layer": "planned"}
-_SPLITS = {"full_transfer": 0.0, "recompute_all": 1.0}  # the others plan
+# Full transfer in a form of fewer bytes.
+FORM_MODES: dict[str, FormName] = {"packed": "packed_kv", "int8": "int8", "int4": "int4", "int2": "int2"}
+_SPLITS = {"full_transfer": 0.0, "recompute_all": 1.0, **dict.fromkeys(FORM_MODES, 0.0)}  # the others plan
 
 
 class Lab:
@@ -106,6 +115,8 @@ class Lab:
 
     def meets(self, mode: str) -> str:
         """A name for what the mode makes of the machine's rates: modes of one name have the same."""
+        if mode in FORM_MODES:
+            return mode
         return "sequential" if mode == "sequential" else "segments" if _is_segmented(mode) else "whole layers"
 
     def rates(self, mode: str) -> Rates:
@@ -117,33 +128,48 @@ class Lab:
         # On a CPU the host's time is the device's. A GPU works while its host asks for more, and a step takes the
         # longer of both: what the host took for the whole step is the host's, at least where that was the longer.
         is_cpu = self.preset.is_emulated
+        restore_s = {"activation": self.recompute_s_per_token(idle_s, is_segmented=is_segmented)}
+        if mode in FORM_MODES:
+            restore_s[FORM_MODES[mode]] = decode_s_per_token(
+                self.preset, self.device, self.chunk_tokens, self.block_tokens, FORM_MODES[mode]
+            )
         return Rates(
             h2d_bytes_per_s=dict.fromkeys(FORMS, self.bytes_per_s),
             dense_s=0.0,
             # dense parts of a step, in one piece
             head_s=step_s if is_cpu else forward_s(self.model, self.ids),
             host_s_per_layer=0.0 if is_cpu else step_s / self.preset.layers,
-            restore_s_per_token={"activation": self.recompute_s_per_token(idle_s, is_segmented=is_segmented)},
+            restore_s_per_token=restore_s,
             attention_s_per_token=attention_s_per_token(
                 self.preset, self.device, self.chunk_tokens, idle_s=idle_s, is_segmented=is_segmented
             ),
         )
 
     def inputs(
-        self, rates: Rates, *, is_segmented: bool, split: float | None = None, schedule: Schedule = "pipelined"
+        self,
+        rates: Rates,
+        *,
+        is_segmented: bool,
+        split: float | None = None,
+        schedule: Schedule = "pipelined",
+        form: FormName = PLAIN,
     ) -> PlanInputs:
         """The planning problem of the measured steps: whole blocks on the host, the rest is the tail."""
         p = self.preset
-        config = OffloadConfig(block_tokens=self.block_tokens, chunk_blocks=self.chunk_blocks, schedule=schedule)
+        config = OffloadConfig(
+            block_tokens=self.block_tokens, chunk_blocks=self.chunk_blocks, schedule=schedule, packing="off"
+        )
         geometry = Geometry(
             num_offloaded_layers=p.layers,
             rows=p.batch,
             max_tokens=p.cached_tokens,
             kv_row_bytes=self.shape.kv_row_bytes,
+            head_dim=self.shape.kv_head_dim,
+            kv_dtype=self.shape.kv_dtype,
             activation_row_bytes=self.shape.activation_row_bytes,
             is_segmented=is_segmented,
         )
-        forms = planned_forms(config, geometry, can_recompute=split != 0)
+        forms = planned_forms(config, geometry, can_recompute=split != 0) | {form}
         sizes = choose_sizes(geometry, config, forms=forms, device_bytes=None, rates=rates)
         return make_inputs(
             self.shape,
@@ -155,6 +181,7 @@ class Lab:
             host_cap_bytes=2**62,
             split=split,
             config=config,
+            forms=forms,
         )
 
     def bound_s(self, mode: str, rates: Rates, split: float | None = None, like: Plan | None = None) -> float:
@@ -168,7 +195,8 @@ class Lab:
         """
         chosen = _SPLITS.get(WHOLE_LAYER_MODES.get(mode, mode)) if split is None else split
         schedule: Schedule = "kvpr" if mode == "kvpr" else "pipelined"
-        inputs = self.inputs(rates, split=chosen, schedule=schedule, is_segmented=_is_segmented(mode))
+        form = FORM_MODES.get(mode, PLAIN)
+        inputs = self.inputs(rates, split=chosen, schedule=schedule, is_segmented=_is_segmented(mode), form=form)
         if like is not None:
             resident = sum(
                 n * like.bytes_per_token[kind.form] for kind, n in like.placed.items() if kind.tier == "device"
@@ -195,6 +223,7 @@ class Lab:
     ) -> OffloadConfig:
         """The options of a mode, with `changes` to them."""
         splits: dict[str, Any] = {"full_transfer": "transfer", "recompute_all": "recompute"}
+        splits |= dict.fromkeys(FORM_MODES, "transfer")
         options: dict[str, Any] = {
             "split": splits.get(WHOLE_LAYER_MODES.get(mode, mode), "auto") if split is None else split,
             "attention": "whole_layer" if mode in WHOLE_LAYER_MODES else "auto",
@@ -204,6 +233,8 @@ class Lab:
             "chunk_blocks": self.chunk_blocks,
             "device_gib": "min",
             "speculate": "off",  # these compare steps; drafts have a benchmark of their own
+            "packing": "auto" if mode == "packed" else "off",
+            "kv_dtype": mode if mode in FORM_MODES and mode != "packed" else "model",
             "profile": self.on_this_link(profile),
             "link": self.link,
         }

@@ -69,6 +69,7 @@ PRESETS: dict[str, Preset] = {
     "cpu-balanced": _cpu("opt", 8, recompute_to_link=1 / 0.43),
     "cpu-small": replace(_cpu("opt", 8, h2d_gb_per_s=0.15, max_recompute_to_link=0.7), cached_tokens=128),
     "cpu-gqa": _cpu("llama", 2, h2d_gb_per_s=0.05),
+    "cpu-gqa-bf16": replace(_cpu("llama", 2, h2d_gb_per_s=0.05), dtype=torch.bfloat16),
     "opt-6.7b": _gpu("opt", 4096, 32, 32, 16384, 32, 50272),
     "opt-13b": _gpu("opt", 5120, 40, 40, 20480, 40, 50272),
     "opt-30b": _gpu("opt", 7168, 56, 56, 28672, 4, 50272),  # 4 of its 48 layers

@@ -8,13 +8,15 @@ log-sum-exp (online softmax: Milakov and Gimelshein 2018; FlashAttention, arXiv 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.cache.resident import ResidentBlocks
 from kvoffload.kernels import ops
+from kvoffload.planning.forms import FORMS
+from kvoffload.planning.placement import FormName
 from kvoffload.store.block import Span
 from kvoffload.store.device_memory import DeviceMemory
 from kvoffload.store.tail import NewTokens
@@ -79,6 +81,7 @@ class _Answer:
         self._out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
         self._lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         self._is_first = True
+        self._queries: dict[FormName, torch.Tensor] = {}  # as segments of a form are asked
         self.is_sampled = False  # whether the next attention is timed: one of a layer's chunks in a step
 
     def add(self, stored: DeviceMemory, span: Span) -> None:
@@ -87,8 +90,12 @@ class _Answer:
         table = self._layer.cache.row_table.table
         if table is not None:
             table = table[span.first_block : span.first_block + span.num_blocks]
+        query = self._queries.get(span.form)
+        if query is None:
+            query = self._queries[span.form] = form.question(self._question.query)
         segment = form.segment(stored, span, self._scratch)
-        self._attend(form.attend, segment, span.num_tokens, span.first_token, table)
+        self.is_sampled &= not FORMS[span.form].is_encoded  # decoding takes time that K and V do not
+        self._attend(form.attend, query, segment, span.num_tokens, span.first_token, table)
 
     def add_newest(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Attend to the tail and the new tokens, [rows, heads, tokens, head_dim]."""
@@ -97,12 +104,14 @@ class _Answer:
         newest = tail.with_new(NewTokens(keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)))
         heads, head_dim = keys.shape[1], keys.shape[3]
         kv = newest.view(*newest.shape[:2], 2, heads, head_dim)
-        self._attend(ops.segment_attention, kv, kv.shape[0], self._layer.num_stored_tokens, None)
+        query = self._question.query
+        self._attend(ops.segment_attention, query, kv, kv.shape[0], self._layer.num_stored_tokens, None)
 
     def _attend(
         self,
         attention: Callable[..., None],
-        segment: torch.Tensor,
+        query: torch.Tensor,
+        segment: Any,
         tokens: int,
         first_position: int,
         row_table: torch.Tensor | None,
@@ -111,7 +120,7 @@ class _Answer:
         row_tokens = tokens * question.query.shape[0] if self.is_sampled else 0
         with self._layer.cache.engine.backend.sampling("attention", row_tokens):
             attention(
-                question.query,
+                query,
                 segment,
                 self._out,
                 self._lse,

@@ -6,13 +6,14 @@ Owns reordering, cropping and copying over layers; a layer itself is in layer.py
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 
 import torch
 
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.cache.state import CacheState
 from kvoffload.pipeline.engine import TransferEngine
-from kvoffload.planning.placement import Placement
+from kvoffload.planning.placement import FormName, Placement
 from kvoffload.store.carried import CarriedPositions
 from kvoffload.store.pool import HostPool
 from kvoffload.store.positions import PositionTable
@@ -49,6 +50,10 @@ class CacheCore(CacheState):
     def recomputed_tokens(self) -> int:
         """Counted per layer and row."""
         return self.work["recomputed"]
+
+    def count_blocks(self) -> Counter[FormName]:
+        """Stored blocks of all layers, by form."""
+        return Counter(block.form for layer in self.layers for block in layer.blocks)
 
     def account_all(self) -> None:
         """Tell the engine how much device memory each layer holds."""

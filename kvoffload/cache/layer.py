@@ -18,7 +18,7 @@ from kvoffload.cache.state import CacheState
 from kvoffload.pipeline.cargo import Cargo
 from kvoffload.pipeline.write_back import WriteBack
 from kvoffload.planning.forms import FORMS
-from kvoffload.planning.placement import PLAIN, BlockRun, FormName, Kind, next_runs
+from kvoffload.planning.placement import PLAIN, BlockRun, FormName, Kind, next_runs, runs_of
 from kvoffload.store import forms
 from kvoffload.store.block import Block, Place
 from kvoffload.store.block_memory import BlockMemory
@@ -92,7 +92,7 @@ class CacheLayer(LayerBlocks):
         """
         placement, rows = self.cache.placement, self.cache.rows
         self.shape = KVShape.of(keys, values)
-        self.forms |= forms.made_of_kv(placement.forms - self.forms.keys(), self.shape)
+        self.forms |= forms.made_of_kv(placement.forms - self.forms.keys(), self.shape, placement.block_tokens)
         parts = {FORMS[name].made_of for name in placement.forms & self.forms.keys()}
         hidden = None
         if activation is not None and "activation" in parts:
@@ -209,7 +209,7 @@ class CacheLayer(LayerBlocks):
             leaving = Leaving(self.tail, new, self.num_stored_tokens, 0, num_full * bt, copies)
             rows = self.cache.rows // copies
             runs = self._next_runs(num_full, rows, leaving)
-            to_write = (self.forms[run.form].num_bytes(bt * run.num_blocks, rows) for run in runs if run.tier == "host")
+            to_write = (run.num_blocks * self.forms[run.form].num_bytes(bt, rows) for run in runs if run.tier == "host")
             to_host = self.cache.engine.start_layer_write_back(sum(to_write))
             start = 0
             for form, tier, count in runs:
@@ -247,7 +247,26 @@ class CacheLayer(LayerBlocks):
             self.cache.warn_of_disagreement(self.position)
             possible -= others
             found = runs(possible=possible)
-        return found
+        return self._that_are_held(found, leaving)
+
+    def _that_are_held(self, runs: list[BlockRun], leaving: Leaving) -> list[BlockRun]:
+        """The same, with blocks as K and V on the host that their form cannot hold; waits for the device once."""
+        bt, start = self.cache.placement.block_tokens, 0
+        found: list[torch.Tensor | None] = []
+        for run in runs:
+            stop = start + run.num_blocks * bt
+            found.append(self.forms[run.form].holds(leaving.between(start, stop)))
+            start = stop
+        if all(one is None for one in found):
+            return runs
+        all_held = functools.partial(torch.ones, dtype=torch.bool, device=leaving.tail.kv.device)
+        held = [all_held(run.num_blocks) if one is None else one for run, one in zip(runs, found, strict=True)]
+        kinds = [Kind(run.form, run.tier) for run in runs for _ in range(run.num_blocks)]
+        for idx, is_held in enumerate(torch.cat(held).tolist()):
+            if not is_held:
+                self.cache.kept_plain[kinds[idx].form] += 1
+                kinds[idx] = Kind(PLAIN, "host")
+        return runs_of(kinds)
 
     def _that_disagree(self, runs: Sequence[BlockRun], leaving: Leaving) -> set[FormName]:
         """Forms from which K and V of these tokens would not come back."""

@@ -13,7 +13,7 @@ import torch
 from kvoffload.errors import UnsupportedModelError
 from kvoffload.pipeline.cargo import Cargo
 from kvoffload.pipeline.engine import LayerSource, TransferEngine
-from kvoffload.planning.placement import Placement
+from kvoffload.planning.placement import FormName, Placement
 from kvoffload.store.block import Block
 from kvoffload.store.carried import CarriedPositions
 from kvoffload.store.pool import HostPool
@@ -48,6 +48,7 @@ class CacheState:
         self.is_drafting = False  # attention sees what is on the device alone
         self.sources: Sequence[LayerSource[Cargo]] = ()  # the layers, in the order of their jobs
         self.work: Counter[str] = Counter()  # what forms did, in tokens of rows: "recomputed"
+        self.kept_plain: Counter[FormName] = Counter()  # blocks of any layer that a form could not hold
         self.on_disagreement: Callable[[int], None] | None = None  # told of a layer, see `warn_of_disagreement`
         self.positions: PositionTable | CarriedPositions = PositionTable(placement.max_tokens or 0)
         self.row_table = RowTable(engine.backend.device)

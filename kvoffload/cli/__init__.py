@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from kvoffload.cli.machine import env, profile
 from kvoffload.cli.planning import plan, report, roofline
+from kvoffload.cli.quality import quality
 from kvoffload.cli.running import custom_generate, demo, generate
 from kvoffload.cli.terminal import errors_in_one_line
 
@@ -56,7 +57,7 @@ def _before_commands(
     """What comes before the name of a command."""
 
 
-for command in (env, profile, plan, roofline, report, generate, custom_generate, demo):
+for command in (env, profile, plan, roofline, report, generate, custom_generate, demo, quality):
     app.command(command.__name__.replace("_", "-"))(command)
 
 

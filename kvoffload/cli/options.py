@@ -161,6 +161,15 @@ HostGib = Annotated[
 ]
 
 
+KvDtype = Annotated[
+    Any,
+    typer.Option(
+        callback=one_of("model", "int8", "int4", "int2"),
+        help="'model' is exact; 'int8', 'int4' or 'int2': K/V in so many bits, with loss (kvoffload quality).",
+    ),
+]
+
+
 def bits(of: str) -> Any:
     """An option for a width in bits."""
     return typer.Option(callback=within(1, 64, "a number of bits"), help=of)

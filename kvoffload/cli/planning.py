@@ -15,6 +15,7 @@ from kvoffload.cli.options import (
     DeviceGib,
     Hardware,
     HostGib,
+    KvDtype,
     LinkSpeed,
     ModelConfig,
     NumNewTokens,
@@ -48,6 +49,7 @@ def plan(
     device_gib: DeviceGib = "auto",
     host_gib: HostGib = "auto",
     split: Split = "auto",
+    kv_dtype: KvDtype = "model",
     link: Annotated[
         str | None,
         typer.Option(callback=a_link, help="What if: pcie3 to pcie6, pcie5x8, nvlink-c2c, cxl, or 3GB/s+100us."),
@@ -75,7 +77,7 @@ def plan(
     from kvoffload.advise.sweep import grid
     from kvoffload.machine.machine import what_if
 
-    config = OffloadConfig(split=split, device_gib=device_gib, host_gib=host_gib)
+    config = OffloadConfig(split=split, device_gib=device_gib, host_gib=host_gib, kv_dtype=kv_dtype)
     workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, num_beams=num_beams)
     emulated = emulated_link(link_gb_per_s)
     cells = grid(sweep)
@@ -148,6 +150,7 @@ def report(
     hardware: Hardware = "auto",
     link_gb_per_s: LinkSpeed = None,
     device_gib: DeviceGib = "auto",
+    kv_dtype: KvDtype = "model",
     acceptance: Acceptance = PRIOR_ACCEPTANCE,
     measure: Annotated[
         bool, typer.Option("--measure", help="Also run decode steps on this machine, random weights.")
@@ -165,7 +168,7 @@ def report(
     from kvoffload.profiler.drawing import chart, study
 
     chart.require_plotly()
-    options = OffloadConfig(device_gib=device_gib)
+    options = OffloadConfig(device_gib=device_gib, kv_dtype=kv_dtype)
     workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     dimensions, compared = facts_shown(config), study.compared_rows(rows) if rows else ()
     emulated = emulated_link(link_gb_per_s)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvoffload.cli.options import AsJson, DeviceGib, HostGib, LinkSpeed, Split, emulated_link, whole_number
+from kvoffload.cli.options import AsJson, DeviceGib, HostGib, KvDtype, LinkSpeed, Split, emulated_link, whole_number
 from kvoffload.cli.terminal import print_json
 from kvoffload.config import OffloadConfig
 
@@ -18,6 +18,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(callback=whole_number(), help="Length of the answer.")] = 64,
     split: Split = "auto",
     device_gib: DeviceGib = "auto",
+    kv_dtype: KvDtype = "model",
     link_gb_per_s: LinkSpeed = None,
     compare: Annotated[bool, typer.Option(help="Also generate without offloading and compare the tokens.")] = False,
     as_json: AsJson = False,
@@ -25,7 +26,9 @@ def generate(
     """Answer one prompt with the KV cache in host memory."""
     from kvoffload.cli.model_source import find_model
 
-    config = OffloadConfig(split=split, device_gib=device_gib, link=emulated_link(link_gb_per_s) or "auto")
+    config = OffloadConfig(
+        split=split, device_gib=device_gib, kv_dtype=kv_dtype, link=emulated_link(link_gb_per_s) or "auto"
+    )
     source = find_model(model)
 
     import torch
@@ -52,6 +55,7 @@ def custom_generate(
     split: Split = "auto",
     device_gib: DeviceGib = "auto",
     host_gib: HostGib = "auto",
+    kv_dtype: KvDtype = "model",
     hardware: Annotated[str, typer.Option(help="A preset, a profile file, or 'auto' for the machine.")] = "auto",
     link_gb_per_s: LinkSpeed = None,
     force: Annotated[bool, typer.Option("--force", help="Also over one with other options, or edited.")] = False,
@@ -67,6 +71,7 @@ def custom_generate(
         split=split,
         device_gib=device_gib,
         host_gib=host_gib,
+        kv_dtype=kv_dtype,
         profile=hardware,
         link=emulated_link(link_gb_per_s) or "auto",
     )

@@ -16,6 +16,7 @@ from torch import nn
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.hf.arguments import name_of_cache
 from kvoffload.pipeline.buffers import Buffers
+from kvoffload.planning.forms import LEAST_HEAD_DIM
 from kvoffload.store import recompute
 from kvoffload.store.carried import CarriedPositions, PositionLayout, rows_are_equal
 from kvoffload.store.forms import activation as activations
@@ -54,6 +55,24 @@ class FirstTokens:
         self.activation_row_bytes = self.kv_row_bytes
         if activation is not None:
             self.activation_row_bytes = activation[0, 0].numel() * activation.element_size()
+
+    @property
+    def kv_head_dim(self) -> int:
+        """Of keys and values; 0 where their heads differ."""
+        return self._keys.shape[3] if self._keys.shape == self._values.shape else 0
+
+    def why_not_encoded(self) -> str:
+        """Why no form of fewer bytes is for these K and V; "" where there are such."""
+        keys, values = self._keys.shape, self._values.shape
+        if keys != values:
+            return f"it caches {keys[1]} x {keys[3]} and {values[1]} x {values[3]} values a token (latent attention?)"
+        if keys[3] < LEAST_HEAD_DIM or keys[3] % 4:
+            return f"its heads have {keys[3]} values, and forms are for multiples of 4 from {LEAST_HEAD_DIM} on"
+        return ""
+
+    @property
+    def kv_dtype(self) -> str:
+        return str(self._keys.dtype).removeprefix("torch.")
 
     @cached_property
     def position_layout(self) -> PositionLayout | None:

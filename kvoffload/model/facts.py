@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from kvoffload.model.matrix import Matrix
 
-SCHEMA = 1
+SCHEMA = 2
 # grows    K and V of every token            window  those of the newest `window_tokens`
 # state    something of a fixed size alone   shared  reads K and V of an earlier layer, caches nothing
 # none     caches nothing and reads nothing
@@ -91,6 +91,7 @@ class Facts:
     matrices: tuple[Matrix, ...]  # of the decoder; the head, if there is one, is the last
     position_limit: int | None = None  # tokens there are positions for, as the configuration says
     quantized: QuantizedWeights | None = None
+    dtype: str = ""  # of a weight that is not quantised, of K and V; "" where only its size is known
 
     @property
     def is_exact(self) -> bool:
@@ -145,11 +146,11 @@ class Facts:
             layer.cached_values * min(num_tokens, layer.cache.window_tokens or num_tokens) for layer in self.layers
         )
 
-    def in_dtype(self, itemsize_bytes: int) -> Facts:
+    def in_dtype(self, itemsize_bytes: int, dtype: str = "") -> Facts:
         """The same model with weights, K/V and activations of so many bytes; what is quantised stays as it is."""
         plain = 8.0 * self.itemsize_bytes
         matrices = tuple(one._replace(bits=8.0 * itemsize_bytes) if one.bits == plain else one for one in self.matrices)
-        return dataclasses.replace(self, itemsize_bytes=itemsize_bytes, matrices=matrices)
+        return dataclasses.replace(self, itemsize_bytes=itemsize_bytes, matrices=matrices, dtype=dtype)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; layers that are alike in a row are told once."""

@@ -137,9 +137,14 @@ def _rest(names: tuple[str, ...]) -> str:
     return ", ".join(names[1:]) or "no other name"
 
 
+def dtype_name(dtype: Any) -> str:
+    """Of a torch dtype, or of its name."""
+    return str(dtype).removeprefix("torch.")
+
+
 def itemsize_bytes(dtype: Any) -> int:
     """Bytes of one value of a torch dtype, or of its name."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if name not in ITEMSIZE_BYTES:
         raise ConfigError(f"unknown dtype {name!r}; known: {', '.join(sorted(ITEMSIZE_BYTES))}")
     return ITEMSIZE_BYTES[name]

@@ -14,6 +14,7 @@ from kvoffload.errors import ConfigError, UnsupportedModelError
 from kvoffload.model.facts import KV, CacheTraits, Facts, Layer
 from kvoffload.model.fields import (
     Get,
+    dtype_name,
     dtype_of,
     first_whole,
     itemsize_bytes,
@@ -81,6 +82,7 @@ def guessed(said: Mapping[str, Any], doubt: str) -> Facts:
         doubt=doubt,
         num_weights=sum(one.num_values for one in weights) + biases + (2 * num_layers + 1) * hidden,
         itemsize_bytes=itemsize,
+        dtype=dtype_name(dtype_of(get)),
         layers=tuple(layers),
         hidden_size=hidden,
         vocab_size=vocab,

@@ -28,7 +28,7 @@ from kvoffload.model.cache_layers import cache_layers, positions_of
 from kvoffload.model.checkpoint_names import CheckpointNames
 from kvoffload.model.decoder import Decoder
 from kvoffload.model.facts import KV, CacheTraits, Facts, Layer
-from kvoffload.model.fields import dtype_of, itemsize_bytes, reader, stated_positions
+from kvoffload.model.fields import dtype_name, dtype_of, itemsize_bytes, reader, stated_positions
 from kvoffload.model.guess import guessed
 from kvoffload.model.kv_widths import kv_widths
 from kvoffload.model.matrix import Group, Matrix, Weight
@@ -77,7 +77,8 @@ def learned(said: Mapping[str, Any]) -> Facts:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is not understood as a decoder with a cache ({_short(error)})"
             ) from error
-    return dataclasses.replace(found, model_type=kind, position_limit=positions, doubt=doubt)
+    dtype = dtype_name(dtype_of(get))
+    return dataclasses.replace(found, model_type=kind, position_limit=positions, doubt=doubt, dtype=dtype)
 
 
 def is_of_transformers(said: Mapping[str, Any]) -> bool:

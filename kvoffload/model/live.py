@@ -17,7 +17,7 @@ from typing import Any
 from kvoffload.errors import UnsupportedModelError
 from kvoffload.machine.dtypes import ITEMSIZE_BYTES
 from kvoffload.model.facts import Facts
-from kvoffload.model.fields import dtype_of, itemsize_bytes, reader
+from kvoffload.model.fields import dtype_name, dtype_of, itemsize_bytes, reader
 from kvoffload.model.guess import guessed
 from kvoffload.model.kv_widths import projected_widths
 from kvoffload.model.learn import facts_of_model, without_memory
@@ -43,19 +43,20 @@ def shape_of_model(model: Any) -> ModelShape:
 def facts_of_live(model: Any) -> Facts:
     """The facts of a model's class and configuration, in the model's dtype; its weights count as not quantised."""
     inner = _unwrapped(model)
-    name = str(inner.dtype).removeprefix("torch.")
-    itemsize = itemsize_bytes(name if name in ITEMSIZE_BYTES else dtype_of(reader(inner.config.to_dict())))
+    name = dtype_name(inner.dtype)
+    name = name if name in ITEMSIZE_BYTES else dtype_name(dtype_of(reader(inner.config.to_dict())))
+    itemsize = itemsize_bytes(name)
     if type(inner).__module__.startswith("transformers."):  # another's class might do anything when it is made
         try:
-            return _of_twin(_Key(type(inner), inner.config)).in_dtype(itemsize)
+            return _of_twin(_Key(type(inner), inner.config)).in_dtype(itemsize, name)
         except Exception as error:  # whatever a class makes of a configuration that was changed since
             logger.debug("no twin of %s without memory: %r", type(inner).__name__, error)
     try:
-        return facts_of_model(inner, itemsize=itemsize, widths=projected_widths)
+        return facts_of_model(inner, itemsize=itemsize, widths=projected_widths).in_dtype(itemsize, name)
     except Exception as error:  # a model of a kind that is not laid out like those of transformers
         logger.debug("the modules of %s say too little: %r", type(inner).__name__, error)
         doubt = f"{type(inner).__name__} says its sizes only by the keys of its configuration"
-        return guessed(inner.config.to_dict(), doubt).in_dtype(itemsize)
+        return guessed(inner.config.to_dict(), doubt).in_dtype(itemsize, name)
 
 
 class _Key:

@@ -27,12 +27,23 @@ class ModelShape:
     activation_itemsize_bytes: int  # p_x
     weight_bytes: int
     mlp_matrices: int = 2  # 3 where the MLP is gated
+    dtype: str = ""  # of K and V; "": as their size says
     cached_values: int = 0  # of one token in one layer, where they are not 2 x num_kv_heads x head_dim; else 0
     active_layer_weights: int = 0  # that one token meets in a layer on average; 0: those of the dimensions above
     window_tokens: int = 0  # tokens that a layer with a bounded cache holds, the most of any
     window_row_bytes: int = 0  # K and V of one of these tokens in all layers with a bounded cache together
     held_row_bytes: int = 0  # the same of layers whose cache grows but stays on the device
     is_exact: bool = True  # False: guessed by the keys of a configuration that transformers does not know
+
+    @property
+    def kv_dtype(self) -> str:
+        """The name of K and V's dtype; bfloat16 where only a size of 2 bytes is known."""
+        return self.dtype or {8: "float64", 4: "float32"}.get(self.kv_itemsize_bytes, "bfloat16")
+
+    @property
+    def kv_head_dim(self) -> int:
+        """Of keys and values; 0 where these differ, or are no heads."""
+        return 0 if self.cached_values else self.head_dim
 
     @property
     def kv_row_bytes(self) -> int:
@@ -122,6 +133,7 @@ def shape_of(facts: Facts) -> ModelShape:
         vocab_size=facts.vocab_size,
         kv_itemsize_bytes=facts.itemsize_bytes,
         activation_itemsize_bytes=facts.itemsize_bytes,
+        dtype=facts.dtype,
         weight_bytes=facts.weight_bytes,
         mlp_matrices=facts.mlp_matrices,
         cached_values=0 if kv.values == 2 * heads * head_dim else kv.values,

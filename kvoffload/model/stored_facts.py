@@ -18,7 +18,7 @@ from typing import Any
 
 from kvoffload.machine.cache_folder import cache_folder, write_whole
 from kvoffload.model.facts import SCHEMA, Facts
-from kvoffload.model.fields import contents, itemsize_bytes
+from kvoffload.model.fields import contents, dtype_name, itemsize_bytes
 
 logger = logging.getLogger(__name__)
 _SAYS_NOTHING = ("_name_or_path", "transformers_version")  # of the sizes of a model
@@ -41,7 +41,7 @@ def facts_of(config: Any, dtype: Any = None) -> Facts:
     """
     text = _text_of(config)
     found = _facts(text, facts_path(text))
-    return found if dtype is None else found.in_dtype(itemsize_bytes(dtype))
+    return found if dtype is None else found.in_dtype(itemsize_bytes(dtype), dtype_name(dtype))
 
 
 def is_known(config: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ITEMSIZE_BYTES = {"float64": 8, "float32": 4}  # of K and V; all others have 2
 TARGET_CHUNK_BYTES = 32 * 2**20  # K/V of a chunk: large enough for full link and GEMM rate on GPUs measured by others
 
 
@@ -15,6 +16,8 @@ class Geometry:
     rows: int
     max_tokens: int  # cached at the end of the generation
     kv_row_bytes: int
+    head_dim: int = 0  # of K and V; 0 where these differ, or are no heads
+    kv_dtype: str = "float32"
     activation_row_bytes: int
     position_row_bytes: int = 0  # of position embeddings, where a block has some behind each activation
     beams: int = 1
@@ -24,6 +27,11 @@ class Geometry:
     is_segmented: bool = False  # attention takes chunks one by one: no layer buffers, and kv chunks use the ring
     least_chunk_bytes: int = TARGET_CHUNK_BYTES  # K/V of a chunk that keeps link and GEMM fast, see `rates`
     least_gap_s: float = 0.0  # that the ring covers, whatever else it is for; 0 on an emulated link
+
+    @property
+    def kv_itemsize_bytes(self) -> int:
+        """p_kv."""
+        return ITEMSIZE_BYTES.get(self.kv_dtype, 2)
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -32,6 +32,7 @@ class PlanInputs:
     weight_bytes_per_step: int = 0  # streamed weights, over the same link
     num_micro_batches: int = 1
     objective: Objective = "latency"
+    is_plain_on_device: bool = False  # new blocks on the device are K and V, which drafts read
     is_segmented: bool = False  # attention takes chunks one by one, so kv chunks use the ring as well
 
     def __hash__(self) -> int:

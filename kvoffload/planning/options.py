@@ -13,7 +13,7 @@ Source: KVPR (arXiv 2411.17089, section 3) for transfer against recomputation; r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -39,7 +39,7 @@ class Option:
     chunk_s: float = 0.0  # to issue a chunk of such blocks, begun or full
     is_recomputed: bool = False
     restore_s: float | None = None  # of the device's seconds, for bringing K and V back; None: read as it is
-    is_exact: bool = True
+    loss: float = 0.0  # of precision, `StoredForm.loss`
     is_free: bool = False  # chosen anew at every step; the others are fixed once a block is stored
 
 
@@ -56,6 +56,20 @@ class Table(NamedTuple):
     split: float | None  # the share of recomputed blocks among those on the host; None: free
     schedule: Schedule
     attention_s: float  # of all blocks and layers, for schedules that wait for it
+    limits: tuple[int, ...] = ()  # blocks of each option that there may be at most; (): all of them
+
+    @property
+    def most(self) -> tuple[int, ...]:
+        """Upper bounds of the blocks of each option."""
+        return self.limits or (self.num_blocks,) * len(self.options)
+
+    def with_options(self, used: Sequence[int]) -> Table:
+        """The same with some of its options alone."""
+        return self._replace(
+            options=tuple(self.options[idx] for idx in used),
+            stored=tuple(self.stored[idx] for idx in used),
+            limits=tuple(self.most[idx] for idx in used),
+        )
 
     def with_room(self, tier: Tier) -> Table:
         """The same with room for every block in a tier, whatever its option."""
@@ -85,11 +99,21 @@ def table_of(inputs: PlanInputs) -> Table:
             "host": inputs.host_bytes // max(1, inputs.num_offloaded_layers),
         },
         stored=tuple(inputs.stored.get(option.name, 0) for option in options),
+        limits=tuple(
+            inputs.num_blocks if _may_grow(inputs, option) else inputs.stored.get(option.name, 0) for option in options
+        ),
         split=inputs.split,
         schedule=inputs.schedule,
         attention_s=inputs.num_offloaded_layers * inputs.num_blocks * tokens * rates.attention_s_per_token,
     )
     return found if inputs.num_offloaded_layers else found.with_room("device").with_room("host")
+
+
+def _may_grow(inputs: PlanInputs, option: Option) -> bool:
+    """Whether there may be more blocks of an option than are stored already."""
+    if option.is_recomputed and inputs.split == 0:
+        return False
+    return not (inputs.is_plain_on_device and option.tier == "device" and FORMS[option.form].is_encoded)
 
 
 def _in_order(forms: Collection[FormName]) -> list[tuple[str, Kind]]:
@@ -103,9 +127,10 @@ def _option(inputs: PlanInputs, name: str, form: FormName, tier: Tier) -> Option
     rates, tokens = inputs.rates, inputs.block_tokens
     num_bytes = tokens * inputs.bytes_per_token[form]
     attend_s = tokens * rates.attention_s_per_token  # gamma_a
-    restore_s = None if FORMS[form].is_read_as_stored else tokens * rates.restore_s_per_token.get(form, 0.0)  # gamma_r
+    work_s = tokens * rates.restore_s_per_token.get(form, 0.0)  # gamma_r
+    is_read = FORMS[form].is_read_as_stored and (inputs.is_segmented or not FORMS[form].is_encoded)
     crosses = tier == "host"
-    seconds: dict[Resource, float] = {"device": (restore_s or 0.0) + attend_s}
+    seconds: dict[Resource, float] = {"device": (0.0 if form == PLAIN else work_s) + attend_s}
     if crosses:
         seconds["h2d"] = num_bytes / rates.h2d_bytes_per_s[form]
     return Option(
@@ -116,6 +141,7 @@ def _option(inputs: PlanInputs, name: str, form: FormName, tier: Tier) -> Option
         bytes={tier: num_bytes},
         link_bytes=num_bytes if crosses else 0,
         chunk_s=inputs.num_micro_batches * rates.host_s_per_chunk if crosses else 0.0,  # o_chunk
-        restore_s=restore_s,
+        restore_s=None if is_read else work_s,
+        loss=FORMS[form].loss,
         is_recomputed=FORMS[form].is_recomputed,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -33,6 +33,11 @@ class Placement:
         """Those that new blocks may get, so that what they are made of must be kept until then."""
         chosen = [form for counts in (self.resident, self.shares) for form, n in counts.items() if n]
         return frozenset((PLAIN, *chosen, *self.may_become))
+
+    @property
+    def keeps_activations(self) -> bool:
+        """Whether a block may be made of activations."""
+        return "activation" in self.forms
 
     @property
     def num_resident(self) -> int:
@@ -105,7 +110,14 @@ def next_runs(
             wanted = min(left, max(0, round(share * total) - on_host.get(form, 0)))
             kinds += [Kind(form, "host")] * wanted
             left -= wanted
-    kinds += [Kind(PLAIN, "host")] * left
+    # what rounding left belongs to K and V, or where these have no share to the last form that has one
+    others = [form for form, share in placement.shares.items() if share and form in possible]
+    is_shared_out = sum(placement.shares.get(form, 0.0) for form in others) > 1 - 1e-9
+    return runs_of([*kinds, *[Kind(others[-1] if is_shared_out else PLAIN, "host")] * left])
+
+
+def runs_of(kinds: Iterable[Kind]) -> list[BlockRun]:
+    """Consecutive blocks of one kind together."""
     runs: list[BlockRun] = []
     for kind in kinds:
         if runs and runs[-1][:2] == kind:

@@ -7,7 +7,7 @@ shorter one, and how much faster a plan without recomputation must be to be take
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -95,7 +95,7 @@ def pose(
         rates = correct(_rates(shape, geometry, config, profile))
     device_bytes = device_cap_bytes(geometry)
     may_recompute = fixed_split != 0 and (fixed_split is not None or rates is not None)
-    forms = planned_forms(config, geometry, can_recompute=may_recompute)
+    forms = planned_forms(config, geometry, can_recompute=may_recompute, has_rates=rates is not None)
     sizes = choose_sizes(geometry, config, forms=forms, device_bytes=device_bytes, rates=rates)
     inputs = make_inputs(
         shape,
@@ -107,6 +107,7 @@ def pose(
         host_cap_bytes=host_cap_bytes,
         split=fixed_split if rates is not None else fixed_split or 0.0,
         config=config,
+        forms=forms,
     )
     return Problem(geometry, sizes, inputs, device_bytes, rates is not None)
 
@@ -122,14 +123,15 @@ def make_inputs(
     host_cap_bytes: int,
     split: float | None,
     config: OffloadConfig,
+    forms: Collection[FormName] = (),
 ) -> PlanInputs:
-    """The inputs for `num_blocks` cached blocks; `host_cap_bytes` is at the full length."""
+    """The inputs for `num_blocks` cached blocks of `planned_forms`; `host_cap_bytes` is at the full length."""
     return PlanInputs(
         num_layers=shape.num_layers,
         num_offloaded_layers=geometry.num_offloaded_layers,
         num_blocks=num_blocks,
         block_tokens=sizes.block_tokens,
-        bytes_per_token=bytes_per_token(geometry),
+        bytes_per_token=bytes_per_token(geometry, sizes.block_tokens, forms),
         rates=rates,
         chunk_blocks=sizes.chunk_blocks,
         num_slots=max(2, sizes.num_slots),
@@ -138,19 +140,26 @@ def make_inputs(
         host_bytes=host_bytes_at(host_cap_bytes, geometry, num_blocks, sizes.block_tokens),
         split=split,
         schedule=config.schedule,
+        is_plain_on_device=geometry.ahead_tokens > 0,
         is_segmented=geometry.is_segmented,
     )
 
 
-def bytes_per_token(geometry: Geometry) -> dict[FormName, int]:
-    """beta: of the whole batch, in one layer, by form."""
-    return {name: geometry.rows * form.row_bytes(geometry) for name, form in FORMS.items()}
+def bytes_per_token(
+    geometry: Geometry, block_tokens: int, forms: Collection[FormName] | None = None
+) -> dict[FormName, int]:
+    """beta: of the whole batch, in one layer, by form; with `forms` of those, and of what `split` says."""
+    return {
+        name: geometry.rows * form.row_bytes(geometry, block_tokens)
+        for name, form in FORMS.items()
+        if forms is None or name in forms or form.is_wanted is None
+    }
 
 
 def host_bytes_at(cap_bytes: int, geometry: Geometry, num_blocks: int, block_tokens: int) -> int:
     """The part of a cap on the full length that so many blocks may take; no more than they could in both forms."""
     part = int(cap_bytes * min(1.0, num_blocks / max(1, geometry.max_tokens // block_tokens)))
-    per_token = sum(bytes_per_token(geometry).values())
+    per_token = sum(bytes_per_token(geometry, block_tokens, ()).values())
     return min(part, geometry.num_offloaded_layers * num_blocks * block_tokens * per_token)
 
 
@@ -197,4 +206,7 @@ def _rates(shape: ModelShape, geometry: Geometry, config: OffloadConfig, profile
         block_tokens=sizes.block_tokens,
         chunk_blocks=sizes.chunk_blocks,
         cached_tokens=geometry.max_tokens,
+        row_bytes={
+            name: form.row_bytes(geometry, sizes.block_tokens) for name, form in FORMS.items() if form.is_encoded
+        },
     )

@@ -10,8 +10,9 @@ highspy is missing.
     sum_o bytes[o][tier] * n_o <= capacity[tier]          every tier
     sum_o n_o = s,  n_o >= stored_o
 
-Minimised in turn: T; at T within `EQUAL_FRACTION` the bytes over the link, then the blocks that are recomputed. Few
-blocks are tried in every combination; else the relaxation is solved, and whole numbers near it are compared.
+Minimised in turn: T; at T within `EQUAL_FRACTION` the loss of precision, then the bytes over the link, then the blocks
+that are recomputed. Few blocks are tried in every combination; else the relaxation is solved, and whole numbers near it
+are compared: of many options those that the relaxation uses.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 import pulp
 
 from kvoffload.planning.options import RESOURCES, Table
-from kvoffload.planning.placement import PLAIN, TIERS, Tier
+from kvoffload.planning.placement import PLAIN, TIERS, FormName, Tier
 from kvoffload.planning.step_time import Counts, allowed, costs
 
 EQUAL_FRACTION = 3e-4  # steps this close are the same, so that the one with fewer bytes is taken
@@ -35,17 +36,54 @@ MAX_EXCHANGES = 5000  # of blocks among all options, tried at once
 MAX_MOVES = 64  # of blocks between options, after whole numbers near the fractional optimum were compared
 OBJECTIVE_SCALE = 1000.0  # the solver sees times of about this size, far above its absolute tolerance
 SOLVER_TOLERANCE = 1e-10
+LOSS_WEIGHT = 1e3  # of a block's loss of precision, against the bytes of one over the link
+MOST_OPTIONS = 5  # whose whole numbers are compared in every combination
 RECOMPUTED_WEIGHT = 1e-4  # of a block, against the bytes of one over the link
 
 
 def best_counts(table: Table) -> Counts | None:
     """Blocks of each option, [options]; None if nothing fits."""
-    if table.split is not None:
-        return _at_split(table)
+    if table.split is not None and (table.split or not _has_choice(table)):
+        found = [_at_split(table, form) for form in _kept_forms(table)]
+        return _best_of(table, np.array([one for one in found if one is not None]).reshape(-1, len(table.options)))
     free = table.num_blocks - sum(table.stored)
     if math.comb(free + len(table.options) - 1, len(table.options) - 1) <= MAX_COMBINATIONS:
         return _best_of(table, _compositions(free, len(table.options)) + np.array(table.stored))
-    near = [_near(table, centre) for centre in _centres(table)]
+    centres = _centres(table)
+    if len(table.options) > MOST_OPTIONS:
+        return _best_of_used(table, centres)
+    return _best_near(table, centres)
+
+
+def _has_choice(table: Table) -> bool:
+    """Whether blocks that are not recomputed may have more than one form."""
+    return len(_kept_forms(table)) > 1
+
+
+def _kept_forms(table: Table) -> tuple[FormName, ...]:
+    """Forms that are not recomputed."""
+    return tuple(dict.fromkeys(option.form for option in table.options if not option.is_recomputed))
+
+
+def _best_of_used(table: Table, centres: Sequence[Sequence[float]]) -> Counts | None:
+    """The best choice with the options alone that the relaxation uses, that have blocks, or that are plain."""
+    used = [
+        idx
+        for idx, option in enumerate(table.options)
+        if option.form == PLAIN or table.stored[idx] or any(centre[idx] > SOLVER_TOLERANCE for centre in centres)
+    ]
+    fewer = table.with_options(used)
+    best = _best_near(fewer, [[centre[idx] for idx in used] for centre in centres])
+    if best is None:
+        return None
+    found = np.zeros(len(table.options), dtype=np.int64)
+    found[used] = best
+    return found
+
+
+def _best_near(table: Table, centres: Sequence[Sequence[float]]) -> Counts | None:
+    """The best of the whole numbers near fractional optima."""
+    near = [_near(table, centre) for centre in centres]
     found = [_best_of(table, one, equal_fraction=0.0) for one in near]
     shortest = _best_of(
         table,
@@ -74,7 +112,7 @@ def _centres(table: Table) -> list[list[float]]:
 def _best_of(
     table: Table, counts: Counts, *, equal_fraction: float = EQUAL_FRACTION, limit_s: float | None = None
 ) -> Counts | None:
-    """The best of some choices: the shortest step, then fewest bytes over the link, then least recomputation.
+    """The best of some choices: the shortest step, then least loss, fewest bytes over the link, least recomputation.
 
     Args:
         table: the problem.
@@ -89,12 +127,15 @@ def _best_of(
     counts, step_s = counts[step_s <= limit_s], step_s[step_s <= limit_s]
     if not len(counts):
         return None
-    link = counts @ np.array([option.link_bytes for option in table.options], dtype=np.float64)
+    loss, link = (
+        counts @ np.array([getattr(option, name) for option in table.options], dtype=np.float64)
+        for name in ("loss", "link_bytes")
+    )
     crossing, recomputed = (
         counts @ np.array([option.restore_s is not None and option.tier in tiers for option in table.options])
         for tiers in (("host",), TIERS)
     )
-    best: Counts = counts[np.lexsort((step_s, recomputed, crossing, link))[0]]
+    best: Counts = counts[np.lexsort((step_s, recomputed, crossing, link, loss))[0]]
     return best
 
 
@@ -109,14 +150,15 @@ def _compositions(total: int, parts: int) -> Counts:
     return np.diff(edges, axis=1) - 1
 
 
-def _at_split(table: Table) -> Counts | None:
+def _at_split(table: Table, form: FormName) -> Counts | None:
     """At a fixed share of recomputed blocks every cost grows with the blocks on the host: the fewest that are allowed.
 
-    The share is rounded to whole blocks, and moved no further than blocks already stored demand.
+    The share is rounded to whole blocks, and moved no further than blocks already stored demand. All other blocks that
+    are not stored yet have the one form.
     """
     assert table.split is not None
     kinds = [(option.tier, option.form) for option in table.options]
-    kv, resident_kv = kinds.index(("host", PLAIN)), kinds.index(("device", PLAIN))
+    kv, resident_kv = kinds.index(("host", form)), kinds.index(("device", form))
     recomputed = [idx for idx, option in enumerate(table.options) if option.tier == "host" and option.is_recomputed]
     chosen = [*recomputed[:1], kv, resident_kv]
     stored = np.array(table.stored, dtype=np.int64)
@@ -138,14 +180,14 @@ class Program(NamedTuple):
     step: pulp.LpVariable  # T in units of `unit_s`
     blocks: tuple[pulp.LpVariable, ...]  # n_o
     unit_s: float
-    tie_break: pulp.LpAffineExpression  # bytes over the link, and far behind them the blocks that are recomputed
+    tie_break: pulp.LpAffineExpression  # loss, far behind it bytes over the link, then blocks that are recomputed
 
 
 def program(table: Table) -> Program:
     """The program for a free split, minimising T."""
     layers, s = table.num_layers, table.num_blocks
     everything = np.full((1, len(table.options)), 0, dtype=np.int64)
-    everything[0, -1] = s
+    everything[0, -1] = s  # K and V on the host
     unit_s = (float(costs(table, everything).step_s[0]) or 1.0) / OBJECTIVE_SCALE
     weighted = pulp.LpAffineExpression
     problem = pulp.LpProblem("placement", pulp.LpMinimize)
@@ -154,8 +196,8 @@ def program(table: Table) -> Program:
     variable = getattr(problem, "add_variable", pulp.LpVariable)
     step = variable("step", 0)
     blocks = tuple(
-        variable(option.name, least, s, pulp.LpInteger)
-        for option, least in zip(table.options, table.stored, strict=True)
+        variable(option.name, least, most, pulp.LpInteger)
+        for option, least, most in zip(table.options, table.stored, table.most, strict=True)
     )
     problem += step
     # every block in one option
@@ -191,7 +233,12 @@ def program(table: Table) -> Program:
     most = max((option.link_bytes for option in table.options), default=0) or 1
     tie_break = weighted(
         [
-            (n, option.link_bytes / most + (0.0 if option.restore_s is None else RECOMPUTED_WEIGHT))
+            (
+                n,
+                LOSS_WEIGHT * option.loss
+                + option.link_bytes / most
+                + (0.0 if option.restore_s is None else RECOMPUTED_WEIGHT),
+            )
             for n, option in zip(blocks, table.options, strict=True)
         ]
     )
@@ -220,10 +267,9 @@ def fewest_bytes(table: Table, tier: Tier) -> int:
     """The least that the blocks of one layer can take in a tier that has room for all of them."""
     table = table.with_room(tier)
     per_block = np.array([option.bytes.get(tier, 0) for option in table.options], dtype=object)
-    if table.split is not None:
-        counts = _at_split(table)
-        assert counts is not None
-        return int(counts @ per_block)
+    if table.split is not None and (table.split or not _has_choice(table)):
+        found = [_at_split(table, form) for form in _kept_forms(table)]
+        return min(int(counts @ per_block) for counts in found if counts is not None)
     made = program(table)
     unit = max(per_block) or 1
     made.problem.setObjective(
@@ -231,8 +277,11 @@ def fewest_bytes(table: Table, tier: Tier) -> int:
     )
     solved = made.problem.solve(_solver())
     assert solved == pulp.LpStatusOptimal
-    counts = _near(table, [n.varValue for n in made.blocks])
-    return int(min(counts[allowed(table, counts)] @ per_block))
+    centre = [n.varValue for n in made.blocks]
+    used = [idx for idx, value in enumerate(centre) if value > SOLVER_TOLERANCE or table.options[idx].form == PLAIN]
+    fewer = table.with_options(used)
+    counts = _near(fewer, [centre[idx] for idx in used])
+    return int(min(counts[allowed(fewer, counts)] @ per_block[used]))
 
 
 def _solver() -> pulp.LpSolver:
@@ -263,12 +312,12 @@ def _relaxed(table: Table, *, has_barrier: bool) -> list[list[float]]:
 def _near(table: Table, centre: Iterable[float]) -> Counts:
     """Whole numbers around fractional ones: neighbours, and the chunk that begins or ends there."""
     values = []
-    for value, option, least in zip(centre, table.options, table.stored, strict=True):
+    for value, option, least, most in zip(centre, table.options, table.stored, table.most, strict=True):
         low = math.floor(value + 1e-6)
         near = {low - 1, low, low + 1, low + 2}
         if option.chunk_s:
             near |= {low // table.chunk_blocks * table.chunk_blocks, -(-low // table.chunk_blocks) * table.chunk_blocks}
-        values.append(sorted(n for n in near if least <= n <= table.num_blocks) or [least])
+        values.append(sorted(n for n in near if least <= n <= most) or [least])
     found = []
     for idx in range(len(values)):  # each in turn takes what the others leave
         others = [values[other] for other in range(len(values)) if other != idx]

@@ -76,6 +76,7 @@ def rates_from_profile(
     block_tokens: int,
     chunk_blocks: int,
     cached_tokens: int | None = None,
+    row_bytes: Mapping[FormName, int] | None = None,
 ) -> Rates:
     """The rates of one model at one batch on the profiled machine.
 
@@ -91,6 +92,7 @@ def rates_from_profile(
         chunk_blocks: blocks per chunk.
         cached_tokens: tokens attended per sequence; None takes the attention rate of the largest measured size, and
             one chunk per layer.
+        row_bytes: of a token of one stored row, by form; those that are missing are as large as K and V.
 
     Raises:
         ProfileError: the profile holds no link bandwidth (an unpaced emulated link).
@@ -122,12 +124,16 @@ def rates_from_profile(
         num_chunks = max(1, math.ceil((cached_tokens or 0) / (chunk_blocks * block_tokens)))
         dense_s += profile.host_s_per_layer + num_chunks * profile.host_s_per_chunk
         head_s += profile.gap_s
+    sizes = (
+        dict.fromkeys(FORMS, shape.kv_row_bytes) | {"activation": shape.activation_row_bytes} | dict(row_bytes or {})
+    )
     return Rates(
-        h2d_bytes_per_s=dict.fromkeys(FORMS, profile.h2d.rate(chunk_rows * shape.kv_row_bytes))
-        | {"activation": profile.h2d.rate(chunk_rows * shape.activation_row_bytes)},
-        restore_s_per_token=dict.fromkeys(
-            FORMS, 2 * kv_token_bytes / profile.device_copy_bytes_per_s
-        )  # read and written
+        h2d_bytes_per_s={form: profile.h2d.rate(chunk_rows * max(1, size)) for form, size in sizes.items()},
+        restore_s_per_token={
+            form: batch * decode_s(profile, form, kv_token_bytes / batch, shape.kv_itemsize_bytes)
+            for form, row in FORMS.items()
+            if row.is_encoded
+        }
         | {"activation": batch * shape.recompute_flops / recompute_flops_per_s},
         attention_s_per_token=kv_token_bytes / profile.attention.rate(attended_bytes),
         dense_s=dense_s,
@@ -136,6 +142,22 @@ def rates_from_profile(
         host_s_per_layer=profile.host_s_per_layer,
         host_s_per_chunk=profile.host_s_per_chunk,
     )
+
+
+def decode_s(profile: HardwareProfile, form: FormName, kv_bytes: float, itemsize_bytes: int) -> float:
+    """Seconds by which attention takes longer where it decodes K and V of so many bytes from a form.
+
+    As measured; where it was not, what reading and writing them takes within the device.
+    """
+    measured = profile.quantities.get(decode_quantity(form))
+    if measured is not None:
+        return kv_bytes / itemsize_bytes * measured.value
+    return 2 * kv_bytes / profile.device_copy_bytes_per_s
+
+
+def decode_quantity(form: FormName) -> str:
+    """What a profile calls the seconds of one value."""
+    return f"decode_{form}_s_per_value"
 
 
 def least_chunk_bytes(profile: HardwareProfile, shape: ModelShape, *, recomputes: bool) -> int:

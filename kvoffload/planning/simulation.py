@@ -59,9 +59,10 @@ def simulate(
     """
     num_layers = max(1, plan.num_offloaded_layers)
     ordinary = plan.num_layers / num_layers  # layers per offloaded one, for work that all layers do
-    restore_s = {
-        form: 0.0 if row.is_read_as_stored else rates.restore_s_per_token.get(form, 0.0) for form, row in FORMS.items()
-    }
+    work_s = {form: rates.restore_s_per_token.get(form, 0.0) for form in FORMS if form != PLAIN}
+    # decoded while attention reads, where it takes chunks one by one
+    read_s = {form: seconds for form, seconds in work_s.items() if FORMS[form].is_encoded and plan.is_segmented}
+    restore_s = {form: 0.0 if form in read_s else work_s.get(form, 0.0) for form in FORMS}
     chunks = [chunk for kind, n in plan.placed.items() if kind.tier == "host" for chunk in _chunks(kind.form, n, plan)]
     plain_chunks = [chunk for chunk in chunks if chunk.form == PLAIN]
     other_chunks = [chunk for chunk in chunks if chunk.form != PLAIN]
@@ -73,7 +74,11 @@ def simulate(
     )
     attention_s = plan.num_blocks * plan.block_tokens * rates.attention_s_per_token
     num_chunks = len(chunks)
-    resident_attention_s = plan.block_tokens * plan.count(tier="device") * rates.attention_s_per_token
+    resident_attention_s = plan.block_tokens * sum(
+        n * (rates.attention_s_per_token + read_s.get(kind.form, 0.0))
+        for kind, n in plan.placed.items()
+        if kind.tier == "device"
+    )
     chunks_issue_s = num_chunks * rates.host_s_per_chunk
     issue_s = plan.num_micro_batches * (ordinary * rates.host_s_per_layer + chunks_issue_s)
 
@@ -129,7 +134,8 @@ def simulate(
             num_copied += 1
             if restore_s[chunk.form]:
                 there_s = work("recompute", chunk.tokens * restore_s[chunk.form], there_s)
-            released.append(work("attention", chunk.tokens * rates.attention_s_per_token, there_s))
+            attend_s = rates.attention_s_per_token + read_s.get(chunk.form, 0.0)
+            released.append(work("attention", chunk.tokens * attend_s, there_s))
             work("recompute", resident_s / num_chunks, 0.0)
             work("attention", resident_attention_s / num_chunks, 0.0)
         if not num_chunks:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
-from kvoffload.planning.forms import FORMS, largest_row_bytes
+from kvoffload.planning.forms import FORMS, largest_row_bytes, wanted_forms
 from kvoffload.planning.geometry import TARGET_CHUNK_BYTES, Geometry
 from kvoffload.planning.placement import PLAIN, FormName
 from kvoffload.planning.rates import Rates
@@ -164,10 +164,10 @@ def _comfortable(geometry: Geometry, config: OffloadConfig, forms: Collection[Fo
     elif config.schedule == "kvpr":
         num_slots = chunks_per_layer  # the whole activation of a layer arrives before recomputation starts
     else:
-        row_bytes = _slot_row_bytes(geometry, forms)
+        row_bytes = _slot_row_bytes(geometry, forms, block_tokens)
         slot_bytes = block_tokens * chunk_blocks * geometry.rows * row_bytes
         at_work = _at_work(geometry)
-        num_slots = at_work + (1 if rates is None else math.ceil(_ring_bytes(geometry, rates) / slot_bytes))
+        num_slots = at_work + (1 if rates is None else math.ceil(_ring_bytes(geometry, rates, forms) / slot_bytes))
         num_slots = min(MAX_SLOTS, num_slots)
         if geometry.least_gap_s:  # then whatever arrives in it, which is not more than there is
             rate = UNKNOWN_H2D_BYTES_PER_S if rates is None else rates.h2d_bytes_per_s[PLAIN]
@@ -192,12 +192,13 @@ def _at_work(geometry: Geometry) -> int:
     return 3 if geometry.is_segmented else 2
 
 
-def _ring_bytes(geometry: Geometry, rates: Rates) -> float:
+def _ring_bytes(geometry: Geometry, rates: Rates, forms: Collection[FormName]) -> float:
     """What the link can bring while compute is busy with anything but the next layer's chunks."""
     away_s = rates.gap_s + rates.dense_s
     if not geometry.is_segmented:  # else each chunk is attended to as it arrives
         away_s += rates.attention_s_per_token * geometry.max_tokens
-    return min(rates.h2d_bytes_per_s.values()) * away_s
+    by_form = rates.h2d_bytes_per_s.items()
+    return min(rate for form, rate in by_form if form in forms or not FORMS[form].is_encoded) * away_s
 
 
 def _with(
@@ -211,7 +212,7 @@ def _with(
 ) -> Sizes:
     parts = {FORMS[form].made_of for form in forms}
     tail_row = geometry.kv_row_bytes + (geometry.activation_row_bytes if "activation" in parts else 0)
-    largest_row = largest_row_bytes(forms, geometry)
+    largest_row = largest_row_bytes(forms, geometry, block_tokens)
     is_restored = not all(FORMS[form].is_read_as_stored for form in forms)
     chunk_rows = block_tokens * chunk_blocks * geometry.rows
     num_buffers = 3 if geometry.beams > 1 else 2
@@ -219,7 +220,7 @@ def _with(
         block_tokens=block_tokens,
         chunk_blocks=chunk_blocks,
         num_slots=num_slots if set(forms) != {PLAIN} or geometry.is_segmented else 0,
-        slot_bytes=chunk_rows * _slot_row_bytes(geometry, forms),
+        slot_bytes=chunk_rows * _slot_row_bytes(geometry, forms, block_tokens),
         buffer_bytes=0 if geometry.is_segmented else geometry.max_tokens * geometry.kv_bytes_per_token,
         num_buffers=0 if geometry.is_segmented else num_buffers,
         d2h_slot_bytes=chunk_rows * largest_row,
@@ -251,23 +252,27 @@ def chunks_may_be_recomputed(config: OffloadConfig, geometry: Geometry) -> bool:
     return split != 0
 
 
-def planned_forms(config: OffloadConfig, geometry: Geometry, *, can_recompute: bool = True) -> frozenset[FormName]:
+def planned_forms(
+    config: OffloadConfig, geometry: Geometry, *, can_recompute: bool = True, has_rates: bool = True
+) -> frozenset[FormName]:
     """The forms that blocks may be given.
 
     Args:
         config: what the user fixed.
         geometry: of the cache.
         can_recompute: False where K/V do not follow from the activation, or nothing is known to decide by.
+        has_rates: whether the machine's rates are known, without which nothing is packed.
     """
     recomputes = can_recompute and split_to_plan(config, geometry) != 0
-    return frozenset(name for name, form in FORMS.items() if form.made_of == "kv" or recomputes)
+    by_split = {name for name, form in FORMS.items() if form.is_recomputed and recomputes}
+    return wanted_forms(config, geometry, has_rates=has_rates) | by_split | {PLAIN}
 
 
-def _slot_row_bytes(geometry: Geometry, forms: Collection[FormName]) -> int:
+def _slot_row_bytes(geometry: Geometry, forms: Collection[FormName], block_tokens: int) -> int:
     """The largest form that travels through the ring."""
     if not geometry.is_segmented:  # plain chunks land in a layer buffer
         forms = set(forms) - {PLAIN} or {"activation"}
-    return largest_row_bytes(forms, geometry)
+    return largest_row_bytes(forms, geometry, block_tokens)
 
 
 def _describe(sizes: Sizes) -> str:

@@ -75,6 +75,7 @@ def _barrier_s(table: Table, counts: Counts) -> Seconds:
 def allowed(table: Table, counts: Counts) -> npt.NDArray[np.bool_]:
     """Which choices keep what is stored and fit every tier, in whole bytes."""
     found: npt.NDArray[np.bool_] = np.all(counts >= np.array(table.stored), axis=1)
+    found &= np.all(counts <= np.array(table.most), axis=1)
     for tier in TIERS:
         per_block = np.array([option.bytes.get(tier, 0) for option in table.options], dtype=np.int64)
         found &= counts @ per_block <= table.capacity[tier]  # bytes of one layer stay far below 64 bits

@@ -20,8 +20,8 @@ from kvoffload.cache.state import CACHE_ACCOUNT
 from kvoffload.config import MOST_DRAFTS
 from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.pipeline.engine import TransferEngine
+from kvoffload.planning.forms import wanted_forms
 from kvoffload.planning.geometry import Geometry
-from kvoffload.planning.placement import PLAIN
 from kvoffload.planning.sizes import grown, widened, with_kv_rows
 from kvoffload.session.generation_plan import GenerationPlan
 from kvoffload.session.generation_planner import GenerationPlanner
@@ -198,12 +198,15 @@ class CachePlans:
         """
         layer = cache.core.layers[position]
         self._fit(cache, layer, first, prompt_tokens)
-        if cache.core.placement.forms == {PLAIN}:
+        kv_dtype = self._planner.config.kv_dtype
+        if kv_dtype != "model" and (why := first.why_not_encoded()):
+            cache.warn_not_quantizable(position, kv_dtype, why)
+        if not cache.core.placement.keeps_activations:
             return False
         if position == 0:
             is_carried = self._carries_positions(cache, first, prompt_tokens)
             cache.core.carry_positions(is_carried)
-        if cache.core.placement.forms == {PLAIN}:  # with what blocks carry
+        if not cache.core.placement.keeps_activations:  # with what blocks carry
             return False
         settled = cache.core.layers[0].forms.get(activations.Stored.name)
         layout = settled.layout if isinstance(settled, activations.Stored) else None
@@ -226,17 +229,23 @@ class CachePlans:
         if cache not in self._plans:
             self._lay_out(cache, first.rows, 1, first.tokens, None, first, is_segmented=layer.is_segmented)
         geometry = self._plans[cache].geometry
-        if layer.position == 0 and (first.kv_row_bytes, first.activation_row_bytes, layer.is_segmented) != (
-            geometry.kv_row_bytes,
-            geometry.activation_row_bytes,
-            geometry.is_segmented,
-        ):
+        seen = replace(geometry, head_dim=first.kv_head_dim, kv_dtype=first.kv_dtype)
+        seen = replace(seen, kv_row_bytes=first.kv_row_bytes, activation_row_bytes=first.activation_row_bytes)
+        if layer.position == 0 and self._is_other(replace(seen, is_segmented=layer.is_segmented), geometry):
             self._lay_out_anew(cache, first, prompt_tokens)
         elif layer.position > 0 and first.kv_row_bytes > geometry.kv_row_bytes:
             self._widen_buffers(cache, first.kv_row_bytes)
         if layer.position > 0 and not layer.is_segmented:
             self.use_whole_layers(cache)
             self._engine.ensure_buffers(geometry.max_tokens * first.rows * first.kv_row_bytes)
+
+    def _is_other(self, seen: Geometry, planned: Geometry) -> bool:
+        """Whether a cache that was planned is to be planned again for what it is given."""
+        if wanted_forms(self._planner.config, seen, has_rates=True) == wanted_forms(
+            self._planner.config, planned, has_rates=True
+        ):
+            seen = replace(seen, head_dim=planned.head_dim, kv_dtype=planned.kv_dtype)
+        return seen != planned
 
     def _widen_buffers(self, cache: hf.OffloadedHFCache, kv_row_bytes: int) -> None:
         """Buffers for a layer whose K and V are wider than those of the first."""
@@ -323,6 +332,8 @@ class CachePlans:
             rows=rows,
             max_tokens=longest,
             kv_row_bytes=shape.kv_row_bytes,
+            head_dim=shape.kv_head_dim,
+            kv_dtype=shape.kv_dtype,
             activation_row_bytes=shape.activation_row_bytes,
             position_row_bytes=position_row_bytes,
             beams=copies,

@@ -16,6 +16,7 @@ from kvoffload import hf
 from kvoffload.backend import Backend, LinkUse, Pace
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.drafts import RoundTimes
+from kvoffload.planning.forms import FORMS
 from kvoffload.planning.plan import Plan
 from kvoffload.session.stats import GenerationStats
 from kvoffload.store.pool import HostPool
@@ -221,6 +222,9 @@ class Generation:
         p50 = statistics.median(steps) if steps else None
         predicted = (statistics.median(self._predicted_s) if self._predicted_s else plan.predicted_step_s) or None
         others = self.cache.other_device_bytes
+        stored = core.count_blocks()
+        lossy = [form for form in stored if not FORMS[form].is_exact]
+        packed = sum(n for form, n in stored.items() if FORMS[form].is_encoded and FORMS[form].is_exact)
         return GenerationStats(
             setup_s=self.setup_s,
             prefill_s=decode[0] - starts[0] - self._setup_in_forward_s,
@@ -244,7 +248,10 @@ class Generation:
             pinned_bytes=pool.pinned_bytes,
             device_kv_peak_decode_bytes=self._engine.account.take_peak() + others,
             device_kv_peak_prefill_bytes=self._prefill_peak_bytes + others,
-            exact=self.recomputed_tokens == 0 or all(layer.is_full_precision for layer in core.layers),
+            exact=not lossy and (self.recomputed_tokens == 0 or all(layer.is_full_precision for layer in core.layers)),
+            lossy_form=max(lossy, key=lambda form: FORMS[form].loss, default=None),
+            kept_exact_blocks=sum(core.kept_plain[form] for form in core.kept_plain if not FORMS[form].is_exact),
+            packed_fraction=packed / max(1, sum(stored.values())),
             tokens_per_pass=drafts.asked / drafts.passes if drafts.passes else 1.0 if steps else None,
             draft_acceptance=drafts.accepted / drafts.drafted if drafts.drafted else None,
             drafted_tokens=drafts.drafted,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from kvoffload.planning.drafts import RoundTimes, expected_rounds
-from kvoffload.planning.forms import option_name
+from kvoffload.planning.forms import FORMS, option_name
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.placement import PLAIN, FormName, Placement, reserved_blocks
@@ -48,7 +48,7 @@ class GenerationPlan:
     @property
     def resident_bytes(self) -> int:
         """Device memory of the resident blocks and of the window, at the full length."""
-        token_bytes = bytes_per_token(self.geometry)
+        token_bytes = bytes_per_token(self.geometry, self.placement.block_tokens)
         per_layer = sum(n * token_bytes[form] for form, n in self.placement.resident.items())
         per_layer += self.placement.window_blocks * token_bytes[PLAIN]
         return self.geometry.num_offloaded_layers * self.placement.block_tokens * per_layer
@@ -64,11 +64,13 @@ class GenerationPlan:
     def full_host_bytes(self) -> int:
         """What the cache takes on the host at its full length, as if every row stored every block.
 
-        With what was reserved for the form that it turned out to need less of.
+        With what was reserved for the form that it turned out to need less of, and as if nothing could be packed, which
+        is seen when a block is there.
         """
         placement, geometry = self.placement, self.geometry
         num_blocks = max(0, geometry.max_tokens // placement.block_tokens - placement.num_resident)
-        token_bytes = bytes_per_token(geometry)
+        token_bytes = bytes_per_token(geometry, placement.block_tokens)
+        token_bytes = {form: token_bytes[PLAIN] if FORMS[form].needs_rates else n for form, n in token_bytes.items()}
         counts = [reserved_blocks(num_blocks, shares) for shares in (self.reserved_shares, placement.shares)]
         most = {form: max(count.get(form, 0) for count in counts) for form in token_bytes}
         per_layer = sum(n * token_bytes[form] for form, n in most.items())

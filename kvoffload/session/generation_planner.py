@@ -136,7 +136,6 @@ class GenerationPlanner:
             InfeasiblePlanError, HostMemoryError: before any token, with the numbers.
         """
         fixed_split = split_to_plan(self.config, geometry) if can_recompute else 0.0
-        forms = planned_forms(self.config, geometry, can_recompute=can_recompute)
         host_cap = self.limits.full_host_cap_bytes(geometry, prompt_tokens, host_held_bytes)
         geometry, sizes, inputs, device_bytes, has_rates = pose(
             self.shape,
@@ -152,6 +151,7 @@ class GenerationPlanner:
             can_recompute=can_recompute,
             correct=lambda rates: self.measured.correct(rates, geometry.rows),
         )
+        forms = planned_forms(self.config, geometry, can_recompute=can_recompute, has_rates=has_rates)
         self.limits.check_least_host(geometry, inputs, prompt_tokens, host_held_bytes)
         plan = planner.solve(inputs)
         if not has_rates:
@@ -169,7 +169,7 @@ class GenerationPlanner:
                 chunk_blocks=sizes.chunk_blocks,
                 resident=resident_with_room(plan, inputs, geometry),
                 shares=shares,
-                may_become=tuple(sorted(forms - {PLAIN})) if fixed_split is None and has_rates else (),
+                may_become=_may_become(forms, fixed_split) if has_rates else (),
                 max_tokens=geometry.max_tokens if knows_length else None,
                 prompt_tokens=prompt_tokens,
                 ahead_tokens=geometry.ahead_tokens,
@@ -218,7 +218,7 @@ class GenerationPlanner:
             token_bytes: what a token takes in the table.
         """
         table_bytes = chosen.geometry.max_tokens * token_bytes
-        return chosen.placement.forms != {PLAIN} and table_bytes > POSITION_SHARE * chosen.device_budget_bytes
+        return chosen.placement.keeps_activations and table_bytes > POSITION_SHARE * chosen.device_budget_bytes
 
     def profile(self) -> HardwareProfile | None:
         """Of the machine, as far as a prediction needs it; None where nothing is known."""
@@ -246,7 +246,8 @@ class GenerationPlanner:
             prepare: returns the recomputation of that many tokens of all rows of one layer.
             ring: returns slots that lie idle.
         """
-        if chosen.inputs is None or not chosen.placement.may_become or self.config.deterministic:
+        is_free = any(FORMS[form].is_recomputed for form in chosen.placement.may_become)
+        if chosen.inputs is None or not is_free or self.config.deterministic:
             return chosen
         self.measured.time_chunk(self.backend, self.shape, chosen.geometry, chosen.sizes, prepare, ring)
         rates = self.measured.correct(chosen.inputs.rates, chosen.geometry.rows)
@@ -274,6 +275,17 @@ class GenerationPlanner:
             self.measured.take_gap(between_steps_s, chosen.inputs.rates)
 
 
+def _may_become(forms: frozenset[FormName], fixed_split: float | None) -> tuple[FormName, ...]:
+    """Forms that a later plan may choose for blocks to come."""
+    return tuple(
+        form for form in sorted(forms) if form != PLAIN and (fixed_split is None or not FORMS[form].is_recomputed)
+    )
+
+
 def _fixed_shares(plan: Plan, split: float) -> dict[FormName, float]:
-    """A share that the user fixed, of the form that is recomputed."""
-    return {form: split for form in plan.shares if FORMS[form].is_recomputed}
+    """A share that the user fixed, of the form that is recomputed; the others as planned among themselves."""
+    kept = 1 - plan.split_fraction
+    return {
+        form: split if FORMS[form].is_recomputed else share * (1 - split) / kept if kept else 0.0
+        for form, share in plan.shares.items()
+    }

@@ -126,7 +126,7 @@ class LaterPlans:
         assert max_tokens is not None
         # Blocks have the tokens they have, and stay where they are: those to come may be resident as well.
         config = replace(self._planner.config, block_tokens=longer.placement.block_tokens)
-        resident, token_bytes = on_device, bytes_per_token(geometry)
+        resident, token_bytes = on_device, bytes_per_token(geometry, longer.placement.block_tokens)
         resident_bytes = sum(n * token_bytes[form] for form, n in resident.items())
         resident_bytes *= geometry.num_offloaded_layers * longer.placement.block_tokens
 
@@ -144,7 +144,7 @@ class LaterPlans:
                 cached_tokens=mean_tokens(prompt_tokens, max_tokens),
                 device_cap_bytes=left_beside_residents,
                 host_cap_bytes=host_cap,
-                can_recompute=longer.placement.forms != {PLAIN},
+                can_recompute=longer.placement.keeps_activations,
                 correct=lambda rates: self._planner.measured.correct(rates, geometry.rows),
             )
             inputs = replace(inputs, device_bytes=inputs.device_bytes + resident_bytes)

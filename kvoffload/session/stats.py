@@ -19,7 +19,7 @@ class GenerationStats:
     """Statistics of the last `generate()` of a session. Decode figures leave out the prefill.
 
     `exact` is True when the K/V that attention saw were the model's own bit for bit, or recomputed in float32;
-    False when K/V were recomputed in half precision, where the last bit may differ.
+    False when K/V were recomputed in half precision, where the last bit may differ, or stored with loss.
     """
 
     setup_s: float  # allocating and pinning memory, measuring; in no other figure
@@ -45,6 +45,9 @@ class GenerationStats:
     device_kv_peak_decode_bytes: int
     device_kv_peak_prefill_bytes: int
     exact: bool
+    lossy_form: str | None = None  # the coarsest form with loss that blocks were stored in, such as "int4"
+    kept_exact_blocks: int = 0  # that such a form could not hold: not finite. Over all layers
+    packed_fraction: float = 0.0  # of the stored blocks, those that are packed without loss
     tokens_per_pass: float | None = None  # over the link; 1 without drafts, None without decode steps
     draft_acceptance: float | None = None  # of the tokens drafted, the share that was asked for
     # the share of rounds in which the first draft was accepted, the first two, ...
@@ -85,17 +88,27 @@ class GenerationStats:
                 f"link ({self.link_name}): {gb(self.h2d_bytes)} to the device{link}{busy}, {gb(self.d2h_bytes)} back",
                 f"plan: {_moved(plan)}; {resident} of {counted(plan.num_blocks, 'block')} "
                 f"{'stays' if resident == 1 else 'stay'} on the device; host {gb(self.host_bytes)}; K/V "
-                + ("exact" if self.exact else "recomputed in half precision"),
+                + self._precision,
                 self._verdict(step),
             ]
         )
 
+    @property
+    def _precision(self) -> str:
+        """How exact K and V were, in words."""
+        if self.lossy_form is not None:
+            kept = f", {counted(self.kept_exact_blocks, 'block')} kept exact" if self.kept_exact_blocks else ""
+            return f"not exact: stored as {FORMS[self.lossy_form].label}{kept}"
+        if not self.exact:
+            return "recomputed in half precision"
+        return f"exact, {self.packed_fraction:.2f} of the blocks packed" if self.packed_fraction else "exact"
+
     def _verdict(self, step_s: float | None) -> str:
         """How the steps compare with full transfer; else why they cannot be compared, and what would change that."""
         full = self.plan.full_transfer_step_s
-        many = ""
+        many = "" if self.lossy_form is None else f"with {FORMS[self.lossy_form].label} (not exact), "
         if self.draft_acceptance is not None and self.tpot_s is not None:
-            step_s, many = self.tpot_s, f"{self.tokens_per_pass:.1f} tokens per pass, "
+            step_s, many = self.tpot_s, many + f"{self.tokens_per_pass:.1f} tokens per pass, "
         if step_s is None:
             return "verdict: none, no decode step was run: the first token comes from the prefill, generate more"
         if not self.h2d_bytes:

@@ -31,6 +31,7 @@ from kvoffload.model.facts import Facts
 from kvoffload.model.stored_facts import facts_of
 from kvoffload.planning import step_time
 from kvoffload.planning.drafts import PRIOR_ACCEPTANCE
+from kvoffload.planning.forms import option_name
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.options import table_of
 from kvoffload.planning.plan import Plan
@@ -240,22 +241,24 @@ def simulated(plan: Plan, inputs: PlanInputs, num_steps: int = 1) -> tuple[Timel
 def split_points(inputs: PlanInputs) -> Iterator[SplitPoint]:
     """The fastest placement for every number of blocks kept as activations, where there is one that fits.
 
-    Every such placement is tried: which blocks of either form stay on the device is free too.
+    Every such placement is tried whose other blocks have one form: which blocks stay on the device is free too.
     """
     table = table_of(inputs)
-    names, is_kept = (
-        [option.name for option in table.options],
-        [option.form == "activation" for option in table.options],
-    )
+    is_kept = [option.is_recomputed for option in table.options]
+    others = dict.fromkeys(option.form for option in table.options if not option.is_recomputed)
     block_bytes = {option.name: sum(option.bytes.values()) for option in table.options}
     capacity = max(0, table.capacity["device"])
     for kept in range(inputs.num_blocks + 1):
         r_x = np.arange(min(kept, capacity // max(1, block_bytes["resident_activation"])) + 1)
         left = capacity - block_bytes["resident_activation"] * r_x
-        r = np.minimum(inputs.num_blocks - kept, left // max(1, block_bytes["resident_kv"]))
-        columns = {"resident_kv": r, "resident_activation": r_x, "activation": kept - r_x}
-        columns["kv"] = inputs.num_blocks - kept - r
-        counts = np.stack([columns[name] for name in names], axis=1)
+        tried = []
+        for form in others:
+            on_device, on_host = option_name(form, "device"), option_name(form, "host")
+            r = np.minimum(inputs.num_blocks - kept, left // max(1, block_bytes[on_device]))
+            columns = {on_device: r, on_host: inputs.num_blocks - kept - r}
+            columns |= {"resident_activation": r_x, "activation": kept - r_x}
+            tried.append(np.stack([columns.get(one.name, np.zeros_like(r)) for one in table.options], axis=1))
+        counts = np.concatenate(tried)
         assert np.all(counts[:, is_kept].sum(axis=1) == kept)
         counts = counts[step_time.allowed(table, counts)]
         if len(counts):

@@ -13,6 +13,7 @@ from rich.console import Console
 from kvoffload.advise import capacity, comparison
 from kvoffload.advise.capacity import Limits
 from kvoffload.advise.overview import Overview
+from kvoffload.advise.precisions import in_words
 from kvoffload.advise.roofline import OperationTime, Phase, Roofline, remedy_text
 from kvoffload.advise.sweep import BestAtSize
 from kvoffload.advise.ways import LABELS
@@ -39,6 +40,8 @@ def print_forecast(seen: Overview) -> None:
         if row.problem:
             console.print(f"{LABELS[row.name]}: {row.problem}", highlight=False, markup=False)
     console.print("\n".join(limit_lines(seen.limits)), highlight=False, markup=False)
+    if line := in_words(seen.precisions):
+        console.print(line, highlight=False, markup=False)
     if seen.cells:
         console.print(*_sweep_figures(seen.cells).tables(console.width))
 

@@ -10,12 +10,14 @@ from kvoffload.store.forms.form import Form
 from kvoffload.store.tail import KVShape
 
 
-def made_of_kv(names: Iterable[FormName], shape: KVShape) -> dict[FormName, Form]:
+def made_of_kv(names: Iterable[FormName], shape: KVShape, block_tokens: int) -> dict[FormName, Form]:
     """Those of the named forms that K and V of a layer are all it takes to make.
 
     Args:
         names: of forms.
         shape: of the layer's K and V.
+        block_tokens: of each block.
     """
-    found = {name: importlib.import_module(f"{__name__}.{name}").Stored.of(shape) for name in sorted(names)}
+    modules = {name: importlib.import_module(f"{__name__}.{name}") for name in sorted(names)}
+    found = {name: module.Stored.of(shape, block_tokens) for name, module in modules.items()}
     return {name: form for name, form in found.items() if form is not None}

@@ -59,7 +59,7 @@ class Form(ABC):
     shape: KVShape
 
     @classmethod
-    def of(cls, shape: KVShape) -> Form | None:
+    def of(cls, shape: KVShape, block_tokens: int) -> Form | None:
         """The form for a layer with such K and V; None where these are not all it takes, or it cannot hold them."""
         return None
 
@@ -89,6 +89,10 @@ class Form(ABC):
         """
         return True
 
+    def holds(self, leaving: Leaving) -> torch.Tensor | None:
+        """Which of the blocks about to be stored can have it, bool [blocks] on the device; None: all of them."""
+        return None
+
     def is_as_it_was(self) -> bool:
         """Whether K and V still come back as they would have when the first tokens were cached."""
         return True
@@ -102,8 +106,8 @@ class Form(ABC):
         """K and V of blocks on the device, into `out` [tokens, rows, width]."""
 
     @abstractmethod
-    def segment(self, stored: DeviceMemory, span: Span, scratch: DeviceMemory) -> torch.Tensor:
-        """What attention reads of blocks on the device.
+    def segment(self, stored: DeviceMemory, span: Span, scratch: DeviceMemory) -> Any:
+        """What attention reads of blocks on the device, as `attend` takes it.
 
         Args:
             stored: begins with them.
@@ -111,9 +115,11 @@ class Form(ABC):
             scratch: that compute alone uses, for K and V of a chunk where attention cannot read the blocks themselves.
         """
 
-    def attend(
-        self, query: torch.Tensor, segment: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, **options: Any
-    ) -> None:
+    def question(self, query: torch.Tensor) -> torch.Tensor:
+        """What queries [rows, tokens, heads, head_dim] are for its segments, in every one of a layer."""
+        return query
+
+    def attend(self, query: torch.Tensor, segment: Any, out: torch.Tensor, lse: torch.Tensor, **options: Any) -> None:
         """Attention over a segment; arguments and effect as of `ops.segment_attention`."""
         ops.segment_attention(query, segment, out, lse, **options)
 

@@ -23,7 +23,7 @@ class Stored(Form):
         self.shape, self.row = shape, RowShape(shape.width, shape.dtype)
 
     @classmethod
-    def of(cls, shape: KVShape) -> Form:
+    def of(cls, shape: KVShape, block_tokens: int) -> Form:
         return cls(shape)
 
     def pack(self, out: torch.Tensor, leaving: Leaving) -> None:
