@@ -46,10 +46,10 @@ def to_int8(x: torch.Tensor) -> torch.Tensor:
     return torch.where(scale > 0, torch.clamp(torch.round(x / scale), -127, 127), 0.0).nan_to_num() * scale
 
 
-def in_groups(x: torch.Tensor, levels: int) -> torch.Tensor:
+def in_groups(x: torch.Tensor, levels: int, size: int = GROUP) -> torch.Tensor:
     """Vectors [..., n] through codes of groups of neighbours."""
     found = []
-    for group in x.split(GROUP, -1):
+    for group in x.split(size, -1):
         least, most = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
         scale, least = ((most - least) / levels).half().float(), least.half().float()
         steps = (group - least) / torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -61,7 +61,7 @@ def keys_through(form: str, keys: torch.Tensor) -> torch.Tensor:
     """Keys of a block, [rows, heads, tokens, head_dim], as attention sees them."""
     if form == "int2":  # each channel over tokens
         return in_groups(keys.float().transpose(-1, -2), LEVELS[form]).transpose(-1, -2)
-    through = to_int8 if form == "int8" else lambda x: in_groups(x, LEVELS[form])
+    through = to_int8 if form == "int8" else lambda x: in_groups(x, LEVELS[form], 16)
     return hadamard(through(hadamard(keys)))
 
 

@@ -15,6 +15,7 @@ from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.placement import PLAIN, FormName, Kind, Part, Tier
 
 GROUP = 32  # values that share a scale and a least value
+KEY_GROUP = 16  # the same of keys in 4 bits
 LEAST_HEAD_DIM = 32  # of what is encoded
 
 
@@ -62,8 +63,13 @@ def _vectors(cache: Geometry) -> int:
     return cache.kv_row_bytes // (cache.kv_itemsize_bytes * cache.head_dim) if cache.head_dim else 0
 
 
-def _groups(size: int) -> int:
-    return math.ceil(size / GROUP)
+def _groups(size: int, group: int = GROUP) -> int:
+    return math.ceil(size / group)
+
+
+def _int4_row_bytes(cache: Geometry, _: int) -> int:
+    groups = _groups(cache.head_dim, KEY_GROUP) + _groups(cache.head_dim)
+    return _vectors(cache) * cache.head_dim // 2 + _vectors(cache) // 2 * groups * 4  # float16 scale and least value
 
 
 def _int2_row_bytes(cache: Geometry, block_tokens: int) -> int:
@@ -111,7 +117,7 @@ FORMS: dict[FormName, StoredForm] = {
         StoredForm(
             name="int4",
             label="4-bit K/V",
-            row_bytes=lambda cache, _: _vectors(cache) * (cache.head_dim // 2 + 4 * _groups(cache.head_dim)),
+            row_bytes=_int4_row_bytes,
             is_encoded=True,
             loss=2**-4,
             is_wanted=_is_quantized_to("int4", "int2"),

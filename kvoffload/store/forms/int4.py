@@ -1,10 +1,13 @@
-"""4 bits: keys, rotated, and values in groups of 32 along a head, each with a float16 scale and least value.
+"""4 bits: keys, rotated, and values in groups along a head, each with a float16 scale and least value.
 
-A block, one part behind the other; element i of a head is in byte i % (head_dim / 2), the first half in the low bits:
+Keys are in groups of 16, which most of the error comes from, values of 32. A block, one part behind the other; element
+i of a head is in byte i % (head_dim / 2), the first half in the low bits:
 
-    codes   uint8    [tokens, rows, 2, heads, head_dim / 2]
-    scales  float16  [tokens, rows, 2, heads, groups]
-    least   float16  [tokens, rows, 2, heads, groups]
+    codes             uint8    [tokens, rows, 2, heads, head_dim / 2]
+    scales of keys    float16  [tokens, rows, heads, groups of keys]
+    least of keys     float16  likewise
+    scales of values  float16  [tokens, rows, heads, groups of values]
+    least of values   float16  likewise
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from kvoffload.store.forms.encoded import Encoded, field_bytes, fields
 from kvoffload.store.forms.quantized import bounds, dequantize, is_whole, join, num_groups, part, quantize
 
 LEVELS = 15
+GROUPS = (16, 32)  # of keys, and of values
 
 
 class Stored(Encoded):
@@ -27,21 +31,29 @@ class Stored(Encoded):
         return field_bytes(*self._parts(rows))
 
     def _parts(self, rows: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-        vectors, head_dim = (self.block_tokens, rows, 2, self.shape.key_heads), self.shape.key_dim
-        groups = ((*vectors, num_groups(head_dim)), torch.float16)
-        return (((*vectors, head_dim // 2), torch.uint8), groups, groups)
+        tokens, heads, head_dim = self.block_tokens, self.shape.key_heads, self.shape.key_dim
+        codes = ((tokens, rows, 2, heads, head_dim // 2), torch.uint8)
+        of_keys, of_values = (((tokens, rows, heads, num_groups(head_dim, group)), torch.float16) for group in GROUPS)
+        return (codes, of_keys, of_keys, of_values, of_values)
 
     def encode(self, kv: torch.Tensor, out: torch.Tensor) -> None:
-        codes, scales, least = fields(out, *self._parts(kv.shape[2]))
-        kv = kv.float()
-        found = bounds(kv, -1, LEVELS)
-        scales.copy_(found[0])
-        least.copy_(found[1])
-        codes.copy_(join(quantize(kv, *found, -1, LEVELS), 2))
+        codes, *halves = fields(out, *self._parts(kv.shape[2]))
+        found = []
+        for x, group in zip(kv.float().unbind(3), GROUPS, strict=True):
+            scale, least = bounds(x, -1, LEVELS, group)
+            halves.pop(0).copy_(scale)
+            halves.pop(0).copy_(least)
+            found.append(join(quantize(x, scale, least, -1, LEVELS, group), 2))
+        codes.copy_(torch.stack(found, dim=3))
 
     def decode(self, data: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tensor:
-        codes, scales, least = fields(data, *self._parts(rows))
-        return dequantize(part(codes, 2), scales, least, -1, dtype).flatten(0, 1)
+        codes, *halves = fields(data, *self._parts(rows))
+        parts = zip(part(codes, 2).unbind(3), halves[::2], halves[1::2], GROUPS, strict=True)
+        found = [dequantize(x, scale, least, -1, dtype, group) for x, scale, least, group in parts]
+        return torch.stack(found, dim=3).flatten(0, 1)
 
     def held(self, kv: torch.Tensor) -> torch.Tensor:
-        return is_whole(*bounds(kv.float(), -1, LEVELS))
+        keys, values = (
+            is_whole(*bounds(x, -1, LEVELS, group)) for x, group in zip(kv.float().unbind(3), GROUPS, strict=True)
+        )
+        return keys & values

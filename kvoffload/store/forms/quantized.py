@@ -4,45 +4,47 @@ from __future__ import annotations
 
 import torch
 
-GROUP = 32  # values that share a scale and a least value
+GROUP = 32  # values that share a scale and a least value, where nothing else is said
 
 
-def num_groups(size: int) -> int:
+def num_groups(size: int, group: int = GROUP) -> int:
     """Groups along `size` values; the last one may be smaller."""
-    return -(-size // GROUP)
+    return -(-size // group)
 
 
-def bounds(x: torch.Tensor, dim: int, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+def bounds(x: torch.Tensor, dim: int, levels: int, group: int = GROUP) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and least value, float16, of groups along `dim` (negative): the groups stand there instead."""
-    groups = list(x.split(GROUP, dim))
-    least = torch.stack([group.amin(dim) for group in groups], dim)
-    most = torch.stack([group.amax(dim) for group in groups], dim)
+    groups = list(x.split(group, dim))
+    least = torch.stack([one.amin(dim) for one in groups], dim)
+    most = torch.stack([one.amax(dim) for one in groups], dim)
     return ((most - least) / levels).half(), least.half()
 
 
-def quantize(x: torch.Tensor, scale: torch.Tensor, least: torch.Tensor, dim: int, levels: int) -> torch.Tensor:
+def quantize(
+    x: torch.Tensor, scale: torch.Tensor, least: torch.Tensor, dim: int, levels: int, group: int = GROUP
+) -> torch.Tensor:
     """Codes 0..levels, uint8, of `x` in groups along `dim`."""
-    scale, least = (spread(part.float(), dim, x.shape[dim]) for part in (scale, least))
+    scale, least = (spread(part.float(), dim, x.shape[dim], group) for part in (scale, least))
     steps = (x - least) / torch.where(scale > 0, scale, 1.0)
     return steps.round_().clamp_(0, levels).to(torch.uint8)
 
 
 def dequantize(
-    codes: torch.Tensor, scale: torch.Tensor, least: torch.Tensor, dim: int, dtype: torch.dtype
+    codes: torch.Tensor, scale: torch.Tensor, least: torch.Tensor, dim: int, dtype: torch.dtype, group: int = GROUP
 ) -> torch.Tensor:
     """What the codes stand for."""
     size = codes.shape[dim]
-    if dim == -1 and size % GROUP == 0:
-        found: torch.Tensor = codes.unflatten(-1, (-1, GROUP)).to(dtype)
+    if dim == -1 and size % group == 0:
+        found: torch.Tensor = codes.unflatten(-1, (-1, group)).to(dtype)
         found.mul_(scale.to(dtype).unsqueeze(-1)).add_(least.to(dtype).unsqueeze(-1))
         return found.flatten(-2)
-    scale, least = (spread(part.to(dtype), dim, size) for part in (scale, least))
+    scale, least = (spread(part.to(dtype), dim, size, group) for part in (scale, least))
     return codes.to(dtype).mul_(scale).add_(least)
 
 
-def spread(groups: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+def spread(groups: torch.Tensor, dim: int, size: int, group: int) -> torch.Tensor:
     """A value of each group for each of its members."""
-    return groups.repeat_interleave(GROUP, dim).narrow(dim, 0, size)
+    return groups.repeat_interleave(group, dim).narrow(dim, 0, size)
 
 
 def join(codes: torch.Tensor, per_byte: int) -> torch.Tensor:
