@@ -34,6 +34,11 @@ from kvoffload.cli.options import a_file_to_write
 from kvoffload.cli.terminal import script
 from kvoffload.errors import ConfigError
 from kvoffload.kernels import ops
+from kvoffload.kernels.stored import StoredKV
+from kvoffload.planning.forms import FORMS
+from kvoffload.store.forms import made_of_kv
+from kvoffload.store.forms.encoded import Encoded
+from kvoffload.store.tail import KVShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,7 @@ ON_CUDA = {
     "opt-6.7b": Shape(hidden=4096, q_heads=32, kv_heads=32, head_dim=128, rotary=False, bias=True),
     "llama-2-7b": Shape(hidden=4096, q_heads=32, kv_heads=32, head_dim=128),
 }
+BLOCK_TOKENS = 64  # of forms
 _SMALL: dict[str, Any] = {
     "hidden": 256,
     "q_heads": 4,
@@ -116,10 +122,35 @@ def attention(shape: Shape, dtype: torch.dtype, device: str, repeats: int) -> It
         "sdpa_token_major": (lambda: sdpa(keys, values), 1),
         "copy": (lambda: other.copy_(kv), 2),  # reads and writes
     }
+    heads, head_dim = shape.kv_heads, shape.head_dim
+    encoded = [name for name, row in FORMS.items() if row.is_encoded]
+    for name, form in made_of_kv(encoded, KVShape(heads, head_dim, heads, head_dim, dtype), BLOCK_TOKENS).items():
+        assert isinstance(form, Encoded)
+        calls[name] = (reading(form, q, kv, shape.chunk_tokens, scale), 1)  # of what the blocks stand for
     for provider, (call, times_bytes) in calls.items():
         seconds = timed(call, device, repeats)
         rates = [times_bytes * kv.nbytes / second / 1e9 for second in seconds]
         yield provider, "attention_kv", "GB/s", rates
+
+
+def reading(form: Encoded, q: Tensor, kv: Tensor, chunk_tokens: int, scale: float) -> Callable[[], object]:
+    """Attention over the same K and V as blocks of a form, chunk by chunk."""
+    tokens, rows, _, heads, head_dim = kv.shape
+    blocks = kv.view(-1, BLOCK_TOKENS, rows, 2, heads, head_dim)
+    data = torch.empty(len(blocks), form.block_bytes(rows), dtype=torch.uint8, device=kv.device)
+    for idx in range(len(blocks)):
+        form.encode(blocks[idx : idx + 1], data[idx : idx + 1])
+    out, lse = torch.empty(q.shape, device=q.device), torch.empty(q.shape[:3], device=q.device)
+
+    def attend() -> None:
+        for first in range(0, tokens, chunk_tokens):
+            part = data[first // BLOCK_TOKENS : (first + chunk_tokens) // BLOCK_TOKENS]
+            stored = StoredKV(form.name, part, BLOCK_TOKENS, rows, heads, head_dim, form.decode)
+            ops.stored_attention(
+                q, stored, out, lse, scale=scale, is_first=first == 0, first_position=first, query_position=tokens
+            )
+
+    return attend
 
 
 def recompute(shape: Shape, dtype: torch.dtype, device: str, repeats: int) -> Iterator[Sample]:

@@ -95,7 +95,7 @@ tests=("$python" -m pytest -q -m gpu -W default)
 step 60 - "$python" -m kvoffload.cli env
 step 300 - "${tests[@]}" -k "not sanitizer" tests/test_gpu.py -s
 step 200 - "${tests[@]}" -k sanitizer tests/test_gpu.py
-step 400 - "${tests[@]}" tests/test_{segment_attention,merge,rope,linear_rope,ops}.py
+step 400 - "${tests[@]}" tests/test_{segment_attention,stored_attention,merge,rope,linear_rope,ops}.py
 step 180 - "${tests[@]}" tests/test_profiler.py
 step 240 "$results/kernels.csv" "$python" scripts/bench_kernels.py "${brief[@]}" --csv "$results/kernels.csv"
 step 120 "$results/profile.json" "$python" -m kvoffload.cli profile "${brief[@]}" --output "$results/profile.json"

@@ -50,7 +50,7 @@ def random_table(rng: random.Random, num_options: int, num_blocks: int) -> Table
     )
 
 
-@pytest.mark.parametrize("num_options", [2, 3, 5, 6])
+@pytest.mark.parametrize("num_options", [2, 3, 5, 6, 8, 12])
 def test_any_table_is_solved_to_within_a_thousandth(num_options: int) -> None:
     highs = pulp.HiGHS(msg=False, threads=1, gapRel=1e-6)
     if not highs.available():
@@ -113,3 +113,38 @@ def test_a_resource_that_no_plan_of_today_uses_can_bind() -> None:
     assert counts.tolist() == [3, 1]
     assert (step_of(table, counts).step_s, step_of(table, counts).binding) == (100.0, "host")
     assert costs(table, np.array([[3, 1]])).by_resource["device"][0] == 3.0
+
+
+def test_of_equal_steps_the_one_with_less_loss_is_taken_before_fewer_bytes() -> None:
+    """Where the device is what a step waits for, so that it takes as long in every form."""
+    seconds = {"h2d": 0.1, "device": 1.0}
+    exact, lossy = (
+        Option(name=name, form=name, tier="host", seconds=seconds, bytes={"host": size}, link_bytes=size, loss=loss)  # type: ignore[arg-type]
+        for name, size, loss in (("kv", 4, 0.0), ("int4", 1, 0.06))
+    )
+    for num_blocks in (5, 10_000):
+        table = random_table(random.Random(0), 2, num_blocks)._replace(
+            options=(lossy, exact), stored=(0, 0), capacity={"device": 0, "host": 10**6}
+        )
+        counts = best_counts(table)
+        assert counts is not None
+        assert counts.tolist() == [0, num_blocks]
+
+
+def test_forms_are_mixed_where_link_and_device_are_balanced_by_it() -> None:
+    """int4 takes a quarter of the link and all of the device, K and V the reverse."""
+    int4 = Option(name="int4", form="int4", tier="host", seconds={"h2d": 1, "device": 4}, bytes={"host": 1}, loss=0.06)
+    kv = Option(name="kv", form="kv", tier="host", seconds={"h2d": 4, "device": 1}, bytes={"host": 4})
+    table = random_table(random.Random(0), 2, 100)._replace(
+        options=(int4, kv),
+        stored=(0, 0),
+        capacity={"device": 0, "host": 1000},
+        num_layers=1,
+        fixed_s={},
+        chunk_blocks=1,
+    )
+    counts = best_counts(table)
+    assert counts is not None
+    assert counts.tolist() == [50, 50]
+    assert step_of(table, counts).step_s == 250.0
+    assert best_counts(table._replace(limits=(30, 100))).tolist() == [30, 70]  # type: ignore[union-attr]

@@ -112,9 +112,9 @@ class OffloadedHFCache(DynamicCache):
             f"(layer {position}; hooks, adapters or the precision changed?); they are transferred instead"
         )
 
-    def warn_not_quantizable(self, position: int, kv_dtype: str, why: str) -> None:
+    def warn_not_quantizable(self, module: nn.Module | None, kv_dtype: str, why: str) -> None:
         """Say once that K/V of some layers stay exact though a form with loss was asked for."""
-        self._warn_once(f"kv_dtype={kv_dtype!r} does not apply to layer {position}, whose K/V stay exact: {why}")
+        self._warn_once(f"K/V of {type(module).__name__} stay exact, kv_dtype={kv_dtype!r} does not apply: {why}")
 
     def warn_whole_layer(self, module: nn.Module) -> None:
         """Say once that attention cannot take chunks one by one here."""

@@ -65,6 +65,7 @@ class CachePlans:
         self._plans: weakref.WeakKeyDictionary[hf.OffloadedHFCache, GenerationPlan] = weakref.WeakKeyDictionary()
         self._ahead: PlanningAhead[GenerationPlan] = PlanningAhead()
         self._configured_for: Callable[[], Any] = lambda: None  # a weak reference
+        self._has_told_packing = False
         self._position_row_bytes: dict[tuple[int, int], int] = {}  # that blocks of (rows, copies) carried last
 
     def __contains__(self, cache: hf.OffloadedHFCache) -> bool:
@@ -199,8 +200,11 @@ class CachePlans:
         layer = cache.core.layers[position]
         self._fit(cache, layer, first, prompt_tokens)
         kv_dtype = self._planner.config.kv_dtype
+        if self._planner.config.packing == "auto" and first.kv_dtype != "bfloat16" and not self._has_told_packing:
+            self._has_told_packing = True
+            logger.info("the cache is %s: packing is for bfloat16, and has no effect", first.kv_dtype)
         if kv_dtype != "model" and (why := first.why_not_encoded()):
-            cache.warn_not_quantizable(position, kv_dtype, why)
+            cache.warn_not_quantizable(first.module, kv_dtype, why)
         if not cache.core.placement.keeps_activations:
             return False
         if position == 0:

@@ -24,7 +24,7 @@ from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning import planner
 from kvoffload.planning.drafts import round_times
-from kvoffload.planning.forms import FORMS
+from kvoffload.planning.forms import FORMS, option_name
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.placement import PLAIN, FormName, Placement
 from kvoffload.planning.plan import Plan
@@ -189,14 +189,20 @@ class GenerationPlanner:
         return replace(chosen, round_times=times)
 
     def with_fitting_share(self, chosen: GenerationPlan) -> GenerationPlan:
-        """The same with as many activations as it takes to fit on the host at the full length.
+        """The same with as many activations, or blocks of few bits, as it takes to fit on the host at the full length.
 
-        A plan is for the mean length, where a larger part of the cache is resident.
+        A plan is for the mean length, where a larger part of the cache is resident. Packed blocks do not help here:
+        whether a block can be packed is seen when it is there.
         """
         if chosen.fits_on_host or chosen.inputs is None or not chosen.placement.may_become:
             return chosen
         there = {**chosen.inputs.stored, **stored_options({}, planned_resident(chosen.plan))}
-        inputs = replace(chosen.inputs, stored=there)
+        certain = {
+            form: size
+            for form, size in chosen.inputs.bytes_per_token.items()
+            if not FORMS[form].needs_rates or there.keys() & {form, option_name(form, "device")}
+        }
+        inputs = replace(chosen.inputs, stored=there, bytes_per_token=certain)
         num_blocks = max(inputs.num_blocks, chosen.geometry.max_tokens // inputs.block_tokens)
         host_bytes = host_bytes_at(chosen.host_cap_bytes, chosen.geometry, num_blocks, inputs.block_tokens)
         # less the block of each form that `reserved_blocks` has to spare

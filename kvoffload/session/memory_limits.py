@@ -18,7 +18,6 @@ from kvoffload.planning.forms import FORMS
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.memory import DEVICE_SHARE, HOST_SHARE, prefill_chunk_tokens, prefill_peak_bytes
-from kvoffload.planning.placement import PLAIN
 from kvoffload.planning.sizing import planned_forms, smallest_sizes, uncapped_sizes
 from kvoffload.units import counted, gib
 
@@ -108,11 +107,12 @@ class MemoryLimits:
         Raises:
             HostMemoryError: so it is.
         """
-        sizes = inputs.bytes_per_token
-        plain = sizes[PLAIN]
-        smallest = min(sizes.values()) if inputs.split is None else plain
+        # whether a block can be packed is seen when it is there
+        sizes = {form: size for form, size in inputs.bytes_per_token.items() if not FORMS[form].needs_rates}
+        kept = min(size for form, size in sizes.items() if not FORMS[form].is_recomputed)
+        smallest = min(sizes.values()) if inputs.split is None else kept
         recomputed = next(size for form, size in sizes.items() if FORMS[form].is_recomputed)
-        token_bytes = smallest if inputs.split is None else inputs.split * recomputed + (1 - inputs.split) * plain
+        token_bytes = smallest if inputs.split is None else inputs.split * recomputed + (1 - inputs.split) * kept
         num_tokens = geometry.max_tokens // inputs.block_tokens * inputs.block_tokens
         needed = geometry.num_offloaded_layers * num_tokens * token_bytes * _stored_share(geometry, prompt_tokens)
         on_device = max(0, inputs.device_bytes - inputs.fixed_device_bytes) * token_bytes / smallest

@@ -21,7 +21,12 @@ from campaign import rows
 from kvoffload.backend import CudaBackend
 from kvoffload.bench import Preset
 from kvoffload.bench.presets import make_model
-from kvoffload.kernels import ops, reference
+from kvoffload.kernels import ops, pieces, reference
+from kvoffload.kernels.stored import StoredKV
+from kvoffload.planning.forms import FORMS
+from kvoffload.store.forms import made_of_kv
+from kvoffload.store.forms.encoded import Encoded
+from kvoffload.store.tail import KVShape
 
 PIN_BYTES = 2**30
 COPIES = 4
@@ -140,6 +145,10 @@ def cases(device: torch.device) -> Iterator[Case]:
     capped = {"window": 100, "softcap": 30.0}
     yield attention("attention, window and softcap", made(4, 1, 16, 256), made(256, 4, 2, 8, 256), **capped)
 
+    for name, row in FORMS.items():
+        if row.is_encoded:
+            yield _stored(name, device, made(8, 1, 32, 128), made(4, 64, 8, 2, 8, 128))
+
     parts = {"part_out": made(4, 1, 8, 128, dtype=torch.float32), "part_lse": made(4, 1, 8, dtype=torch.float32)}
     into = {"out": made(4, 1, 8, 128, dtype=torch.float32), "lse": made(4, 1, 8, dtype=torch.float32)}
     yield Case("merge", torch.float32, ops.merge_, reference.merge_, parts, into)
@@ -155,6 +164,20 @@ def cases(device: torch.device) -> Iterator[Case]:
     x = {"x": made(64 * 4, 512), "weight": made(8 * 128, 512) * 512**-0.5, "bias": made(8 * 128)}
     keys = {"keys": _poison((64, 4, 8, 128), device, torch.bfloat16)}
     yield Case("linear_rope", torch.bfloat16, linear_rope, reference.linear_rope, x | turned, keys)
+
+
+def _stored(name: str, device: torch.device, q: Tensor, kv: Tensor) -> Case:
+    """Attention over blocks of a form, K and V [blocks, tokens, rows, 2, heads, head_dim]."""
+    blocks, block_tokens, rows, _, heads, head_dim = kv.shape
+    form = made_of_kv([name], KVShape(heads, head_dim, heads, head_dim, kv.dtype), block_tokens)[name]
+    assert isinstance(form, Encoded)
+    data = torch.empty(blocks, form.block_bytes(rows), dtype=torch.uint8, device=device)
+    form.encode(kv, data)
+    stored = StoredKV(name, data, block_tokens, rows, heads, head_dim, form.decode)
+    given = {"q": q, "stored": stored, "scale": head_dim**-0.5, "is_first": True, "first_position": 0}
+    given |= {"query_position": stored.num_tokens - 1}
+    outputs = {"out": _poison(q.shape, device), "lse": _poison(q.shape[:3], device)}
+    return Case(f"attention over {name}", q.dtype, ops.stored_attention, pieces.stored_attention, given, outputs)
 
 
 def checked_generate(device: torch.device, drafts: int) -> tuple[float, bool, int]:
