@@ -21,10 +21,9 @@ from rich.console import Console
 import kvoffload
 from campaign import rows
 from kvoffload import hf
-from kvoffload.bench.quality import POSITIONS, Quality, measure_quality, text_of_python
+from kvoffload.bench.quality import POSITIONS, Quality, bytes_decide, measure_quality, text_of_python
 from kvoffload.cli import chat
 from kvoffload.cli.terminal import script
-from kvoffload.config import EmulatedLink, OffloadConfig
 from kvoffload.store.forms import int4, int8
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,11 +64,7 @@ def outliers(model: Any) -> Iterator[None]:
 
 def packed(model: Any, ids: torch.Tensor) -> dict[str, tuple[str, float]]:
     """What of the model's bfloat16 cache is packed, and how many bytes that saves."""
-    config = OffloadConfig(
-        link=EmulatedLink(h2d_gb_per_s=0.2), device_gib="min", speculate="off", deterministic=True, split="transfer"
-    )
-    with kvoffload.offload(model, config) as session:
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    with kvoffload.offload(model, bytes_decide(packing="auto")) as session:
         cache = session.new_cache()
         with torch.no_grad():
             model(ids, **{hf.generation_name(): cache})

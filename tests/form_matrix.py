@@ -109,11 +109,11 @@ def config_of(cell: Cell, device_gib: Any) -> OffloadConfig:
     )
 
 
-def device_gib(cell: Cell) -> Any:
+def device_gib(cell: Cell, *, is_double: bool) -> Any:
     """The cap of a cell; "some" has room for a third of the cache in its form."""
     if cell.device == "min":
         return "min"
-    plan = run(cell._replace(device="min")).stats[0].plan
+    plan = run(cell._replace(device="min"), is_double=is_double).stats[0].plan
     cache_bytes = plan.num_offloaded_layers * plan.num_blocks * plan.block_tokens * plan.bytes_per_token[cell.form]
     return (plan.device_bytes + cache_bytes / 3) / GIB
 
@@ -121,7 +121,7 @@ def device_gib(cell: Cell) -> Any:
 def run(cell: Cell, *, is_double: bool = False, damage: Callable[[OffloadedHFCache], None] | None = None) -> Seen:
     """The offloaded run of a cell, every access to buffers checked; `damage` is done before the first decode step."""
     model, mode = model_of(cell.architecture, is_double=is_double), MODES[cell.mode]
-    forms, config = dict[tuple[int, int], str](), config_of(cell, device_gib(cell))
+    forms, config = dict[tuple[int, int], str](), config_of(cell, device_gib(cell, is_double=is_double))
 
     damages = [] if damage is None else [damage]
 

@@ -42,16 +42,23 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 
 def to_int8(x: torch.Tensor) -> torch.Tensor:
     """Vectors [..., n] through 8 bits."""
-    scale = (x.abs().amax(-1, keepdim=True) / 127).half().float()
+    scale = int8_scale(x)
     return torch.where(scale > 0, torch.clamp(torch.round(x / scale), -127, 127), 0.0).nan_to_num() * scale
 
 
-def in_groups(x: torch.Tensor, levels: int, size: int = GROUP) -> torch.Tensor:
+def int8_scale(x: torch.Tensor) -> torch.Tensor:
+    return (x.abs().amax(-1, keepdim=True) / 127).half().float()
+
+
+def group_scale(group: torch.Tensor, levels: int) -> torch.Tensor:
+    return ((group.amax(-1, keepdim=True) - group.amin(-1, keepdim=True)) / levels).half().float()
+
+
+def in_groups(x: torch.Tensor, levels: int) -> torch.Tensor:
     """Vectors [..., n] through codes of groups of neighbours."""
     found = []
-    for group in x.split(size, -1):
-        least, most = group.amin(-1, keepdim=True), group.amax(-1, keepdim=True)
-        scale, least = ((most - least) / levels).half().float(), least.half().float()
+    for group in x.split(GROUP, -1):
+        scale, least = group_scale(group, levels), group.amin(-1, keepdim=True).half().float()
         steps = (group - least) / torch.where(scale > 0, scale, torch.ones_like(scale))
         found.append(torch.clamp(torch.round(steps), 0, levels) * scale + least)
     return torch.cat(found, -1)
@@ -61,8 +68,19 @@ def keys_through(form: str, keys: torch.Tensor) -> torch.Tensor:
     """Keys of a block, [rows, heads, tokens, head_dim], as attention sees them."""
     if form == "int2":  # each channel over tokens
         return in_groups(keys.float().transpose(-1, -2), LEVELS[form]).transpose(-1, -2)
-    through = to_int8 if form == "int8" else lambda x: in_groups(x, LEVELS[form], 16)
-    return hadamard(through(hadamard(keys)))
+    rotated = hadamard(keys)
+    mean = rotated.double().mean(-2, keepdim=True).half().float()
+    centred = rotated - mean
+    if form == "int8":
+        is_less = int8_scale(centred) < int8_scale(rotated)
+        return hadamard(torch.where(is_less, to_int8(centred) + mean, to_int8(rotated)))
+    found = []
+    for own, less, middle in zip(
+        rotated.split(GROUP, -1), centred.split(GROUP, -1), mean.split(GROUP, -1), strict=True
+    ):
+        is_less = group_scale(less, LEVELS[form]) < group_scale(own, LEVELS[form])
+        found.append(torch.where(is_less, in_groups(less, LEVELS[form]) + middle, in_groups(own, LEVELS[form])))
+    return hadamard(torch.cat(found, -1))
 
 
 def values_through(form: str, values: torch.Tensor) -> torch.Tensor:

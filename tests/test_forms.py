@@ -66,12 +66,18 @@ def test_what_comes_back_is_what_the_form_means(name: str, head_dim: int, tokens
         torch.testing.assert_close(block[:, :, 1].permute(1, 2, 0, 3), values_through(name, values), atol=0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", LOSSY)
-def test_storing_what_came_back_changes_nothing_more(name: str) -> None:
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_channel_that_stands_out_costs_keys_little(name: str) -> None:
+    """As by the biases of Qwen2.5: the mean over a block takes it away. A key without it, a sink's, is kept too."""
     form = form_of(name, 64, 16)
-    once = restored(form, packed(form, random_blocks(form)), 2)
-    again = restored(form, packed(form, once.view(3, 16, 2, 2, 2, 64)), 2)
-    torch.testing.assert_close(again, once, atol=5e-6, rtol=1e-5)
+    kv = random_blocks(form)
+    plain = restored(form, packed(form, kv), 2).view(kv.shape) - kv
+    kv[..., 0, :, 3] += 60.0
+    kv[:, 0, ..., 0, :, :] = random_blocks(form, seed=1)[:, 0, ..., 0, :, :] / 8
+    found = restored(form, packed(form, kv), 2).view(kv.shape) - kv
+    keys, plain_keys = found[..., 0, :, :], plain[..., 0, :, :]
+    assert keys[:, 1:].square().mean() <= 2 * plain_keys.square().mean()
+    assert keys[:, 0].square().mean() <= plain_keys.square().mean()
 
 
 def test_zeros_and_a_constant_are_kept() -> None:

@@ -25,19 +25,19 @@ def read(
     HEAD_DIM: tl.constexpr,
 ) -> tl.tensor:
     """Keys or values of a tile; see `readers`."""
-    SIZE: tl.constexpr = 32 if IS_VALUE else 16  # of a group
-    GROUPS: tl.constexpr = (HEAD_DIM + SIZE - 1) // SIZE
-    KEY_GROUPS: tl.constexpr = (HEAD_DIM + 15) // 16
+    GROUPS: tl.constexpr = (HEAD_DIM + 31) // 32
     start = block_start(token, block_tokens, block_bytes)
     vector = vector_of(token, row, head, block_tokens, rows, heads, IS_VALUE)
     inside = is_token[:, None] & (dim < HEAD_DIM)[None, :]
     code = codes(ptr, start + vector * (HEAD_DIM // 2), dim, inside, HEAD_DIM, 2).to(tl.float32)
-    vectors = (block_tokens * rows * heads).to(tl.int64)  # of keys, or of values
-    number = ((token % block_tokens).to(tl.int64) * rows + row) * heads + head
-    scales = (start + 2 * vectors * (HEAD_DIM // 2)) // 2 + number * GROUPS
-    if IS_VALUE:
-        scales += 2 * vectors * KEY_GROUPS
-    place = halves_ptr + scales[:, None] + (dim // SIZE)[None, :]
-    scale = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    vectors = (block_tokens * rows * 2 * heads).to(tl.int64)
+    scales = (start + vectors * (HEAD_DIM // 2)) // 2
+    place = halves_ptr + (scales + vector * GROUPS)[:, None] + (dim // 32)[None, :]
+    scale = tl.load(place, mask=inside, other=0.0)
     least = tl.load(place + vectors * GROUPS, mask=inside, other=0.0).to(tl.float32)
-    return code * scale + least
+    found = code * tl.abs(scale.to(tl.float32)) + least
+    if not IS_VALUE:
+        mean = halves_ptr + (scales + 2 * vectors * GROUPS + (row * heads + head) * HEAD_DIM)[:, None] + dim[None, :]
+        is_less = inside & (scale.to(tl.int16, bitcast=True) < 0)
+        found += tl.load(mean, mask=is_less, other=0.0).to(tl.float32)
+    return found

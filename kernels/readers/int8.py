@@ -29,6 +29,12 @@ def read(
     vector = vector_of(token, row, head, block_tokens, rows, heads, IS_VALUE)
     inside = is_token[:, None] & (dim < HEAD_DIM)[None, :]
     codes = tl.load(ptr + (start + vector * HEAD_DIM)[:, None] + dim[None, :], mask=inside, other=0)
-    scales = (start + (block_tokens * rows * 2 * heads).to(tl.int64) * HEAD_DIM) // 2
-    scale = tl.load(halves_ptr + scales + vector, mask=is_token, other=0.0).to(tl.float32)
-    return codes.to(tl.int8, bitcast=True).to(tl.float32) * scale[:, None]
+    vectors = (block_tokens * rows * 2 * heads).to(tl.int64)
+    scales = (start + vectors * HEAD_DIM) // 2
+    scale = tl.load(halves_ptr + scales + vector, mask=is_token, other=0.0)
+    found = codes.to(tl.int8, bitcast=True).to(tl.float32) * tl.abs(scale.to(tl.float32))[:, None]
+    if not IS_VALUE:
+        mean = halves_ptr + (scales + vectors + (row * heads + head) * HEAD_DIM)[:, None] + dim[None, :]
+        is_less = inside & (scale.to(tl.int16, bitcast=True) < 0)[:, None]
+        found += tl.load(mean, mask=is_less, other=0.0).to(tl.float32)
+    return found

@@ -108,7 +108,7 @@ def _compare(
     model: Any, ids: torch.Tensor, context: int, exact: list[torch.Tensor], kv_dtype: str, block_tokens: Any
 ) -> Quality:
     klds, same, nll, exact_nll, seen = [], 0, 0.0, 0.0, context
-    with offload(model, _config(kv_dtype, block_tokens)) as session:
+    with offload(model, bytes_decide(kv_dtype=kv_dtype, block_tokens=block_tokens)) as session:
         cache = session.new_cache()
         for wanted, logits in zip(exact, _logits(model, ids, context, cache), strict=True):
             before, after = wanted.to(logits.device).log_softmax(-1), logits.log_softmax(-1)
@@ -159,18 +159,11 @@ def _forward(model: Any, part: torch.Tensor, cache: dict[str, Any], start: int) 
     return model(part, position_ids=positions, use_cache=True, **cache)
 
 
-def _config(kv_dtype: Any, block_tokens: Any) -> OffloadConfig:
-    """All blocks on the host, in the form of fewest bytes that is allowed."""
+def bytes_decide(**options: Any) -> OffloadConfig:
+    """All blocks on the host, in the form of fewest bytes that the options allow."""
     preset = HardwareProfile.preset("a100-40gb-pcie4")
     points = tuple(Point((size,), size / _SLOW_LINK_BYTES_PER_S, 0.0) for size in (1e3, 1e9))
     slow = Curve(unit="bytes", points=points)
-    return OffloadConfig(
-        kv_dtype=kv_dtype,
-        split="transfer",
-        packing="off",
-        device_gib="min",
-        speculate="off",
-        deterministic=True,
-        block_tokens=block_tokens,
-        profile=replace(preset, h2d=slow, d2h=slow),
-    )
+    fixed: dict[str, Any] = {"split": "transfer", "packing": "off", "device_gib": "min", "speculate": "off"}
+    fixed |= {"deterministic": True, "profile": replace(preset, h2d=slow, d2h=slow)}
+    return OffloadConfig(**fixed | options)

@@ -193,7 +193,10 @@ class CacheLayer(LayerBlocks):
         else:
             stored = self.cache.engine.fetch(Cargo(source=block.bytes, after=block.written))
         logical = self.cache.logical_rows(index)
-        self._reopened = Kind(block.form, "device" if block.is_resident else "host")
+        if FORMS[block.form].is_exact:
+            self._reopened = Kind(block.form, "device" if block.is_resident else "host")
+        else:  # its tokens stay as they were read back: they are not rounded twice
+            self._reopened = Kind(PLAIN, "host")
         for part, data in self.forms[block.form].reopened(stored, span).items():
             self.tail.restore(part, data if logical is None else data.index_select(1, logical))
 

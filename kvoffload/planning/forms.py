@@ -15,7 +15,6 @@ from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.placement import PLAIN, FormName, Kind, Part, Tier
 
 GROUP = 32  # values that share a scale and a least value
-KEY_GROUP = 16  # the same of keys in 4 bits
 LEAST_HEAD_DIM = 32  # of what is encoded
 
 
@@ -63,13 +62,21 @@ def _vectors(cache: Geometry) -> int:
     return cache.kv_row_bytes // (cache.kv_itemsize_bytes * cache.head_dim) if cache.head_dim else 0
 
 
-def _groups(size: int, group: int = GROUP) -> int:
-    return math.ceil(size / group)
+def _groups(size: int) -> int:
+    return math.ceil(size / GROUP)
 
 
-def _int4_row_bytes(cache: Geometry, _: int) -> int:
-    groups = _groups(cache.head_dim, KEY_GROUP) + _groups(cache.head_dim)
-    return _vectors(cache) * cache.head_dim // 2 + _vectors(cache) // 2 * groups * 4  # float16 scale and least value
+def _means_bytes(cache: Geometry, block_tokens: int) -> int:
+    return math.ceil(_vectors(cache) // 2 * cache.head_dim * 2 / block_tokens)  # of keys over a block, float16
+
+
+def _int8_row_bytes(cache: Geometry, block_tokens: int) -> int:
+    return _vectors(cache) * (cache.head_dim + 2) + _means_bytes(cache, block_tokens)
+
+
+def _int4_row_bytes(cache: Geometry, block_tokens: int) -> int:
+    groups = 4 * _groups(cache.head_dim)  # float16 scale and least value
+    return _vectors(cache) * (cache.head_dim // 2 + groups) + _means_bytes(cache, block_tokens)
 
 
 def _int2_row_bytes(cache: Geometry, block_tokens: int) -> int:
@@ -109,7 +116,7 @@ FORMS: dict[FormName, StoredForm] = {
         StoredForm(
             name="int8",
             label="8-bit K/V",
-            row_bytes=lambda cache, _: _vectors(cache) * (cache.head_dim + 2),
+            row_bytes=_int8_row_bytes,
             is_encoded=True,
             loss=2**-8,
             is_wanted=_is_quantized_to("int8", "int4", "int2"),

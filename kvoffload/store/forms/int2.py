@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from kvoffload.store.forms.encoded import Encoded, field_bytes, fields
-from kvoffload.store.forms.quantized import bounds, dequantize, is_whole, join, num_groups, part, quantize
+from kvoffload.store.forms.quantized import are_finite, bounds, dequantize, join, num_groups, part, quantize
 
 LEVELS = 3
 TOKENS = -4  # dimension of [blocks, tokens, rows, heads, head_dim]
@@ -58,4 +58,4 @@ class Stored(Encoded):
 
     def held(self, kv: torch.Tensor) -> torch.Tensor:
         keys, values = kv.float().unbind(3)
-        return is_whole(*bounds(keys, TOKENS, LEVELS)) & is_whole(*bounds(values, -1, LEVELS))
+        return are_finite(*bounds(keys, TOKENS, LEVELS), *bounds(values, -1, LEVELS))

@@ -1,13 +1,11 @@
-"""4 bits: keys, rotated, and values in groups along a head, each with a float16 scale and least value.
+"""4 bits: groups of 32 along a head with float16 scales and least values; keys are rotated, and may be less their mean.
 
-Keys are in groups of 16, which most of the error comes from, values of 32. A block, one part behind the other; element
-i of a head is in byte i % (head_dim / 2), the first half in the low bits:
+A block, one part behind the other; element i of a head is in byte i % (head_dim / 2), the first half in the low bits:
 
-    codes             uint8    [tokens, rows, 2, heads, head_dim / 2]
-    scales of keys    float16  [tokens, rows, heads, groups of keys]
-    least of keys     float16  likewise
-    scales of values  float16  [tokens, rows, heads, groups of values]
-    least of values   float16  likewise
+    codes   uint8    [tokens, rows, 2, heads, head_dim / 2]
+    scales  float16  [tokens, rows, 2, heads, groups]       sign bit: of keys less the mean
+    least   float16  [tokens, rows, 2, heads, groups]
+    means   float16  [rows, heads, head_dim]                of the keys over the block's tokens
 """
 
 from __future__ import annotations
@@ -15,14 +13,27 @@ from __future__ import annotations
 import torch
 
 from kvoffload.store.forms.encoded import Encoded, field_bytes, fields
-from kvoffload.store.forms.quantized import bounds, dequantize, is_whole, join, num_groups, part, quantize
+from kvoffload.store.forms.quantized import (
+    are_finite,
+    bounds,
+    dequantize,
+    join,
+    means,
+    num_groups,
+    part,
+    quantize,
+    spread,
+)
 
 LEVELS = 15
-GROUPS = (16, 32)  # of keys, and of values
 
 
 class Stored(Encoded):
-    """Blocks of 4 bits a value. Source: QuaRot (arXiv 2404.00456), section 4, for rotated keys in groups."""
+    """Blocks of 4 bits a value.
+
+    Source: QuaRot (arXiv 2404.00456), section 4, for rotated keys in groups; less their mean as `int8`, where that
+    makes a group's range smaller.
+    """
 
     name = "int4"
     rotates_keys = True
@@ -31,29 +42,43 @@ class Stored(Encoded):
         return field_bytes(*self._parts(rows))
 
     def _parts(self, rows: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-        tokens, heads, head_dim = self.block_tokens, self.shape.key_heads, self.shape.key_dim
-        codes = ((tokens, rows, 2, heads, head_dim // 2), torch.uint8)
-        of_keys, of_values = (((tokens, rows, heads, num_groups(head_dim, group)), torch.float16) for group in GROUPS)
-        return (codes, of_keys, of_keys, of_values, of_values)
+        vectors, heads, head_dim = (self.block_tokens, rows, 2, self.shape.key_heads), *self.shape[:2]
+        groups = ((*vectors, num_groups(head_dim)), torch.float16)
+        return (
+            ((*vectors, head_dim // 2), torch.uint8),
+            groups,
+            groups,
+            ((rows, heads, head_dim), torch.float16),
+        )
 
     def encode(self, kv: torch.Tensor, out: torch.Tensor) -> None:
-        codes, *halves = fields(out, *self._parts(kv.shape[2]))
-        found = []
-        for x, group in zip(kv.float().unbind(3), GROUPS, strict=True):
-            scale, least = bounds(x, -1, LEVELS, group)
-            halves.pop(0).copy_(scale)
-            halves.pop(0).copy_(least)
-            found.append(join(quantize(x, scale, least, -1, LEVELS, group), 2))
-        codes.copy_(torch.stack(found, dim=3))
+        codes, scales, least, mean = fields(out, *self._parts(kv.shape[2]))
+        kv, found, scale, low = self._chosen(kv)
+        mean.copy_(found)
+        scales.copy_(scale)
+        least.copy_(low)
+        codes.copy_(join(quantize(kv, scale.abs(), low, -1, LEVELS), 2))
+
+    @staticmethod
+    def _chosen(kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """K less their mean where its groups are smaller so, and V; the means; scales (sign: less the mean); least."""
+        keys, values = kv.float().unbind(3)
+        mean = means(keys)
+        centred = keys - mean.float().unsqueeze(1)
+        (scale, low), (less, low_less) = bounds(keys, -1, LEVELS), bounds(centred, -1, LEVELS)
+        is_less = less < scale
+        keys = torch.where(spread(is_less, -1, keys.shape[-1]), centred, keys)
+        of_values = bounds(values, -1, LEVELS)
+        scales = torch.stack((torch.where(is_less, -less, scale), of_values[0]), dim=3)
+        lows = torch.stack((torch.where(is_less, low_less, low), of_values[1]), dim=3)
+        return torch.stack((keys, values), dim=3), mean, scales, lows
 
     def decode(self, data: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tensor:
-        codes, *halves = fields(data, *self._parts(rows))
-        parts = zip(part(codes, 2).unbind(3), halves[::2], halves[1::2], GROUPS, strict=True)
-        found = [dequantize(x, scale, least, -1, dtype, group) for x, scale, least, group in parts]
-        return torch.stack(found, dim=3).flatten(0, 1)
+        codes, scales, least, mean = fields(data, *self._parts(rows))
+        found = dequantize(part(codes, 2), scales.abs(), least, -1, dtype)
+        is_less = spread(scales[:, :, :, 0].signbit(), -1, self.shape.key_dim)
+        found[:, :, :, 0].addcmul_(is_less.to(dtype), mean.to(dtype).unsqueeze(1))
+        return found.flatten(0, 1)
 
     def held(self, kv: torch.Tensor) -> torch.Tensor:
-        keys, values = (
-            is_whole(*bounds(x, -1, LEVELS, group)) for x, group in zip(kv.float().unbind(3), GROUPS, strict=True)
-        )
-        return keys & values
+        return are_finite(*self._chosen(kv)[1:])

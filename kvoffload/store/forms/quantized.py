@@ -4,47 +4,45 @@ from __future__ import annotations
 
 import torch
 
-GROUP = 32  # values that share a scale and a least value, where nothing else is said
+GROUP = 32  # values that share a scale and a least value
 
 
-def num_groups(size: int, group: int = GROUP) -> int:
+def num_groups(size: int) -> int:
     """Groups along `size` values; the last one may be smaller."""
-    return -(-size // group)
+    return -(-size // GROUP)
 
 
-def bounds(x: torch.Tensor, dim: int, levels: int, group: int = GROUP) -> tuple[torch.Tensor, torch.Tensor]:
+def bounds(x: torch.Tensor, dim: int, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and least value, float16, of groups along `dim` (negative): the groups stand there instead."""
-    groups = list(x.split(group, dim))
+    groups = list(x.split(GROUP, dim))
     least = torch.stack([one.amin(dim) for one in groups], dim)
     most = torch.stack([one.amax(dim) for one in groups], dim)
     return ((most - least) / levels).half(), least.half()
 
 
-def quantize(
-    x: torch.Tensor, scale: torch.Tensor, least: torch.Tensor, dim: int, levels: int, group: int = GROUP
-) -> torch.Tensor:
+def quantize(x: torch.Tensor, scale: torch.Tensor, least: torch.Tensor, dim: int, levels: int) -> torch.Tensor:
     """Codes 0..levels, uint8, of `x` in groups along `dim`."""
-    scale, least = (spread(part.float(), dim, x.shape[dim], group) for part in (scale, least))
+    scale, least = (spread(part.float(), dim, x.shape[dim]) for part in (scale, least))
     steps = (x - least) / torch.where(scale > 0, scale, 1.0)
     return steps.round_().clamp_(0, levels).to(torch.uint8)
 
 
 def dequantize(
-    codes: torch.Tensor, scale: torch.Tensor, least: torch.Tensor, dim: int, dtype: torch.dtype, group: int = GROUP
+    codes: torch.Tensor, scale: torch.Tensor, least: torch.Tensor, dim: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """What the codes stand for."""
     size = codes.shape[dim]
-    if dim == -1 and size % group == 0:
-        found: torch.Tensor = codes.unflatten(-1, (-1, group)).to(dtype)
+    if dim == -1 and size % GROUP == 0:
+        found: torch.Tensor = codes.unflatten(-1, (-1, GROUP)).to(dtype)
         found.mul_(scale.to(dtype).unsqueeze(-1)).add_(least.to(dtype).unsqueeze(-1))
         return found.flatten(-2)
-    scale, least = (spread(part.to(dtype), dim, size, group) for part in (scale, least))
+    scale, least = (spread(part.to(dtype), dim, size) for part in (scale, least))
     return codes.to(dtype).mul_(scale).add_(least)
 
 
-def spread(groups: torch.Tensor, dim: int, size: int, group: int) -> torch.Tensor:
+def spread(groups: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     """A value of each group for each of its members."""
-    return groups.repeat_interleave(group, dim).narrow(dim, 0, size)
+    return groups.repeat_interleave(GROUP, dim).narrow(dim, 0, size)
 
 
 def join(codes: torch.Tensor, per_byte: int) -> torch.Tensor:
@@ -68,7 +66,14 @@ def part(data: torch.Tensor, per_byte: int) -> torch.Tensor:
     return found
 
 
-def is_whole(scale: torch.Tensor, least: torch.Tensor | None = None) -> torch.Tensor:
-    """Which blocks have finite scales and least values, bool [blocks]; NaN or infinite K and V give others."""
-    found = scale.isfinite().flatten(1).all(1)
-    return found if least is None else found & least.isfinite().flatten(1).all(1)
+def means(keys: torch.Tensor) -> torch.Tensor:
+    """Of keys [blocks, tokens, rows, heads, head_dim] over the tokens of each block, float16.
+
+    Summed in float64, so that they do not depend on the order of the sum.
+    """
+    return keys.mean(1, dtype=torch.float64).half()
+
+
+def are_finite(*parts: torch.Tensor) -> torch.Tensor:
+    """Which blocks have finite scales and the like, bool [blocks]; NaN or infinite K and V give others."""
+    return torch.stack([part.isfinite().flatten(1).all(1) for part in parts]).all(0)
