@@ -3,18 +3,21 @@
 
 scripts/bench_drafts.py --tasks summary,listing,question --ratios 8,25
 scripts/bench_drafts.py --batches 4,8 --tasks mixed --ratios 25
+scripts/bench_drafts.py --overhead --ratios 3,8 --new-tokens 200
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+from unittest import mock
 
 import torch
 import typer
@@ -25,6 +28,7 @@ from campaign import rows
 from kvoffload.cli import chat
 from kvoffload.cli.terminal import script
 from kvoffload.config import GIB, EmulatedLink, OffloadConfig
+from kvoffload.draft.rounds import Rounds
 from kvoffload.planning.drafts import best_length, tokens_per_round
 from kvoffload.profiler.stored import load_or_measure
 from kvoffload.session.stats import GenerationStats
@@ -48,6 +52,7 @@ TASKS = {
 NOTE = "\n\nNote: please remember the number 7319, because it opens the door of the archive on the third floor.\n\n"
 MIXED = ("summary", "listing", "question")  # rows of a batch in turn
 FULL_STEPS, UNEVEN_STEPS = 6, 2
+FAST_RATIO = 0.3  # of a plain step, that a pass takes over a link on which nothing is to be gained
 LOOKUP_TOKENS = 10
 RING_BYTES = 12_000_000  # of one sequence: ring, tails and what else a plan takes
 ALL_THREADS = torch.get_num_threads()
@@ -142,7 +147,7 @@ class Bench:
             self._plain_s[batch] = statistics.median(steps)
         return self._plain_s[batch]
 
-    def offloaded(self, ids: torch.Tensor, new_tokens: int, ratio: int, speculate: Any, **options: Any) -> Found:
+    def offloaded(self, ids: torch.Tensor, new_tokens: int, ratio: float, speculate: Any, **options: Any) -> Found:
         """One way over a link that takes `ratio` plain steps for a pass of full transfer."""
         with kvoffload.offload(self.model, self.config(ids, ratio, speculate=speculate)) as session:
             tokens, _ = self.generate(ids, new_tokens, **options)
@@ -155,7 +160,7 @@ class Bench:
             token_s = sum(stats.decode_step_s) / (new_tokens - 1)
         return Found(tokens, token_s, stats)
 
-    def config(self, ids: torch.Tensor, ratio: int, **options: Any) -> OffloadConfig:
+    def config(self, ids: torch.Tensor, ratio: float, **options: Any) -> OffloadConfig:
         """The options of a way; the link and the memory on the device are those of all of them."""
         batch, tokens = len(ids), ids.shape[1] + self.new_tokens // 2
         crossing = batch * (tokens - RESIDENT_TOKENS) * self.token_bytes
@@ -165,6 +170,43 @@ class Bench:
             block_tokens=16,
             **options,
         )
+
+
+@contextlib.contextmanager
+def worthless_drafts() -> Iterator[None]:
+    """Every draft is another token than the model would choose."""
+    choose = Rounds._choose
+
+    def wrong(self: Rounds, ids: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+        return (choose(self, ids, logits) + 1) % logits.shape[-1]
+
+    with mock.patch.object(Rounds, "_choose", wrong):
+        yield
+
+
+def measure_overhead(bench: Bench, ratio: float) -> list[rows.Row]:
+    """What drafts cost where none is right, or with a ratio of 0 where the link is too fast for any: over all steps."""
+    ids = bench.prompts("summary", 1)
+    around = worthless_drafts if ratio else contextlib.nullcontext
+    off = bench.offloaded(ids, bench.new_tokens, ratio or FAST_RATIO, "off")
+    with around():
+        drafted = bench.offloaded(ids, bench.new_tokens, ratio or FAST_RATIO, "auto")
+    total_s = [sum(found.stats.decode_step_s) for found in (drafted, off)]
+    steps_s = [statistics.median(found.stats.decode_step_s) for found in (drafted, off)]
+    found = {
+        "total_over_off": ("ratio", total_s[0] / total_s[1]),
+        "step_over_off": ("ratio", steps_s[0] / steps_s[1]),
+        "drafted_tokens": ("tokens", drafted.stats.drafted_tokens),
+        "same_tokens": ("fraction", float(torch.equal(drafted.tokens, off.tokens))),
+    }
+    provider = "worthless drafts" if ratio else "fast link"
+    how = {"task": "summary", "batch": 1, "ratio": ratio or FAST_RATIO, "new_tokens": bench.new_tokens}
+    told = ", ".join(f"{name} {value:.4g}" for name, (_, value) in found.items())
+    Console(width=160).print(f"{provider}, ratio {ratio}: {told}; {drafted.stats.drafts_off_reason}")
+    return [
+        rows.row("drafts", provider, metric, unit, ratio or FAST_RATIO, [value], how, drafted.stats.link_name)
+        for metric, (unit, value) in found.items()
+    ]
 
 
 def repeated_share(tokens: torch.Tensor, length: int = 8) -> float:
@@ -238,6 +280,9 @@ def main(
     ratios: Annotated[str, typer.Option(help=f"plain steps for a pass: {', '.join(map(str, RATIOS))}")] = "25",
     batches: Annotated[str, typer.Option(help="sequences, such as 1,4,8")] = "1",
     new_tokens: Annotated[int, typer.Option(min=16, help="of each answer")] = 160,
+    is_overhead: Annotated[
+        bool, typer.Option("--overhead", help="what useless drafts cost; ratio 0: a fast link")
+    ] = False,
     with_lookup: Annotated[bool, typer.Option("--lookup/--no-lookup", help="prompt lookup as well (batch 1)")] = True,
     csv_path: Annotated[Path, typer.Option("--csv", help="rows are added to this file")] = RESULTS / "drafts.csv",
 ) -> None:
@@ -246,6 +291,11 @@ def main(
     load_or_measure()
     console = Console() if sys.stdout.isatty() else Console(width=160)
     bench, survivals = Bench(new_tokens), dict[str, list[float]]()
+    if is_overhead:
+        for ratio in map(int, ratios.split(",")):
+            torch.set_num_threads(decoding_threads())  # as rows name the device
+            rows.save(csv_path, measure_overhead(bench, ratio))
+        return
     for batch, task, ratio in itertools.product(map(int, batches.split(",")), tasks.split(","), ratios.split(",")):
         torch.set_num_threads(decoding_threads())  # as rows name the device
         lookup = with_lookup and batch == 1
