@@ -11,9 +11,10 @@ from form_matrix import SLOW_LINK, WIDE
 from matrix import FAST_LINK, checking_backend, leaves_no_trace, profile
 from models import make_model
 from modes import COMMON, given, outcome, plain_cache, prompt
+from test_memory import Call, measure
 from transformers import PreTrainedModel
 
-from kvoffload import OffloadConfig
+from kvoffload import EmulatedLink, OffloadConfig
 from kvoffload.config import GIB
 from kvoffload.errors import ConfigError, HostMemoryError
 from kvoffload.session.session import Session
@@ -119,3 +120,33 @@ def test_a_copy_of_a_cache_shares_quantised_blocks_and_a_crop_reopens_them(model
         torch.testing.assert_close(other.layers[0].keys[:, :, :24], keys[:, :, :24])
         assert other.core.layers[0].blocks[0] is cache.core.layers[0].blocks[0]
     assert plain_cache(model) is not None
+
+
+@pytest.mark.parametrize(("kv_dtype", "least"), [("int8", 1.75), ("int4", 2.7), ("int2", 3.6)])
+def test_host_and_resident_memory_shrink_alike(
+    model: PreTrainedModel, kv_dtype: Any, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of blocks of 32 tokens and heads of 32 values; against bfloat16, of which this float32 cache is twice."""
+    call = Call(2, 160, 24)
+    options: dict[str, Any] = {"block_tokens": 32, "chunk_blocks": 1, "attention": "auto", "speculate": "off"}
+    options |= {"profile": profile(SLOW_LINK.h2d_gb_per_s), "deterministic": True}
+    plain, plain_stats = measure(model, call, "transfer", monkeypatch, **options)
+    small, stats = measure(model, call, "transfer", monkeypatch, kv_dtype=kv_dtype, **options)
+    assert plain_stats.host_bytes / stats.host_bytes >= 2 * least
+    assert plain.peak_host_bytes / small.peak_host_bytes >= 2 * least
+    # then all of it on the device, which has room for the form alone
+    cache_bytes = stats.plan.num_offloaded_layers * stats.plan.num_blocks * 32 * stats.plan.bytes_per_token[kv_dtype]
+    cap = (stats.plan.device_bytes + 1.3 * cache_bytes) / GIB
+    held, resident = measure(model, call, "transfer", monkeypatch, kv_dtype=kv_dtype, device_gib=cap, **options)
+    assert resident.plan.count(tier="device") > 0
+    assert held.decode_device_bytes <= 1.02 * cap * GIB
+    assert held.decode_device_bytes == pytest.approx(resident.device_kv_peak_decode_bytes, rel=0.02)
+
+
+def test_over_a_link_without_a_speed_the_coarsest_form_is_taken(model: PreTrainedModel) -> None:
+    with Session(
+        model, config(kv_dtype="int4", link=EmulatedLink(), profile="auto"), backend=checking_backend()
+    ) as session:
+        model.generate(prompt(2), **COMMON)
+        assert session.stats is not None
+        assert session.stats.lossy_form == "int4"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from kvoffload.advise.precisions import in_words
 from kvoffload.machine.quantities import Quantity
 from kvoffload.model.shape import shape_of
 from kvoffload.profiler.drawing.operation_chart import roofline_chart
@@ -177,11 +178,13 @@ def _timeline(found: Study) -> Section:
 def _split(found: Study) -> Section:
     shape = found.task.shape
     ratio = shape.activation_row_bytes / shape.kv_row_bytes
-    lines = (
+    lines: tuple[str, ...] = (
         f"A block kept as activations has {ratio:.2f} times the bytes of its K and V in this model, and is recomputed "
         "on the device. The step takes as long as the slowest of link, device and host; for every number of blocks the "
         "best placement over device and host is taken.",
     )
+    if line := in_words(found.precisions):
+        lines = (*lines, f"{line[0].upper()}{line[1:]}. Those that are not exact have to be asked for (kv_dtype).")
     if not found.splits:
         return Section("split", "Split", lines, note=f"No split fits: {found.problem}.")
     return Section("split", "Split", lines, (split_chart(found),))

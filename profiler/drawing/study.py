@@ -20,6 +20,7 @@ import numpy as np
 
 from kvoffload.advise.advice import Advice, advise, task_of
 from kvoffload.advise.comparison import WayFigures, compare_ways
+from kvoffload.advise.precisions import Precision, precisions
 from kvoffload.advise.roofline import Roofline, evaluate, setting_of
 from kvoffload.advise.task import Task
 from kvoffload.advise.ways import Way, best_of
@@ -143,6 +144,7 @@ class Study(NamedTuple):
     over_context: tuple[SizePoint, ...]
     compared: tuple[Compared, ...]
     measured: MeasuredRun | None
+    precisions: tuple[Precision, ...] = ()  # offloading with K and V in fewer bytes
 
     @property
     def recommendation(self) -> str:
@@ -228,6 +230,7 @@ def study(
         over_context=contexts,
         compared=compared,
         measured=measured,
+        precisions=precisions(task),
     )
 
 
