@@ -24,6 +24,7 @@ from kvoffload import hf
 from kvoffload.bench.quality import POSITIONS, Quality, bytes_decide, measure_quality, text_of_python
 from kvoffload.cli import chat
 from kvoffload.cli.terminal import script
+from kvoffload.config import EmulatedLink
 from kvoffload.store.forms import int4, int8
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,7 +65,7 @@ def outliers(model: Any) -> Iterator[None]:
 
 def packed(model: Any, ids: torch.Tensor) -> dict[str, tuple[str, float]]:
     """What of the model's bfloat16 cache is packed, and how many bytes that saves."""
-    with kvoffload.offload(model, bytes_decide(packing="auto")) as session:
+    with kvoffload.offload(model, bytes_decide(packing="auto", link=EmulatedLink(h2d_gb_per_s=2.0))) as session:
         cache = session.new_cache()
         with torch.no_grad():
             model(ids, **{hf.generation_name(): cache})
