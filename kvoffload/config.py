@@ -68,7 +68,8 @@ class OffloadConfig:
             decoding gains by them; a number (1..15) drafts that many, in sampling too; "off" (or 0) never.
         kv_dtype: "model" stores K and V exactly; "int8", "int4" or "int2" allows forms of that many bits and more, with
             loss (docs/quality.md): plans take the coarsest only where a step gets shorter by it.
-        packing: "auto" packs blocks of bfloat16 without loss where the plan says that it is faster; "off" never.
+        packing: "auto" packs blocks of bfloat16 without loss where the plan predicts that it is faster (a given split
+            without a profile predicts nothing); "off" never.
         deterministic: True fixes split, shares and the number of drafts by the first plan, from the profile alone: no
             timing of a run changes them, so that runs in half precision are alike. A profile is still measured once.
         profile: a HardwareProfile, a path to one, or "auto" (stored for this machine, else measured once).

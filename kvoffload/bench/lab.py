@@ -223,7 +223,7 @@ class Lab:
     ) -> OffloadConfig:
         """The options of a mode, with `changes` to them."""
         splits: dict[str, Any] = {"full_transfer": "transfer", "recompute_all": "recompute"}
-        splits |= dict.fromkeys(FORM_MODES, "transfer")
+        splits |= {mode: "transfer" for mode in FORM_MODES if mode != "packed"}  # packing takes a prediction
         options: dict[str, Any] = {
             "split": splits.get(WHOLE_LAYER_MODES.get(mode, mode), "auto") if split is None else split,
             "attention": "whole_layer" if mode in WHOLE_LAYER_MODES else "auto",
