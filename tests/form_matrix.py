@@ -179,7 +179,7 @@ def check(cell: Cell) -> None:
     stored, stats = set(seen.forms.values()), seen.stats[-1]
     assert stored <= {"kv", "activation", *FORMS[: FORMS.index(cell.form) + 1]}
     assert not stats.exact
-    assert stats.lossy_form in stored
+    assert stats.lossy_form in FORMS[: FORMS.index(cell.form) + 1]  # perhaps of the last block, which nobody read
     error = error_of(cell, seen)
     if TOLERANCE < error <= ROUNDED:
         error = error_of(cell, run(cell, is_double=True), is_double=True) / TOLERANCE_FLOAT64 * TOLERANCE

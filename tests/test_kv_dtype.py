@@ -10,7 +10,7 @@ import torch
 from form_matrix import SLOW_LINK, WIDE
 from matrix import FAST_LINK, checking_backend, leaves_no_trace, profile
 from models import make_model
-from modes import COMMON, given, outcome, plain_cache, prompt
+from modes import COMMON, given, outcome, prompt
 from test_memory import Call, measure
 from transformers import PreTrainedModel
 
@@ -119,7 +119,6 @@ def test_a_copy_of_a_cache_shares_quantised_blocks_and_a_crop_reopens_them(model
             model(more, **given(other))
         torch.testing.assert_close(other.layers[0].keys[:, :, :24], keys[:, :, :24])
         assert other.core.layers[0].blocks[0] is cache.core.layers[0].blocks[0]
-    assert plain_cache(model) is not None
 
 
 @pytest.mark.parametrize(("kv_dtype", "least"), [("int8", 1.75), ("int4", 2.7), ("int2", 3.6)])
@@ -150,3 +149,26 @@ def test_over_a_link_without_a_speed_the_coarsest_form_is_taken(model: PreTraine
         model.generate(prompt(2), **COMMON)
         assert session.stats is not None
         assert session.stats.lossy_form == "int4"
+
+
+def test_what_a_crop_left_of_quantised_blocks_is_still_not_exact(model: PreTrainedModel) -> None:
+    with Session(model, config(kv_dtype="int8"), backend=checking_backend()) as session:
+        cache = session.new_cache()
+        output = model.generate(prompt(2), **given(cache), **COMMON)
+        cache.crop(5 - cache.get_seq_length())  # within the first block
+        model.generate(output.sequences[:, :6], **given(cache), **{**COMMON, "max_new_tokens": 4})
+        assert session.stats is not None
+        assert not session.stats.exact
+        assert session.stats.lossy_form == "int8"
+
+
+def test_a_longer_turn_over_a_link_without_a_speed_has_the_form_that_was_asked_for(model: PreTrainedModel) -> None:
+    asked = config(kv_dtype="int8", link=EmulatedLink(), profile="auto", device_gib=0.25e6 / GIB)
+    with Session(model, asked, backend=checking_backend()) as session:
+        cache = session.new_cache()
+        output = model.generate(prompt(2), **given(cache), **COMMON)
+        more = torch.cat([output.sequences, prompt(2, 60, seed=3)], dim=1)
+        model.generate(more, **given(cache), **{**COMMON, "max_new_tokens": 24})
+        assert session.stats is not None
+        assert session.stats.lossy_form == "int8"
+        assert cache.core.count_blocks()["int8"] >= sum(cache.core.count_blocks().values()) / 2

@@ -22,7 +22,9 @@ from kvoffload.api import offload
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError
 from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.machine.quantities import Curve, Point
+from kvoffload.machine.quantities import Curve, Point, Quantity
+from kvoffload.planning.forms import FORMS
+from kvoffload.planning.rates import decode_quantity
 from kvoffload.units import count
 
 PASS_TOKENS = 16  # that see each other exactly
@@ -165,5 +167,7 @@ def bytes_decide(**options: Any) -> OffloadConfig:
     points = tuple(Point((size,), size / _SLOW_LINK_BYTES_PER_S, 0.0) for size in (1e3, 1e9))
     slow = Curve(unit="bytes", points=points)
     fixed: dict[str, Any] = {"split": "transfer", "packing": "off", "device_gib": "min", "speculate": "off"}
-    fixed |= {"deterministic": True, "profile": replace(preset, h2d=slow, d2h=slow)}
+    no_time = {decode_quantity(name): Quantity(value=0.0, unit="s") for name, form in FORMS.items() if form.is_encoded}
+    profile = replace(preset, h2d=slow, d2h=slow, quantities=preset.quantities | no_time)
+    fixed |= {"deterministic": True, "profile": profile}
     return OffloadConfig(**fixed | options)

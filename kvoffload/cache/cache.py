@@ -129,6 +129,7 @@ class CacheCore(CacheState):
         other.is_recording = self.is_recording
         other.positions, other.row_table = self.positions.fork(), self.row_table.fork()
         other._claimed_copies = self._claimed_copies
+        other.lossy_forms, other.kept_plain = set(self.lossy_forms), self.kept_plain.copy()
         other.sources, other._family = other.layers, self._family
         try:
             for layer in self.layers:

@@ -16,7 +16,7 @@ import torch
 from kvoffload.cache.layer_blocks import LayerBlocks
 from kvoffload.cache.state import CacheState
 from kvoffload.pipeline.cargo import Cargo
-from kvoffload.pipeline.write_back import WriteBack
+from kvoffload.pipeline.write_back import ALIGNMENT, WriteBack
 from kvoffload.planning.forms import FORMS
 from kvoffload.planning.placement import PLAIN, BlockRun, FormName, Kind, next_runs, runs_of
 from kvoffload.store import forms
@@ -212,8 +212,9 @@ class CacheLayer(LayerBlocks):
             leaving = Leaving(self.tail, new, self.num_stored_tokens, 0, num_full * bt, copies)
             rows = self.cache.rows // copies
             runs = self._next_runs(num_full, rows, leaving)
+            self.cache.lossy_forms |= {run.form for run in runs if not FORMS[run.form].is_exact}
             to_write = (run.num_blocks * self.forms[run.form].num_bytes(bt, rows) for run in runs if run.tier == "host")
-            to_host = self.cache.engine.start_layer_write_back(sum(to_write))
+            to_host = self.cache.engine.start_layer_write_back(sum(to_write) + ALIGNMENT * (len(runs) - 1))
             start = 0
             for form, tier, count in runs:
                 end = start + count * bt

@@ -48,6 +48,7 @@ class CacheState:
         self.is_drafting = False  # attention sees what is on the device alone
         self.sources: Sequence[LayerSource[Cargo]] = ()  # the layers, in the order of their jobs
         self.work: Counter[str] = Counter()  # what forms did, in tokens of rows: "recomputed"
+        self.lossy_forms: set[FormName] = set()  # that tokens are or were stored in, as long as any are cached
         self.kept_plain: Counter[FormName] = Counter()  # blocks of any layer that a form could not hold
         self.on_disagreement: Callable[[int], None] | None = None  # told of a layer, see `warn_of_disagreement`
         self.positions: PositionTable | CarriedPositions = PositionTable(placement.max_tokens or 0)
@@ -141,4 +142,6 @@ class CacheState:
         self.positions = PositionTable(self.placement.max_tokens or 0)
         self.rows, self.prompt_copies = 0, 1
         self._layer_bytes.clear()
+        self.lossy_forms.clear()
+        self.kept_plain.clear()
         self.engine.account.note(self.account_name, 0)

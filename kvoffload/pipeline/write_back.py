@@ -21,6 +21,8 @@ from kvoffload.backend import Backend, Event
 from kvoffload.store.block import Block, Place
 from kvoffload.store.extent import Extent
 
+ALIGNMENT = 16  # of blocks of different forms in a stage
+
 
 @dataclass(slots=True, eq=False)
 class D2HSlot:
@@ -118,7 +120,7 @@ class WriteBack:
         if self._stage is not None:
             buffer, used = self._stage
             if buffer.bytes.numel() - used >= num_bytes:
-                self._stage = (buffer, used + num_bytes)
+                self._stage = (buffer, -(-(used + num_bytes) // ALIGNMENT) * ALIGNMENT)  # of whatever comes next
                 return buffer, buffer.bytes[used : used + num_bytes]
         slot = self._slots[self._next_slot]
         self._next_slot = (self._next_slot + 1) % len(self._slots)

@@ -15,6 +15,7 @@ from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.placement import PLAIN, FormName, Kind, Part, Tier
 
 GROUP = 32  # values that share a scale and a least value
+MOST_PLACES = 2**16  # of a head in a packed block
 LEAST_HEAD_DIM = 32  # of what is encoded
 
 
@@ -34,7 +35,8 @@ class StoredForm:
     )
     # whether the configuration wants it for such a cache; None: `split` says it
     is_wanted: Callable[[OffloadConfig, Geometry], bool] | None = None
-    needs_rates: bool = False  # of use only where it is known to be faster
+    # of use only where it is known to be faster; whether a block can have it is seen when it is there
+    needs_rates: bool = False
 
     @property
     def is_recomputed(self) -> bool:
@@ -50,6 +52,13 @@ class StoredForm:
 def can_encode(geometry: Geometry) -> bool:
     """Whether K and V have equal heads, of a size that forms of fewer bytes are made for."""
     return geometry.head_dim >= LEAST_HEAD_DIM and geometry.head_dim % 4 == 0
+
+
+def _can_pack(config: OffloadConfig, geometry: Geometry) -> bool:
+    """Wanted, of bfloat16, and a block can list in 16 bits where an exponent is."""
+    is_short = config.block_tokens == "auto" or config.block_tokens * geometry.head_dim <= MOST_PLACES
+    is_asked_for = config.packing == "auto" and geometry.may_pack
+    return is_asked_for and is_short and geometry.kv_dtype == "bfloat16" and can_encode(geometry)
 
 
 def _is_quantized_to(*coarser: str) -> Callable[[OffloadConfig, Geometry], bool]:
@@ -108,9 +117,7 @@ FORMS: dict[FormName, StoredForm] = {
             label="packed K/V",
             row_bytes=_packed_row_bytes,
             is_encoded=True,
-            is_wanted=lambda config, cache: (
-                config.packing == "auto" and cache.kv_dtype == "bfloat16" and can_encode(cache)
-            ),
+            is_wanted=_can_pack,
             needs_rates=True,
         ),
         StoredForm(

@@ -113,7 +113,10 @@ def _may_grow(inputs: PlanInputs, option: Option) -> bool:
     """Whether there may be more blocks of an option than are stored already."""
     if option.is_recomputed and inputs.split == 0:
         return False
-    return not (inputs.is_plain_on_device and option.tier == "device" and FORMS[option.form].is_encoded)
+    form = FORMS[option.form]
+    # room for a packed block would be lost where it turns out that it cannot be packed
+    is_plain = form.needs_rates or (form.is_encoded and inputs.is_plain_on_device)
+    return option.tier != "device" or not is_plain
 
 
 def _in_order(forms: Collection[FormName]) -> list[tuple[str, Kind]]:

@@ -18,7 +18,7 @@ from kvoffload.planning.forms import FORMS
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.placement import FormName
-from kvoffload.planning.rates import Rates, least_chunk_bytes, rates_from_profile
+from kvoffload.planning.rates import Rates, decode_quantity, least_chunk_bytes, rates_from_profile
 from kvoffload.planning.sizes import Sizes
 from kvoffload.planning.sizing import (
     LEAST_GAP_S,
@@ -48,6 +48,13 @@ class Problem(NamedTuple):
     inputs: PlanInputs
     device_cap_bytes: int | None  # None: as little as works
     has_rates: bool  # False: the link has no known speed, and only memory decides
+
+
+def _is_measured(profile: HardwareProfile | None) -> bool:
+    """Whether it is known what decoding packed blocks takes: an estimate is not enough to do it unasked."""
+    return profile is not None and all(
+        decode_quantity(name) in profile.quantities for name, form in FORMS.items() if form.needs_rates
+    )
 
 
 def mean_tokens(prompt_tokens: int, max_tokens: int) -> int:
@@ -95,7 +102,12 @@ def pose(
         rates = correct(_rates(shape, geometry, config, profile))
     device_bytes = device_cap_bytes(geometry)
     may_recompute = fixed_split != 0 and (fixed_split is not None or rates is not None)
-    forms = planned_forms(config, geometry, can_recompute=may_recompute, has_rates=rates is not None)
+    forms = planned_forms(
+        config,
+        geometry,
+        can_recompute=may_recompute,
+        has_rates=rates is not None and (must_predict or _is_measured(profile)),
+    )
     sizes = choose_sizes(geometry, config, forms=forms, device_bytes=device_bytes, rates=rates)
     inputs = make_inputs(
         shape,

@@ -46,6 +46,9 @@ def best_counts(table: Table) -> Counts | None:
     if table.split is not None and (table.split or not _has_choice(table)):
         found = [_at_split(table, form) for form in _kept_forms(table)]
         return _best_of(table, np.array([one for one in found if one is not None]).reshape(-1, len(table.options)))
+    possible = [idx for idx, most in enumerate(table.most) if most]
+    if len(possible) < len(table.options):
+        return _placed(table, possible, best_counts(table.with_options(possible)))
     free = table.num_blocks - sum(table.stored)
     if math.comb(free + len(table.options) - 1, len(table.options) - 1) <= MAX_COMBINATIONS:
         return _best_of(table, _compositions(free, len(table.options)) + np.array(table.stored))
@@ -66,18 +69,33 @@ def _kept_forms(table: Table) -> tuple[FormName, ...]:
 
 
 def _best_of_used(table: Table, centres: Sequence[Sequence[float]]) -> Counts | None:
-    """The best choice with the options alone that the relaxation uses, that have blocks, or that are plain."""
-    used = [
+    """The best choice with the options alone that the relaxation uses, that have blocks, or that are plain.
+
+    Where no whole numbers of these fit, with the smallest of each tier as well.
+    """
+    used = {
         idx
         for idx, option in enumerate(table.options)
         if option.form == PLAIN or table.stored[idx] or any(centre[idx] > SOLVER_TOLERANCE for centre in centres)
-    ]
-    fewer = table.with_options(used)
-    best = _best_near(fewer, [[centre[idx] for idx in used] for centre in centres])
-    if best is None:
+    }
+    smallest = {
+        min(in_tier, key=lambda idx: sum(table.options[idx].bytes.values()))
+        for tier in TIERS
+        if (in_tier := [idx for idx, option in enumerate(table.options) if option.tier == tier])
+    }
+    for tried in (sorted(used), sorted(used | smallest)):
+        best = _best_near(table.with_options(tried), [[centre[idx] for idx in tried] for centre in centres])
+        if best is not None:
+            return _placed(table, tried, best)
+    return None
+
+
+def _placed(table: Table, used: Sequence[int], counts: Counts | None) -> Counts | None:
+    """Counts of some of the options among those of all."""
+    if counts is None:
         return None
     found = np.zeros(len(table.options), dtype=np.int64)
-    found[used] = best
+    found[list(used)] = counts
     return found
 
 

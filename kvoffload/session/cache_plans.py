@@ -286,6 +286,8 @@ class CachePlans:
     def plan_ahead(self, cache: hf.OffloadedHFCache) -> None:
         """Begin to plan the blocks still to come, at the rates measured so far; it is taken by `follow`."""
         before, layer = self._plans[cache], cache.core.layers[0]
+        if before.inputs is None:
+            return
         there, rates = (layer.count_read("host"), layer.count_read("device")), self._later.rates(before)
         self._ahead.start(before, functools.partial(self._later.replan, before, *there, rates))
 

@@ -223,7 +223,7 @@ class Generation:
         predicted = (statistics.median(self._predicted_s) if self._predicted_s else plan.predicted_step_s) or None
         others = self.cache.other_device_bytes
         stored = core.count_blocks()
-        lossy = [form for form in stored if not FORMS[form].is_exact]
+        lossy = core.lossy_forms
         packed = sum(n for form, n in stored.items() if FORMS[form].is_encoded and FORMS[form].is_exact)
         return GenerationStats(
             setup_s=self.setup_s,

@@ -64,13 +64,16 @@ class GenerationPlan:
     def full_host_bytes(self) -> int:
         """What the cache takes on the host at its full length, as if every row stored every block.
 
-        With what was reserved for the form that it turned out to need less of, and as if nothing could be packed, which
-        is seen when a block is there.
+        With what was reserved for the form that it turned out to need less of, and room to store as K and V what is
+        planned to be packed: whether a block can be is seen when it is there.
         """
         placement, geometry = self.placement, self.geometry
         num_blocks = max(0, geometry.max_tokens // placement.block_tokens - placement.num_resident)
         token_bytes = bytes_per_token(geometry, placement.block_tokens)
-        token_bytes = {form: token_bytes[PLAIN] if FORMS[form].needs_rates else n for form, n in token_bytes.items()}
+        token_bytes = {
+            form: num_bytes + (token_bytes[PLAIN] if FORMS[form].needs_rates else 0)
+            for form, num_bytes in token_bytes.items()
+        }
         counts = [reserved_blocks(num_blocks, shares) for shares in (self.reserved_shares, placement.shares)]
         most = {form: max(count.get(form, 0) for count in counts) for form in token_bytes}
         per_layer = sum(n * token_bytes[form] for form, n in most.items())
@@ -125,6 +128,17 @@ def with_window(chosen: GenerationPlan, places: int = 0) -> GenerationPlan:
     placement = replace(chosen.placement, resident={**resident, PLAIN: stay}, window_blocks=plain - stay)
     rolling = replace(chosen, placement=placement)
     return rolling if chosen.placement.window_blocks or rolling.fits_on_host else chosen
+
+
+def without_packing(chosen: GenerationPlan) -> GenerationPlan | None:
+    """The same with no more blocks packed; None where none would be."""
+    shares = {form: n for form, n in chosen.placement.shares.items() if not FORMS[form].needs_rates}
+    if shares == chosen.placement.shares:
+        return None
+    placement = replace(chosen.placement, shares=shares)
+    return replace(
+        chosen, geometry=replace(chosen.geometry, may_pack=False), placement=placement, reserved_shares=shares
+    )
 
 
 def stored_options(on_host: Mapping[FormName, int], resident: Mapping[FormName, int]) -> dict[str, int]:

@@ -26,6 +26,7 @@ from kvoffload.planning import planner
 from kvoffload.planning.drafts import round_times
 from kvoffload.planning.forms import FORMS, option_name
 from kvoffload.planning.geometry import Geometry
+from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.placement import PLAIN, FormName, Placement
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.problem import does_without, host_bytes_at, may_do_without, mean_tokens, pose
@@ -77,9 +78,19 @@ class GenerationPlanner:
         Recomputing takes memory for activations, which under a cap leaves less for resident blocks. Arguments and
         errors as of `plan_sizes_for`.
         """
+        try:
+            return self._with_drafts_or_not(geometry, can_recompute=can_recompute, **known)
+        except (InfeasiblePlanError, HostMemoryError):
+            plain = replace(geometry, may_pack=False)  # packed blocks need room to turn out not to be
+            if planned_forms(self.config, plain) == planned_forms(self.config, geometry):
+                raise
+        return self._with_drafts_or_not(plain, can_recompute=can_recompute, **known)
+
+    def _with_drafts_or_not(self, geometry: Geometry, **known: Any) -> GenerationPlan:
+        """`plan_for`, packed where that is possible."""
         if geometry.ahead_tokens and self.config.fixed_drafts is None:
-            return self._with_drafts_that_pay(geometry, can_recompute=can_recompute, **known)
-        return self._plan_for(geometry, can_recompute=can_recompute, **known)
+            return self._with_drafts_that_pay(geometry, **known)
+        return self._plan_for(geometry, **known)
 
     def _with_drafts_that_pay(self, geometry: Geometry, **known: Any) -> GenerationPlan:
         """With room for drafts where these are expected to make decoding faster, else without."""
@@ -157,6 +168,8 @@ class GenerationPlanner:
         if not has_rates:
             plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
         shares = plan.shares if fixed_split is None else _fixed_shares(plan, fixed_split)
+        if not plan.count(tier="host"):
+            shares = shares | _coarsest_share(inputs)  # of what may come beyond the mean length
         chosen = GenerationPlan(
             device_cap_bytes=device_bytes,
             host_cap_bytes=host_cap,
@@ -169,7 +182,7 @@ class GenerationPlanner:
                 chunk_blocks=sizes.chunk_blocks,
                 resident=resident_with_room(plan, inputs, geometry),
                 shares=shares,
-                may_become=_may_become(forms, fixed_split) if has_rates else (),
+                may_become=_may_become(forms, fixed_split, has_rates=has_rates),
                 max_tokens=geometry.max_tokens if knows_length else None,
                 prompt_tokens=prompt_tokens,
                 ahead_tokens=geometry.ahead_tokens,
@@ -281,11 +294,18 @@ class GenerationPlanner:
             self.measured.take_gap(between_steps_s, chosen.inputs.rates)
 
 
-def _may_become(forms: frozenset[FormName], fixed_split: float | None) -> tuple[FormName, ...]:
-    """Forms that a later plan may choose for blocks to come."""
-    return tuple(
-        form for form in sorted(forms) if form != PLAIN and (fixed_split is None or not FORMS[form].is_recomputed)
-    )
+def _may_become(forms: frozenset[FormName], fixed_split: float | None, *, has_rates: bool) -> tuple[FormName, ...]:
+    """Forms that a later plan may choose for blocks to come: all where it is free, else those of few bits."""
+    found = sorted(forms - {PLAIN})
+    if fixed_split is None and has_rates:
+        return tuple(found)
+    return () if fixed_split else tuple(form for form in found if not FORMS[form].is_exact)
+
+
+def _coarsest_share(inputs: PlanInputs) -> dict[FormName, float]:
+    """All of the blocks on the host in the smallest form with loss; nothing where none is allowed."""
+    lossy = {form: size for form, size in inputs.bytes_per_token.items() if not FORMS[form].is_exact}
+    return {min(lossy, key=lossy.__getitem__): 1.0} if lossy else {}
 
 
 def _fixed_shares(plan: Plan, split: float) -> dict[FormName, float]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvoffload.config import MOST_DRAFTS
-from kvoffload.errors import InfeasiblePlanError
+from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.planning import planner
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
@@ -22,7 +22,13 @@ from kvoffload.planning.plan import Plan
 from kvoffload.planning.problem import bytes_per_token, host_bytes_at, mean_tokens, pose
 from kvoffload.planning.rates import Rates
 from kvoffload.planning.sizes import grown, with_kv_rows
-from kvoffload.session.generation_plan import GenerationPlan, resident_with_room, stored_options, with_window
+from kvoffload.session.generation_plan import (
+    GenerationPlan,
+    resident_with_room,
+    stored_options,
+    with_window,
+    without_packing,
+)
 from kvoffload.session.generation_planner import GenerationPlanner
 
 logger = logging.getLogger(__name__)
@@ -39,7 +45,19 @@ class LaterPlans:
         self._planner = planner
 
     def prolong(self, chosen: GenerationPlan, max_tokens: int, *, drafts: bool = False, **known: Any) -> GenerationPlan:
-        """As `_prolong`, with drafts only where they are asked for, or expected to pay."""
+        """As `_prolong`, with drafts only where they are asked for, or expected to pay; packed where there is room."""
+        try:
+            return self._with_drafts_or_not(chosen, max_tokens, drafts=drafts, **known)
+        except HostMemoryError:
+            plain = without_packing(chosen)
+            if plain is None:
+                raise
+        return self._with_drafts_or_not(plain, max_tokens, drafts=drafts, **known)
+
+    def _with_drafts_or_not(
+        self, chosen: GenerationPlan, max_tokens: int, *, drafts: bool, **known: Any
+    ) -> GenerationPlan:
+        """`prolong`, packed as before."""
         if drafts and self._planner.config.fixed_drafts is None:
             drafted = self._prolong(chosen, max_tokens, drafts=True, **known)
             if drafted.expected_drafts:
