@@ -35,6 +35,7 @@ from kvoffload.planning.drafts import PRIOR_ACCEPTANCE
 from kvoffload.planning.forms import option_name
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.options import table_of
+from kvoffload.planning.placement import PLAIN
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.simulation import simulate
 from kvoffload.planning.workload import Workload
@@ -251,12 +252,14 @@ def split_points(inputs: PlanInputs) -> Iterator[SplitPoint]:
     others = dict.fromkeys(option.form for option in table.options if not option.is_recomputed)
     block_bytes = {option.name: sum(option.bytes.values()) for option in table.options}
     capacity = max(0, table.capacity["device"])
+    most = {option.name: limit for option, limit in zip(table.options, table.most, strict=True)}
     for kept in range(inputs.num_blocks + 1):
         r_x = np.arange(min(kept, capacity // max(1, block_bytes["resident_activation"])) + 1)
         left = capacity - block_bytes["resident_activation"] * r_x
         tried = []
         for form in others:
             on_device, on_host = option_name(form, "device"), option_name(form, "host")
+            on_device = on_device if most[on_device] else option_name(PLAIN, "device")
             r = np.minimum(inputs.num_blocks - kept, left // max(1, block_bytes[on_device]))
             columns = {on_device: r, on_host: inputs.num_blocks - kept - r}
             columns |= {"resident_activation": r_x, "activation": kept - r_x}
