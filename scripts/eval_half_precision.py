@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Verified drafts in half precision: which tokens differ from plain `generate()`, beside eager against sdpa.
+"""Verified drafts and packing in half precision: which tokens differ from plain `generate()`, beside eager and sdpa.
 
 Every way is shown the same text, that of plain decoding, so that each of its tokens is compared; where one differs, the
 gap between the two best logits of plain decoding says how near the choice was.
@@ -20,6 +20,7 @@ from transformers import LogitsProcessor
 
 import kvoffload
 from campaign import rows
+from kvoffload.bench.quality import bytes_decide
 from kvoffload.cli import chat
 from kvoffload.cli.terminal import script
 from kvoffload.config import GIB, EmulatedLink, OffloadConfig
@@ -70,6 +71,7 @@ def logits(model: Any, ids: torch.Tensor, new_tokens: int, text: torch.Tensor | 
 def main(
     new_tokens: Annotated[int, typer.Option(min=16, help="of each answer")] = 200,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16")] = "bfloat16",
+    ways: Annotated[str, typer.Option(help="some of eager, drafts, off and packed")] = "eager,drafts,off,packed",
     csv_path: Annotated[Path, typer.Option("--csv", help="rows are added to this file")] = RESULTS
     / "half_precision.csv",
 ) -> None:
@@ -83,7 +85,7 @@ def main(
     for ids in prompts(tokenizer):
         wanted, text = logits(model, ids, new_tokens, None)
         best = wanted.float().topk(2).values
-        for way, found, tokens_per_pass in _ways(model, ids, new_tokens, text):
+        for way, found, tokens_per_pass in _ways(model, ids, new_tokens, text, ways.split(",")):
             same = found.argmax(-1) == wanted.argmax(-1)
             equal.setdefault(way, []).append(float(same.float().mean()))
             gaps.setdefault(way, []).extend((best[~same, 0] - best[~same, 1]).tolist())
@@ -105,21 +107,31 @@ def main(
 
 
 def _ways(
-    model: Any, ids: torch.Tensor, new_tokens: int, text: torch.Tensor
+    model: Any, ids: torch.Tensor, new_tokens: int, text: torch.Tensor, asked: list[str]
 ) -> Iterator[tuple[str, torch.Tensor, float]]:
     """Each way, its logits, and its tokens for a pass over the link."""
-    model.set_attn_implementation("eager")
-    found = logits(model, ids, new_tokens, text)[0]
-    model.set_attn_implementation("sdpa")
-    yield "eager", found, 1.0
+    if "eager" in asked:
+        model.set_attn_implementation("eager")
+        found = logits(model, ids, new_tokens, text)[0]
+        model.set_attn_implementation("sdpa")
+        yield "eager", found, 1.0
+    if "packed" in asked:
+        config = bytes_decide(packing="auto", link=EmulatedLink(h2d_gb_per_s=1.0))
+        with kvoffload.offload(model, config) as session:
+            found = logits(model, ids, new_tokens, text)[0]
+            stats = session.stats
+        assert stats is not None
+        assert stats.packed_fraction == 1
+        yield "packed", found, 1.0
     head_dim = model.config.hidden_size // model.config.num_attention_heads
     token_bytes = model.config.num_hidden_layers * 4 * model.config.num_key_value_heads * head_dim
-    for speculate in (*DRAFTS, "off"):
+    for speculate in (*DRAFTS * ("drafts" in asked), *("off",) * ("off" in asked)):
         config = OffloadConfig(
             speculate=speculate,
             device_gib=(PROMPT_TOKENS // 2 * token_bytes + 12_000_000) / GIB,
             link=EmulatedLink(h2d_gb_per_s=1.0),
             block_tokens=16,
+            packing="off",
         )
         with kvoffload.offload(model, config) as session:
             found = logits(model, ids, new_tokens, text)[0]
