@@ -47,7 +47,7 @@ def best_counts(table: Table) -> Counts | None:
         found = [_at_split(table, form) for form in _kept_forms(table)]
         return _best_of(table, np.array([one for one in found if one is not None]).reshape(-1, len(table.options)))
     possible = [idx for idx, most in enumerate(table.most) if most]
-    if len(possible) < len(table.options):
+    if 0 < len(possible) < len(table.options):
         return _placed(table, possible, best_counts(table.with_options(possible)))
     free = table.num_blocks - sum(table.stored)
     if math.comb(free + len(table.options) - 1, len(table.options) - 1) <= MAX_COMBINATIONS:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from campaign import ablation
 from campaign.campaign import SPEED, summary
 from campaign.rows import Row, is_gpu
-from kvoffload.bench.lab import MODES
+from kvoffload.bench.lab import FORM_MODES, MODES
 
 NO_GPU = "No GPU figure has been measured yet."
 DASH = "–"
@@ -38,7 +38,7 @@ def performance(decode: Sequence[Row]) -> str:
     lines = [] if any(is_gpu(row) for row in decode) else [NO_GPU, ""]
     for (preset, device), found in _groups(decode, lambda row: (row["x"], row["device"])).items():
         modes = _figures(found)
-        shown = [mode for mode in MODES if mode in modes]
+        shown = [mode for mode in (*MODES, *FORM_MODES) if mode in modes]
         if "planned" in modes:
             lines += [_headline(preset, modes), ""]
         lines += [_caption(preset, device, found), ""]
