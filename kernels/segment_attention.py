@@ -116,12 +116,11 @@ def stored_attention(
         "softcap": softcap,
     }
     checks.stored(q, stored, out, lse, block_tokens=block_tokens, **options)
-    halves = stored.data.view(torch.float16) if stored.data.shape[1] % 2 == 0 else None
     _launch(
         q,
         out,
         lse,
-        (stored.data, halves, stored.data.stride(0), stored.rows, 0, 0, 0, 0),
+        (stored.data, stored.data.view(torch.float16), stored.data.stride(0), stored.rows, 0, 0, 0, 0),
         reader(stored.name),
         stored.num_tokens,
         stored.heads,

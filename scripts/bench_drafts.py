@@ -25,6 +25,7 @@ from rich.console import Console
 
 import kvoffload
 from campaign import rows
+from kvoffload.bench.quality import text_of_python
 from kvoffload.cli import chat
 from kvoffload.cli.terminal import script
 from kvoffload.config import GIB, EmulatedLink, OffloadConfig
@@ -111,9 +112,7 @@ class Bench:
         return torch.tensor([row[:16] + row[16 + len(row) - shortest :] for row in found])
 
     def _prompt(self, task: str, skip: int) -> list[int]:
-        from pydoc_data.topics import topics
-
-        ids = self._tokenizer("\n\n".join(topics[name] for name in sorted(topics)))["input_ids"][skip:]
+        ids = self._tokenizer(text_of_python())["input_ids"][skip:]
         note = self._tokenizer(NOTE)["input_ids"] if task == "question" else []
         half = (PROMPT_TOKENS - 60 - len(note)) // 2
         body = self._tokenizer.decode([*ids[:half], *note, *ids[half : 2 * half]])

@@ -20,7 +20,7 @@ from transformers import LogitsProcessor
 
 import kvoffload
 from campaign import rows
-from kvoffload.bench.quality import bytes_decide
+from kvoffload.bench.quality import bytes_decide, text_of_python
 from kvoffload.cli import chat
 from kvoffload.cli.terminal import script
 from kvoffload.config import GIB, EmulatedLink, OffloadConfig
@@ -44,9 +44,7 @@ class Following(LogitsProcessor):
 
 def prompts(tokenizer: Any) -> Iterator[torch.Tensor]:
     """[1, PROMPT_TOKENS] each: parts of Python's own manual."""
-    from pydoc_data.topics import topics
-
-    ids = tokenizer("\n\n".join(topics[name] for name in sorted(topics)))["input_ids"]
+    ids = tokenizer(text_of_python())["input_ids"]
     for idx in range(PROMPTS):
         yield torch.tensor([ids[idx * PROMPT_TOKENS : (idx + 1) * PROMPT_TOKENS]])
 

@@ -10,7 +10,7 @@ import torch
 from quantizing import keys_through, values_through
 
 from kvoffload.config import OffloadConfig
-from kvoffload.planning.forms import FORMS
+from kvoffload.planning.forms import FORMS, listed_exponents
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.sizing import planned_forms
 from kvoffload.store.block import Span
@@ -205,7 +205,7 @@ def test_packing_keeps_every_exponent_and_mantissa(exponent: int) -> None:
 
 def test_a_column_with_more_exponents_far_away_than_are_listed_is_not_packed() -> None:
     form = form_of("packed_kv", 64, 16)
-    room = packed_kv.capacity(16, 64)
+    room = listed_exponents(16, 64)
     kv = random_blocks(form).sign()
     for block, far in enumerate((room - 1, room, room + 1)):
         column = kv[block, :, 1, 0, 1]  # of one row and head: [tokens, head_dim]

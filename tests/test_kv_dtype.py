@@ -172,3 +172,12 @@ def test_a_longer_turn_over_a_link_without_a_speed_has_the_form_that_was_asked_f
         assert session.stats is not None
         assert session.stats.lossy_form == "int8"
         assert cache.core.count_blocks()["int8"] >= sum(cache.core.count_blocks().values()) / 2
+
+
+def test_a_fixed_split_beside_few_bits_shares_out_no_more_than_there_is(model: PreTrainedModel) -> None:
+    """All of it fits on the device, so that the shares are of what may come."""
+    with Session(model, config(kv_dtype="int4", split=0.5, device_gib=0.1), backend=checking_backend()) as session:
+        cache = session.new_cache()
+        model.generate(prompt(2), **given(cache), **COMMON)
+        assert sum(cache.core.placement.shares.values()) == pytest.approx(1)
+        assert cache.core.placement.shares["activation"] == 0.5

@@ -37,7 +37,8 @@ def machine(decode_s: float | None = 1e-12) -> HardwareProfile:
 
 
 MACHINE = machine()
-# ways in which chunks are attended to in the order that they have without packing, so that sums are the same
+# ways whose chunks are those that there are without packing, so that sums are the same: in the others some blocks are
+# not packed, or written in other runs
 SAME_ORDER = ("greedy", "sampling", "beams", "padded_beams", "prompt_lookup", "chunked_prefill", "return_sequences")
 
 

@@ -9,7 +9,7 @@ import torch
 
 from kvoffload.backend import EmulatedBackend
 from kvoffload.config import EmulatedLink
-from kvoffload.pipeline.write_back import D2HSlot, WriteBack
+from kvoffload.pipeline.write_back import ALIGNMENT, D2HSlot, WriteBack
 from kvoffload.store.block import Block
 from kvoffload.store.extent import Extent
 from kvoffload.store.pool import HostPool
@@ -140,3 +140,15 @@ def test_layer_buffers_that_are_lent_are_used_where_they_are_large_enough(
     write_back.start_layer(5 * SLOT, lent, None)
     assert write_back.stage_bytes == 10 * SLOT
     assert write_back.room_bytes == 5 * SLOT
+
+
+def test_blocks_of_another_form_behind_odd_ones_begin_where_any_number_may(
+    write_back: WriteBack, extent: Extent
+) -> None:
+    """Of 404 bytes, as 5 tokens of one head in 8 bits take; K and V in float64 behind them could not be written."""
+    write_back.start_layer(3 * 404 + 2 * ALIGNMENT, [], None)
+    starts = []
+    for _ in range(3):
+        write_back.store(extent, [Block("int8", 1, 404)], lambda data: starts.append(data.storage_offset()))
+    assert [start % ALIGNMENT for start in starts] == [0, 0, 0]
+    assert starts[1] - starts[0] == starts[2] - starts[1] == 416, "all in the stage"

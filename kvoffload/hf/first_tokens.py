@@ -16,7 +16,7 @@ from torch import nn
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.hf.arguments import name_of_cache
 from kvoffload.pipeline.buffers import Buffers
-from kvoffload.planning.forms import LEAST_HEAD_DIM
+from kvoffload.planning.forms import LEAST_HEAD_DIM, can_encode
 from kvoffload.store import recompute
 from kvoffload.store.carried import CarriedPositions, PositionLayout, rows_are_equal
 from kvoffload.store.forms import activation as activations
@@ -66,7 +66,7 @@ class FirstTokens:
         keys, values = self._keys.shape, self._values.shape
         if keys != values:
             return f"it caches {keys[1]} x {keys[3]} and {values[1]} x {values[3]} values a token (latent attention?)"
-        if keys[3] < LEAST_HEAD_DIM or keys[3] % 4:
+        if not can_encode(keys[3]):
             return f"its heads have {keys[3]} values, and forms are for multiples of 4 from {LEAST_HEAD_DIM} on"
         return ""
 

@@ -49,21 +49,21 @@ class StoredForm:
         return not self.loss
 
 
-def can_encode(geometry: Geometry) -> bool:
-    """Whether K and V have equal heads, of a size that forms of fewer bytes are made for."""
-    return geometry.head_dim >= LEAST_HEAD_DIM and geometry.head_dim % 4 == 0
+def can_encode(head_dim: int) -> bool:
+    """Whether forms of fewer bytes are made for heads of that size; 0 stands for K and V of unequal heads."""
+    return head_dim >= LEAST_HEAD_DIM and head_dim % 4 == 0
 
 
 def _can_pack(config: OffloadConfig, geometry: Geometry) -> bool:
     """Wanted, of bfloat16, and a block can list in 16 bits where an exponent is."""
     is_short = config.block_tokens == "auto" or config.block_tokens * geometry.head_dim <= MOST_PLACES
     is_asked_for = config.packing == "auto" and geometry.may_pack
-    return is_asked_for and is_short and geometry.kv_dtype == "bfloat16" and can_encode(geometry)
+    return is_asked_for and is_short and geometry.kv_dtype == "bfloat16" and can_encode(geometry.head_dim)
 
 
 def _is_quantized_to(*coarser: str) -> Callable[[OffloadConfig, Geometry], bool]:
     """Wanted where one of these is the coarsest that the configuration allows."""
-    return lambda config, geometry: config.kv_dtype in coarser and can_encode(geometry)
+    return lambda config, geometry: config.kv_dtype in coarser and can_encode(geometry.head_dim)
 
 
 def _vectors(cache: Geometry) -> int:
@@ -95,9 +95,13 @@ def _int2_row_bytes(cache: Geometry, block_tokens: int) -> int:
     return codes + values + math.ceil(keys / block_tokens)
 
 
+def listed_exponents(block_tokens: int, head_dim: int) -> int:
+    """Exponents that a packed block lists of each row, K or V, and head, as they are too far away: 0.8 % and four."""
+    return block_tokens * head_dim // 128 + 4
+
+
 def _packed_row_bytes(cache: Geometry, block_tokens: int) -> int:
-    listed = block_tokens * cache.head_dim // 128 + 4
-    columns = _vectors(cache) * (1 + 2 + 3 * listed)  # of a block
+    columns = _vectors(cache) * (1 + 2 + 3 * listed_exponents(block_tokens, cache.head_dim))  # of a block
     return _vectors(cache) * cache.head_dim * 3 // 2 + math.ceil(columns / block_tokens)
 
 

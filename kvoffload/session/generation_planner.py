@@ -168,8 +168,8 @@ class GenerationPlanner:
         if not has_rates:
             plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
         shares = plan.shares if fixed_split is None else _fixed_shares(plan, fixed_split)
-        if not plan.count(tier="host"):
-            shares = shares | _coarsest_share(inputs)  # of what may come beyond the mean length
+        if not plan.count(tier="host"):  # then of what may come beyond the mean length
+            shares = shares | _coarsest_share(inputs, 1 - sum(shares.values()))
         chosen = GenerationPlan(
             device_cap_bytes=device_bytes,
             host_cap_bytes=host_cap,
@@ -302,10 +302,10 @@ def _may_become(forms: frozenset[FormName], fixed_split: float | None, *, has_ra
     return () if fixed_split else tuple(form for form in found if not FORMS[form].is_exact)
 
 
-def _coarsest_share(inputs: PlanInputs) -> dict[FormName, float]:
-    """All of the blocks on the host in the smallest form with loss; nothing where none is allowed."""
+def _coarsest_share(inputs: PlanInputs, share: float) -> dict[FormName, float]:
+    """That share of the blocks on the host in the smallest form with loss; nothing where none is allowed."""
     lossy = {form: size for form, size in inputs.bytes_per_token.items() if not FORMS[form].is_exact}
-    return {min(lossy, key=lossy.__getitem__): 1.0} if lossy else {}
+    return {min(lossy, key=lossy.__getitem__): share} if lossy else {}
 
 
 def _fixed_shares(plan: Plan, split: float) -> dict[FormName, float]:

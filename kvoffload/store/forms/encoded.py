@@ -14,7 +14,7 @@ import torch
 
 from kvoffload.kernels import hadamard, ops
 from kvoffload.kernels.stored import StoredKV
-from kvoffload.planning.forms import LEAST_HEAD_DIM
+from kvoffload.planning.forms import can_encode
 from kvoffload.store.block import Span
 from kvoffload.store.device_memory import DeviceMemory
 from kvoffload.store.forms.form import Form, Leaving
@@ -39,7 +39,7 @@ class Encoded(Form):
 
     @classmethod
     def of(cls, shape: KVShape, block_tokens: int) -> Encoded | None:
-        is_usual = shape[:2] == shape[2:4] and shape.key_dim >= LEAST_HEAD_DIM and shape.key_dim % 4 == 0
+        is_usual = shape[:2] == shape[2:4] and can_encode(shape.key_dim)
         return cls(shape, block_tokens) if is_usual and cls.holds_dtype(shape.dtype) else None
 
     @classmethod

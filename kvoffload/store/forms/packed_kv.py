@@ -18,17 +18,12 @@ from __future__ import annotations
 
 import torch
 
+from kvoffload.planning.forms import MOST_PLACES, listed_exponents
 from kvoffload.store.forms.encoded import Encoded, field_bytes, fields
 from kvoffload.store.forms.quantized import join, part
 from kvoffload.store.tail import KVShape
 
 FAR = 15  # the distance that stands for larger ones
-MOST_PLACES = 2**16
-
-
-def capacity(block_tokens: int, head_dim: int) -> int:
-    """Exponents that are listed of each column: 0.8 % and a few."""
-    return block_tokens * head_dim // 128 + 4
 
 
 class Stored(Encoded):
@@ -49,7 +44,7 @@ class Stored(Encoded):
 
     def _parts(self, rows: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         vectors, head_dim = (self.block_tokens, rows, 2, self.shape.key_heads), self.shape.key_dim
-        columns, listed = vectors[1:], capacity(self.block_tokens, head_dim)
+        columns, listed = vectors[1:], listed_exponents(self.block_tokens, head_dim)
         return (
             ((*vectors, head_dim), torch.uint8),
             ((*vectors, head_dim // 2), torch.uint8),
@@ -97,7 +92,7 @@ class Stored(Encoded):
     def held(self, kv: torch.Tensor) -> torch.Tensor:
         exponent = _exponents(kv.contiguous().view(torch.int16))
         far = exponent.amax((1, -1))[:, None, ..., None] - exponent >= FAR
-        fits: torch.Tensor = far.sum((1, -1)) <= capacity(self.block_tokens, self.shape.key_dim)
+        fits: torch.Tensor = far.sum((1, -1)) <= listed_exponents(self.block_tokens, self.shape.key_dim)
         return fits.flatten(1).all(1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-GROUP = 32  # values that share a scale and a least value
+from kvoffload.planning.forms import GROUP
 
 
 def num_groups(size: int) -> int:
