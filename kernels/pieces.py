@@ -14,7 +14,7 @@ from torch import Tensor
 from kvoffload.kernels import checks, cpu_attention, reference
 from kvoffload.kernels.stored import StoredKV
 
-PIECE_BYTES = 2**20  # of K and V in float32
+PIECE_BYTES = 2**22  # of K and V in float32
 
 
 def stored_attention(
@@ -75,7 +75,7 @@ def stored_attention(
         stop = start + per_piece
         attention.segment_attention(
             query,
-            stored.decode(stored.data[start:stop], stored.rows, dtype),
+            stored.decoded(start, stop, dtype),
             out,
             lse,
             scale=scale,

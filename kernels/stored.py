@@ -8,11 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvoffload.kernels import scratch
+
 
 class StoredKV(NamedTuple):
     """Consecutive blocks of one form.
 
-    `decode(data, rows, dtype)` gives keys and values of some of the blocks, [tokens, rows, 2, heads, head_dim]: those
+    `decode(data, rows, out)` writes keys and values of some of the blocks, [tokens, rows, 2, heads, head_dim]: those
     that the kernel's reader (`readers/<name>.py`) gives, which is the other half of the definition.
     """
 
@@ -22,7 +24,15 @@ class StoredKV(NamedTuple):
     rows: int  # that are stored
     heads: int  # of K and V
     head_dim: int
-    decode: Callable[[Tensor, int, torch.dtype], Tensor]
+    decode: Callable[[Tensor, int, Tensor], None]
+
+    def decoded(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """K and V of some of the blocks, [tokens, rows, 2, heads, head_dim], until the next call in this thread."""
+        data = self.data[start:stop]
+        shape = (len(data) * self.block_tokens, self.rows, 2, self.heads, self.head_dim)
+        found = scratch.take("decoded", shape, dtype, data.device)
+        self.decode(data, self.rows, found)
+        return found
 
     @property
     def num_tokens(self) -> int:

@@ -66,6 +66,8 @@ class OffloadConfig:
             the model and the call allow it and the link has a speed; "whole_layer" puts a layer's K/V together first.
         speculate: verified drafts, several tokens for one pass over the link (docs/drafts.md). "auto" where greedy
             decoding gains by them; a number (1..15) drafts that many, in sampling too; "off" (or 0) never.
+        draft_cache: what drafts read of the blocks on the host. "window": exact copies of the newest; "int4": copies of
+            4 bits of all, where these fit on the device (else the window); "auto": what the plan predicts to be faster.
         kv_dtype: "model" stores K and V exactly; "int8", "int4" or "int2" allows forms of that many bits and more, with
             loss (docs/quality.md): plans take the coarsest only where a step gets shorter by it.
         packing: "auto" packs blocks of bfloat16 without loss where the plan predicts that it is faster (a given split
@@ -89,6 +91,7 @@ class OffloadConfig:
     schedule: Schedule = "pipelined"
     attention: Literal["auto", "whole_layer"] = "auto"
     speculate: Literal["auto", "off"] | int = "auto"
+    draft_cache: Literal["auto", "window", "int4"] = "auto"
     kv_dtype: Literal["model", "int8", "int4", "int2"] = "model"
     packing: Literal["auto", "off"] = "auto"
     deterministic: bool = False
@@ -119,7 +122,11 @@ class OffloadConfig:
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.schedule not in ("pipelined", "kvpr"):
             raise ConfigError(f"schedule must be 'pipelined' or 'kvpr', got {self.schedule!r}")
-        for name, choices in (("kv_dtype", ("model", "int8", "int4", "int2")), ("packing", ("auto", "off"))):
+        for name, choices in (
+            ("draft_cache", ("auto", "window", "int4")),
+            ("kv_dtype", ("model", "int8", "int4", "int2")),
+            ("packing", ("auto", "off")),
+        ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.attention not in ("auto", "whole_layer"):

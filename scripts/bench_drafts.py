@@ -4,6 +4,7 @@
 scripts/bench_drafts.py --tasks summary,listing,question --ratios 8,25
 scripts/bench_drafts.py --batches 4,8 --tasks mixed --ratios 25
 scripts/bench_drafts.py --overhead --ratios 3,8 --new-tokens 200
+scripts/bench_drafts.py --caches window,int4 --ratios 3,8,14,25,50 --no-lookup
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Bench:
     def __init__(self, new_tokens: int) -> None:
         model, self._tokenizer = chat.load_model(None, torch.device("cpu"))[:2]
         self.model: Any = model
-        self.new_tokens = new_tokens
+        self.new_tokens, self.draft_cache = new_tokens, "auto"
         config, itemsize = self.model.config, self.model.dtype.itemsize
         head_dim = config.hidden_size // config.num_attention_heads
         self.token_bytes = config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * itemsize
@@ -167,6 +168,7 @@ class Bench:
             link=EmulatedLink(h2d_gb_per_s=crossing / (ratio * self.plain_step_s(batch)) / 1e9),
             device_gib=batch * (RESIDENT_TOKENS * self.token_bytes + RING_BYTES) / GIB,
             block_tokens=16,
+            draft_cache=self.draft_cache,  # type: ignore[arg-type]
             **options,
         )
 
@@ -262,6 +264,7 @@ def measure(bench: Bench, task: str, batch: int, ratio: int, survivals: Sequence
         found["same_tokens_as_prompt_lookup"] = ("fraction", float(torch.equal(looked.tokens, drafted.tokens)))
     how = {"task": task, "batch": batch, "ratio": ratio, "as": RATIOS[ratio], "new_tokens": bench.new_tokens}
     how |= {"prompt_tokens": ids.shape[1], "device_tokens": stats.plan.count(tier="device") * stats.plan.block_tokens}
+    how |= {"draft_cache": stats.draft_cache or "none", "asked": bench.draft_cache}
     new = [
         rows.row("drafts", task, metric, unit, ratio, [value], how, stats.link_name)
         for metric, (unit, value) in found.items()
@@ -283,6 +286,7 @@ def main(
         bool, typer.Option("--overhead", help="what useless drafts cost; ratio 0: a fast link")
     ] = False,
     with_lookup: Annotated[bool, typer.Option("--lookup/--no-lookup", help="prompt lookup as well (batch 1)")] = True,
+    caches: Annotated[str, typer.Option(help="what drafts read: auto, window, int4")] = "auto",
     csv_path: Annotated[Path, typer.Option("--csv", help="rows are added to this file")] = RESULTS / "drafts.csv",
 ) -> None:
     """Tokens per pass, acceptance, and how much faster than full transfer and prompt lookup."""
@@ -291,18 +295,21 @@ def main(
     console = Console() if sys.stdout.isatty() else Console(width=160)
     bench, survivals = Bench(new_tokens), dict[str, list[float]]()
     if is_overhead:
+        bench.draft_cache = caches
         for ratio in map(int, ratios.split(",")):
             torch.set_num_threads(decoding_threads())  # as rows name the device
             rows.save(csv_path, measure_overhead(bench, ratio))
         return
-    for batch, task, ratio in itertools.product(map(int, batches.split(",")), tasks.split(","), ratios.split(",")):
+    cells = itertools.product(map(int, batches.split(",")), tasks.split(","), ratios.split(","), caches.split(","))
+    for batch, task, ratio, bench.draft_cache in cells:
         torch.set_num_threads(decoding_threads())  # as rows name the device
         lookup = with_lookup and batch == 1
-        cell = measure(bench, task, batch, int(ratio), survivals.get(f"{task} {batch}", []), with_lookup=lookup)
-        survivals[f"{task} {batch}"] = cell.survivals
+        kind = f"{task} {batch} {bench.draft_cache}"
+        cell = measure(bench, task, batch, int(ratio), survivals.get(kind, []), with_lookup=lookup)
+        survivals[kind] = cell.survivals
         rows.save(csv_path, cell.rows)
         shown = (f"{name} {value:.3g}" for name, value in cell.figures.items() if value is not None)
-        console.print(f"{task}, batch {batch}, {ratio} plain steps a pass: {', '.join(shown)}")
+        console.print(f"{task}, batch {batch}, {ratio} plain steps a pass, {bench.draft_cache}: {', '.join(shown)}")
 
 
 if __name__ == "__main__":

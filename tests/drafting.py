@@ -23,7 +23,7 @@ from matrix import (
     profile,
     row_bytes,
 )
-from models import OTHERS, RECOMPUTABLE
+from models import OTHERS, RECOMPUTABLE, WIDE, make_model
 from modes import COMMON, KINDS, Mode, Outcome, Shape, outcome, plain_cache
 from transformers import PreTrainedModel
 
@@ -44,7 +44,8 @@ MODES = (
 BATCHES = (1, 3, 8)
 NUMBERS = (1, 4, 15)
 QUALITIES = (1.0, 0.7, 0.0)  # share of the drafts that are left as they are
-DEVICES = ("tail", "window", "all")  # what is on the device: the newest tokens, some blocks, everything
+# What is on the device: the newest tokens, some blocks, some and copies of 4 bits of the others, everything.
+DEVICES = ("tail", "window", "shadow", "all")
 SPLITS = ("transfer", "recompute", 0.5)
 BLOCK_TOKENS = 4
 NEW_TOKENS = 24
@@ -74,10 +75,11 @@ FACTORS = (ARCHITECTURES, MODES, BATCHES, NUMBERS, QUALITIES, DEVICES, SPLITS)
 
 
 def full_product() -> Iterator[Cell]:
-    """All of it, but for the split, which goes in rotation."""
-    splits = itertools.cycle(SPLITS)
-    for values in itertools.product(*FACTORS[:-1]):
-        yield Cell(*values, next(splits))
+    """All of it, but for the number of drafts and the split, which go in rotation."""
+    numbers, splits = itertools.cycle(NUMBERS), itertools.cycle((*SPLITS, *SPLITS[::-1]))
+    others = (ARCHITECTURES, MODES, BATCHES, QUALITIES, DEVICES)
+    for architecture, mode, rows, quality, device in itertools.product(*others):
+        yield Cell(architecture, mode, rows, next(numbers), quality, device, next(splits))
 
 
 @contextmanager
@@ -121,18 +123,26 @@ def window_gib(model: PreTrainedModel, rows: int, tokens: int, block_tokens: int
     return token_bytes * (tokens * share + 14 * block_tokens) / GIB
 
 
+def model_of(cell: Cell) -> PreTrainedModel:
+    """The tiny model of a cell."""
+    if cell.device == "shadow":
+        return make_model(cell.architecture, **WIDE)
+    return model_for(cell.architecture, False)
+
+
 def config_of(cell: Cell, mode: Mode) -> OffloadConfig:
     """The options of a cell."""
     gib: Any = "min"
     if cell.device != "tail":
-        model = model_for(cell.architecture, False)
+        model = model_of(cell)
         num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
         cached = num_layers * mode.rows * mode.max_tokens * row_bytes(model).kv
         ring = 40 * BLOCK_TOKENS * mode.rows * num_layers * row_bytes(model).kv
-        gib = (ring + cached * (0.3 if cell.device == "window" else 2.0)) / GIB
+        gib = (ring + cached * {"window": 0.3, "shadow": 0.5, "all": 2.0}[cell.device]) / GIB
     return OffloadConfig(
         split=cell.split,
         speculate=cell.number,
+        draft_cache="int4" if cell.device == "shadow" else "auto",
         device_gib=gib,
         block_tokens=BLOCK_TOKENS,
         chunk_blocks=2,
@@ -147,7 +157,7 @@ def check_cell(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> Drafted:
     release = tuple(map(int, transformers.__version__.split(".")[:2]))
     if release < (5, 23) and {**RECOMPUTABLE, **OTHERS}[cell.architecture].get("sliding_window"):
         pytest.skip("sliding layers of transformers 5.17 take back the tokens of one forward alone")
-    model, mode = model_for(cell.architecture, False), KINDS[cell.mode](cell.shape)
+    model, mode = model_of(cell), KINDS[cell.mode](cell.shape)
     wanted = outcome(mode.run(model, lambda: plain_cache(model)))
     with drafts_worse(monkeypatch, cell.quality):
         run = run_drafted(model, mode, config_of(cell, mode))

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from matrix import FAST_LINK, Outcome, checking_backend, distance, leaves_no_trace, noted_statistics, profile
-from models import make_model
+from models import WIDE, make_model
 from modes import MODES, SHAPES, end_tokens, outcome
 from quantizing import generating_with, quantizing_cache
 from transformers import PreTrainedModel
@@ -28,7 +28,6 @@ TOLERANCE = 1e-5
 # Where K or V differ in their last bit, a scale may be rounded the other way: then float64, where they do not.
 ROUNDED, TOLERANCE_FLOAT64 = 1e-2, 1e-6
 SLOW_LINK = EmulatedLink(h2d_gb_per_s=0.02)  # planned with: next to it nothing else takes time, so bytes decide
-WIDE: dict[str, Any] = {"hidden_size": 128, "head_dim": 32}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": WIDE,
     "qwen2": WIDE,

@@ -22,6 +22,7 @@ BASE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+WIDE: dict[str, Any] = {"hidden_size": 128, "head_dim": 32}  # heads that forms of few bits can be made of
 MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FULL = {"layer_types": ["full_attention"] * 3}
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 16}

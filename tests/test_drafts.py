@@ -16,6 +16,8 @@ def test_tokens_and_logits_are_those_of_plain_generate(cell: Cell, monkeypatch: 
         assert stats.tokens_per_pass is not None
         assert stats.draft_acceptance is not None
         assert stats.tokens_per_pass <= cell.number + 1
+        if cell.device in ("window", "shadow"):
+            assert stats.draft_cache == {"window": "window", "shadow": "int4"}[cell.device]
         if cell.device == "all" and cell.quality == 1.0:  # a draft sees all that the pass sees
             assert set(stats.draft_survivals) == {1.0}
         if cell.quality == 0.0 and stats.draft_survivals:

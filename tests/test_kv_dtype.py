@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from form_matrix import SLOW_LINK, WIDE
+from form_matrix import SLOW_LINK
 from matrix import FAST_LINK, checking_backend, leaves_no_trace, profile
-from models import make_model
+from models import WIDE, make_model
 from modes import COMMON, given, outcome, prompt
 from test_memory import Call, measure
 from transformers import PreTrainedModel

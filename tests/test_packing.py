@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from form_matrix import SLOW_LINK, WIDE
+from form_matrix import SLOW_LINK
 from matrix import FAST_LINK, checking_backend, distance, leaves_no_trace, noted_statistics, profile
-from models import make_model
+from models import WIDE, make_model
 from modes import COMMON, MODES, given, outcome, prompt
 from transformers import PreTrainedModel
 
@@ -89,7 +89,7 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def attend_as_bfloat16(self: Any, query: torch.Tensor, segment: Any, *results: torch.Tensor, **options: Any) -> None:
-    kv = segment.decode(segment.data, segment.rows, torch.bfloat16)
+    kv = segment.decoded(0, len(segment.data), torch.bfloat16)
     ops.segment_attention(query, kv, *results, **options)
 
 

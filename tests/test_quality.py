@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from commands import run
-from form_matrix import WIDE
-from models import make_model
+from models import WIDE, make_model
 from quantizing import quantizing_cache
 from transformers import PreTrainedModel
 

@@ -112,7 +112,7 @@ def run(attend: Callable[..., None], data: Data, kv: Any = None) -> tuple[torch.
 
 def agrees(attend: Callable[..., None], data: Data, tolerance: float) -> None:
     """It gives what attention over the decoded K and V gives."""
-    kv = data.stored.decode(data.stored.data, data.stored.rows, torch.float32).to(data.q.dtype)
+    kv = data.stored.decoded(0, len(data.stored.data), torch.float32).to(data.q.dtype)
     wanted = run(reference.segment_attention, data, kv)
     for found, expected in zip(run(attend, data), wanted, strict=True):
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
@@ -134,7 +134,7 @@ def test_pieces_take_queries_of_any_dtype(name: str, dtype: torch.dtype) -> None
         out, lse = torch.zeros(data.q.shape, dtype=dtype), torch.zeros(data.q.shape[:3], dtype=dtype)
         pieces.stored_attention(data.q, data.stored, out, lse, is_first=True, **data.options)
         wanted, wanted_lse = torch.zeros_like(out), torch.zeros_like(lse)
-        kv = data.stored.decode(data.stored.data, data.stored.rows, dtype)
+        kv = data.stored.decoded(0, len(data.stored.data), dtype)
         reference.segment_attention(data.q, kv, wanted, wanted_lse, is_first=True, **data.options)
         torch.testing.assert_close(out, wanted, atol=1e-12, rtol=1e-12)
     else:

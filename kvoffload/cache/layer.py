@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvoffload.cache.layer_blocks import LayerBlocks
+from kvoffload.cache.copied_blocks import CopiedBlocks
 from kvoffload.cache.state import CacheState
 from kvoffload.pipeline.cargo import Cargo
 from kvoffload.pipeline.write_back import ALIGNMENT, WriteBack
@@ -24,12 +24,11 @@ from kvoffload.store.block import Block, Place
 from kvoffload.store.block_memory import BlockMemory
 from kvoffload.store.forms.form import Leaving
 from kvoffload.store.tail import KVShape, NewTokens, RowShape, Tail
-from kvoffload.store.window import Window
 
 RECORDING_ROOM_TOKENS = 32  # tail room for tokens that a crop may take back
 
 
-class CacheLayer(LayerBlocks):
+class CacheLayer(CopiedBlocks):
     """One offloaded layer.
 
     Args:
@@ -61,16 +60,8 @@ class CacheLayer(LayerBlocks):
 
     @property
     def resident_places(self) -> dict[FormName, int]:
-        """Blocks that there are on the device or that can come there, by form; those of the window are among them."""
-        found = self._memory.resident_places(self.cache.rows)
-        if self._window is not None:
-            found[PLAIN] = found.get(PLAIN, 0) + self.window_places
-        return found
-
-    @property
-    def window_places(self) -> int:
-        """How many of these are copies, of blocks that are on the host as well."""
-        return 0 if self._window is None else self._window.num_places
+        """Blocks that there are on the device or that can come there, by form; exact copies are not among them."""
+        return self._memory.resident_places(self.cache.rows)
 
     def expects_another_step(self) -> bool:
         """Whether it makes sense to prefetch this layer now."""
@@ -107,23 +98,8 @@ class CacheLayer(LayerBlocks):
         """Room on the device for the resident blocks that the placement foresees; nothing before the first K/V."""
         if self.shape is not None:
             self._memory.make_resident(self.cache.engine.backend, self.cache.placement, self.forms, self.cache.rows)
-            self._make_window()
+            self.make_copies()
             self.account()
-
-    def _make_window(self) -> None:
-        """Room for the copies that the placement foresees; those there are stay, as many as it has room for."""
-        placement, before = self.cache.placement, self._window
-        place_bytes = self.forms[PLAIN].num_bytes(placement.block_tokens, self.cache.rows)
-        wanted = (placement.window_blocks, place_bytes)
-        if wanted == (0, place_bytes) if before is None else wanted == (before.num_places, before.place_bytes):
-            return
-        self._window = Window(self.cache.engine.backend, *wanted) if placement.window_blocks else None
-        if before is not None and self._window is not None:
-            before.move_to(self._window)
-        elif before is not None:
-            before.close()
-        self._forget_views()  # they would keep the memory of the one before
-        self.version += 1
 
     def reserve(self) -> None:
         """Room on the host for all blocks that the placement foresees; nothing before the first K/V."""
@@ -132,9 +108,9 @@ class CacheLayer(LayerBlocks):
 
     @property
     def device_bytes(self) -> int:
-        """Device memory of the tail, the resident blocks and the window."""
-        window_bytes = 0 if self._window is None else self._window.num_bytes
-        return self._memory.device_bytes + window_bytes + (0 if self.tail is None else self.tail.device_bytes)
+        """Device memory of the tail, the resident blocks and the copies of others."""
+        near_bytes = sum(near.num_bytes for near in self._near)
+        return self._memory.device_bytes + near_bytes + (0 if self.tail is None else self.tail.device_bytes)
 
     def account(self) -> None:
         """Tell how much device memory it holds."""
@@ -173,8 +149,8 @@ class CacheLayer(LayerBlocks):
                 self._reopen(remaining // bt)
             self._memory.drop(reversed(self.blocks[remaining // bt :]), guard)
             del self.blocks[remaining // bt :]
-            if self._window is not None:
-                self._window.forget(remaining // bt)
+            for near in self._near:
+                near.forget(remaining // bt)
             self.tail.num_tokens = remaining % bt
             self.version += 1
         else:
@@ -224,7 +200,7 @@ class CacheLayer(LayerBlocks):
                 else:
                     self._write_back(to_host, form, count, rows, part)
                 start = end
-            self._copy_newest(num_full, leaving)
+            self.copy_newest(num_full, leaving)
             self.version += 1
         needed = self.tail_tokens + new.num_tokens - num_full * bt
         grew = self.tail.grow(max(needed, bt + self.cache.placement.ahead_tokens))
@@ -309,19 +285,6 @@ class CacheLayer(LayerBlocks):
             self.blocks += blocks
             done += len(blocks)
 
-    def _copy_newest(self, count: int, leaving: Leaving) -> None:
-        """Copy what is on the host of the last `count` blocks, as far as these are the newest."""
-        if self._window is None:
-            return
-        bt, first = self.cache.placement.block_tokens, len(self.blocks) - count
-        plain = self.forms[PLAIN]
-        for idx in range(first, len(self.blocks)):
-            block = self.blocks[idx]
-            if not block.is_resident and self._window.wants(idx, len(self.blocks)):
-                data = self._window.take(idx, block, plain.num_bytes(bt, block.rows))
-                if data is not None:
-                    plain.pack(data, leaving.between((idx - first) * bt, (idx - first + 1) * bt))
-
     # ---- its end, and copies -------------------------------------------------------------------------------------
 
     def fork(self, cache: CacheState) -> CacheLayer:
@@ -343,9 +306,9 @@ class CacheLayer(LayerBlocks):
     def close(self) -> None:
         """Give the memory back."""
         self._memory.close(self.cache.engine.last_h2d)
-        if self._window is not None:
-            self._window.close()
-        self.blocks, self.tail, self._window = [], None, None
+        for near in self._near:
+            near.close()
+        self.blocks, self.tail, self._near = [], None, ()
         self.shape, self.forms, self._reopened = None, {}, None
         self.awaits_crop = False
         self._forget_views()

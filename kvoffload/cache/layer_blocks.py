@@ -1,6 +1,6 @@
 """The blocks of one layer as a forward reads them: which are on the device, which travel, and where their bytes are.
 
-Owns the choice between a block and its copy in the window, and the views of both that are made once and used by every
+Owns the choice between a block and its copy on the device, and the views of both that are made once and used by every
 step. Does not own which blocks there are, nor when one is stored (`layer`).
 """
 
@@ -14,12 +14,12 @@ import torch
 from kvoffload.cache.state import CacheState
 from kvoffload.pipeline.chunks import Chunk, chunks_of, joined, resident_spans
 from kvoffload.planning.forms import FORMS
-from kvoffload.planning.placement import PLAIN, FormName, Tier
+from kvoffload.planning.placement import FormName, Tier
 from kvoffload.store.block import Block, Span
 from kvoffload.store.device_memory import DeviceMemory
 from kvoffload.store.forms.form import Form
+from kvoffload.store.near_copies import NearCopies
 from kvoffload.store.tail import KVShape
-from kvoffload.store.window import Window
 
 
 class LayerBlocks:
@@ -35,7 +35,9 @@ class LayerBlocks:
         self.blocks: list[Block] = []
         self.shape: KVShape | None = None
         self.forms: dict[FormName, Form] = {}  # that blocks can have
-        self._window: Window | None = None  # copies on the device of the newest blocks that are stored on the host
+        self._near: tuple[
+            NearCopies, ...
+        ] = ()  # on the device, of blocks that are stored on the host; exact ones first
         self._forget_views()
 
     def _forget_views(self) -> None:
@@ -57,13 +59,21 @@ class LayerBlocks:
 
     @property
     def nearest(self) -> Sequence[Block]:
-        """The blocks as a forward reads them: the copy on the device where there is one."""
-        if self._window is None:
+        """The blocks as a pass reads them: the copy on the device where there is one that is exact."""
+        exact = [near for near in self._near if near.is_exact]
+        if not exact:
             return self.blocks
         if self._nearest[0] != self.version:
-            copy_of = self._window.copy_of
-            self._nearest = (self.version, [copy_of(idx) or block for idx, block in enumerate(self.blocks)])
+            self._nearest = (self.version, self._with_copies(exact))
         return self._nearest[1]
+
+    def _with_copies(self, copies: Sequence[NearCopies]) -> Sequence[Block]:
+        """The blocks, or the first copy of each where there are some."""
+        found = list(self.blocks)
+        for near in reversed(copies):
+            for idx, copy in near.copies.items():
+                found[idx] = copy
+        return found
 
     def count(self, tier: Tier) -> dict[FormName, int]:
         """Blocks stored on the device or on the host, by form."""
@@ -101,22 +111,23 @@ class LayerBlocks:
         return self._resident[1]
 
     def on_device(self, is_any_order: bool) -> Sequence[tuple[Span, DeviceMemory]]:
-        """All blocks that are on the device, with their bytes.
+        """What drafts read: all blocks that are on the device or have a copy there, with their bytes.
 
         Args:
-            is_any_order: whether the window may be taken as it lies, whatever the order of its blocks; their numbers
-                are then not those of its span.
+            is_any_order: whether copies may be taken as they lie, whatever the order of their blocks, whose numbers
+                are then not those of the span.
         """
         key = (self.version, is_any_order)
         if self._on_device[0] != key:
             bt, rows = self.cache.placement.block_tokens, self.cache.rows
-            whole = self._window.whole if self._window is not None and is_any_order else None
-            blocks = self.nearest if whole is None else self.blocks
+            wholes = [near.whole for near in self._near] if is_any_order else [None]
+            blocks = self._with_copies(self._near) if None in wholes else self.blocks
             spans = [part for span in resident_spans(blocks, bt) for part in self._parts(span)]
             found = [(span, self._bytes_of(blocks, span)) for span in spans]
-            if whole is not None and whole.numel():
-                count = whole.numel() // self.forms[PLAIN].num_bytes(bt, rows)
-                found.append((Span(PLAIN, 0, count, bt, rows, 1), DeviceMemory(whole)))
+            for near, whole in zip(self._near, () if None in wholes else wholes, strict=False):
+                if whole is not None and whole.numel():
+                    span = Span(near.form, 0, whole.numel() // near.place_bytes, bt, rows, 1)
+                    found.append((span, DeviceMemory(whole)))
             self._on_device = (key, found)
         return self._on_device[1]
 

@@ -157,7 +157,7 @@ class PlannedLength:
     most = MOST_DRAFTS
 
     def __init__(self, predicted: RoundTimes, rows: int = 1) -> None:
-        self._acceptance, self._times = Acceptance(PRIOR_ACCEPTANCE**rows), MeasuredTimes(predicted)
+        self._acceptance, self._times = Acceptance(predicted.acceptance**rows), MeasuredTimes(predicted)
         self._seconds = self._lost_s = 0.0
         self._pause_tokens, self._next_pause_tokens = 0, FIRST_PAUSE_TOKENS
         self._is_first = True

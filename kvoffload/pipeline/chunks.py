@@ -6,7 +6,7 @@ nothing (`engine` does) and does not choose how many blocks a chunk has (`kvoffl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +27,13 @@ class Chunk(Cargo):
 
 
 def chunks_of(
-    blocks: Sequence[Block], *, block_tokens: int, chunk_blocks: int, kv_row_bytes: int, schedule: Schedule
+    blocks: Sequence[Block],
+    *,
+    block_tokens: int,
+    chunk_blocks: int,
+    kv_row_bytes: int,
+    schedule: Schedule,
+    chosen: Container[int] | None = None,
 ) -> Sequence[Chunk]:
     """The blocks that are on the host as chunks in order of transfer.
 
@@ -37,11 +43,12 @@ def chunks_of(
         chunk_blocks: the most that a chunk may have.
         kv_row_bytes: of the K and V of one token, per stored row, in a layer buffer.
         schedule: decides the order of the forms.
+        chosen: numbers of the blocks that are wanted; None: all.
     """
     runs: list[tuple[int, int, list[Block]]] = []  # first block, offset of its K and V, blocks
     offset = 0
     for idx, block in enumerate(blocks):
-        if not block.is_resident:
+        if not block.is_resident and (chosen is None or idx in chosen):
             last = runs[-1] if runs else None
             if (
                 last is not None

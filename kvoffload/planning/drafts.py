@@ -27,6 +27,7 @@ from kvoffload.planning.plan import Plan
 from kvoffload.planning.rates import Rates, rates_from_profile
 
 PRIOR_ACCEPTANCE = 0.7  # of each draft, before any was seen
+SHADOW_PRIOR_ACCEPTANCE = 0.9  # of drafts that attend to all tokens, in a form of few bits
 FULL_SPEED_ROWS = 256  # of a GEMM that is bound by arithmetic
 LEAST_WINDOW_TOKENS = 128  # on the device; with fewer the prior is not to be believed
 MIN_GAIN_FRACTION = 0.05  # by which drafts must be faster than none to be begun
@@ -40,6 +41,7 @@ class RoundTimes:
     pass_s: tuple[float, ...]  # T_v(1), T_v(2), ...
     window_tokens: int  # of each sequence, that drafts attend to
     ahead_s: float  # of the link's time, that the ring can take on while tokens are drafted
+    acceptance: float = PRIOR_ACCEPTANCE  # of each draft of a sequence, before any was seen
 
     def round_s(self, drafts: int) -> float:
         """A round of that many drafts; of none, a plain step."""
@@ -82,17 +84,17 @@ class ExpectedRounds(NamedTuple):
 
 
 def expected_rounds(
-    times: RoundTimes, rows: int, *, acceptance: float = PRIOR_ACCEPTANCE, drafts: int | None = None
+    times: RoundTimes, rows: int, *, acceptance: float | None = None, drafts: int | None = None
 ) -> ExpectedRounds:
     """The rounds that are planned where each draft of a row is accepted with the same probability.
 
     Args:
         times: that rounds take.
         rows: sequences, of which a round keeps as many tokens as all of them accept.
-        acceptance: that probability, 0..1.
+        acceptance: that probability, 0..1; None: what is assumed of such drafts.
         drafts: in each round; None: as many as make a token cheapest, and none where these gain too little.
     """
-    survivals = survival(acceptance, rows)
+    survivals = survival(times.acceptance if acceptance is None else acceptance, rows)
     length = best_length(survivals, times.round_s, MOST_DRAFTS) if drafts is None else drafts
     gains = times.window_tokens >= LEAST_WINDOW_TOKENS and speedup(survivals, times, length) >= 1 + MIN_GAIN_FRACTION
     if drafts is None and not gains:
@@ -122,7 +124,9 @@ def round_times(
         profile: of the machine.
         rows: sequences.
     """
-    tokens = plan.count(tier="device") * inputs.block_tokens  # of each sequence, that drafts attend to
+    shadow, on_host = inputs.shadow_form, plan.count(tier="host")
+    copied = on_host * inputs.block_tokens if shadow is not None else 0
+    tokens = plan.count(tier="device") * inputs.block_tokens + copied  # of each sequence, that drafts attend to
 
     def rates_at(batch: int, cached_tokens: int) -> Rates:
         return rates_from_profile(
@@ -149,11 +153,15 @@ def round_times(
         )
         pass_s.append(step_time.predict(replace(inputs, rates=rates), plan.blocks).step_s)
     near = rates_at(rows, max(inputs.block_tokens, tokens))
-    layers_s = inputs.num_layers * near.dense_s + inputs.num_offloaded_layers * tokens * near.attention_s_per_token
+    attention_s = tokens * near.attention_s_per_token
+    if shadow is not None:
+        attention_s += copied * near.restore_s_per_token[shadow]
+    layers_s = inputs.num_layers * near.dense_s + inputs.num_offloaded_layers * attention_s
     issue_s = inputs.num_layers * near.host_s_per_layer
     return RoundTimes(
         draft_s=max(layers_s, issue_s) + near.head_s,
         pass_s=tuple(pass_s),
         window_tokens=tokens,
-        ahead_s=inputs.ring_bytes / inputs.rates.h2d_bytes_per_s[PLAIN] if plan.count(tier="host") else 0.0,
+        ahead_s=inputs.ring_bytes / inputs.rates.h2d_bytes_per_s[PLAIN] if on_host else 0.0,
+        acceptance=PRIOR_ACCEPTANCE if shadow is None else SHADOW_PRIOR_ACCEPTANCE,
     )

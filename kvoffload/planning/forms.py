@@ -17,6 +17,7 @@ from kvoffload.planning.placement import PLAIN, FormName, Kind, Part, Tier
 GROUP = 32  # values that share a scale and a least value
 MOST_PLACES = 2**16  # of a head in a packed block
 LEAST_HEAD_DIM = 32  # of what is encoded
+SHADOW_FORM: FormName = "int4"  # of copies that drafts read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,19 @@ class StoredForm:
 def can_encode(head_dim: int) -> bool:
     """Whether forms of fewer bytes are made for heads of that size; 0 stands for K and V of unequal heads."""
     return head_dim >= LEAST_HEAD_DIM and head_dim % 4 == 0
+
+
+def why_no_shadow(config: OffloadConfig, geometry: Geometry) -> str | None:
+    """Why drafts cannot read copies of few bits of all blocks; None if they can."""
+    shadow = FORMS[SHADOW_FORM]
+    if not can_encode(geometry.head_dim):
+        size = (
+            f"heads of {geometry.head_dim} values" if geometry.head_dim else "K and V of unequal heads, or without any"
+        )
+        return f"{size} cannot be encoded (at least {LEAST_HEAD_DIM}, divisible by 4)"
+    if config.kv_dtype != "model" and FORMS[config.kv_dtype].loss >= shadow.loss:
+        return f"the cache itself is stored as {FORMS[config.kv_dtype].label}"
+    return None
 
 
 def _can_pack(config: OffloadConfig, geometry: Geometry) -> bool:

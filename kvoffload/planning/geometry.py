@@ -23,6 +23,7 @@ class Geometry:
     beams: int = 1
     other_device_bytes: int = 0  # layers that stay on the device
     ahead_tokens: int = 0  # that may be cached before anybody asks for them, in the tail
+    shadow_form: str | None = None  # of copies on the device of all blocks on the host, for drafts; None: a window
     may_pack: bool = True  # False: blocks are not packed, whatever the configuration allows
     lives_on: bool = False  # may grow over further turns: blocks are not made for the first one's length alone
     is_segmented: bool = False  # attention takes chunks one by one: no layer buffers, and kv chunks use the ring

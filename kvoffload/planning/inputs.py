@@ -32,12 +32,21 @@ class PlanInputs:
     weight_bytes_per_step: int = 0  # streamed weights, over the same link
     num_micro_batches: int = 1
     objective: Objective = "latency"
-    is_plain_on_device: bool = False  # new blocks on the device are K and V, which drafts read
+    is_plain_on_device: bool = False  # new blocks on the device are K and V, which a window holds as well
+    shadow_form: FormName | None = None  # of a copy on the device of each block on the host; None: there are none
+    shadow_bytes_per_token: int = 0  # of these: whole batch, one layer
+    most_blocks: int = 0  # at the full length, for which copies have room; 0: no more than there are
     is_segmented: bool = False  # attention takes chunks one by one, so kv chunks use the ring as well
 
     def __hash__(self) -> int:
         """Of what tells most instances apart; equal ones are compared whole."""
         return hash((self.num_blocks, self.block_tokens, self.device_bytes, self.host_bytes, self.rates))
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Device memory for the copies of blocks to come."""
+        to_come = max(0, self.most_blocks - self.num_blocks)
+        return self.num_offloaded_layers * to_come * self.block_tokens * self.shadow_bytes_per_token
 
     @property
     def ring_bytes(self) -> int:

@@ -95,7 +95,7 @@ def table_of(inputs: PlanInputs) -> Table:
             "issue": inputs.num_layers * inputs.num_micro_batches * rates.host_s_per_layer,  # N * o_layer
         },
         capacity={
-            "device": (inputs.device_bytes - inputs.fixed_device_bytes) // max(1, inputs.num_offloaded_layers),
+            "device": _room_bytes(inputs) // max(1, inputs.num_offloaded_layers),
             "host": inputs.host_bytes // max(1, inputs.num_offloaded_layers),
         },
         stored=tuple(inputs.stored.get(option.name, 0) for option in options),
@@ -107,6 +107,11 @@ def table_of(inputs: PlanInputs) -> Table:
         attention_s=inputs.num_offloaded_layers * inputs.num_blocks * tokens * rates.attention_s_per_token,
     )
     return found if inputs.num_offloaded_layers else found.with_room("device").with_room("host")
+
+
+def _room_bytes(inputs: PlanInputs) -> int:
+    """On the device, for the blocks that there are."""
+    return inputs.device_bytes - inputs.fixed_device_bytes - inputs.reserved_bytes
 
 
 def _may_grow(inputs: PlanInputs, option: Option) -> bool:
@@ -132,7 +137,7 @@ def _option(inputs: PlanInputs, name: str, form: FormName, tier: Tier) -> Option
     attend_s = tokens * rates.attention_s_per_token  # gamma_a
     work_s = tokens * rates.restore_s_per_token.get(form, 0.0)  # gamma_r
     is_read = FORMS[form].is_read_as_stored and (inputs.is_segmented or not FORMS[form].is_encoded)
-    crosses = tier == "host"
+    crosses, copy_bytes = tier == "host", tokens * inputs.shadow_bytes_per_token
     seconds: dict[Resource, float] = {"device": (0.0 if form == PLAIN else work_s) + attend_s}
     if crosses:
         seconds["h2d"] = num_bytes / rates.h2d_bytes_per_s[form]
@@ -141,7 +146,7 @@ def _option(inputs: PlanInputs, name: str, form: FormName, tier: Tier) -> Option
         form=form,
         tier=tier,
         seconds=seconds,
-        bytes={tier: num_bytes},
+        bytes={tier: num_bytes} | ({"device": copy_bytes} if crosses and copy_bytes else {}),
         link_bytes=num_bytes if crosses else 0,
         chunk_s=inputs.num_micro_batches * rates.host_s_per_chunk if crosses else 0.0,  # o_chunk
         restore_s=None if is_read else work_s,

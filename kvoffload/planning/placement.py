@@ -21,7 +21,9 @@ class Placement:
     chunk_blocks: int
     resident: Mapping[FormName, int] = field(default_factory=dict)  # blocks, in this order
     ahead_tokens: int = 0  # that the tail has room for beyond a block
-    window_blocks: int = 0  # the newest of those on the host that also have a copy on the device
+    window_blocks: int = 0  # of those on the host, that also have an exact copy on the device
+    shadow_blocks: int = 0  # of the others, that have a copy for drafts; 0: the window has the newest
+    shadow_form: FormName = PLAIN  # of these
     shares: Mapping[FormName, float] = field(default_factory=dict)  # of the blocks on the host; the others are PLAIN
     may_become: tuple[FormName, ...] = ()  # forms that a plan made later may ask for
     max_tokens: int | None = None  # of the whole generation, if known

@@ -69,7 +69,7 @@ def solve(inputs: PlanInputs) -> Plan:
         weight_bytes_per_step=inputs.weight_bytes_per_step,
         num_micro_batches=inputs.num_micro_batches,
         objective=inputs.objective,
-        device_bytes=inputs.fixed_device_bytes + found.bytes["device"],
+        device_bytes=inputs.fixed_device_bytes + inputs.reserved_bytes + found.bytes["device"],
         host_bytes=found.bytes["host"],
     )
 

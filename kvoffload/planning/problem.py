@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from kvoffload.config import OffloadConfig
+from kvoffload.errors import InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning.forms import FORMS
@@ -25,9 +26,11 @@ from kvoffload.planning.sizing import (
     choose_sizes,
     chunks_may_be_recomputed,
     planned_forms,
+    smallest_sizes,
     split_to_plan,
     uncapped_sizes,
 )
+from kvoffload.units import gib
 
 MIN_GAIN_FRACTION = 0.01  # a plan without recomputation, which could not be corrected later, has to win by more
 MIN_SEGMENT_ROWS, MIN_SEGMENT_BYTES = 1024, 2**16  # of a chunk on an emulated link that nobody measured
@@ -108,14 +111,16 @@ def pose(
         can_recompute=may_recompute,
         has_rates=rates is not None and (must_predict or _is_measured(profile)),
     )
-    sizes = choose_sizes(geometry, config, forms=forms, device_bytes=device_bytes, rates=rates)
+    room_bytes = _beside_copies(geometry, config, forms, device_bytes)
+    sizes = choose_sizes(geometry, config, forms=forms, device_bytes=room_bytes, rates=rates)
+    least_bytes = sizes.fixed_device_bytes + shadow_bytes(geometry, sizes.block_tokens)
     inputs = make_inputs(
         shape,
         geometry,
         sizes,
         rates or UNKNOWN_RATES,
         num_blocks=max(1, cached_tokens // sizes.block_tokens),
-        device_bytes=sizes.fixed_device_bytes if device_bytes is None else device_bytes,
+        device_bytes=least_bytes if device_bytes is None else device_bytes,
         host_cap_bytes=host_cap_bytes,
         split=fixed_split if rates is not None else fixed_split or 0.0,
         config=config,
@@ -152,7 +157,10 @@ def make_inputs(
         host_bytes=host_bytes_at(host_cap_bytes, geometry, num_blocks, sizes.block_tokens),
         split=split,
         schedule=config.schedule,
-        is_plain_on_device=geometry.ahead_tokens > 0,
+        is_plain_on_device=geometry.ahead_tokens > 0 and geometry.shadow_form is None,
+        shadow_form=geometry.shadow_form,
+        shadow_bytes_per_token=_shadow_bytes_per_token(geometry, sizes.block_tokens),
+        most_blocks=geometry.max_tokens // sizes.block_tokens,
         is_segmented=geometry.is_segmented,
     )
 
@@ -166,6 +174,39 @@ def bytes_per_token(
         for name, form in FORMS.items()
         if forms is None or name in forms or form.is_wanted is None
     }
+
+
+def _shadow_bytes_per_token(geometry: Geometry, block_tokens: int) -> int:
+    """Of the copies for drafts: of the whole batch, in one layer; 0 without any."""
+    form = geometry.shadow_form
+    return 0 if form is None else geometry.rows * FORMS[form].row_bytes(geometry, block_tokens)
+
+
+def shadow_bytes(geometry: Geometry, block_tokens: int) -> int:
+    """Device memory for copies of all blocks at the full length."""
+    tokens = geometry.max_tokens // block_tokens * block_tokens
+    return geometry.num_offloaded_layers * tokens * _shadow_bytes_per_token(geometry, block_tokens)
+
+
+def _beside_copies(
+    geometry: Geometry, config: OffloadConfig, forms: Collection[FormName], device_bytes: int | None
+) -> int | None:
+    """What copies of all blocks leave of the cap on device memory; None: as little as works.
+
+    Raises:
+        InfeasiblePlanError: less than working buffers take; says by how much.
+    """
+    if device_bytes is None or geometry.shadow_form is None:
+        return device_bytes
+    copies_bytes = shadow_bytes(geometry, uncapped_sizes(geometry, config).block_tokens)
+    least_bytes = smallest_sizes(geometry, config, forms=forms).fixed_device_bytes
+    missing_bytes = copies_bytes + least_bytes - device_bytes
+    if missing_bytes > 0:
+        raise InfeasiblePlanError(
+            f"copies for drafts as {FORMS[geometry.shadow_form].label} take {gib(copies_bytes)} on the device beside "
+            f"{gib(least_bytes)} of working buffers, and it has {gib(device_bytes)}: {gib(missing_bytes)} are missing"
+        )
+    return device_bytes - copies_bytes
 
 
 def host_bytes_at(cap_bytes: int, geometry: Geometry, num_blocks: int, block_tokens: int) -> int:

@@ -131,10 +131,10 @@ def sequential_step_s(inputs: PlanInputs, blocks: Mapping[str, int]) -> float:
 def full_transfer_step_s(inputs: PlanInputs) -> float:
     """Predicted seconds of plain full transfer with as many kv blocks resident as fit.
 
-    The reference every plan is compared with, so stored blocks and the host limit are left out of account.
+    The reference every plan is compared with, so stored blocks, the host limit and copies are left out of account.
     """
-    table = table_of(inputs)
+    room_bytes = (inputs.device_bytes - inputs.fixed_device_bytes) // max(1, inputs.num_offloaded_layers)
     block_bytes = inputs.block_tokens * inputs.bytes_per_token[PLAIN]
-    resident = min(inputs.num_blocks, max(0, table.capacity["device"]) // max(1, block_bytes))
+    resident = min(inputs.num_blocks, max(0, room_bytes) // max(1, block_bytes))
     blocks = {option_name(PLAIN, "device"): resident, option_name(PLAIN, "host"): inputs.num_blocks - resident}
     return predict(inputs, blocks).step_s

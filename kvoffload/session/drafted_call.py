@@ -136,6 +136,7 @@ class DraftedCall:
             tuple(rounds.survivals),
             chosen.round_times,
             self._drafting.reason,
+            chosen.geometry.shadow_form or "window",
         )
 
     def close(self) -> None:

@@ -65,6 +65,7 @@ class DraftFigures(NamedTuple):
     survivals: tuple[float, ...] = ()
     times: RoundTimes | None = None  # that were planned
     reason: str | None = None  # why there were none, where they might have been
+    cache: str | None = None  # what they read: "window", or the form of copies of all blocks
 
 
 class StepRates(NamedTuple):
@@ -259,6 +260,7 @@ class Generation:
             draft_survivals=list(drafts.survivals),
             draft_s=end.draft_s - self._start.draft_s,
             drafts_off_reason=drafts.reason,
+            draft_cache=drafts.cache,
             link_name=backend.link_name,
             link_has_speed=backend.has_speed,
         )

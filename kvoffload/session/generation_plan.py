@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from kvoffload.planning.drafts import RoundTimes, expected_rounds
+from kvoffload.planning.drafts import ExpectedRounds, RoundTimes, expected_rounds
 from kvoffload.planning.forms import FORMS, option_name
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
@@ -35,10 +35,17 @@ class GenerationPlan:
         """Whether tokens are drafted on what is on the device: the first block, and the newest ones."""
         return self.geometry.ahead_tokens > 0
 
+    def expected_rounds(self, drafts: int | None = None) -> ExpectedRounds | None:
+        """Rounds of drafts, as many as gain most or so many; None where nothing can be predicted."""
+        return (
+            None if self.round_times is None else expected_rounds(self.round_times, self.geometry.rows, drafts=drafts)
+        )
+
     @property
     def expected_drafts(self) -> int:
         """Tokens that rounds are expected to draft; 0 where that gains too little, or cannot be predicted."""
-        return 0 if self.round_times is None else expected_rounds(self.round_times, self.geometry.rows).drafts
+        rounds = self.expected_rounds()
+        return 0 if rounds is None else rounds.drafts
 
     @property
     def device_budget_bytes(self) -> int:
@@ -47,10 +54,11 @@ class GenerationPlan:
 
     @property
     def resident_bytes(self) -> int:
-        """Device memory of the resident blocks and of the window, at the full length."""
+        """Device memory of the resident blocks and of copies of others, at the full length."""
         token_bytes = bytes_per_token(self.geometry, self.placement.block_tokens)
         per_layer = sum(n * token_bytes[form] for form, n in self.placement.resident.items())
         per_layer += self.placement.window_blocks * token_bytes[PLAIN]
+        per_layer += self.placement.shadow_blocks * token_bytes[self.placement.shadow_form]
         return self.geometry.num_offloaded_layers * self.placement.block_tokens * per_layer
 
     @property
@@ -110,24 +118,29 @@ def resident_with_room(plan: Plan, inputs: PlanInputs, geometry: Geometry) -> di
     return found | ({PLAIN: found.get(PLAIN, 0) + more} if more else {})
 
 
-def with_window(chosen: GenerationPlan, places: int = 0) -> GenerationPlan:
-    """The same with the blocks of K and V on the device as drafts want them: the first of a layer, and the newest.
+def with_copies(chosen: GenerationPlan, places: int = 0) -> GenerationPlan:
+    """The same with what drafts read: the first block of a layer and the newest, or copies of all of them.
 
-    The newest are stored on the host as well. Where that has no room for them, blocks stay where they were put.
+    Blocks of K and V on the device are stored on the host as well and have exact copies in the place of residents, so
+    that others can take their place. Where the host has no room for that, they stay where they were put.
 
     Args:
-        chosen: with all of them as residents.
+        chosen: with all K and V on the device as residents.
         places: for residents of K and V that there are already; what is in them does not move.
     """
     if not chosen.drafts:
         return chosen
     assert places >= 0
-    resident = chosen.placement.resident
-    plain = resident.get(PLAIN, 0)
+    before, shadow = chosen.placement, chosen.geometry.shadow_form
+    plain = before.resident.get(PLAIN, 0)
     stay = min(plain, places)
-    placement = replace(chosen.placement, resident={**resident, PLAIN: stay}, window_blocks=plain - stay)
-    rolling = replace(chosen, placement=placement)
-    return rolling if chosen.placement.window_blocks or rolling.fits_on_host else chosen
+    most = chosen.geometry.max_tokens // before.block_tokens if shadow is not None else 0
+    fixed = replace(
+        before, window_blocks=0, shadow_blocks=max(0, most - before.num_resident), shadow_form=shadow or PLAIN
+    )
+    rolling = replace(fixed, resident={**before.resident, PLAIN: stay}, window_blocks=plain - stay)
+    found = replace(chosen, placement=rolling)
+    return found if before.window_blocks or found.fits_on_host else replace(chosen, placement=fixed)
 
 
 def without_packing(chosen: GenerationPlan) -> GenerationPlan | None:

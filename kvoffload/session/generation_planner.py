@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,8 +24,8 @@ from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning import planner
-from kvoffload.planning.drafts import round_times
-from kvoffload.planning.forms import FORMS, option_name
+from kvoffload.planning.drafts import MIN_GAIN_FRACTION, round_times
+from kvoffload.planning.forms import FORMS, SHADOW_FORM, option_name, why_no_shadow
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.placement import PLAIN, FormName, Placement
@@ -36,7 +37,7 @@ from kvoffload.session.generation_plan import (
     planned_resident,
     resident_with_room,
     stored_options,
-    with_window,
+    with_copies,
 )
 from kvoffload.session.measured_rates import MeasuredRates
 from kvoffload.session.memory_limits import MemoryLimits
@@ -71,6 +72,7 @@ class GenerationPlanner:
         self._stored = (lambda: None) if backend.emulated else stored
         self.limits = MemoryLimits(config, shape, backend)
         self.measured = MeasuredRates()
+        self._told: set[str] = set()
 
     def plan_for(self, geometry: Geometry, *, can_recompute: bool = True, **known: Any) -> GenerationPlan:
         """Sizes, plan and placement for a cache; the sizes of plain transfer where those are predicted to be faster.
@@ -87,18 +89,55 @@ class GenerationPlanner:
         return self._with_drafts_or_not(plain, can_recompute=can_recompute, **known)
 
     def _with_drafts_or_not(self, geometry: Geometry, **known: Any) -> GenerationPlan:
-        """`plan_for`, packed where that is possible."""
-        if geometry.ahead_tokens and self.config.fixed_drafts is None:
-            return self._with_drafts_that_pay(geometry, **known)
-        return self._plan_for(geometry, **known)
-
-    def _with_drafts_that_pay(self, geometry: Geometry, **known: Any) -> GenerationPlan:
-        """With room for drafts where these are expected to make decoding faster, else without."""
-        with contextlib.suppress(InfeasiblePlanError, HostMemoryError):  # it may fit without
-            drafted = self._plan_for(geometry, **known)
-            if drafted.expected_drafts:
+        """`plan_for`, packed where that is possible: with room for drafts where these are expected to gain."""
+        if not geometry.ahead_tokens:
+            return self._plan_for(geometry, **known)
+        number = self.config.fixed_drafts
+        try:
+            drafted = self.with_best_near_cache(geometry, lambda settled: self._plan_for(settled, **known))
+            if number is not None or drafted.expected_drafts:
                 return drafted
+        except (InfeasiblePlanError, HostMemoryError):  # it may fit without
+            if number is not None:
+                raise
         return self._plan_for(replace(geometry, ahead_tokens=0), **known)
+
+    def with_best_near_cache(self, geometry: Geometry, plan: Callable[[Geometry], GenerationPlan]) -> GenerationPlan:
+        """The plan of drafts that read a window of the newest blocks, or copies of all of them.
+
+        That with which the next token is expected sooner; where nothing can be predicted, that which was asked for.
+
+        Args:
+            geometry: of the cache.
+            plan: makes a plan for it.
+
+        Raises:
+            InfeasiblePlanError, HostMemoryError: neither fits.
+        """
+        asked, window, shadow = self.config.draft_cache, replace(geometry, shadow_form=None), None
+        if asked != "window":
+            reason = why_no_shadow(self.config, geometry)
+            try:
+                if reason is None:
+                    shadow = plan(replace(geometry, shadow_form=SHADOW_FORM))
+            except (InfeasiblePlanError, HostMemoryError) as error:
+                reason = str(error)
+            if reason is not None and asked == SHADOW_FORM:
+                self._tell_once(f"draft_cache='{asked}': {reason}; drafts read a window of the newest tokens")
+        if shadow is None or asked == "window":
+            return plan(window)
+        if asked == SHADOW_FORM:
+            return shadow
+        with contextlib.suppress(InfeasiblePlanError, HostMemoryError):
+            near = plan(window)
+            if not _is_sooner(shadow, near, self.config.fixed_drafts):
+                return near
+        return shadow
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            warnings.warn(text, stacklevel=2)
 
     def _plan_for(self, geometry: Geometry, *, can_recompute: bool = True, **known: Any) -> GenerationPlan:
         """`plan_for`, drafts or not."""
@@ -191,7 +230,7 @@ class GenerationPlanner:
         )
         chosen = self.with_fitting_share(chosen)
         chosen.check_host()
-        return self.with_rounds(with_window(chosen))
+        return self.with_rounds(with_copies(chosen))
 
     def with_rounds(self, chosen: GenerationPlan) -> GenerationPlan:
         """The same with what rounds of drafts take, where that can be predicted."""
@@ -281,7 +320,7 @@ class GenerationPlanner:
             chosen.placement, resident=resident_with_room(plan, inputs, chosen.geometry), shares=plan.shares
         )
         corrected = replace(chosen, inputs=inputs, plan=plan, placement=placement, reserved_shares=plan.shares)
-        corrected = with_window(corrected)
+        corrected = with_copies(corrected)
         # The plan is for the mean length; at the full one only the form that was asked for first may fit.
         return corrected if corrected.fits_on_host else replace(chosen, inputs=inputs)
 
@@ -292,6 +331,14 @@ class GenerationPlanner:
         """
         if chosen.inputs is not None and not self.backend.emulated and not self.config.deterministic:
             self.measured.take_gap(between_steps_s, chosen.inputs.rates)
+
+
+def _is_sooner(one: GenerationPlan, other: GenerationPlan, drafts: int | None) -> bool:
+    """Whether the first plan is expected to give the next token sooner by a margin; False where nothing is known."""
+    rounds, others = one.expected_rounds(drafts), other.expected_rounds(drafts)
+    if rounds is None or others is None:
+        return False
+    return rounds.token_s * (1 + MIN_GAIN_FRACTION) < others.token_s
 
 
 def _may_become(forms: frozenset[FormName], fixed_split: float | None, *, has_rates: bool) -> tuple[FormName, ...]:

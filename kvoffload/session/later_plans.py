@@ -26,7 +26,7 @@ from kvoffload.session.generation_plan import (
     GenerationPlan,
     resident_with_room,
     stored_options,
-    with_window,
+    with_copies,
     without_packing,
 )
 from kvoffload.session.generation_planner import GenerationPlanner
@@ -58,13 +58,16 @@ class LaterPlans:
         self, chosen: GenerationPlan, max_tokens: int, *, drafts: bool, **known: Any
     ) -> GenerationPlan:
         """`prolong`, packed as before."""
-        if drafts and self._planner.config.fixed_drafts is None:
-            drafted = self._prolong(chosen, max_tokens, drafts=True, **known)
-            if drafted.expected_drafts:
-                return drafted
-            drafts = False
-        found = self._prolong(chosen, max_tokens, drafts=drafts, **known)
-        return found if drafts else replace(found, round_times=None)
+        undrafted = replace(chosen, geometry=replace(chosen.geometry, shadow_form=None), round_times=None)
+        if not drafts:
+            return replace(self._prolong(undrafted, max_tokens, **known), round_times=None)
+        ahead = replace(chosen.geometry, ahead_tokens=MOST_DRAFTS + 1)
+        drafted = self._planner.with_best_near_cache(
+            ahead, lambda settled: self._prolong(replace(chosen, geometry=settled), max_tokens, **known)
+        )
+        if self._planner.config.fixed_drafts is not None or drafted.expected_drafts:
+            return drafted
+        return replace(self._prolong(undrafted, max_tokens, **known), round_times=None)
 
     def _prolong(
         self,
@@ -73,6 +76,7 @@ class LaterPlans:
         *,
         prompt_tokens: int,
         on_host: Mapping[FormName, int],
+        crossing: Mapping[FormName, int],
         on_device: Mapping[FormName, int],
         kv_row_bytes: int,
         is_uniform: bool,
@@ -80,52 +84,59 @@ class LaterPlans:
         device_held_bytes: int,
         device_others_bytes: int,
         window_places: int = 0,
-        drafts: bool = False,
     ) -> GenerationPlan:
         """Plan anew for a further turn of a cache: what is stored stays, sizes and the form of new blocks follow.
 
         Args:
-            chosen: what held so far.
+            chosen: what held so far, with the geometry that is to hold.
             max_tokens: cached at the end of the turn.
             prompt_tokens: cached when its first token is decoded.
             on_host: blocks of each layer on the host, by form.
-            on_device: blocks of each layer that are on the device or that there are places for, by form.
+            crossing: those of them that have no exact copy on the device.
+            on_device: resident blocks of each layer, or places for them, by form.
             kv_row_bytes: K and V of one token of one sequence in the widest layer.
             is_uniform: whether all layers attend chunk by chunk, or all over whole layers; else sizes stay.
             host_held_bytes: host memory the session holds already.
             device_held_bytes: device memory the session holds already, and will use again.
             device_others_bytes: device memory that other caches of the session hold.
-            window_places: of `on_device`, those for copies of the newest blocks.
-            drafts: whether tokens are drafted on what is on the device.
+            window_places: for exact copies of the newest blocks.
 
         Raises:
             HostMemoryError: before any token of that turn, with the numbers.
+            InfeasiblePlanError: copies of all blocks are wanted, and do not fit.
         """
-        ahead_tokens = MOST_DRAFTS + 1 if drafts else chosen.geometry.ahead_tokens
-        geometry = replace(chosen.geometry, max_tokens=max(prompt_tokens, max_tokens), ahead_tokens=ahead_tokens)
+        geometry = replace(chosen.geometry, max_tokens=max(prompt_tokens, max_tokens))
+        has_window = geometry.shadow_form is None  # its places are residents that move
+        resident = dict(on_device) if not has_window else _added(on_device, PLAIN, window_places)
         host_cap = self._planner.limits.full_host_cap_bytes(geometry, chosen.placement.prompt_tokens, host_held_bytes)
         longer = replace(
             chosen,
             geometry=geometry,
             sizes=grown(chosen.sizes, geometry),
-            placement=replace(chosen.placement, max_tokens=max_tokens, ahead_tokens=ahead_tokens),
+            placement=replace(chosen.placement, max_tokens=max_tokens, ahead_tokens=geometry.ahead_tokens),
             host_cap_bytes=host_cap,
         )
-        anew = None
+        anew, why = None, InfeasiblePlanError("some layers attend in parts and others to all at once")
         if is_uniform:
 
             def cap_bytes(settled: Geometry) -> int | None:
                 held = (device_held_bytes, device_others_bytes)
                 return self._planner.limits.device_cap_bytes(settled, prompt_tokens, *held)
 
-            anew = self._planned_anew(longer, prompt_tokens, on_host, on_device, kv_row_bytes, cap_bytes)
-            anew = anew and self._planner.with_fitting_share(anew)
-            anew = anew and with_window(anew, on_device.get(PLAIN, 0) - window_places)
-            anew = anew and self._planner.with_rounds(anew)
-        if anew is None or not anew.fits_on_host:
-            longer.check_host()
-            return longer
-        return anew
+            stored = crossing if has_window else on_host
+            try:
+                anew = self._planned_anew(longer, prompt_tokens, stored, resident, kv_row_bytes, cap_bytes)
+                anew = with_copies(self._planner.with_fitting_share(anew), on_device.get(PLAIN, 0))
+                anew = self._planner.with_rounds(anew)
+            except InfeasiblePlanError as error:
+                logger.debug("the plan of the last turn stays: %s", error)
+                why = error
+        if anew is not None and anew.fits_on_host:
+            return anew
+        if not has_window:
+            raise why
+        longer.check_host()
+        return replace(longer, placement=replace(longer.placement, shadow_blocks=0))  # they were for the turn before
 
     def _planned_anew(
         self,
@@ -135,10 +146,13 @@ class LaterPlans:
         on_device: Mapping[FormName, int],
         kv_row_bytes: int,
         cap_bytes: Callable[[Geometry], int | None],
-    ) -> GenerationPlan | None:
-        """Another plan for a cache that has become longer; None where there is none.
+    ) -> GenerationPlan:
+        """Another plan for a cache that has become longer.
 
         Arguments as of `prolong`; `cap_bytes` is the cap on device memory, given the geometry with its chunk sizes.
+
+        Raises:
+            InfeasiblePlanError: there is none.
         """
         geometry, host_cap, max_tokens = longer.geometry, longer.host_cap_bytes, longer.placement.max_tokens
         assert max_tokens is not None
@@ -152,25 +166,21 @@ class LaterPlans:
             cap = cap_bytes(settled)
             return None if cap is None else cap - resident_bytes
 
-        try:
-            geometry, sizes, inputs, left_bytes, has_rates = pose(
-                self._planner.shape,
-                geometry,
-                config,
-                self._planner.profile(),
-                is_emulated=self._planner.backend.emulated,
-                cached_tokens=mean_tokens(prompt_tokens, max_tokens),
-                device_cap_bytes=left_beside_residents,
-                host_cap_bytes=host_cap,
-                can_recompute=longer.placement.keeps_activations,
-                correct=lambda rates: self._planner.measured.correct(rates, geometry.rows),
-            )
-            inputs = replace(inputs, device_bytes=inputs.device_bytes + resident_bytes)
-            inputs, plan, shares = self._solve_with(inputs, geometry, host_cap, stored_options(on_host, resident))
-            plan = replace(plan, version=longer.plan.version + 1)
-        except InfeasiblePlanError as error:
-            logger.debug("the plan of the last turn stays: %s", error)
-            return None
+        geometry, sizes, inputs, left_bytes, has_rates = pose(
+            self._planner.shape,
+            geometry,
+            config,
+            self._planner.profile(),
+            is_emulated=self._planner.backend.emulated,
+            cached_tokens=mean_tokens(prompt_tokens, max_tokens),
+            device_cap_bytes=left_beside_residents,
+            host_cap_bytes=host_cap,
+            can_recompute=longer.placement.keeps_activations,
+            correct=lambda rates: self._planner.measured.correct(rates, geometry.rows),
+        )
+        inputs = replace(inputs, device_bytes=inputs.device_bytes + resident_bytes)
+        inputs, plan, shares = self._solve_with(inputs, geometry, host_cap, stored_options(on_host, resident))
+        plan = replace(plan, version=longer.plan.version + 1)
         if not has_rates:
             plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
         sizes = with_kv_rows(sizes, geometry, kv_row_bytes)
@@ -247,3 +257,8 @@ class LaterPlans:
             return chosen
         changed = replace(chosen, inputs=inputs, plan=plan, placement=replace(chosen.placement, shares=shares))
         return changed if changed.fits_on_host else chosen
+
+
+def _added(counts: Mapping[FormName, int], form: FormName, more: int) -> dict[FormName, int]:
+    """With more blocks of a form."""
+    return {**counts, form: counts.get(form, 0) + more} if more else dict(counts)

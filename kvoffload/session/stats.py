@@ -55,6 +55,7 @@ class GenerationStats:
     drafted_tokens: int = 0  # of each sequence
     round_times: RoundTimes | None = None  # what rounds of drafts were planned to take; None without a prediction
     draft_s: float = 0.0  # spent on drafts, in the decode steps
+    draft_cache: str | None = None  # what drafts read beside residents: "window", or "int4" for copies of all blocks
     drafts_off_reason: str | None = None  # why speculate="auto" decoded one by one; None where it did not, or was off
     link_name: str = ""
     link_has_speed: bool = True  # False: an emulated link that copies as fast as it can

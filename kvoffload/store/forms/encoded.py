@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -62,11 +62,13 @@ class Encoded(Form):
         """
 
     @abstractmethod
-    def decode(self, data: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tensor:
-        """Keys, rotated if the form rotates them, and values of blocks uint8 [blocks, bytes].
+    def decode(self, data: torch.Tensor, rows: int, out: torch.Tensor) -> None:
+        """Keys, rotated if the form rotates them, and values of blocks.
 
-        Returns:
-            [tokens, rows, 2, heads, head_dim].
+        Args:
+            data: uint8 [blocks, bytes].
+            rows: that are stored.
+            out: [tokens, rows, 2, heads, head_dim], of any floating dtype.
         """
 
     @abstractmethod
@@ -77,8 +79,15 @@ class Encoded(Form):
         return tokens // self.block_tokens * self.block_bytes(rows)
 
     def pack(self, out: torch.Tensor, leaving: Leaving) -> None:
-        data, done = out.view((leaving.stop - leaving.start) // self.block_tokens, -1), 0
-        for kv in self._pieces(leaving):
+        self._encode(out.view((leaving.stop - leaving.start) // self.block_tokens, -1), self._pieces(leaving))
+
+    def pack_kv(self, out: torch.Tensor, kv: torch.Tensor) -> None:
+        blocks = self._by_blocks(kv)
+        self._encode(out.view(len(blocks), -1), map(self._as_encoded, blocks.split(self._per_piece(kv.shape[1]))))
+
+    def _encode(self, data: torch.Tensor, pieces: Iterable[torch.Tensor]) -> None:
+        done = 0
+        for kv in pieces:
             self.encode(kv, data[done : done + len(kv)])
             done += len(kv)
 
@@ -95,8 +104,15 @@ class Encoded(Form):
             count = min(per_piece, num_blocks - first)
             kv = torch.empty(count * bt, rows, shape.width, dtype=shape.dtype, device=leaving.tail.kv.device)
             leaving.between(first * bt, (first + count) * bt).copy("kv", kv)
-            kv = kv.view(count, bt, rows, 2, shape.key_heads, shape.key_dim)
-            yield _with_rotated_keys(kv.float()) if self.rotates_keys else kv
+            yield self._as_encoded(self._by_blocks(kv))
+
+    def _by_blocks(self, kv: torch.Tensor) -> torch.Tensor:
+        """[tokens, rows, width] as [blocks, tokens, rows, 2, heads, head_dim]."""
+        return kv.view(-1, self.block_tokens, kv.shape[1], 2, self.shape.key_heads, self.shape.key_dim)
+
+    def _as_encoded(self, kv: torch.Tensor) -> torch.Tensor:
+        """Blocks as `encode` takes them."""
+        return _with_rotated_keys(kv.float()) if self.rotates_keys else kv
 
     def _per_piece(self, rows: int) -> int:
         """Blocks that are worked on at a time."""
@@ -106,7 +122,10 @@ class Encoded(Form):
         data, per_piece = self._blocks(stored, span), self._per_piece(span.rows)
         dtype = torch.float32 if self.rotates_keys else self.shape.dtype
         for first in range(0, span.num_blocks, per_piece):
-            kv = self.decode(data[first : first + per_piece], span.rows, dtype)
+            blocks = data[first : first + per_piece]
+            shape = (len(blocks) * self.block_tokens, span.rows, 2, self.shape.key_heads, self.shape.key_dim)
+            kv = torch.empty(shape, dtype=dtype, device=data.device)
+            self.decode(blocks, span.rows, kv)
             if self.rotates_keys:
                 kv = _with_rotated_keys(kv)
             start = first * self.block_tokens

@@ -101,6 +101,10 @@ class Form(ABC):
     def pack(self, out: torch.Tensor, leaving: Leaving) -> None:
         """Fill the bytes of consecutive blocks, uint8."""
 
+    def pack_kv(self, out: torch.Tensor, kv: torch.Tensor) -> None:
+        """The same by K and V alone, [tokens, stored rows, width]; only of forms that are made of these."""
+        raise NotImplementedError(f"blocks of {self.name} are made of more than K and V")
+
     @abstractmethod
     def restore(self, stored: DeviceMemory, span: Span, out: torch.Tensor) -> None:
         """K and V of blocks on the device, into `out` [tokens, rows, width]."""

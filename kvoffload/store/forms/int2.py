@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from kvoffload.store.forms.encoded import Encoded, field_bytes, fields
-from kvoffload.store.forms.quantized import are_finite, bounds, dequantize, join, num_groups, part, quantize
+from kvoffload.store.forms.quantized import are_finite, bounds, dequantize_, join, num_groups, part, quantize
 
 LEVELS = 3
 TOKENS = -4  # dimension of [blocks, tokens, rows, heads, head_dim]
@@ -46,15 +46,12 @@ class Stored(Encoded):
             found.append(join(quantize(x, scale, least, dim, LEVELS), 4))
         codes.copy_(torch.stack(found, dim=3))
 
-    def decode(self, data: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, data: torch.Tensor, rows: int, out: torch.Tensor) -> None:
         codes, *halves = fields(data, *self._parts(rows))
-        found = [
-            dequantize(x, scale, least, dim, dtype)
-            for x, scale, least, dim in zip(
-                part(codes, 4).unbind(3), halves[::2], halves[1::2], (TOKENS, -1), strict=True
-            )
-        ]
-        return torch.stack(found, dim=3).flatten(0, 1)
+        kv = out.unflatten(0, (-1, self.block_tokens))
+        part(codes, 4, kv)
+        for x, scale, least, dim in zip(kv.unbind(3), halves[::2], halves[1::2], (TOKENS, -1), strict=True):
+            dequantize_(x, scale, least, dim)
 
     def held(self, kv: torch.Tensor) -> torch.Tensor:
         keys, values = kv.float().unbind(3)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import torch
 
+from kvoffload.planning.forms import GROUP
 from kvoffload.store.forms.encoded import Encoded, field_bytes, fields
 from kvoffload.store.forms.quantized import (
     are_finite,
     bounds,
-    dequantize,
+    dequantize_,
     join,
     means,
     num_groups,
@@ -73,12 +74,18 @@ class Stored(Encoded):
         lows = torch.stack((torch.where(is_less, low_less, low), of_values[1]), dim=3)
         return torch.stack((keys, values), dim=3), mean, scales, lows
 
-    def decode(self, data: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, data: torch.Tensor, rows: int, out: torch.Tensor) -> None:
         codes, scales, least, mean = fields(data, *self._parts(rows))
-        found = dequantize(part(codes, 2), scales.abs(), least, -1, dtype)
-        is_less = spread(scales[:, :, :, 0].signbit(), -1, self.shape.key_dim)
-        found[:, :, :, 0].addcmul_(is_less.to(dtype), mean.to(dtype).unsqueeze(1))
-        return found.flatten(0, 1)
+        kv = out.unflatten(0, (-1, self.block_tokens))
+        part(codes, 2, kv)
+        dequantize_(kv, scales.abs(), least, -1)
+        is_less, keys = scales[:, :, :, 0].signbit().to(out.dtype), kv[:, :, :, 0]
+        mean = mean.to(out.dtype).unsqueeze(1)
+        if self.shape.key_dim % GROUP == 0:
+            by_groups = (-1, (-1, GROUP))
+            keys.unflatten(*by_groups).addcmul_(is_less.unsqueeze(-1), mean.unflatten(*by_groups))
+        else:
+            keys.addcmul_(spread(is_less, -1, self.shape.key_dim), mean)
 
     def held(self, kv: torch.Tensor) -> torch.Tensor:
         return are_finite(*self._chosen(kv)[1:])

@@ -58,12 +58,13 @@ class Stored(Encoded):
         scales = torch.stack((torch.where(is_less, -less, scale), _scale(values)), dim=3)
         return torch.stack((keys, values), dim=3), mean, scales
 
-    def decode(self, data: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, data: torch.Tensor, rows: int, out: torch.Tensor) -> None:
         codes, scales, mean = fields(data, *self._parts(rows))
-        found = codes.to(dtype).mul_(scales.abs().to(dtype).unsqueeze(-1))
-        is_less = scales[:, :, :, 0].signbit().to(dtype).unsqueeze(-1)
-        found[:, :, :, 0].addcmul_(is_less, mean.to(dtype).unsqueeze(1))
-        return found.flatten(0, 1)
+        kv = out.unflatten(0, (-1, self.block_tokens))
+        kv.copy_(codes)
+        kv.mul_(scales.abs().to(out.dtype).unsqueeze(-1))
+        is_less = scales[:, :, :, 0].signbit().to(out.dtype).unsqueeze(-1)
+        kv[:, :, :, 0].addcmul_(is_less, mean.to(out.dtype).unsqueeze(1))
 
     def held(self, kv: torch.Tensor) -> torch.Tensor:
         _, mean, scales = self._chosen(kv)

@@ -30,6 +30,9 @@ class Stored(Form):
         tokens = leaving.stop - leaving.start
         leaving.copy("kv", self.row.view(out, tokens, out.numel() // tokens // self.row.num_bytes))
 
+    def pack_kv(self, out: torch.Tensor, kv: torch.Tensor) -> None:
+        self.row.view(out, *kv.shape[:2]).copy_(kv)
+
     def restore(self, stored: DeviceMemory, span: Span, out: torch.Tensor) -> None:
         out.copy_(stored.view(self.row.dtype, (span.num_tokens, span.rows, self.row.width)))
 

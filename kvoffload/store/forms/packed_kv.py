@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import torch
 
+from kvoffload.kernels import scratch
 from kvoffload.planning.forms import MOST_PLACES, listed_exponents
 from kvoffload.store.forms.encoded import Encoded, field_bytes, fields
 from kvoffload.store.forms.quantized import join, part
@@ -75,9 +76,11 @@ class Stored(Encoded):
         values = exponent.movedim(1, -2).flatten(-2).to(torch.int32)
         exponents.copy_(room.scatter(-1, slot, values)[..., :slots])
 
-    def decode(self, data: torch.Tensor, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, data: torch.Tensor, rows: int, out: torch.Tensor) -> None:
         rest, distances, largest, count, places, exponents = fields(data, *self._parts(rows))
-        exponent = largest[:, None, ..., None] - part(distances, 2)  # uint8; where it is listed, anything
+        exponent = scratch.take("exponents", tuple(rest.shape), torch.uint8, data.device)
+        part(distances, 2, exponent)
+        torch.sub(largest[:, None, ..., None], exponent, out=exponent)  # where it is listed, anything
         columns = exponent.movedim(1, -2).flatten(-2)
         slots = torch.arange(places.shape[-1], device=data.device)
         size = columns.shape[-1]
@@ -87,7 +90,7 @@ class Stored(Encoded):
         exponent = room[..., :size].unflatten(-1, (-1, self.shape.key_dim)).movedim(-2, 1)
         wide = rest.to(torch.int16)
         bits: torch.Tensor = ((wide & 0x80) << 8) | (exponent.to(torch.int16) << 7) | (wide & 0x7F)
-        return bits.view(torch.bfloat16).to(dtype).flatten(0, 1)
+        out.copy_(bits.view(torch.bfloat16).flatten(0, 1))
 
     def held(self, kv: torch.Tensor) -> torch.Tensor:
         exponent = _exponents(kv.contiguous().view(torch.int16))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kvoffload.kernels import scratch
 from kvoffload.planning.forms import GROUP
 
 
@@ -27,17 +28,15 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, least: torch.Tensor, dim: int
     return steps.round_().clamp_(0, levels).to(torch.uint8)
 
 
-def dequantize(
-    codes: torch.Tensor, scale: torch.Tensor, least: torch.Tensor, dim: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """What the codes stand for."""
-    size = codes.shape[dim]
+def dequantize_(codes: torch.Tensor, scale: torch.Tensor, least: torch.Tensor, dim: int) -> None:
+    """Codes, as floats, become what they stand for."""
+    size, dtype = codes.shape[dim], codes.dtype
     if dim == -1 and size % GROUP == 0:
-        found: torch.Tensor = codes.unflatten(-1, (-1, GROUP)).to(dtype)
-        found.mul_(scale.to(dtype).unsqueeze(-1)).add_(least.to(dtype).unsqueeze(-1))
-        return found.flatten(-2)
+        grouped = codes.unflatten(-1, (-1, GROUP))
+        grouped.mul_(scale.to(dtype).unsqueeze(-1)).add_(least.to(dtype).unsqueeze(-1))
+        return
     scale, least = (spread(part.to(dtype), dim, size) for part in (scale, least))
-    return codes.to(dtype).mul_(scale).add_(least)
+    codes.mul_(scale).add_(least)
 
 
 def spread(groups: torch.Tensor, dim: int, size: int) -> torch.Tensor:
@@ -55,15 +54,15 @@ def join(codes: torch.Tensor, per_byte: int) -> torch.Tensor:
     return found
 
 
-def part(data: torch.Tensor, per_byte: int) -> torch.Tensor:
-    """Codes [..., n] of bytes [..., n / per_byte]."""
+def part(data: torch.Tensor, per_byte: int, out: torch.Tensor) -> None:
+    """Codes of bytes [..., n / per_byte] into `out` [..., n], of any dtype."""
     bits, size = 8 // per_byte, data.shape[-1]
-    found = data.new_empty(*data.shape[:-1], size * per_byte)
     for idx in range(per_byte):
-        piece = found[..., idx * size : (idx + 1) * size]
-        torch.bitwise_right_shift(data, bits * idx, out=piece)
-        piece &= (1 << bits) - 1
-    return found
+        codes = scratch.take("codes", tuple(data.shape), data.dtype, data.device)
+        torch.bitwise_right_shift(data, bits * idx, out=codes)
+        if idx < per_byte - 1:
+            codes &= (1 << bits) - 1
+        out[..., idx * size : (idx + 1) * size] = codes
 
 
 def means(keys: torch.Tensor) -> torch.Tensor:

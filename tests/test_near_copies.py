@@ -1,4 +1,4 @@
-"""The window: which blocks have a copy on the device, and that drafts see these, the tail, and nothing else."""
+"""Copies on the device: which blocks have one, and that drafts see these, the tail, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from kvoffload.backend import EmulatedBackend
 from kvoffload.config import GIB
 from kvoffload.session.session import Session
 from kvoffload.store.block import Block
-from kvoffload.store.window import Window
+from kvoffload.store.near_copies import NearCopies
 
 BYTES = 16
 
 
-def filled(window: Window, index: int) -> None:
+def filled(window: NearCopies, index: int) -> None:
     data = window.take(index, Block("activation", 2, 5), BYTES)
     if data is not None:
         data.fill_(index)
@@ -39,14 +39,13 @@ def backend() -> Any:
 
 
 def test_the_first_and_the_newest_blocks_have_copies(backend: EmulatedBackend) -> None:
-    window = Window(backend, 4, BYTES)
+    window = NearCopies(backend, "kv", 4, BYTES)
     for index in range(10):
         filled(window, index)
         there = {0, *range(max(1, index - 2), index + 1)}
-        assert {idx for idx in range(12) if window.copy_of(idx) is not None} == there
+        assert {idx for idx in range(12) if idx in window.copies} == there
         for idx in there:
-            block = window.copy_of(idx)
-            assert block is not None
+            block = window.copies[idx]
             assert block.form == "kv"
             assert block.is_resident
             assert block.bytes.tolist() == [idx] * BYTES
@@ -56,48 +55,48 @@ def test_the_first_and_the_newest_blocks_have_copies(backend: EmulatedBackend) -
 
 
 def test_blocks_that_come_all_at_once_forget_those_before(backend: EmulatedBackend) -> None:
-    window = Window(backend, 4, BYTES)
+    window = NearCopies(backend, "kv", 4, BYTES)
     for index in range(4):
         filled(window, index)
-    wanted = [index for index in range(4, 40) if window.wants(index, 40)]
+    wanted = window.wanted(range(4, 40))
     assert wanted == [37, 38, 39]
     for index in wanted:
         filled(window, index)
     assert len(window) == 4
-    assert window.copy_of(3) is None
+    assert 3 not in window.copies
 
 
 def test_what_a_crop_takes_has_no_copy(backend: EmulatedBackend) -> None:
-    window = Window(backend, 4, BYTES)
+    window = NearCopies(backend, "kv", 4, BYTES)
     for index in range(8):
         filled(window, index)
     window.forget(6)
-    assert [idx for idx in range(10) if window.copy_of(idx) is not None] == [0, 5]
+    assert [idx for idx in range(10) if idx in window.copies] == [0, 5]
     for index in (6, 7, 8):
         filled(window, index)
-    assert [idx for idx in range(10) if window.copy_of(idx) is not None] == [0, 6, 7, 8]
+    assert [idx for idx in range(10) if idx in window.copies] == [0, 6, 7, 8]
 
 
 def test_copies_move_to_a_window_of_another_size(backend: EmulatedBackend) -> None:
     generator = random.Random(0)
     for _ in range(20):
         before, after = generator.randint(1, 6), generator.randint(1, 6)
-        window, other = Window(backend, before, BYTES), Window(backend, after, BYTES)
+        window, other = NearCopies(backend, "kv", before, BYTES), NearCopies(backend, "kv", after, BYTES)
         for index in range(12):
             filled(window, index)
         window.move_to(other)
-        there = [idx for idx in range(12) if other.copy_of(idx) is not None]
+        there = [idx for idx in range(12) if idx in other.copies]
         assert there == [0, *range(12 - min(before, after) + 1, 12)]
         for idx in there:
-            block = other.copy_of(idx)
-            assert block is not None
+            block = other.copies[idx]
             assert block.bytes.tolist() == [idx] * BYTES
 
 
 def test_a_block_of_too_many_rows_has_no_copy(backend: EmulatedBackend) -> None:
-    window = Window(backend, 3, BYTES)
+    window = NearCopies(backend, "kv", 3, BYTES)
     assert window.take(0, Block("kv", 4, 2 * BYTES), 2 * BYTES) is None
     filled(window, 1)
+    window.take(2, Block("kv", 1, BYTES // 2), BYTES // 2)
     assert window.whole is None  # something is missing between
 
 
@@ -192,11 +191,11 @@ def test_a_window_of_another_size_leaves_nothing_of_the_one_before(model: PreTra
     with drafted_session(model, 2, 400, plain_backend=True) as session:
         cache = session.new_cache()
         text = model.generate(prompt(2, 61), **given(cache), **COMMON).sequences
-        before = [reference(layer._window._data) for layer in cache.core.layers if layer._window is not None]
+        before = [reference(layer._near[0]._data) for layer in cache.core.layers if layer._near]
         assert len(before) == 3
         longer = torch.cat([text, prompt(2, 120, seed=4)], 1)
         session._plans.prolong(cache, longer.shape[1], longer.shape[1] + 12, drafts=True)
-        now = [layer._window._data.numel() for layer in cache.core.layers if layer._window is not None]
+        now = [layer._near[0]._data.numel() for layer in cache.core.layers if layer._near]
         assert now[0] > before[0][1], "the window did not grow"
         assert all(storage.expired() for storage, _ in before), "before any forward"
         found = model.generate(longer, **given(cache), **COMMON).sequences
