@@ -79,7 +79,10 @@ def test_a_pass_of_many_tokens_takes_hardly_longer_where_the_link_is_the_bound()
 def test_the_advice_names_what_is_assumed() -> None:
     advice = advise(LLAMA_3_8B, LONG, RTX_4090, OffloadConfig(), acceptance=0.8)
     assert advice.best.way == "drafts"
-    assert "with verified drafts, 0.80 of which are assumed to be right, a token takes" in advice.plan.recommendation
+    assert (
+        "with verified drafts from the newest tokens, 0.80 of which are assumed to be right, a token takes"
+        in advice.plan.recommendation
+    )
 
 
 def test_the_command_takes_an_acceptance() -> None:
@@ -93,3 +96,23 @@ def test_the_command_takes_an_acceptance() -> None:
     result = CliRunner().invoke(app, [*arguments, "--acceptance", "1.5"])
     assert result.exit_code != 0
     assert "--acceptance must be a share from 0 to 1" in result.output
+
+
+def test_copies_of_few_bits_are_advised_where_they_fit() -> None:
+    """Of 64k tokens 4-bit copies take 2.8 GB of what weights leave, of 128k more than there is."""
+    for tokens, fits in ((65_536, True), (131_072, False)):
+        workload = Workload(batch=1, prompt_tokens=tokens, new_tokens=256)
+        found = {}
+        for cache in ("auto", "window", "int4"):
+            task = task_of(LLAMA_3_8B, workload, RTX_4090, OffloadConfig(draft_cache=cache))
+            rounds = task.rounds()
+            assert rounds is not None
+            found[cache] = rounds
+        assert not found["window"].reads_all
+        assert found["int4"].reads_all == fits
+        assert found["auto"].token_s == min(one.token_s for one in found.values())
+        assert found["window"].acceptance == 0.7
+        assert found["int4"].acceptance == (0.9 if fits else 0.7)
+    config = OffloadConfig(draft_cache="int4")
+    advice = advise(LLAMA_3_8B, Workload(batch=1, prompt_tokens=65_536, new_tokens=256), RTX_4090, config)
+    assert "from 4-bit copies of all tokens, 0.90 of which are assumed" in advice.plan.recommendation

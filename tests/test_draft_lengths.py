@@ -107,6 +107,79 @@ def test_times_are_as_predicted_until_they_are_measured() -> None:
 # ---- planned and corrected -------------------------------------------------------------------------------------------
 
 
+class TwoCaches:
+    """Decoding with drafts that read one near cache, and can read another: times and acceptance of each."""
+
+    def __init__(self, now: tuple[RoundTimes, float], other: tuple[RoundTimes, float], seed: int = 0) -> None:
+        self.lengths = PlannedLength(now[0], other=other[0])
+        self._caches, self._random = [now, other], random.Random(seed)
+        self.seconds, self.switches = 0.0, 0
+
+    def play(self, tokens: int) -> None:
+        left = tokens
+        while left > 0:
+            if self.lengths.wants_other(left):
+                self.lengths.switch()
+                self._caches.reverse()
+                self.switches += 1
+                self.seconds += self._caches[0][0].round_s(0)
+            real, acceptance = self._caches[0]
+            k = self.lengths.next(MOST_DRAFTS)
+            accepted = 0
+            while accepted < k and self._random.random() < acceptance:
+                accepted += 1
+            self.lengths.note(Report(k, accepted, accepted < k, accepted + 1, k * real.draft_s, real.round_s(k)))
+            self.seconds += real.round_s(k)
+            left -= accepted + 1
+
+
+WINDOW = times(25.0)
+SHADOW = replace(times(30.0), draft_s=1.8, reads_all=True, acceptance=0.9)
+
+
+def seconds_for(tokens: int, real: RoundTimes, acceptance: float) -> float:
+    """With the best number of drafts, known beforehand."""
+    survivals = survival(acceptance)
+    length = best_length(survivals, real.round_s, MOST_DRAFTS)
+    return tokens * real.round_s(length) / tokens_per_round(survivals, length)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_drafts_that_miss_what_stands_far_back_read_copies_of_everything(seed: int) -> None:
+    played = TwoCaches((WINDOW, 0.5), (SHADOW, 0.95), seed)
+    played.play(400)
+    assert played.switches == 1
+    assert played.seconds <= 1.35 * seconds_for(400, SHADOW, 0.95)
+    assert played.seconds <= 0.7 * seconds_for(400, WINDOW, 0.5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_copies_that_are_too_coarse_for_a_model_make_room_for_a_window(seed: int) -> None:
+    """Whose passes are shorter, as it is exact."""
+    played = TwoCaches((SHADOW, 0.1), (times(15.0), 0.1), seed)
+    played.play(400)
+    assert played.switches == 1
+    assert played.seconds <= 1.1 * 400 * 15.0
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.6])
+def test_where_the_other_near_cache_is_no_better_little_is_lost(acceptance: float, seed: int) -> None:
+    played = TwoCaches((WINDOW, acceptance), (SHADOW, acceptance), seed)
+    played.play(400)
+    assert played.switches in ((0,) if acceptance == 0.0 else (0, 2))
+    alone = Played(PlannedLength(WINDOW), WINDOW, seed)
+    alone.play(400, acceptance)
+    assert played.seconds <= 1.12 * alone.seconds
+
+
+def test_good_drafts_stay_with_their_near_cache() -> None:
+    for now, other in ((WINDOW, SHADOW), (SHADOW, WINDOW)):
+        played = TwoCaches((now, 0.97), (other, 0.97))
+        played.play(400)
+        assert not played.switches
+
+
 class Played:
     """Decoding at given times and a given acceptance of each draft."""
 

@@ -15,6 +15,8 @@ from quantizing import keys_through, values_through
 from transformers import PreTrainedModel
 
 from kvoffload import OffloadConfig
+from kvoffload.config import GIB
+from kvoffload.draft.lengths import PlannedLength
 from kvoffload.session.session import Session
 
 BLOCK = 4
@@ -29,8 +31,8 @@ def shadowed(model: PreTrainedModel, rows: int, tokens: int, share: float = 0.2,
     """A session with memory for that share of so many tokens."""
     values: dict[str, Any] = {"block_tokens": BLOCK, "chunk_blocks": 2, "slots": 2, "split": "transfer", **options}
     values.setdefault("device_gib", window_gib(model, rows, tokens, BLOCK, share))
-    config = OffloadConfig(speculate=4, draft_cache="int4", link=FAST_LINK, profile=profile(), **values)
-    return Session(model, config, checking_backend())
+    values = {"speculate": 4, "draft_cache": "int4", **values}
+    return Session(model, OffloadConfig(link=FAST_LINK, profile=profile(), **values), checking_backend())
 
 
 def check_drafts(model: PreTrainedModel, session: Session, cache: Any, text: torch.Tensor, mask: torch.Tensor) -> None:
@@ -135,3 +137,34 @@ def test_heads_that_cannot_be_encoded_have_a_window() -> None:
             narrow.generate(prompt(2, 61), **COMMON)
         assert session.stats is not None
         assert session.stats.draft_cache == "window"
+
+
+@pytest.mark.parametrize("switches", [1, 2])
+@pytest.mark.parametrize("split", ["transfer", "auto"])
+def test_drafts_can_read_the_other_near_cache_from_one_round_to_the_next(
+    split: Any, switches: int, monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel
+) -> None:
+    """Tokens, memory and copies are right after it, there and back."""
+    asked: list[int] = []
+
+    def wants_other(self: PlannedLength, left: int) -> bool:
+        asked.append(left)
+        return len(asked) in (2, 4)[:switches]
+
+    monkeypatch.setattr(PlannedLength, "wants_other", wants_other)
+    ids, options = prompt(2, 301), {**COMMON, "max_new_tokens": 60}
+    wanted = model.generate(ids, **options).sequences
+    gib = window_gib(model, 2, 360, BLOCK, 0.5)
+    with shadowed(model, 2, 0, speculate="auto", draft_cache="auto", device_gib=gib, split=split) as session:
+        cache = session.new_cache()
+        text = model.generate(ids, **given(cache), **options).sequences
+        assert torch.equal(text, wanted)
+        assert session.stats is not None
+        assert len(asked) > 4
+        assert session.stats.draft_cache == ("window" if switches == 1 else "int4")
+        held = session.engine.account.total_bytes
+        assert held == sum(session.engine.account.held_bytes.values()) <= gib * GIB
+        if switches == 2:
+            check_drafts(model, session, cache, text, torch.ones_like(text))
+        for layer in cache.core.layers:
+            assert layer.window_places + layer._near[-1].num_places >= len(layer.blocks) or switches == 1

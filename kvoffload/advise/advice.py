@@ -25,7 +25,7 @@ from kvoffload.model.facts import Facts
 from kvoffload.model.model_shape import is_model, model_shape
 from kvoffload.model.stored_facts import facts_of
 from kvoffload.planning import planner
-from kvoffload.planning.drafts import PRIOR_ACCEPTANCE
+from kvoffload.planning.drafts import ExpectedRounds
 from kvoffload.planning.forms import FORMS
 from kvoffload.planning.placement import Kind
 from kvoffload.planning.plan import Plan
@@ -81,9 +81,9 @@ def advise(
     profile: HardwareProfile,
     config: OffloadConfig,
     *,
-    acceptance: float = PRIOR_ACCEPTANCE,
+    acceptance: float | None = None,
 ) -> Advice:
-    """As `advised_plan`, with the numbers of every way; `acceptance` is assumed of each draft of a sequence."""
+    """As `advised_plan`, with the numbers of every way; `acceptance` is assumed of drafts, None by what these read."""
     task = task_of(model_or_config, workload, profile, config, acceptance=acceptance).settled()
     facts = _facts(model_or_config)
     _warn_of_unknown_weights(facts)
@@ -102,7 +102,7 @@ def advise(
     best = best_of({one.way: one.total_s for one in ways})
     ways.sort(key=lambda one: (one.way != best, one.total_s))
     text = (
-        _recommend(task, chosen, offload, on_device, drafts, is_best=best in ("offload", "drafts"))
+        _recommend(task, chosen, offload, on_device, drafts, rounds, is_best=best in ("offload", "drafts"))
         + _beyond_positions(facts, workload)
         + _doubted(facts)
     )
@@ -125,7 +125,7 @@ def task_of(
     profile: HardwareProfile,
     config: OffloadConfig,
     *,
-    acceptance: float = PRIOR_ACCEPTANCE,
+    acceptance: float | None = None,
 ) -> Task:
     """One workload of one model on one machine; arguments and errors as of `advised_plan`."""
     shape = model_shape(model_or_config)
@@ -159,6 +159,7 @@ def _recommend(
     offload: Alternative,
     on_device: Alternative | None,
     drafts: Alternative | None,
+    rounds: ExpectedRounds | None,
     *,
     is_best: bool,
 ) -> str:
@@ -169,10 +170,11 @@ def _recommend(
         f"device's {gb(task.profile.device_memory_bytes)}"
     )
     ours = _describe_plan(chosen, offload)
-    if drafts is not None:
+    if drafts is not None and rounds is not None:
+        seen = "4-bit copies of all tokens" if rounds.reads_all else "the newest tokens"
         ours += (
-            f"; with verified drafts, {task.acceptance:.2f} of which are assumed to be right, a token takes "
-            f"{duration(drafts.step_s)} and everything {duration(drafts.total_s)}"
+            f"; with verified drafts from {seen}, {rounds.acceptance:.2f} of which are assumed to be right, a token "
+            f"takes {duration(drafts.step_s)} and everything {duration(drafts.total_s)}"
         )
     if on_device is None:
         return f"Offload: {room}, and not even one sequence fits there whole. Predicted: {ours}."

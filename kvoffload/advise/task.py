@@ -10,6 +10,7 @@ long answers are not judged by their last step.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,7 +21,8 @@ from kvoffload.errors import InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning import planner, step_time
-from kvoffload.planning.drafts import PRIOR_ACCEPTANCE, ExpectedRounds, expected_rounds, round_times
+from kvoffload.planning.drafts import ExpectedRounds, expected_rounds, round_times
+from kvoffload.planning.forms import SHADOW_FORM, why_no_shadow
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.memory import (
@@ -59,18 +61,23 @@ class Task(NamedTuple):
     workload: Workload
     profile: HardwareProfile
     config: OffloadConfig
-    acceptance: float = PRIOR_ACCEPTANCE  # assumed of each draft of a sequence
+    acceptance: float | None = None  # assumed of each draft of a sequence; None: by what drafts read
 
-    def inputs(self, cached_tokens: int, batch: int | None = None) -> PlanInputs:
+    def inputs(self, cached_tokens: int, batch: int | None = None, *, has_shadow: bool = False) -> PlanInputs:
         """The planning problem with `cached_tokens` in the cache of all sequences.
 
-        With `batch` that of fewer sequences without a cap on device memory, for predicting them on the device.
+        With `batch` that of fewer sequences without a cap on device memory, for predicting them on the device; with
+        `has_shadow` beside copies of all blocks on the host.
+
+        Raises:
+            InfeasiblePlanError: there is no room for what must be on the device.
         """
         shape, config = self.shape, self.config
         rows = (batch or self.workload.batch) * self.workload.num_beams
+        geometry = self._geometry(rows)
         return pose(
             shape,
-            self._geometry(rows),
+            replace(geometry, shadow_form=SHADOW_FORM) if has_shadow else geometry,
             config,
             self.profile,
             is_emulated=self.profile.emulated_link,
@@ -128,11 +135,23 @@ class Task(NamedTuple):
         mean = planner.solve(inputs)
         if number == 0 or self.workload.num_beams > 1 or not inputs.is_segmented or not mean.count(tier="host"):
             return None
-        inputs = replace(inputs, is_plain_on_device=True)  # what drafts see
-        mean, rows = planner.solve(inputs), self.workload.batch
-        times = round_times(inputs, mean, self.shape, self.profile, rows=rows)
-        found = expected_rounds(times, rows, acceptance=self.acceptance, drafts=number)
-        return found if found.drafts else None
+        found = [self._expected(replace(inputs, is_plain_on_device=True))]  # a window of K and V
+        if (
+            self.config.draft_cache != "window"
+            and why_no_shadow(self.config, self._geometry(self.workload.rows)) is None
+        ):
+            with contextlib.suppress(InfeasiblePlanError):
+                found.append(self._expected(self.inputs(self.mean_tokens(), has_shadow=True)))
+        if self.config.draft_cache == SHADOW_FORM:
+            found = found[-1:]
+        best = min(found, key=lambda one: one.token_s)
+        return best if best.drafts else None
+
+    def _expected(self, inputs: PlanInputs) -> ExpectedRounds:
+        """Rounds of drafts with such inputs."""
+        rows, number = self.workload.batch, self.config.fixed_drafts
+        times = round_times(inputs, planner.solve(inputs), self.shape, self.profile, rows=rows)
+        return expected_rounds(times, rows, acceptance=self.acceptance, drafts=number)
 
     def drafted(self, offload: Alternative, rounds: ExpectedRounds) -> Alternative:
         """Offloading with such rounds."""

@@ -125,9 +125,11 @@ LatencyUs = Annotated[
     ),
 ]
 Acceptance = Annotated[
-    float,
+    float | None,
     typer.Option(
-        callback=within(0, 1, "a share"), help="Of verified drafts, the share that is assumed to be right, 0..1."
+        callback=within(0, 1, "a share"),
+        help="Of verified drafts, the share that is assumed to be right, 0..1; default: 0.7 where they read the newest "
+        "tokens, 0.9 where they read 4-bit copies of all.",
     ),
 ]
 Split = Annotated[
@@ -161,6 +163,13 @@ HostGib = Annotated[
 ]
 
 
+DraftCache = Annotated[
+    Any,
+    typer.Option(
+        callback=one_of("auto", "window", "int4"),
+        help="What verified drafts read: exact copies of the newest tokens, or 4-bit copies of all.",
+    ),
+]
 KvDtype = Annotated[
     Any,
     typer.Option(

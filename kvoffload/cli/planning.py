@@ -13,6 +13,7 @@ from kvoffload.cli.options import (
     AsJson,
     Batch,
     DeviceGib,
+    DraftCache,
     Hardware,
     HostGib,
     KvDtype,
@@ -34,7 +35,6 @@ from kvoffload.cli.terminal import print_json, progress, waiting
 from kvoffload.config import OffloadConfig
 from kvoffload.model.facts import Facts
 from kvoffload.model.stored_facts import facts_of, is_known
-from kvoffload.planning.drafts import PRIOR_ACCEPTANCE
 from kvoffload.planning.workload import Workload
 
 
@@ -66,7 +66,8 @@ def plan(
         float | None,
         typer.Option(callback=within(0, 5000, "grams"), help="Grams of CO2 per kWh of your electricity."),
     ] = None,
-    acceptance: Acceptance = PRIOR_ACCEPTANCE,
+    acceptance: Acceptance = None,
+    draft_cache: DraftCache = "auto",
     sweep: Annotated[str | None, typer.Option(help="Batches and prompts, such as 1,8,64:1024,8192.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -77,7 +78,9 @@ def plan(
     from kvoffload.advise.sweep import grid
     from kvoffload.machine.machine import what_if
 
-    config = OffloadConfig(split=split, device_gib=device_gib, host_gib=host_gib, kv_dtype=kv_dtype)
+    config = OffloadConfig(
+        split=split, device_gib=device_gib, host_gib=host_gib, kv_dtype=kv_dtype, draft_cache=draft_cache
+    )
     workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, num_beams=num_beams)
     emulated = emulated_link(link_gb_per_s)
     cells = grid(sweep)
@@ -151,7 +154,8 @@ def report(
     link_gb_per_s: LinkSpeed = None,
     device_gib: DeviceGib = "auto",
     kv_dtype: KvDtype = "model",
-    acceptance: Acceptance = PRIOR_ACCEPTANCE,
+    acceptance: Acceptance = None,
+    draft_cache: DraftCache = "auto",
     measure: Annotated[
         bool, typer.Option("--measure", help="Also run decode steps on this machine, random weights.")
     ] = False,
@@ -168,7 +172,7 @@ def report(
     from kvoffload.profiler.drawing import chart, study
 
     chart.require_plotly()
-    options = OffloadConfig(device_gib=device_gib, kv_dtype=kv_dtype)
+    options = OffloadConfig(device_gib=device_gib, kv_dtype=kv_dtype, draft_cache=draft_cache)
     workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     dimensions, compared = facts_shown(config), study.compared_rows(rows) if rows else ()
     emulated = emulated_link(link_gb_per_s)

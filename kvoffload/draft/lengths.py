@@ -7,6 +7,7 @@ none among them, and how much bad drafts may cost. Does not own the prediction i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from kvoffload.config import MOST_DRAFTS
@@ -21,6 +22,11 @@ MOST_CREDIT_STEPS = 4.0  # that drafts have gained before, and may lose as well
 SURE_GAIN = 2.0  # by drafts, from which on a step without them need not be measured
 FIRST_PAUSE_TOKENS = 24  # without drafts, once these do not pay; twice as many at each further time
 LONGEST_PAUSE_TOKENS = 384
+ROUNDS_BEFORE_SWITCH = 4  # of drafts that read one near cache, before another is thought of
+MOST_SWITCHES = 2  # in a call: there, and back
+SWITCH_GAIN = 1.1  # by which tokens must come faster then, and by which that must outweigh its cost
+SWITCH_PASSES = 1.5  # without drafts, that a switch takes: missing copies cross the link
+LEAST_OF_FIRST = 0.15  # of the first drafts, that are accepted; with less it is not for what drafts cannot see
 
 
 class Report(NamedTuple):
@@ -47,6 +53,14 @@ class Lengths(Protocol):
         """A round is over."""
         ...
 
+    def wants_other(self, left: int) -> bool:
+        """Whether drafts should read the other near cache for so many tokens to come, asked between two rounds."""
+        ...
+
+    def switch(self) -> None:
+        """They do."""
+        ...
+
 
 class FixedLength:
     """As many as a user asks for.
@@ -63,6 +77,12 @@ class FixedLength:
 
     def note(self, report: Report) -> None:
         """Nothing follows from it."""
+
+    def wants_other(self, left: int) -> bool:
+        return False
+
+    def switch(self) -> None:
+        """Never asked for."""
 
 
 class Acceptance:
@@ -89,6 +109,11 @@ class Acceptance:
         """What was seen counts for less by so much."""
         for counts in (self._tried, self._accepted):
             counts[:] = [(1 - share) * count for count in counts]
+
+    @property
+    def of_first(self) -> float:
+        """The share of the rounds so far whose first draft was accepted; 0 without any."""
+        return self._accepted[0] / self._tried[0] if self._tried[0] else 0.0
 
     def survivals(self) -> list[float]:
         """S_1, S_2, ...: the first i drafts are all accepted."""
@@ -125,6 +150,23 @@ class MeasuredTimes:
         """Whether a step without drafts was measured."""
         return 0 in self._pass_s
 
+    def like(self, other: MeasuredTimes) -> MeasuredTimes:
+        """The same, where nothing was measured as much slower than predicted as the other times are."""
+        if self._pass_s or not other._pass_s:
+            return self
+        drafts = min(other._pass_s)
+        slower = other._pass_s[drafts] / max(1e-9, other._beside(drafts))
+        slower_drafts = other.draft_s / max(1e-9, other._predicted.draft_s)
+        predicted = self._predicted
+        return MeasuredTimes(
+            replace(
+                predicted,
+                draft_s=predicted.draft_s * slower_drafts,
+                pass_s=tuple(seconds * slower for seconds in predicted.pass_s),
+                ahead_s=predicted.ahead_s * slower,
+            )
+        )
+
     @property
     def draft_s(self) -> float:
         """T_d."""
@@ -144,6 +186,32 @@ class MeasuredTimes:
         return predicted.pass_s[drafts] - min(drafts * self.draft_s, predicted.ahead_s)
 
 
+class _Estimates(NamedTuple):
+    """What is known of drafts that read one near cache."""
+
+    acceptance: Acceptance
+    times: MeasuredTimes
+    reads_all: bool  # a copy of every block, if not an exact one
+
+    @classmethod
+    def of(cls, predicted: RoundTimes, rows: int) -> _Estimates:
+        """Before anything was measured."""
+        return cls(Acceptance(predicted.acceptance**rows), MeasuredTimes(predicted), predicted.reads_all)
+
+    def expected(self, other: _Estimates) -> _Estimates:
+        """The same, with what the other near cache tells of this one."""
+        return self._replace(times=self.times.like(other.times))
+
+    def token_s(self, bound: Sequence[float] | None = None) -> float:
+        """Of the best number of drafts; accepted no more often than `bound` says, or if they read all no less often."""
+        survivals = self.acceptance.survivals()
+        if bound is not None:
+            choose = max if self.reads_all else min
+            survivals = [choose(one, limit) for one, limit in zip(survivals, bound, strict=True)]
+        length = best_length(survivals, self.times.round_s, MOST_DRAFTS)
+        return self.times.round_s(length) / tokens_per_round(survivals, length)
+
+
 class PlannedLength:
     """As many as make a token cheapest, by what was measured; none where they do not pay.
 
@@ -152,21 +220,42 @@ class PlannedLength:
     Args:
         predicted: by the plan.
         rows: sequences, which go in lock-step.
+        other: the same for the other near cache, if drafts can read that from the next round on.
     """
 
     most = MOST_DRAFTS
 
-    def __init__(self, predicted: RoundTimes, rows: int = 1) -> None:
-        self._acceptance, self._times = Acceptance(predicted.acceptance**rows), MeasuredTimes(predicted)
+    def __init__(self, predicted: RoundTimes, rows: int = 1, other: RoundTimes | None = None) -> None:
+        self._now = _Estimates.of(predicted, rows)
+        self._other = None if other is None else _Estimates.of(other, rows)
+        self._switches_left, self._rounds = MOST_SWITCHES, 0  # of drafts, since the last switch
         self._seconds = self._lost_s = 0.0
         self._pause_tokens, self._next_pause_tokens = 0, FIRST_PAUSE_TOKENS
         self._is_first = True
 
+    def wants_other(self, left: int) -> bool:
+        other = self._other
+        if other is None or not self._switches_left or self._rounds < ROUNDS_BEFORE_SWITCH:
+            return False
+        survivals = self._now.acceptance.survivals()
+        if other.reads_all and self._now.acceptance.of_first < LEAST_OF_FIRST:
+            return False  # not for what these drafts do not see
+        other, now_s = other.expected(self._now), self._now.token_s()
+        other_s = other.token_s(survivals)
+        gain_s, cost_s = left * (now_s - other_s), SWITCH_PASSES * other.times.round_s(0)
+        return other_s * SWITCH_GAIN < now_s and gain_s > SWITCH_GAIN * cost_s
+
+    def switch(self) -> None:
+        assert self._other is not None
+        self._now, self._other = self._other.expected(self._now), self._now
+        self._switches_left, self._rounds = self._switches_left - 1, 0
+        self._pause_tokens = 0
+
     def next(self, most: int) -> int:
         if self._pause_tokens > 0 or self._lost_s > self._may_lose_s:
             return 0
-        survivals = self._acceptance.survivals()
-        length = best_length(survivals, self._times.round_s, most)
+        survivals = self._now.acceptance.survivals()
+        length = best_length(survivals, self._now.times.round_s, most)
         if length and self._is_in_doubt(survivals, length):
             return 0  # so that it is known what drafts are to be compared with
         if not length and most:
@@ -176,29 +265,31 @@ class PlannedLength:
 
     def _is_in_doubt(self, survivals: Sequence[float], length: int) -> bool:
         """Whether drafts gain so little by what is known of a step without them that it must be measured."""
-        if self._is_first or self._times.knows_steps:
+        times = self._now.times
+        if self._is_first or times.knows_steps:
             return False
-        gain = tokens_per_round(survivals, length) * self._times.round_s(0) / self._times.round_s(length)
+        gain = tokens_per_round(survivals, length) * times.round_s(0) / times.round_s(length)
         return gain < SURE_GAIN
 
     @property
     def _may_lose_s(self) -> float:
-        return max(MOST_LOST_FRACTION * self._seconds, MOST_LOST_STEPS * self._times.round_s(0))
+        return max(MOST_LOST_FRACTION * self._seconds, MOST_LOST_STEPS * self._now.times.round_s(0))
 
     def note(self, report: Report) -> None:
         if report.drafted:
-            self._acceptance.note(report.accepted, report.was_refused)
+            self._rounds += 1
+            self._now.acceptance.note(report.accepted, report.was_refused)
         if self._is_first:  # the first step waits for the write-back of the prompt
             self._is_first = False
             return
-        self._times.note(report.drafted, report.draft_s, report.seconds)
+        self._now.times.note(report.drafted, report.draft_s, report.seconds)
         self._seconds += report.seconds
         if not report.drafted:
             self._pause_tokens -= report.tokens
             if self._pause_tokens <= 0 < self._pause_tokens + report.tokens:
-                self._acceptance.forget()  # the text may be another by now
+                self._now.acceptance.forget()  # the text may be another by now
             return
-        plain_s = self._times.round_s(0)
+        plain_s = self._now.times.round_s(0)
         self._lost_s = max(-MOST_CREDIT_STEPS * plain_s, self._lost_s + report.seconds - report.tokens * plain_s)
         if self._lost_s <= 0:
             self._next_pause_tokens = FIRST_PAUSE_TOKENS

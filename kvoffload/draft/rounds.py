@@ -122,10 +122,9 @@ class Rounds:
                 self._cache.tokens_ahead = open_round.ahead
                 return hf.output_for(open_round.output, asked, open_round.drafted + 1)
             was_refused = True
-        now = time.perf_counter()
-        self._end(was_refused, now)
+        self._end(was_refused, time.perf_counter())
         self.num_passes += 1
-        count = self._length(call)
+        count, now = self._length(call), time.perf_counter()
         self._cache.record_past(count > 0)
         self._before_pass(count)
         self._round = begun = _Round(now, self._backend.span_seconds("draft"))

@@ -42,6 +42,7 @@ class RoundTimes:
     window_tokens: int  # of each sequence, that drafts attend to
     ahead_s: float  # of the link's time, that the ring can take on while tokens are drafted
     acceptance: float = PRIOR_ACCEPTANCE  # of each draft of a sequence, before any was seen
+    reads_all: bool = False  # drafts attend to all tokens, to some of them in a form of few bits
 
     def round_s(self, drafts: int) -> float:
         """A round of that many drafts; of none, a plain step."""
@@ -76,6 +77,8 @@ class ExpectedRounds(NamedTuple):
     drafts: int  # in a round; 0: they do not gain enough
     tokens: float  # of each sequence, that a round gives
     round_s: float
+    acceptance: float  # that was assumed of each draft of a sequence
+    reads_all: bool  # as of `RoundTimes`
 
     @property
     def token_s(self) -> float:
@@ -94,12 +97,14 @@ def expected_rounds(
         acceptance: that probability, 0..1; None: what is assumed of such drafts.
         drafts: in each round; None: as many as make a token cheapest, and none where these gain too little.
     """
-    survivals = survival(times.acceptance if acceptance is None else acceptance, rows)
+    acceptance = times.acceptance if acceptance is None else acceptance
+    survivals = survival(acceptance, rows)
     length = best_length(survivals, times.round_s, MOST_DRAFTS) if drafts is None else drafts
     gains = times.window_tokens >= LEAST_WINDOW_TOKENS and speedup(survivals, times, length) >= 1 + MIN_GAIN_FRACTION
     if drafts is None and not gains:
         length = 0
-    return ExpectedRounds(length, tokens_per_round(survivals, length), times.round_s(length))
+    tokens = tokens_per_round(survivals, length)
+    return ExpectedRounds(length, tokens, times.round_s(length), acceptance, times.reads_all)
 
 
 def speedup(survivals: Sequence[float], times: RoundTimes, drafts: int) -> float:
@@ -164,4 +169,5 @@ def round_times(
         window_tokens=tokens,
         ahead_s=inputs.ring_bytes / inputs.rates.h2d_bytes_per_s[PLAIN] if on_host else 0.0,
         acceptance=PRIOR_ACCEPTANCE if shadow is None else SHADOW_PRIOR_ACCEPTANCE,
+        reads_all=shadow is not None,
     )

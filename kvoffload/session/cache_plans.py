@@ -162,6 +162,23 @@ class CachePlans:
             self._configure(cache)
         cache.core.make_room()
 
+    def switch_near_cache(self, cache: hf.OffloadedHFCache) -> bool:
+        """Between two forwards: drafts read the other near cache from now on. Whether there is a plan for that."""
+        before = self._plans[cache]
+        if before.other is None:
+            return False
+        placement = replace(before.other.placement, lives_on=before.placement.lives_on)
+        chosen = replace(before.other, placement=placement, other=replace(before, other=None))
+        logger.info("drafts read %s now", chosen.geometry.shadow_form or "a window of the newest tokens")
+        self._engine.drop()  # what was prefetched may have other chunks
+        self._change(cache, chosen)
+        if chosen.placement.chunk_blocks != before.placement.chunk_blocks:
+            cache.core.regroup()
+        if chosen.sizes != before.sizes:
+            self._configure(cache)
+        cache.core.make_room()
+        return True
+
     def keep_buffers(self, cache: hf.OffloadedHFCache) -> None:
         """Called with each update: the engine's buffers are those of this cache, and of all its rows."""
         chosen = self._plans.get(cache)

@@ -75,6 +75,7 @@ class DraftedCall:
         generation_config: Any,
         chosen: GenerationPlan | None,
         before_pass: Callable[[int], None],
+        switch: Callable[[], bool],
     ) -> None:
         """From the next forward on the call is answered from rounds, if its plan has them.
 
@@ -85,6 +86,7 @@ class DraftedCall:
             generation_config: as transformers prepared it.
             chosen: what is planned for the cache; None: nothing yet.
             before_pass: told when a pass begins, with how many drafts.
+            switch: lets drafts read the other near cache; whether that is possible.
         """
         number, lengths = self._config.fixed_drafts, self._lengths(chosen)
         if lengths is not None:
@@ -96,6 +98,7 @@ class DraftedCall:
                 lengths,
                 is_asked_for=number is not None,
                 before_pass=before_pass,
+                switch=switch,
             )
 
     def _lengths(self, chosen: GenerationPlan | None) -> Lengths | None:
@@ -111,7 +114,8 @@ class DraftedCall:
             return None
         if self._config.deterministic:
             return FixedLength(chosen.expected_drafts)
-        return PlannedLength(chosen.round_times, chosen.geometry.rows)
+        other = None if chosen.other is None else chosen.other.round_times
+        return PlannedLength(chosen.round_times, chosen.geometry.rows, other)
 
     def note_prefix(self, input_ids: Any) -> None:
         """The tokens of each row so far, as processors see them."""

@@ -29,6 +29,7 @@ class Drafting:
         lengths: how many tokens are drafted.
         is_asked_for: whether the user gave a number, so that what cannot be served is an error.
         before_pass: told when a pass begins, with how many drafts.
+        switch: lets drafts read the other near cache from now on; whether that is possible.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Drafting:
         *,
         is_asked_for: bool,
         before_pass: Callable[[int], None],
+        switch: Callable[[], bool] = lambda: False,
     ) -> None:
         self.reason: str | None = None  # why tokens were decoded one by one
         self.lengths = lengths
-        self._cache, self._is_asked_for = cache, is_asked_for
+        self._cache, self._is_asked_for, self._switch = cache, is_asked_for, switch
         self._rotations = hf.changing_rotations(model.config)
         self._is_settled = False
         shadowed = {"forward": self._forward, "_get_logits_processor": self._processors}
@@ -88,6 +90,8 @@ class Drafting:
         most = self.lengths.most
         if limit is not None:
             most = min(most, limit - cached - 1)
+            if self.lengths.wants_other(limit - cached) and self._switch():
+                self.lengths.switch()
         if self._rotations:
             positions = call.inputs.get("position_ids")
             first = cached if positions is None else int(positions.max())

@@ -230,6 +230,7 @@ class GenerateCalls:
                 generation_config,
                 chosen,
                 lambda count: self._note_forward(cache, count),
+                lambda: self._plans.switch_near_cache(cache),
             )
         model_kwargs[hf.generation_name()] = cache
         generation.setup_before_forward_s += time.perf_counter() - began

@@ -29,6 +29,7 @@ class GenerationPlan:
     host_cap_bytes: int  # on the host at the full length, as if every row stored every block
     reserved_shares: Mapping[FormName, float]  # that room on the host was made for
     round_times: RoundTimes | None = None  # of verified drafts; None where there are none, or no prediction
+    other: GenerationPlan | None = None  # for drafts that read the other near cache, where that can follow
 
     @property
     def drafts(self) -> bool:

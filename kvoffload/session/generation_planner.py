@@ -9,7 +9,6 @@ how much memory may be taken (`memory_limits`), the timing (`measured_rates`), n
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -128,11 +127,12 @@ class GenerationPlanner:
             return plan(window)
         if asked == SHADOW_FORM:
             return shadow
-        with contextlib.suppress(InfeasiblePlanError, HostMemoryError):
+        try:
             near = plan(window)
-            if not _is_sooner(shadow, near, self.config.fixed_drafts):
-                return near
-        return shadow
+        except (InfeasiblePlanError, HostMemoryError):
+            return shadow
+        best, other = (shadow, near) if _is_sooner(shadow, near, self.config.fixed_drafts) else (near, shadow)
+        return replace(best, other=other if _may_follow(best, other) else None)
 
     def _tell_once(self, text: str) -> None:
         if text not in self._told:
@@ -331,6 +331,12 @@ class GenerationPlanner:
         """
         if chosen.inputs is not None and not self.backend.emulated and not self.config.deterministic:
             self.measured.take_gap(between_steps_s, chosen.inputs.rates)
+
+
+def _may_follow(one: GenerationPlan, other: GenerationPlan) -> bool:
+    """Whether the second plan can take the place of the first while tokens are decoded: no block has to move."""
+    same = one.sizes.block_tokens == other.sizes.block_tokens
+    return same and one.placement.resident == other.placement.resident
 
 
 def _is_sooner(one: GenerationPlan, other: GenerationPlan, drafts: int | None) -> bool:

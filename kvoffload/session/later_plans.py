@@ -115,6 +115,7 @@ class LaterPlans:
             sizes=grown(chosen.sizes, geometry),
             placement=replace(chosen.placement, max_tokens=max_tokens, ahead_tokens=geometry.ahead_tokens),
             host_cap_bytes=host_cap,
+            other=None,
         )
         anew, why = None, InfeasiblePlanError("some layers attend in parts and others to all at once")
         if is_uniform:

@@ -31,7 +31,6 @@ from kvoffload.machine.machine import Machine, machine_of
 from kvoffload.model.facts import Facts
 from kvoffload.model.stored_facts import facts_of
 from kvoffload.planning import step_time
-from kvoffload.planning.drafts import PRIOR_ACCEPTANCE
 from kvoffload.planning.forms import option_name
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.options import table_of
@@ -159,7 +158,7 @@ def study(
     profile: HardwareProfile,
     options: OffloadConfig,
     *,
-    acceptance: float = PRIOR_ACCEPTANCE,
+    acceptance: float | None = None,
     compared: tuple[Compared, ...] = (),
     measured: MeasuredRun | None = None,
     progress: Tell | None = None,
@@ -171,7 +170,7 @@ def study(
         workload: what will be generated.
         profile: the machine.
         options: caps and choices.
-        acceptance: assumed of verified drafts, 0..1.
+        acceptance: assumed of verified drafts, 0..1; None: by what they read.
         compared: measured steps from elsewhere.
         measured: a run of this machine, if there was one.
         progress: called with what begins and the share done.
