@@ -81,7 +81,10 @@ def full_product() -> Iterator[Cell]:
 def model_of(architecture: str, *, is_double: bool = False) -> PreTrainedModel:
     """A tiny model with heads that can be encoded."""
     model = make_model(architecture, **MODELS[architecture])
-    model = model.double() if is_double else model
+    if is_double:
+        model = model.double()
+        if hasattr(model, "set_experts_implementation"):  # a grouped product is for shorter numbers
+            model.set_experts_implementation("eager")
     end_tokens(model, SHAPES["early_ends"])  # as plain decoding gives them
     return model
 
@@ -112,7 +115,8 @@ def device_gib(cell: Cell, *, is_double: bool) -> Any:
     """The cap of a cell; "some" has room for a third of the cache in its form."""
     if cell.device == "min":
         return "min"
-    plan = run(cell._replace(device="min"), is_double=is_double).stats[0].plan
+    turns = run(cell._replace(device="min"), is_double=is_double).stats
+    plan = max((stats.plan for stats in turns), key=lambda plan: plan.device_bytes)
     cache_bytes = plan.num_offloaded_layers * plan.num_blocks * plan.block_tokens * plan.bytes_per_token[cell.form]
     return (plan.device_bytes + cache_bytes / 3) / GIB
 
