@@ -75,11 +75,11 @@ FACTORS = (ARCHITECTURES, MODES, BATCHES, NUMBERS, QUALITIES, DEVICES, SPLITS)
 
 
 def full_product() -> Iterator[Cell]:
-    """All of it, but for the number of drafts and the split, which go in rotation."""
-    numbers, splits = itertools.cycle(NUMBERS), itertools.cycle((*SPLITS, *SPLITS[::-1]))
-    others = (ARCHITECTURES, MODES, BATCHES, QUALITIES, DEVICES)
-    for architecture, mode, rows, quality, device in itertools.product(*others):
-        yield Cell(architecture, mode, rows, next(numbers), quality, device, next(splits))
+    """Every architecture, mode, batch and device; the rest goes in rotation, with periods of no common divisor."""
+    numbers, qualities = itertools.cycle(NUMBERS), itertools.cycle((*QUALITIES, *QUALITIES[:2]))
+    splits = itertools.cycle((*SPLITS, *SPLITS[::-1], SPLITS[0]))
+    for architecture, mode, rows, device in itertools.product(ARCHITECTURES, MODES, BATCHES, DEVICES):
+        yield Cell(architecture, mode, rows, next(numbers), next(qualities), device, next(splits))
 
 
 @contextmanager

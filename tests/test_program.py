@@ -50,7 +50,7 @@ def random_table(rng: random.Random, num_options: int, num_blocks: int) -> Table
     )
 
 
-@pytest.mark.parametrize("num_options", [2, 3, 5, 6, 8, 12])
+@pytest.mark.parametrize("num_options", [2, 3, 5, 6, 8, pytest.param(12, marks=pytest.mark.slow)])
 def test_any_table_is_solved_to_within_a_thousandth(num_options: int) -> None:
     highs = pulp.HiGHS(msg=False, threads=1, gapRel=1e-6)
     if not highs.available():
