@@ -224,8 +224,8 @@ def expected_token_s(stats: GenerationStats, survivals: Sequence[float]) -> floa
     times = stats.round_times
     if times is None or not survivals:
         return None
-    length = best_length(survivals, times.round_s, len(survivals))
-    return times.round_s(length) / tokens_per_round(survivals, length)
+    length = best_length(survivals, times.round_s, len(survivals), times.paced_rows)
+    return times.round_s(length) / tokens_per_round(survivals, length, times.paced_rows)
 
 
 def measure(bench: Bench, task: str, batch: int, ratio: int, survivals: Sequence[float], *, with_lookup: bool) -> Cell:

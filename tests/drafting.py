@@ -120,7 +120,7 @@ def window_gib(model: PreTrainedModel, rows: int, tokens: int, block_tokens: int
     """Device memory for the buffers of a pass and that share of the cache."""
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     token_bytes = num_layers * rows * row_bytes(model).kv
-    return token_bytes * (tokens * share + 14 * block_tokens) / GIB
+    return token_bytes * (tokens * share + 18 * block_tokens) / GIB
 
 
 def model_of(cell: Cell) -> PreTrainedModel:

@@ -10,6 +10,7 @@ import pytest
 from kvoffload.config import MOST_DRAFTS
 from kvoffload.draft.lengths import Acceptance, FixedLength, MeasuredTimes, PlannedLength, Report
 from kvoffload.planning.drafts import (
+    MOST_LEAD,
     RoundTimes,
     best_length,
     expected_rounds,
@@ -74,7 +75,7 @@ def test_acceptance_is_counted_by_position() -> None:
     """Bimodal: half of the rounds accept nothing, the others all of it."""
     found = Acceptance()
     for turn in range(400):
-        found.note(*((8, False) if turn % 2 else (0, True)))
+        found.note([(8, False) if turn % 2 else (0, True)])
     survivals = found.survivals()
     assert survivals[0] == pytest.approx(0.5, abs=0.06)
     assert survivals[7] == pytest.approx(0.5, abs=0.1)  # once the first is, all are; a power law would say 0.004
@@ -83,7 +84,7 @@ def test_acceptance_is_counted_by_position() -> None:
 def test_a_refused_draft_says_nothing_of_those_behind_it() -> None:
     found = Acceptance(prior=0.5)
     for _ in range(200):
-        found.note(2, was_refused=True)
+        found.note([(2, True)])
     survivals = found.survivals()
     assert survivals[1] > 0.9
     assert survivals[2] < 0.1 * survivals[1]
@@ -102,6 +103,27 @@ def test_times_are_as_predicted_until_they_are_measured() -> None:
     found.note(0, 0.0, 40.0)
     assert found.round_s(0) == pytest.approx(40.0)
     assert found.round_s(3) == pytest.approx(6.0 + 26.0)  # by the nearest
+
+
+@pytest.mark.parametrize("acceptance", [0.7, 0.9, 0.97])
+@pytest.mark.parametrize("drafts", [4, 8, 15])
+@pytest.mark.parametrize("rows", [2, 4, 8, 16])
+def test_rows_at_their_own_pace_give_nearly_the_tokens_of_simulated_ones(
+    rows: int, drafts: int, acceptance: float
+) -> None:
+    generator, held, asked, rounds = random.Random(rows), [0] * rows, 0, 4000
+    for _ in range(rounds):
+        for row in range(rows):
+            accepted = 0
+            while accepted < drafts and generator.random() < acceptance:
+                accepted += 1
+            held[row] += accepted + 1
+        slowest = min(held)
+        asked += slowest
+        held = [min(tokens - slowest, MOST_LEAD) for tokens in held]
+    expected = tokens_per_round(survival(acceptance), drafts, rows)
+    assert expected == pytest.approx(asked / rounds, rel=0.08)
+    assert expected > tokens_per_round(survival(acceptance, rows), drafts)  # lock-step
 
 
 # ---- planned and corrected -------------------------------------------------------------------------------------------
@@ -128,7 +150,7 @@ class TwoCaches:
             accepted = 0
             while accepted < k and self._random.random() < acceptance:
                 accepted += 1
-            self.lengths.note(Report(k, accepted, accepted < k, accepted + 1, k * real.draft_s, real.round_s(k)))
+            self.lengths.note(Report(k, ((accepted, accepted < k),), accepted + 1, k * real.draft_s, real.round_s(k)))
             self.seconds += real.round_s(k)
             left -= accepted + 1
 
@@ -195,7 +217,7 @@ class Played:
             while accepted < k and self._random.random() < acceptance:
                 accepted += 1
             seconds = self.real.round_s(k)
-            self.lengths.note(Report(k, accepted, accepted < k, accepted + 1, k * self.real.draft_s, seconds))
+            self.lengths.note(Report(k, ((accepted, accepted < k),), accepted + 1, k * self.real.draft_s, seconds))
             self.seconds += seconds
             self.tokens += accepted + 1
             self.drafted += k
@@ -255,5 +277,5 @@ def test_a_fixed_number_is_cut_at_the_end_only() -> None:
     lengths = FixedLength(6)
     assert lengths.next(15) == 6
     assert lengths.next(2) == 2
-    lengths.note(Report(6, 0, True, 1, 1.0, 2.0))
+    lengths.note(Report(6, ((0, True),), 1, 1.0, 2.0))
     assert lengths.next(15) == 6

@@ -288,7 +288,7 @@ def test_the_statistics_tell_rounds_tokens_and_drafts_apart(
     assert stats.drafts_off_reason is None
     assert stats.to_json()["draft_acceptance"] == 1.0
     with drafts_worse(monkeypatch, 0.0), session_of(model, 3) as session:
-        model.generate(prompt(2), **OPTIONS)
+        model.generate(prompt(1), **OPTIONS)
     assert session.stats is not None
     assert session.stats.tokens_per_pass == 1.0
     assert session.stats.draft_survivals == [0.0]

@@ -67,8 +67,8 @@ def test_a_wrong_rule_of_acceptance_is_seen(model: PreTrainedModel, monkeypatch:
     pending: list[torch.Tensor] = []
     draft = Rounds._draft
 
-    def drafted(self: Rounds, call: Any, count: int) -> torch.Tensor:
-        found = draft(self, call, count)
+    def drafted(self: Rounds, *args: Any) -> torch.Tensor:
+        found = draft(self, *args)
         pending.extend(found.unbind(1))
         return found
 

@@ -21,7 +21,7 @@ from kvoffload.errors import InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning import planner, step_time
-from kvoffload.planning.drafts import ExpectedRounds, expected_rounds, round_times
+from kvoffload.planning.drafts import ExpectedRounds, expected_rounds, round_times, rows_may_differ
 from kvoffload.planning.forms import SHADOW_FORM, why_no_shadow
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
@@ -150,7 +150,9 @@ class Task(NamedTuple):
     def _expected(self, inputs: PlanInputs) -> ExpectedRounds:
         """Rounds of drafts with such inputs."""
         rows, number = self.workload.batch, self.config.fixed_drafts
-        times = round_times(inputs, planner.solve(inputs), self.shape, self.profile, rows=rows)
+        own_pace = rows_may_differ(self.shape, self._geometry(rows), self.config)
+        plan = planner.solve(inputs)
+        times = round_times(inputs, plan, self.shape, self.profile, rows=rows, own_pace=own_pace)
         return expected_rounds(times, rows, acceptance=self.acceptance, drafts=number)
 
     def drafted(self, offload: Alternative, rounds: ExpectedRounds) -> Alternative:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 
@@ -99,6 +100,11 @@ class CacheCore(CacheState):
 
     def crop(self, tokens: int) -> None:
         """Remove the newest `tokens` tokens of every layer, store full blocks, and prefetch the next step."""
+        if self.unused:  # rows have different tokens there
+            for layer in self.layers:
+                assert tokens <= layer.tail_tokens
+                layer.remove(tokens)
+            return
         block_tokens = self.placement.block_tokens
         first_gone, left = divmod(self.layers[0].num_tokens - tokens, block_tokens)
         is_reopened = left > 0 and tokens > self.layers[0].tail_tokens
@@ -117,6 +123,42 @@ class CacheCore(CacheState):
         self.drop_stored_positions()
         if self.layers[0].blocks:
             self.engine.prefetch(self)
+
+    def keep(self, lengths: Sequence[int]) -> None:
+        """Each row keeps the oldest of its tokens that are not in blocks; blocks that all rows can fill are stored.
+
+        Tokens of the shorter rows end where those of the longest one do, so that the next token of every row has the
+        same slot, and a mask hides the slots in front of them.
+
+        Args:
+            lengths: tokens that each row keeps, no more than it has.
+        """
+        before, full = self.unused or (0,) * len(lengths), min(lengths) // self.placement.block_tokens
+        if full:
+            self._align(before, (0,) * len(lengths), max(lengths))
+            for layer in self.layers:
+                layer.store_full_blocks(full)
+            before = (0,) * len(lengths)
+            lengths = [length - full * self.placement.block_tokens for length in lengths]
+        unused = tuple(max(lengths) - length for length in lengths)
+        self._align(before, unused, max(lengths))
+        self.unused = unused if any(unused) else ()
+        for layer in self.layers:
+            layer.awaits_crop = False
+        if self.layers[0].blocks:
+            self.engine.prefetch(self)
+
+    def _align(self, before: Sequence[int], unused: Sequence[int], num_tokens: int) -> None:
+        """Tokens of each row begin behind other numbers of unused slots, and there are that many slots."""
+        there = self.layers[0].tail_tokens
+        if not there or (tuple(before) == tuple(unused) and num_tokens == there):
+            return
+        device = self.engine.backend.device
+        moved = torch.tensor([old - new for old, new in zip(before, unused, strict=True)], device=device)
+        index = (torch.arange(num_tokens, device=device).unsqueeze(1) + moved).clamp_(0, there - 1)
+        for layer in self.layers:
+            if layer.tail is not None:
+                layer.tail.rearrange(index)
 
     def fork(self) -> CacheCore:
         """A copy, between two forwards: it shares all blocks with this one, and from now on each goes its own way.

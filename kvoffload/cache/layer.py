@@ -156,9 +156,10 @@ class CacheLayer(CopiedBlocks):
         else:
             self.tail.num_tokens -= tokens
 
-    def store_full_blocks(self) -> None:
-        """Turn what the tail holds in full blocks into blocks."""
-        self._flush(self.tail_tokens // self.cache.placement.block_tokens, NewTokens())
+    def store_full_blocks(self, most: int | None = None) -> None:
+        """Turn what the tail holds in full blocks into blocks, at most so many."""
+        full = self.tail_tokens // self.cache.placement.block_tokens
+        self._flush(full if most is None else min(full, most), NewTokens())
 
     def _reopen(self, index: int) -> None:
         """Bring a block's tokens back to the tail."""

@@ -46,6 +46,8 @@ class CacheState:
         self.prompt_copies = prompt_copies
         self.is_recording = False  # a crop follows each forward
         self.is_drafting = False  # attention sees what is on the device alone
+        # Rows that go at their own pace: slots of the tail that a row does not use, in front of its tokens; (): none.
+        self.unused: tuple[int, ...] = ()
         self.sources: Sequence[LayerSource[Cargo]] = ()  # the layers, in the order of their jobs
         self.work: Counter[str] = Counter()  # what forms did, in tokens of rows: "recomputed"
         self.lossy_forms: set[FormName] = set()  # that tokens are or were stored in, as long as any are cached
@@ -140,7 +142,7 @@ class CacheState:
         self.row_table = RowTable(self.engine.backend.device)
         self._gather = None  # of the table before, whose versions begin anew
         self.positions = PositionTable(self.placement.max_tokens or 0)
-        self.rows, self.prompt_copies = 0, 1
+        self.rows, self.prompt_copies, self.unused = 0, 1, ()
         self._layer_bytes.clear()
         self.lossy_forms.clear()
         self.kept_plain.clear()

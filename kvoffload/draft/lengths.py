@@ -33,9 +33,10 @@ class Report(NamedTuple):
     """What came of one round, a plain step among them."""
 
     drafted: int
-    accepted: int  # drafts that were asked for
-    was_refused: bool  # another token than the next draft was asked for; else the round ended for another reason
-    tokens: int  # that were asked for
+    # of each row, or of all of them together: drafts that were right, and whether the next one was wrong; else the
+    # round ended for another reason
+    outcomes: tuple[tuple[int, bool], ...]
+    tokens: int  # of each row, that were asked for
     draft_s: float
     seconds: float  # from its beginning to that of the next, drafts included
 
@@ -96,14 +97,15 @@ class Acceptance:
         self._tried = [0.0] * MOST_DRAFTS
         self._accepted = [0.0] * MOST_DRAFTS
 
-    def note(self, accepted: int, was_refused: bool) -> None:
-        """So many drafts were accepted, and perhaps the next one refused."""
+    def note(self, outcomes: Sequence[tuple[int, bool]]) -> None:
+        """Of each row, or of all of them together: so many drafts were accepted, and perhaps the next one refused."""
         self.forget(FORGET)
-        for position in range(accepted):
-            self._tried[position] += 1
-            self._accepted[position] += 1
-        if was_refused:
-            self._tried[accepted] += 1
+        for accepted, was_refused in outcomes:
+            for position in range(accepted):
+                self._tried[position] += 1
+                self._accepted[position] += 1
+            if was_refused:
+                self._tried[accepted] += 1
 
     def forget(self, share: float = 0.9) -> None:
         """What was seen counts for less by so much."""
@@ -192,11 +194,14 @@ class _Estimates(NamedTuple):
     acceptance: Acceptance
     times: MeasuredTimes
     reads_all: bool  # a copy of every block, if not an exact one
+    paced: int  # rows at their own pace; 1: lock-step
 
     @classmethod
     def of(cls, predicted: RoundTimes, rows: int) -> _Estimates:
         """Before anything was measured."""
-        return cls(Acceptance(predicted.acceptance**rows), MeasuredTimes(predicted), predicted.reads_all)
+        together = rows if predicted.paced_rows == 1 else 1
+        acceptance = Acceptance(predicted.acceptance**together)
+        return cls(acceptance, MeasuredTimes(predicted), predicted.reads_all, predicted.paced_rows)
 
     def expected(self, other: _Estimates) -> _Estimates:
         """The same, with what the other near cache tells of this one."""
@@ -208,8 +213,8 @@ class _Estimates(NamedTuple):
         if bound is not None:
             choose = max if self.reads_all else min
             survivals = [choose(one, limit) for one, limit in zip(survivals, bound, strict=True)]
-        length = best_length(survivals, self.times.round_s, MOST_DRAFTS)
-        return self.times.round_s(length) / tokens_per_round(survivals, length)
+        length = best_length(survivals, self.times.round_s, MOST_DRAFTS, self.paced)
+        return self.times.round_s(length) / tokens_per_round(survivals, length, self.paced)
 
 
 class PlannedLength:
@@ -219,7 +224,7 @@ class PlannedLength:
 
     Args:
         predicted: by the plan.
-        rows: sequences, which go in lock-step.
+        rows: sequences.
         other: the same for the other near cache, if drafts can read that from the next round on.
     """
 
@@ -255,7 +260,7 @@ class PlannedLength:
         if self._pause_tokens > 0 or self._lost_s > self._may_lose_s:
             return 0
         survivals = self._now.acceptance.survivals()
-        length = best_length(survivals, self._now.times.round_s, most)
+        length = best_length(survivals, self._now.times.round_s, most, self._now.paced)
         if length and self._is_in_doubt(survivals, length):
             return 0  # so that it is known what drafts are to be compared with
         if not length and most:
@@ -268,7 +273,8 @@ class PlannedLength:
         times = self._now.times
         if self._is_first or times.knows_steps:
             return False
-        gain = tokens_per_round(survivals, length) * times.round_s(0) / times.round_s(length)
+        tokens = tokens_per_round(survivals, length, self._now.paced)
+        gain = tokens * times.round_s(0) / times.round_s(length)
         return gain < SURE_GAIN
 
     @property
@@ -278,7 +284,7 @@ class PlannedLength:
     def note(self, report: Report) -> None:
         if report.drafted:
             self._rounds += 1
-            self._now.acceptance.note(report.accepted, report.was_refused)
+            self._now.acceptance.note(report.outcomes)
         if self._is_first:  # the first step waits for the write-back of the prompt
             self._is_first = False
             return

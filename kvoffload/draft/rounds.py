@@ -91,8 +91,9 @@ class Rounds:
         self._report, self._refuse = report, refuse
         self._round: _Round | None = None
         self.num_asked = self.num_passes = 0  # tokens of decode steps, and the forwards that gave them
-        self.num_drafted = 0
+        self.num_drafted = 0  # of each sequence
         self._tried, self._accepted = [0] * MOST_DRAFTS, [0] * MOST_DRAFTS  # drafts, by their position in a round
+        self._counted = 0  # drafts of all rounds and rows whose outcome was counted
 
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         """The model's forward: the next token from the round in progress, or from a new one."""
@@ -130,8 +131,13 @@ class Rounds:
         self._round = begun = _Round(now, self._backend.span_seconds("draft"))
         if not count:
             return self._forward(**call.inputs)
-        with self._backend.sampling("draft", count):
-            begun.drafts = self._draft(call, count)
+        before = self._cache.core.layers[0].num_tokens
+        try:
+            with self._backend.sampling("draft", count):
+                begun.drafts = self._draft(call.token, self.prefix, count, call.for_next)
+        except BaseException:
+            self._cache.tokens_ahead = self._cache.core.layers[0].num_tokens - before  # for whoever settles
+            raise
         self.num_drafted += count
         with self._backend.recording("verification"):
             begun.output = self._forward(**call.for_all(torch.cat([call.token, begun.drafts], dim=1)))
@@ -139,9 +145,17 @@ class Rounds:
         return hf.output_for(begun.output, 0, count + 1)
 
     @property
-    def num_accepted(self) -> int:
-        """Drafts that were asked for."""
-        return sum(self._accepted)
+    def acceptance(self) -> float | None:
+        """Share of the drafts that were right; None without any."""
+        return sum(self._accepted) / self._counted if self._counted else None
+
+    def _count(self, drafted: int, outcomes: Sequence[tuple[int, bool]]) -> None:
+        """Note what came of the drafts of a round."""
+        for accepted, was_refused in outcomes:
+            self._counted += drafted
+            for position in range(accepted + was_refused):
+                self._tried[position] += 1
+                self._accepted[position] += position < accepted
 
     @property
     def survivals(self) -> list[float]:
@@ -168,21 +182,35 @@ class Rounds:
         ended, self._round = self._round, None
         if ended is None:
             return
-        accepted = ended.asked - 1
-        if ended.drafts is not None:
+        outcomes = ((ended.asked - 1, was_refused),)
+        if self._cache.tokens_ahead is not None:
             self._cache.crop(0)  # with those that nobody asked for
-            for position in range(accepted + was_refused):
-                self._tried[position] += 1
-                self._accepted[position] += position < accepted
+        if ended.drafts is not None:
+            self._count(ended.drafted, outcomes)
+        self._tell(ended, outcomes, now)
+
+    def _tell(self, ended: _Round, outcomes: tuple[tuple[int, bool], ...], now: float | None) -> None:
+        """Report a round."""
         if now is not None:
             draft_s = self._backend.span_seconds("draft") - ended.drafting_began_s
-            seconds = now - ended.began_s
-            self._report(Report(ended.drafted, accepted, was_refused, ended.asked, draft_s, seconds))
+            self._report(Report(ended.drafted, outcomes, ended.asked, draft_s, now - ended.began_s))
 
-    def _draft(self, call: hf.DecodeCall, count: int) -> torch.Tensor:
-        """The next tokens, [rows, count], as what is on the device suggests; nothing of them stays cached."""
-        token, rule = call.token, self.rule
-        ids = self.prefix
+    def _draft(
+        self,
+        token: torch.Tensor,
+        ids: torch.Tensor | None,
+        count: int,
+        inputs: Callable[[torch.Tensor, int], dict[str, Any]],
+    ) -> torch.Tensor:
+        """The next tokens, [rows, count], as what is on the device suggests; nothing of them stays cached.
+
+        Args:
+            token: the last one of each row, [rows, 1].
+            ids: all of each row so far, with that one, [rows, tokens]; None where nobody knows.
+            count: how many.
+            inputs: what the model is called with for a token, [rows, 1], and the number of drafts before it.
+        """
+        rule = self.rule
         is_finished = None if rule.pad is None else token == rule.pad
         found: list[torch.Tensor] = []
         core = self._cache.core
@@ -192,7 +220,7 @@ class Rounds:
             device = token.device if ids is None else ids.device  # where the loop chooses
             with _own_random_numbers(device) if rule.do_sample else contextlib.nullcontext():
                 for ahead in range(count):
-                    logits = hf.logits_of(self._forward(**call.for_next(token, ahead)))
+                    logits = hf.logits_of(self._forward(**inputs(token, ahead)))
                     token = self._choose(ids, logits[:, -1].to(device)).to(token.device)
                     if is_finished is not None and rule.pad is not None and rule.eos is not None:
                         token = token.masked_fill(is_finished, rule.pad)
@@ -202,8 +230,12 @@ class Rounds:
                         ids = torch.cat([ids, token.to(ids.device)], dim=1)
         finally:
             core.is_drafting = False
-        self._cache.crop(-count)
+        self._drop(count)
         return torch.cat(found, dim=1)
+
+    def _drop(self, count: int) -> None:
+        """Drafts are not cached any more."""
+        self._cache.crop(-count)
 
     def _choose(self, ids: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
         """The next token of each row, [rows, 1], by logits [rows, vocabulary]."""

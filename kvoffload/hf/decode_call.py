@@ -6,7 +6,7 @@ together, as `generate()` would ask it for the next one. Does not own which toke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +55,41 @@ class DecodeCall(NamedTuple):
             inputs["logits_to_keep"] = tokens.shape[1]
         return inputs
 
+    @property
+    def has_positions(self) -> bool:
+        """Whether the model is told where its tokens stand, so that rows may stand at different places."""
+        return isinstance(self.inputs.get("position_ids"), torch.Tensor)
+
+    def by_rows(
+        self, leads: Sequence[int], unused: Sequence[int], asked: int, stored: int, most: int, limit: int | None
+    ) -> RowCalls:
+        """The same for tokens that stand at another place in each row.
+
+        Args:
+            leads: tokens of each row that are cached beyond those of the shortest one.
+            unused: slots in front of each row's tokens, behind those that are stored in blocks; (): none.
+            asked: tokens that every row has.
+            stored: of these, those in blocks.
+            most: tokens that will be asked for beyond those that are cached.
+            limit: tokens that a row ever has: those beyond stand where the last one does, and mean nothing.
+        """
+        rows, device = self.token.shape[0], self.token.device
+        given = self.inputs.get("attention_mask")
+        if given is None:
+            given = torch.ones(rows, asked + 1, dtype=torch.long, device=device)
+        unused = unused or (0,) * rows
+        longest = asked + max(leads)
+        mask = given.new_ones(rows, longest + most)
+        mask[:, :stored] = given[:, :stored]
+        for row, skipped in enumerate(unused):
+            begin = stored + skipped
+            mask[row, stored:begin] = 0
+            mask[row, begin : begin + asked - stored] = given[row, stored:asked]
+        ahead = torch.tensor(leads, device=device).unsqueeze(-1)
+        positions = self.inputs["position_ids"]
+        last = None if limit is None else positions + max(0, limit - 1 - asked)
+        return RowCalls(self, mask, positions + ahead, last, longest)
+
     def _inputs(self, tokens: torch.Tensor, ahead: int) -> dict[str, Any]:
         inputs = dict(self.inputs, input_ids=tokens)
         count = tokens.shape[1]
@@ -63,6 +98,34 @@ class DecodeCall(NamedTuple):
             inputs["attention_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], more)], dim=1) if more else mask
         if (positions := inputs.get("position_ids")) is not None:
             inputs["position_ids"] = positions + torch.arange(ahead, ahead + count, device=positions.device)
+        return inputs
+
+
+class RowCalls(NamedTuple):
+    """Calls for tokens that stand at another place in each row."""
+
+    call: DecodeCall
+    mask: torch.Tensor  # [rows, slots], of those that will be used
+    positions: torch.Tensor  # [..., rows, 1] of the next token of each row
+    last: torch.Tensor | None  # the same of the last one that it will ever have
+    cached: int  # slots
+
+    def for_next(self, token: torch.Tensor, ahead: int) -> dict[str, Any]:
+        """For one token, [rows, 1], that is so many behind the next one."""
+        return self._inputs(token, ahead)
+
+    def for_all(self, tokens: torch.Tensor) -> dict[str, Any]:
+        """For the next token and those that follow it, [rows, tokens] in all."""
+        inputs = self._inputs(tokens, 0)
+        if inputs.get("logits_to_keep") is not None:
+            inputs["logits_to_keep"] = tokens.shape[1]
+        return inputs
+
+    def _inputs(self, tokens: torch.Tensor, ahead: int) -> dict[str, Any]:
+        end = ahead + tokens.shape[1]
+        inputs = dict(self.call.inputs, input_ids=tokens, attention_mask=self.mask[:, : self.cached + end])
+        positions = self.positions + torch.arange(ahead, end, device=self.positions.device)
+        inputs["position_ids"] = positions if self.last is None else torch.minimum(positions, self.last)
         return inputs
 
 
@@ -94,4 +157,9 @@ def output_for(output: Any, index: int, count: int) -> Any:
     """
     logits = logits_of(output)
     start = logits.shape[1] - count + index
-    return type(output)(**{**output, "logits": logits[:, start : start + 1]})
+    return output_with(output, logits[:, start : start + 1])
+
+
+def output_with(output: Any, logits: torch.Tensor) -> Any:
+    """What a model returned, with other logits."""
+    return type(output)(**{**output, "logits": logits})

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from kvoffload.cache.cache import CacheCore
+from kvoffload.config import MOST_DRAFTS
 from kvoffload.errors import ConfigError, KVOffloadError
 from kvoffload.hf.first_tokens import FirstTokens
 from kvoffload.hf.layer_beside import LayerBeside, offloaded
@@ -227,6 +228,11 @@ class OffloadedHFCache(DynamicCache):
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts candidates in a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        if self.core.unused:
+            layer = self.core.layers[0]
+            asked = layer.num_tokens - layer.num_stored_tokens - (self.tokens_ahead or 0)
+            self.core.keep([asked] * self.core.rows)
+            self.tokens_ahead = None
         tokens_to_remove -= self.tokens_ahead or 0
         self.tokens_ahead = None
         removed = min(-tokens_to_remove, self.core.layers[0].num_tokens)
@@ -286,6 +292,13 @@ class OffloadedHFCache(DynamicCache):
         for layer in () if is_wanted else (*self.layers, *self._beside):
             if hasattr(layer, "record_past"):
                 layer.record_past = False
+
+    @property
+    def can_go_by_rows(self) -> bool:
+        """Whether rows may have different numbers of tokens for a while: no layer counts slots, nor positions."""
+        placement = self.core.placement
+        is_planned = placement.ahead_tokens > MOST_DRAFTS + 1
+        return is_planned and not (self._others or self._beside or placement.keeps_activations)
 
     def why_not_croppable(self) -> str | None:
         """Why tokens cannot be taken back one by one; None if they can. Known once something is cached."""

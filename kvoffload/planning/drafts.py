@@ -13,22 +13,28 @@ their one acceptance rate, as acceptance is not the same at each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from kvoffload.config import MOST_DRAFTS
+from kvoffload.config import MOST_DRAFTS, OffloadConfig
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning import step_time
+from kvoffload.planning.forms import FORMS
+from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
 from kvoffload.planning.placement import PLAIN
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.rates import Rates, rates_from_profile
+from kvoffload.planning.sizing import planned_forms
 
 PRIOR_ACCEPTANCE = 0.7  # of each draft, before any was seen
 SHADOW_PRIOR_ACCEPTANCE = 0.9  # of drafts that attend to all tokens, in a form of few bits
 FULL_SPEED_ROWS = 256  # of a GEMM that is bound by arithmetic
+MOST_LEAD = MOST_DRAFTS + 1  # tokens that a row may be ahead of another, when a round begins
+WAITING = 0.43
 LEAST_WINDOW_TOKENS = 128  # on the device; with fewer the prior is not to be believed
 MIN_GAIN_FRACTION = 0.05  # by which drafts must be faster than none to be begun
 
@@ -43,6 +49,7 @@ class RoundTimes:
     ahead_s: float  # of the link's time, that the ring can take on while tokens are drafted
     acceptance: float = PRIOR_ACCEPTANCE  # of each draft of a sequence, before any was seen
     reads_all: bool = False  # drafts attend to all tokens, to some of them in a form of few bits
+    paced_rows: int = 1  # sequences that go at their own pace; 1: all go in lock-step
 
     def round_s(self, drafts: int) -> float:
         """A round of that many drafts; of none, a plain step."""
@@ -50,25 +57,47 @@ class RoundTimes:
         return drafting_s + self.pass_s[drafts] - min(drafting_s, self.ahead_s)
 
 
+def most_ahead(shape: ModelShape, geometry: Geometry, config: OffloadConfig) -> int:
+    """Tokens of each row that may be cached before anybody asks for them: those of a round, and as many again where
+    rows go at their own pace, by which one may be ahead of another."""
+    return MOST_DRAFTS + 1 + (MOST_LEAD if rows_may_differ(shape, geometry, config) else 0)
+
+
+def rows_may_differ(shape: ModelShape, geometry: Geometry, config: OffloadConfig) -> bool:
+    """Whether rows of a batch may go at their own pace: no layer counts slots, and no block keeps positions."""
+    recomputed = any(FORMS[form].is_recomputed for form in planned_forms(config, geometry))
+    return geometry.rows > 1 and shape.num_layers == shape.num_offloaded_layers and not recomputed
+
+
 def survival(acceptance: float, rows: int = 1, drafts: int = MOST_DRAFTS) -> list[float]:
     """S_1, S_2, ... where each draft of a row is accepted with the same probability, and a batch goes in lock-step."""
     return [acceptance ** (rows * position) for position in range(1, drafts + 1)]
 
 
-def tokens_per_round(survivals: Sequence[float], drafts: int) -> float:
-    """Tokens that a round of so many drafts is expected to give."""
-    return 1 + sum(survivals[:drafts])
+def tokens_per_round(survivals: Sequence[float], drafts: int, rows: int = 1) -> float:
+    """Tokens that a round of so many drafts is expected to give.
+
+    Of several rows at their own pace those of the slowest, which waits for none while no row may be ahead of it by more
+    than `MOST_LEAD`: by so much less than the mean as `WAITING` says, fitted to simulated rounds of 2 to 16 rows.
+    """
+    accepted = sum(survivals[:drafts])
+    if rows == 1:
+        return 1 + accepted
+    squares = sum((2 * position - 1) * share for position, share in enumerate(survivals[:drafts], start=1))
+    waiting = WAITING * math.log2(rows) * (squares - accepted**2) / MOST_LEAD
+    return max(1.0, 1 + accepted - waiting)
 
 
-def best_length(survivals: Sequence[float], round_s: Callable[[int], float], most: int) -> int:
+def best_length(survivals: Sequence[float], round_s: Callable[[int], float], most: int, rows: int = 1) -> int:
     """The number of drafts with the least time for a token; 0 is a candidate, and the fewest of equals are taken.
 
     Args:
         survivals: S_1, S_2, ...
         round_s: seconds of a round of so many drafts.
         most: drafts.
+        rows: sequences at their own pace.
     """
-    return min(range(min(most, len(survivals)) + 1), key=lambda k: round_s(k) / tokens_per_round(survivals, k))
+    return min(range(min(most, len(survivals)) + 1), key=lambda k: round_s(k) / tokens_per_round(survivals, k, rows))
 
 
 class ExpectedRounds(NamedTuple):
@@ -93,23 +122,24 @@ def expected_rounds(
 
     Args:
         times: that rounds take.
-        rows: sequences, of which a round keeps as many tokens as all of them accept.
+        rows: sequences; in lock-step a round keeps as many tokens as all of them accept.
         acceptance: that probability, 0..1; None: what is assumed of such drafts.
         drafts: in each round; None: as many as make a token cheapest, and none where these gain too little.
     """
     acceptance = times.acceptance if acceptance is None else acceptance
-    survivals = survival(acceptance, rows)
-    length = best_length(survivals, times.round_s, MOST_DRAFTS) if drafts is None else drafts
+    paced = times.paced_rows
+    survivals = survival(acceptance, rows if paced == 1 else 1)
+    length = best_length(survivals, times.round_s, MOST_DRAFTS, paced) if drafts is None else drafts
     gains = times.window_tokens >= LEAST_WINDOW_TOKENS and speedup(survivals, times, length) >= 1 + MIN_GAIN_FRACTION
     if drafts is None and not gains:
         length = 0
-    tokens = tokens_per_round(survivals, length)
+    tokens = tokens_per_round(survivals, length, paced)
     return ExpectedRounds(length, tokens, times.round_s(length), acceptance, times.reads_all)
 
 
 def speedup(survivals: Sequence[float], times: RoundTimes, drafts: int) -> float:
     """Tokens in the time of one without drafts, from the same blocks."""
-    return tokens_per_round(survivals, drafts) * times.round_s(0) / times.round_s(drafts)
+    return tokens_per_round(survivals, drafts, times.paced_rows) * times.round_s(0) / times.round_s(drafts)
 
 
 def round_times(
@@ -119,6 +149,7 @@ def round_times(
     profile: HardwareProfile,
     *,
     rows: int,
+    own_pace: bool = False,
 ) -> RoundTimes:
     """What rounds take by the cost model.
 
@@ -128,6 +159,7 @@ def round_times(
         shape: of the model.
         profile: of the machine.
         rows: sequences.
+        own_pace: whether these go at their own pace.
     """
     shadow, on_host = inputs.shadow_form, plan.count(tier="host")
     copied = on_host * inputs.block_tokens if shadow is not None else 0
@@ -170,4 +202,5 @@ def round_times(
         ahead_s=inputs.ring_bytes / inputs.rates.h2d_bytes_per_s[PLAIN] if on_host else 0.0,
         acceptance=PRIOR_ACCEPTANCE if shadow is None else SHADOW_PRIOR_ACCEPTANCE,
         reads_all=shadow is not None,
+        paced_rows=rows if own_pace else 1,
     )

@@ -17,7 +17,6 @@ from typing import Any
 from kvoffload import hf
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.cache.state import CACHE_ACCOUNT
-from kvoffload.config import MOST_DRAFTS
 from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.forms import wanted_forms
@@ -361,11 +360,12 @@ class CachePlans:
             activation_row_bytes=shape.activation_row_bytes,
             position_row_bytes=position_row_bytes,
             beams=copies,
-            ahead_tokens=MOST_DRAFTS + 1 if drafts else 0,
             lives_on=lives_on,
             other_device_bytes=self._planner.shape.other_layers_bytes(rows, longest),
             is_segmented=self.offers_segments if is_segmented is None else is_segmented,
         )
+        if drafts:
+            geometry = self._planner.with_room_ahead(geometry)
         held_bytes, others_bytes = self._device_bytes(cache)
         chosen = self._planner.plan_for(
             geometry,

@@ -136,7 +136,7 @@ class DraftedCall:
             rounds.num_asked,
             rounds.num_passes,
             rounds.num_drafted,
-            rounds.num_accepted,
+            rounds.acceptance,
             tuple(rounds.survivals),
             chosen.round_times,
             self._drafting.reason,

@@ -15,6 +15,7 @@ from kvoffload import hf
 from kvoffload.backend import Backend
 from kvoffload.draft.lengths import Lengths
 from kvoffload.draft.rounds import Rounds, Rule
+from kvoffload.draft.row_rounds import RowRounds
 from kvoffload.errors import ConfigError
 
 
@@ -52,7 +53,8 @@ class Drafting:
         shadowed = {"forward": self._forward, "_get_logits_processor": self._processors}
         rule = _rule(generation_config, backend.device)
         self._shadows = hf.Shadows(model, shadowed)
-        self.rounds: Rounds | None = Rounds(
+        rows_differ = cache.core.rows > 1 and not rule.do_sample and not self._rotations
+        self.rounds: Rounds | None = (RowRounds if rows_differ else Rounds)(
             self._shadows.originals["forward"],
             cache,
             backend,
@@ -86,7 +88,7 @@ class Drafting:
                 self._refuse(reason)
         if self.reason is not None:
             return 0
-        cached, limit = core.layers[0].num_tokens, core.placement.max_tokens
+        cached, limit = core.layers[0].num_tokens - (self._cache.tokens_ahead or 0), core.placement.max_tokens
         most = self.lengths.most
         if limit is not None:
             most = min(most, limit - cached - 1)

@@ -61,7 +61,7 @@ class DraftFigures(NamedTuple):
     asked: int = 0  # tokens of decode steps
     passes: int = 0  # over the link, that gave them
     drafted: int = 0
-    accepted: int = 0
+    acceptance: float | None = None  # share of them
     survivals: tuple[float, ...] = ()
     times: RoundTimes | None = None  # that were planned
     reason: str | None = None  # why there were none, where they might have been
@@ -254,7 +254,7 @@ class Generation:
             kept_exact_blocks=sum(core.kept_plain[form] for form in core.kept_plain if not FORMS[form].is_exact),
             packed_fraction=packed / max(1, sum(stored.values())),
             tokens_per_pass=drafts.asked / drafts.passes if drafts.passes else 1.0 if steps else None,
-            draft_acceptance=drafts.accepted / drafts.drafted if drafts.drafted else None,
+            draft_acceptance=drafts.acceptance,
             drafted_tokens=drafts.drafted,
             round_times=drafts.times,
             draft_survivals=list(drafts.survivals),

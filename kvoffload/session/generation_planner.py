@@ -23,7 +23,7 @@ from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning import planner
-from kvoffload.planning.drafts import MIN_GAIN_FRACTION, round_times
+from kvoffload.planning.drafts import MIN_GAIN_FRACTION, most_ahead, round_times, rows_may_differ
 from kvoffload.planning.forms import FORMS, SHADOW_FORM, option_name, why_no_shadow
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
@@ -100,6 +100,10 @@ class GenerationPlanner:
             if number is not None:
                 raise
         return self._plan_for(replace(geometry, ahead_tokens=0), **known)
+
+    def with_room_ahead(self, geometry: Geometry) -> Geometry:
+        """The same with room in the tail for tokens that are cached before anybody asks for them."""
+        return replace(geometry, ahead_tokens=most_ahead(self.shape, geometry, self.config))
 
     def with_best_near_cache(self, geometry: Geometry, plan: Callable[[Geometry], GenerationPlan]) -> GenerationPlan:
         """The plan of drafts that read a window of the newest blocks, or copies of all of them.
@@ -237,7 +241,9 @@ class GenerationPlanner:
         profile = self.profile() if chosen.drafts and chosen.inputs is not None else None
         if profile is None or chosen.inputs is None:
             return chosen
-        times = round_times(chosen.inputs, chosen.plan, self.shape, profile, rows=chosen.geometry.rows)
+        geometry = chosen.geometry
+        own_pace = rows_may_differ(self.shape, geometry, self.config)
+        times = round_times(chosen.inputs, chosen.plan, self.shape, profile, rows=geometry.rows, own_pace=own_pace)
         return replace(chosen, round_times=times)
 
     def with_fitting_share(self, chosen: GenerationPlan) -> GenerationPlan:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from kvoffload.config import MOST_DRAFTS
 from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.planning import planner
 from kvoffload.planning.geometry import Geometry
@@ -61,7 +60,7 @@ class LaterPlans:
         undrafted = replace(chosen, geometry=replace(chosen.geometry, shadow_form=None), round_times=None)
         if not drafts:
             return replace(self._prolong(undrafted, max_tokens, **known), round_times=None)
-        ahead = replace(chosen.geometry, ahead_tokens=MOST_DRAFTS + 1)
+        ahead = self._planner.with_room_ahead(chosen.geometry)
         drafted = self._planner.with_best_near_cache(
             ahead, lambda settled: self._prolong(replace(chosen, geometry=settled), max_tokens, **known)
         )

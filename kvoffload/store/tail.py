@@ -214,6 +214,13 @@ class Tail:
             other._data[part][: self.num_tokens] = data[: self.num_tokens]
         return other
 
+    def rearrange(self, index: torch.Tensor) -> None:
+        """Token j of row i becomes what token `index[j, i]` was, [tokens, rows], no more than there are."""
+        for data in self._data.values():
+            found = data[: self.num_tokens].gather(0, index.unsqueeze(-1).expand(*index.shape, data.shape[2]))
+            data[: index.shape[0]] = found
+        self.num_tokens = index.shape[0]
+
     def select_rows(self, indices: torch.Tensor) -> None:
         """Logical row i becomes what row `indices[i]` was."""
         capacity, rows = self._data["kv"].shape[:2]
