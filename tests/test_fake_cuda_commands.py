@@ -147,6 +147,7 @@ def test_a_quick_profile_is_found_again_for_any_name_of_the_device(device: FakeC
     assert not any(point.spread_fraction < 0 for point in profile.gemm.points)
 
 
+@pytest.mark.slow
 def test_a_profile_where_nothing_can_be_pinned(device: FakeCuda) -> None:
     device.lockable_bytes = 0
     with pytest.warns(UserWarning, match="could not pin"):

@@ -11,6 +11,7 @@ from drafting import drafts_worse, session_of, window_gib
 from matrix import FAST_LINK, checking_backend, profile
 from models import WIDE, make_model
 from modes import COMMON, given, padded_prompt, plain_cache, prompt
+from test_packing import MACHINE
 from transformers import LogitsProcessor, PreTrainedModel
 
 from kvoffload import OffloadConfig
@@ -18,6 +19,7 @@ from kvoffload.cache.cache import CacheCore
 from kvoffload.draft.row_rounds import RowRounds
 from kvoffload.hf.offloaded_layer import OffloadedLayer
 from kvoffload.planning.drafts import MOST_LEAD
+from kvoffload.session.drafting import Drafting
 from kvoffload.session.session import Session
 
 NEW_TOKENS = 48
@@ -29,10 +31,11 @@ def model() -> PreTrainedModel:
     return make_model("llama", **WIDE)
 
 
-def session_with(model: PreTrainedModel, cache: str, number: Any = 6, **options: Any) -> Session:
+def session_with(model: PreTrainedModel, cache: str, number: Any = 6, rows: int = 4, **options: Any) -> Session:
     values: dict[str, Any] = {"block_tokens": 4, "chunk_blocks": 2, "slots": 2, "split": "transfer", **options}
-    values["device_gib"] = window_gib(model, 4, 120, 4, 0.25)
-    config = OffloadConfig(speculate=number, draft_cache=cache, link=FAST_LINK, profile=profile(), **values)  # type: ignore[arg-type]
+    values["device_gib"] = window_gib(model, rows, 120, 4, 0.25)
+    values = {"profile": profile(), **values}
+    config = OffloadConfig(speculate=number, draft_cache=cache, link=FAST_LINK, **values)  # type: ignore[arg-type]
     return Session(model, config, checking_backend())
 
 
@@ -49,6 +52,36 @@ def unused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return found
 
 
+class Computed:
+    """K and V as passes gave them last: by layer, row and position."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._seen: list[dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in range(3)]
+        update = OffloadedLayer.update
+
+        def noting(layer: OffloadedLayer, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            core = layer.core.cache
+            if not core.is_drafting:
+                for row, slots in enumerate(core.unused or (0,) * keys.shape[0]):
+                    for idx in range(keys.shape[2]):
+                        place = (row, layer.core.num_tokens + idx - slots)
+                        self._seen[layer.core.position][place] = (
+                            keys[row, :, idx].clone(),
+                            values[row, :, idx].clone(),
+                        )
+            return update(layer, keys, values, *args, **kwargs)
+
+        monkeypatch.setattr(OffloadedLayer, "update", noting)
+
+    def check(self, caches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Each is cached as it was, bit for bit."""
+        for seen, (keys, values) in zip(self._seen, caches, strict=True):
+            for row in range(keys.shape[0]):
+                for place in range(keys.shape[2]):
+                    assert torch.equal(keys[row, :, place], seen[row, place][0])
+                    assert torch.equal(values[row, :, place], seen[row, place][1])
+
+
 @pytest.mark.parametrize("quality", [0.85, 0.5])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("cache", ["window", "int4"])
@@ -60,23 +93,11 @@ def test_what_is_cached_is_what_the_passes_computed_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch,
     model: PreTrainedModel,
 ) -> None:
-    """Whatever was moved in the tail: K and V of each row and position are those that a pass gave it last."""
+    """Whatever was moved in the tail; and it is what plain decoding caches."""
     inputs = padded_prompt(4, 61) if padded else {"input_ids": prompt(4, 61)}
-    wanted = model.generate(**inputs, **OPTIONS).sequences
-    computed: list[dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in range(3)]
-    update = OffloadedLayer.update
-
-    def noting(self: OffloadedLayer, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        core = self.core.cache
-        if not core.is_drafting:
-            skipped = core.unused or (0,) * keys.shape[0]
-            for row, slots in enumerate(skipped):
-                for idx in range(keys.shape[2]):
-                    place = self.core.num_tokens + idx - slots
-                    computed[self.core.position][row, place] = (keys[row, :, idx].clone(), values[row, :, idx].clone())
-        return update(self, keys, values, *args, **kwargs)
-
-    monkeypatch.setattr(OffloadedLayer, "update", noting)
+    wanted, plain = model.generate(**inputs, **OPTIONS).sequences, plain_cache(model)
+    model.generate(**inputs, **given(plain), **OPTIONS)
+    computed = Computed(monkeypatch)
     with drafts_worse(monkeypatch, quality), session_with(model, cache) as session:
         mine = session.new_cache()
         assert torch.equal(model.generate(**inputs, **given(mine), **OPTIONS).sequences, wanted)
@@ -85,17 +106,30 @@ def test_what_is_cached_is_what_the_passes_computed_bit_for_bit(
         length = mine.get_seq_length()
         assert length == wanted.shape[1] - 1
         caches = [(layer.keys, layer.values) for layer in mine.layers]
-    plain = plain_cache(model)
-    model.generate(**inputs, **given(plain), **OPTIONS)
-    for seen, (keys, values), theirs in zip(computed, caches, plain.layers, strict=True):
-        for row in range(4):
-            for place in range(length):
-                assert torch.equal(keys[row, :, place], seen[row, place][0])
-                assert torch.equal(values[row, :, place], seen[row, place][1])
-        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-        real = torch.cat([real, real.new_ones(4, length - real.shape[1])], 1)[:, None, :, None]
+    computed.check(caches)
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    real = torch.cat([real, real.new_ones(4, length - real.shape[1])], 1)[:, None, :, None]
+    for (keys, values), theirs in zip(caches, plain.layers, strict=True):
         assert ((keys - theirs.keys) * real).abs().max() <= 1e-5
         assert ((values - theirs.values) * real).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_packed_blocks_with_coarse_copies_are_what_the_passes_computed(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packing = make_model("llama", **WIDE).to(torch.bfloat16)  # type: ignore[arg-type]
+    computed, ids = Computed(monkeypatch), prompt(rows, 61)
+    with session_with(packing, "int4", rows=rows, block_tokens=8, profile=MACHINE) as session:
+        mine = session.new_cache()
+        packing.generate(ids, **given(mine), **OPTIONS)
+        stats = session.stats
+        assert stats is not None
+        assert stats.exact
+        assert stats.packed_fraction > 0.5
+        assert stats.draft_cache == "int4"
+        assert stats.draft_survivals[0] > 0.5
+        computed.check([(layer.keys, layer.values) for layer in mine.layers])
 
 
 def test_rows_give_more_tokens_for_a_pass_than_in_lock_step(
@@ -151,17 +185,22 @@ class Changing(LogitsProcessor):
         return scores
 
 
+@pytest.mark.parametrize("number", [6, 15])
 @pytest.mark.parametrize("cache", ["window", "int4"])
-def test_a_token_that_was_not_expected_takes_back_what_its_row_held(cache: Any, model: PreTrainedModel) -> None:
+def test_a_token_that_was_not_expected_takes_back_what_its_row_held(
+    cache: Any, number: int, unused: list[tuple[int, ...]], model: PreTrainedModel
+) -> None:
+    """The others stay no further ahead than their tails have room for."""
     ids, plain, ours = prompt(4, 61), Changing(), Changing()
     wanted = model.generate(ids, logits_processor=[plain], **{**OPTIONS, "output_scores": True})
-    with session_with(model, cache) as session:
+    with session_with(model, cache, number) as session:
         found = model.generate(ids, logits_processor=[ours], **{**OPTIONS, "output_scores": True})
         assert session.stats is not None
         assert session.stats.tokens_per_pass is not None
         assert session.stats.tokens_per_pass > 1.2
     assert torch.equal(found.sequences, wanted.sequences)
     assert ours.calls == plain.calls
+    assert max(max(slots) for slots in unused if slots) <= MOST_LEAD
     for mine, theirs in zip(found.scores, wanted.scores, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
 
@@ -211,3 +250,48 @@ def test_a_loop_that_stops_anywhere_leaves_what_plain_decoding_leaves(
         copied.reorder_cache(rows)
         assert torch.equal(model.generate(longer, **given(cache), **OPTIONS).sequences, wanted[0])
         assert torch.equal(model.generate(longer[rows], **given(copied), **OPTIONS).sequences, wanted[1])
+
+
+def test_another_cache_may_be_used_between_two_tokens(model: PreTrainedModel) -> None:
+    """By a criterion that runs the model itself; the engine's buffers are the other cache's then."""
+    ids, other_ids = prompt(4, 61), prompt(2, 23, seed=5)
+    wanted = model.generate(ids, **OPTIONS).sequences
+    with session_with(model, "window") as session, torch.no_grad():
+        other, mine = session.new_cache(), session.new_cache()
+
+        def between(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            if input_ids.shape[1] % 7 == 0:
+                model(other_ids, **given(other))
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+        found = model.generate(ids, stopping_criteria=[between], **given(mine), **OPTIONS).sequences
+        assert other.get_seq_length() > 23
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Drafting, "_length"), (RowRounds, "_draft")])
+def test_a_round_that_fails_inside_the_model_gives_all_memory_back(
+    owner: type, name: str, unused: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel
+) -> None:
+    """While rows are ahead of each other: the cache is lost, the model is not."""
+    ids, original, ahead = prompt(4, 61), getattr(owner, name), list[int]()
+    text = model.generate(ids, **OPTIONS).sequences
+
+    def interrupted(self: Any, *args: Any) -> Any:
+        if self._cache.core.unused:
+            ahead.append(1)
+        if len(ahead) == 3:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    with drafts_worse(monkeypatch, 0.7), session_with(model, "window") as session:
+        cache = session.new_cache()
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(ids, **given(cache), **OPTIONS)
+        assert any(unused)
+        assert cache.is_closed
+        assert cache.get_seq_length() == 0
+        assert session.pool.used_bytes == 0
+        assert torch.equal(model.generate(ids, **OPTIONS).sequences, text)

@@ -136,13 +136,11 @@ class Task(NamedTuple):
         if number == 0 or self.workload.num_beams > 1 or not inputs.is_segmented or not mean.count(tier="host"):
             return None
         found = [self._expected(replace(inputs, is_plain_on_device=True))]  # a window of K and V
-        if (
-            self.config.draft_cache != "window"
-            and why_no_shadow(self.config, self._geometry(self.workload.rows)) is None
-        ):
+        asked, reason = self.config.draft_cache, why_no_shadow(self.config, self._geometry(self.workload.rows))
+        if asked != "window" and reason is None and (self._caps_device or asked == SHADOW_FORM):
             with contextlib.suppress(InfeasiblePlanError):
                 found.append(self._expected(self.inputs(self.mean_tokens(), has_shadow=True)))
-        if self.config.draft_cache == SHADOW_FORM:
+        if asked == SHADOW_FORM:
             found = found[-1:]
         best = min(found, key=lambda one: one.token_s)
         return best if best.drafts else None
@@ -242,6 +240,12 @@ class Task(NamedTuple):
     def _usable_bytes(self) -> int:
         return int(DEVICE_SHARE * (self.profile.device_memory_bytes - self.shape.weight_bytes))
 
+    @property
+    def _caps_device(self) -> bool:
+        """As the runtime has it: else as little as works is held on the device."""
+        setting = self.config.device_gib
+        return not (setting == "min" or (setting == "auto" and self.profile.emulated_link))
+
     def _capped(self, num_bytes: int) -> int:
         cap = self.config.device_gib
         return num_bytes if isinstance(cap, str) else min(num_bytes, int(cap * GIB))
@@ -257,7 +261,7 @@ class Task(NamedTuple):
                 f"{gb(left) if left > 0 else 'nothing'} of {gb(self.profile.device_memory_bytes)}, offloading takes at "
                 f"least {gb(self._least_bytes(geometry))}: use a larger device{smaller or ' or quantised weights'}"
             )
-        if self.config.device_gib == "min" or (self.config.device_gib == "auto" and self.profile.emulated_link):
+        if not self._caps_device:
             return None
         room = self._usable_bytes - uncapped_sizes(geometry, self.config).fixed_device_bytes
         tokens = prefill_chunk_tokens(self.shape, rows=rows, prompt_tokens=prompt_tokens, room_bytes=room)

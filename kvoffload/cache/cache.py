@@ -136,6 +136,7 @@ class CacheCore(CacheState):
         before, full = self.unused or (0,) * len(lengths), min(lengths) // self.placement.block_tokens
         if full:
             self._align(before, (0,) * len(lengths), max(lengths))
+            self.unused = ()
             for layer in self.layers:
                 layer.store_full_blocks(full)
             before = (0,) * len(lengths)

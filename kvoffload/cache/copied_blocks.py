@@ -42,7 +42,7 @@ class CopiedBlocks(LayerBlocks):
         for form, num_places, place_bytes, rolls in wanted:
             near = NearCopies(self.cache.engine.backend, form, num_places, place_bytes, rolls=rolls)
             if form in before:
-                before[form].move_to(near)
+                before.pop(form).move_to(near)
             self._near = (*self._near, near)
         self._copy_stored()
 
@@ -64,9 +64,14 @@ class CopiedBlocks(LayerBlocks):
     def copy_newest(self, count: int, leaving: Leaving) -> None:
         """Copy what is on the host of the last `count` blocks, as far as there is room."""
         first, bt = len(self.blocks) - count, self.cache.placement.block_tokens
-        for near, taken in self._take_copies(first):
-            for start, end, out in self._taken_together(near, taken, first, count):
-                self.forms[near.form].pack(out, leaving.between(start * bt, end * bt))
+        try:
+            for near, taken in self._take_copies(first):
+                for start, end, out in self._taken_together(near, taken, first, count):
+                    self.forms[near.form].pack(out, leaving.between(start * bt, end * bt))
+        except BaseException:
+            for near in self._near:
+                near.forget(first)
+            raise
 
     def _copy_stored(self) -> None:
         """Copy what is on the host of all blocks and has no copy yet, as far as there is room: over the link."""
@@ -90,8 +95,10 @@ class CopiedBlocks(LayerBlocks):
                     for start, end, out in self._taken_together(near, taken, span.first_block, span.num_blocks):
                         self.forms[near.form].pack_kv(out, kv[start * bt : end * bt])
         except BaseException:
-            for near in self._near:
-                near.forget(0)  # what was taken and is not filled would be read
+            for near in self._near:  # what was taken and is not filled would be read
+                near.close()
+            self._near = ()
+            self.version += 1
             raise
 
     def _take_copies(self, first: int) -> list[tuple[NearCopies, set[int]]]:

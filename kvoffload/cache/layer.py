@@ -131,6 +131,7 @@ class CacheLayer(CopiedBlocks):
             self.awaits_crop = True
             keep = placement.block_tokens + RECORDING_ROOM_TOKENS
             num_full = max(0, -(-(total - keep) // placement.block_tokens))
+            assert not (num_full and self.cache.unused), "blocks have the same tokens of all rows"
         else:
             num_full = total // placement.block_tokens
         self._flush(num_full, new)

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from kvoffload.cli.options import AsJson, DeviceGib, HostGib, KvDtype, LinkSpeed, Split, emulated_link, whole_number
+from kvoffload.cli.options import (
+    AsJson,
+    DeviceGib,
+    DraftCache,
+    HostGib,
+    KvDtype,
+    LinkSpeed,
+    Split,
+    emulated_link,
+    whole_number,
+)
 from kvoffload.cli.terminal import print_json
 from kvoffload.config import OffloadConfig
 
@@ -19,6 +29,7 @@ def generate(
     split: Split = "auto",
     device_gib: DeviceGib = "auto",
     kv_dtype: KvDtype = "model",
+    draft_cache: DraftCache = "auto",
     link_gb_per_s: LinkSpeed = None,
     compare: Annotated[bool, typer.Option(help="Also generate without offloading and compare the tokens.")] = False,
     as_json: AsJson = False,
@@ -27,7 +38,11 @@ def generate(
     from kvoffload.cli.model_source import find_model
 
     config = OffloadConfig(
-        split=split, device_gib=device_gib, kv_dtype=kv_dtype, link=emulated_link(link_gb_per_s) or "auto"
+        split=split,
+        device_gib=device_gib,
+        kv_dtype=kv_dtype,
+        draft_cache=draft_cache,
+        link=emulated_link(link_gb_per_s) or "auto",
     )
     source = find_model(model)
 
@@ -56,6 +71,7 @@ def custom_generate(
     device_gib: DeviceGib = "auto",
     host_gib: HostGib = "auto",
     kv_dtype: KvDtype = "model",
+    draft_cache: DraftCache = "auto",
     hardware: Annotated[str, typer.Option(help="A preset, a profile file, or 'auto' for the machine.")] = "auto",
     link_gb_per_s: LinkSpeed = None,
     force: Annotated[bool, typer.Option("--force", help="Also over one with other options, or edited.")] = False,
@@ -72,6 +88,7 @@ def custom_generate(
         device_gib=device_gib,
         host_gib=host_gib,
         kv_dtype=kv_dtype,
+        draft_cache=draft_cache,
         profile=hardware,
         link=emulated_link(link_gb_per_s) or "auto",
     )

@@ -240,7 +240,8 @@ class PlannedLength:
 
     def wants_other(self, left: int) -> bool:
         other = self._other
-        if other is None or not self._switches_left or self._rounds < ROUNDS_BEFORE_SWITCH:
+        is_over = self._pause_tokens > 0 or self._lost_s > self._may_lose_s  # nothing more is learnt before long
+        if other is None or not self._switches_left or (self._rounds < ROUNDS_BEFORE_SWITCH and not is_over):
             return False
         survivals = self._now.acceptance.survivals()
         if other.reads_all and self._now.acceptance.of_first < LEAST_OF_FIRST:

@@ -66,6 +66,10 @@ class RowRounds(Rounds):
                 held.clear()
         if all(self._held):
             return self._answer()
+        for row, held in enumerate(self._held):  # of the others one may have begun anew
+            if len(held) > MOST_LEAD:
+                self._following[row] = held[MOST_LEAD].token
+                del held[MOST_LEAD:]
         self._end(False, time.perf_counter())
         return self._begin(call, tokens)
 
@@ -77,25 +81,25 @@ class RowRounds(Rounds):
         cache, core = self._cache, self._cache.core
         asked = core.layers[0].num_tokens - (cache.tokens_ahead or 0)
         leads = [len(held) for held in self._held]
-        if self._ahead is not None:
-            stored = core.layers[0].num_stored_tokens
-            core.keep([asked - stored + lead for lead in leads])
-        self._ahead = None
-        cache.tokens_ahead = max(leads)
+        was_ahead, self._ahead = self._ahead, None
         self.num_passes += 1
-        count, now = self._length(call), time.perf_counter()
-        cache.tokens_ahead = None
-        cache.record_past(count > 0 or any(leads))
-        self._before_pass(count)
-        self._round = begun = _RowRound(now, self._backend.span_seconds("draft"), count=count, asked=1)
-        if not count and not any(leads):
-            self._let_go(len(tokens))
-            return self._forward(**call.inputs)
         try:
+            if was_ahead is not None:
+                cache.session.claim(cache)  # another cache may have had the engine's buffers
+                stored = core.layers[0].num_stored_tokens
+                core.keep([asked - stored + lead for lead in leads])
+            cache.tokens_ahead = max(leads)
+            count, now = self._length(call), time.perf_counter()
+            cache.record_past(count > 0 or any(leads))
+            self._before_pass(count)
+            self._round = begun = _RowRound(now, self._backend.span_seconds("draft"), count=count)
+            cache.tokens_ahead = None
+            if not count and not any(leads):
+                self._let_go(len(tokens))
+                return self._forward(**call.inputs)
             self._check(call, tokens, leads, asked, begun)
         except BaseException:
-            self._ahead = core.layers[0].num_tokens - asked
-            cache.tokens_ahead = self._ahead  # for whoever settles
+            cache.tokens_ahead = core.layers[0].num_tokens - asked  # for whoever settles
             raise
         self._ahead = core.layers[0].num_tokens - asked
         return self._answer()
@@ -150,7 +154,7 @@ class RowRounds(Rounds):
         """
         tokens, chosen = given.tolist(), self._expected(given, logits, prefix)
         count, outcomes = given.shape[1] - 1, []
-        right = []
+        right: list[int] = []
         for mine, theirs in zip(tokens, chosen, strict=True):
             kept = next((idx for idx in range(count) if theirs[idx] != mine[idx + 1]), count)
             right.append(kept)
@@ -163,7 +167,8 @@ class RowRounds(Rounds):
             fitting = min(kept + 1, shortest + MOST_LEAD - len(held))
             if limit is not None:
                 fitting = min(fitting, max(0, limit - asked - len(held)))
-            held += [_Held(tokens[row][idx], logits[row, idx : idx + 1]) for idx in range(fitting)]
+            kept_logits = logits[row, :fitting].clone()  # what others did not keep goes
+            held += [_Held(tokens[row][idx], kept_logits[idx : idx + 1]) for idx in range(fitting)]
             self._following.append(chosen[row][kept] if fitting == kept + 1 else tokens[row][fitting])
         self._count(count, outcomes)
         return tuple(outcomes)
@@ -209,12 +214,12 @@ class RowRounds(Rounds):
 
     def _end(self, was_refused: bool, now: float | None) -> None:
         begun = self._round
-        if not isinstance(begun, _RowRound):
+        if isinstance(begun, _RowRound):
+            self._round = None
+            begun.asked = max(1, begun.answered)
+            self._tell(begun, begun.outcomes, now)
+        else:
             super()._end(was_refused, now)
-            return
-        self._round = None
-        begun.asked = max(1, begun.answered)
-        self._tell(begun, begun.outcomes, now)
-        if now is None and self._ahead is not None:  # nothing follows
+        if now is None and self._cache.tokens_ahead is not None:  # nothing follows
             self._let_go(0)
             self._cache.crop(0)

@@ -66,7 +66,8 @@ class OffloadedHFCache(DynamicCache):
         self.offers_segments = offers_segments
         self.is_closed = False
         self.is_torn = False  # a forward ended in the middle, so that layers may hold different tokens
-        # While a round of drafts is open: the newest tokens, which whoever decodes has not asked for yet.
+        # While a round of drafts is open: the newest tokens, which whoever decodes has not asked for yet; with rows at
+        # their own pace slots of the tail.
         self.tokens_ahead: int | None = None
         self.masks = MaskReader()
         self._warned: set[str] = set()
@@ -228,6 +229,7 @@ class OffloadedHFCache(DynamicCache):
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts candidates in a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        self.session.claim(self)  # another cache may have had the engine's buffers
         if self.core.unused:
             layer = self.core.layers[0]
             asked = layer.num_tokens - layer.num_stored_tokens - (self.tokens_ahead or 0)
@@ -236,7 +238,6 @@ class OffloadedHFCache(DynamicCache):
         tokens_to_remove -= self.tokens_ahead or 0
         self.tokens_ahead = None
         removed = min(-tokens_to_remove, self.core.layers[0].num_tokens)
-        self.session.claim(self)  # another cache may have had the engine's buffers
         for layer in (*self._others, *self._beside):
             layer.crop(tokens_to_remove)
         with torch.no_grad():
@@ -329,6 +330,7 @@ class OffloadedHFCache(DynamicCache):
         """Give back all memory; any later use raises."""
         if not self.is_closed:
             self.is_closed = True
+            self.tokens_ahead = None
             self.core.reset()
             for layer in self._others:
                 layer.reset()

@@ -88,6 +88,15 @@ def _infeasible(inputs: PlanInputs, table: Table) -> InfeasiblePlanError:
     stored_bytes = table.num_layers * sum(
         n * option.bytes.get("device", 0) for n, option in zip(table.stored, table.options, strict=True)
     )
+    copies_bytes = inputs.reserved_bytes + (
+        inputs.num_offloaded_layers * inputs.num_blocks * inputs.block_tokens * inputs.shadow_bytes_per_token
+    )
+    if copies_bytes and inputs.fixed_device_bytes + copies_bytes > inputs.device_bytes:
+        return InfeasiblePlanError(
+            f"device memory: copies for drafts take {_size(copies_bytes)} beside working buffers of "
+            f"{_size(inputs.fixed_device_bytes)}, the limit is {_size(inputs.device_bytes)}: raise device_gib, or "
+            "draft_cache='window'"
+        )
     needed = inputs.fixed_device_bytes + stored_bytes
     if needed > inputs.device_bytes:
         return InfeasiblePlanError(

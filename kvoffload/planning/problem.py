@@ -113,7 +113,10 @@ def pose(
     )
     room_bytes = _beside_copies(geometry, config, forms, device_bytes)
     sizes = choose_sizes(geometry, config, forms=forms, device_bytes=room_bytes, rates=rates)
-    least_bytes = sizes.fixed_device_bytes + shadow_bytes(geometry, sizes.block_tokens)
+    copies_bytes = shadow_bytes(geometry, sizes.block_tokens)
+    least_bytes = sizes.fixed_device_bytes + copies_bytes
+    if copies_bytes and device_bytes is not None and least_bytes > device_bytes:  # in shorter blocks than was thought
+        raise _no_room(geometry, copies_bytes, sizes.fixed_device_bytes, device_bytes)
     inputs = make_inputs(
         shape,
         geometry,
@@ -200,13 +203,18 @@ def _beside_copies(
         return device_bytes
     copies_bytes = shadow_bytes(geometry, uncapped_sizes(geometry, config).block_tokens)
     least_bytes = smallest_sizes(geometry, config, forms=forms).fixed_device_bytes
-    missing_bytes = copies_bytes + least_bytes - device_bytes
-    if missing_bytes > 0:
-        raise InfeasiblePlanError(
-            f"copies for drafts as {FORMS[geometry.shadow_form].label} take {gib(copies_bytes)} on the device beside "
-            f"{gib(least_bytes)} of working buffers, and it has {gib(device_bytes)}: {gib(missing_bytes)} are missing"
-        )
+    if copies_bytes + least_bytes > device_bytes:
+        raise _no_room(geometry, copies_bytes, least_bytes, device_bytes)
     return device_bytes - copies_bytes
+
+
+def _no_room(geometry: Geometry, copies_bytes: int, least_bytes: int, device_bytes: int) -> InfeasiblePlanError:
+    assert geometry.shadow_form is not None
+    return InfeasiblePlanError(
+        f"copies for drafts as {FORMS[geometry.shadow_form].label} take {gib(copies_bytes)} on the device beside "
+        f"{gib(least_bytes)} of working buffers, and it has {gib(device_bytes)}: "
+        f"{gib(copies_bytes + least_bytes - device_bytes)} are missing"
+    )
 
 
 def host_bytes_at(cap_bytes: int, geometry: Geometry, num_blocks: int, block_tokens: int) -> int:

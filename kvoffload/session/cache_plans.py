@@ -170,13 +170,22 @@ class CachePlans:
         chosen = replace(before.other, placement=placement, other=replace(before, other=None))
         logger.info("drafts read %s now", chosen.geometry.shadow_form or "a window of the newest tokens")
         self._engine.drop()  # what was prefetched may have other chunks
+        try:
+            self._take(cache, chosen, before)
+        except HostMemoryError as error:
+            logger.warning("drafts read what they read before: %s", error)
+            self._take(cache, replace(before, other=None), chosen)
+            return False
+        return True
+
+    def _take(self, cache: hf.OffloadedHFCache, chosen: GenerationPlan, before: GenerationPlan) -> None:
+        """Another plan holds, with its buffers and its room."""
         self._change(cache, chosen)
         if chosen.placement.chunk_blocks != before.placement.chunk_blocks:
             cache.core.regroup()
         if chosen.sizes != before.sizes:
             self._configure(cache)
         cache.core.make_room()
-        return True
 
     def keep_buffers(self, cache: hf.OffloadedHFCache) -> None:
         """Called with each update: the engine's buffers are those of this cache, and of all its rows."""
@@ -191,7 +200,7 @@ class CachePlans:
     def _widened(chosen: GenerationPlan, rows: int) -> GenerationPlan:
         """The same for more rows."""
         sizes = widened(chosen.sizes, chosen.geometry.rows, rows)
-        return replace(chosen, geometry=replace(chosen.geometry, rows=rows), sizes=sizes)
+        return replace(chosen, geometry=replace(chosen.geometry, rows=rows), sizes=sizes, other=None)
 
     def use_whole_layers(self, cache: hf.OffloadedHFCache) -> None:
         """A layer of a cache that was planned without layer buffers needs them."""
@@ -199,7 +208,7 @@ class CachePlans:
         if chosen.geometry.is_segmented:
             geometry = replace(chosen.geometry, is_segmented=False)
             sizes = grown(replace(chosen.sizes, num_buffers=3 if geometry.beams > 1 else 2), geometry)
-            self._plans[cache] = replace(chosen, geometry=geometry, sizes=sizes)
+            self._plans[cache] = replace(chosen, geometry=geometry, sizes=sizes, other=None)
             self._configure(cache)
 
     def settle(self, cache: hf.OffloadedHFCache, position: int, first: hf.FirstTokens, prompt_tokens: int) -> bool:
@@ -274,7 +283,10 @@ class CachePlans:
         sizes = with_kv_rows(chosen.sizes, chosen.geometry, kv_row_bytes)
         if sizes != chosen.sizes:
             logger.info("buffers grow to %d bytes on the device: K and V of layers differ", sizes.fixed_device_bytes)
-            self._plans[cache] = replace(chosen, sizes=sizes)
+            other = chosen.other
+            if other is not None:
+                other = replace(other, sizes=with_kv_rows(other.sizes, other.geometry, kv_row_bytes))
+            self._plans[cache] = replace(chosen, sizes=sizes, other=other)
             self._configure(cache)
 
     def _carries_positions(self, cache: hf.OffloadedHFCache, first: hf.FirstTokens, prompt_tokens: int) -> bool:

@@ -7,6 +7,7 @@ the call itself (`generate_calls`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from kvoffload import hf
@@ -88,7 +89,9 @@ class DraftedCall:
             before_pass: told when a pass begins, with how many drafts.
             switch: lets drafts read the other near cache; whether that is possible.
         """
-        number, lengths = self._config.fixed_drafts, self._lengths(chosen)
+        is_one_by_one = generation_config.do_sample or hf.changing_rotations(model.config)
+        own_pace = cache.core.rows > 1 and not is_one_by_one
+        number, lengths = self._config.fixed_drafts, self._lengths(chosen, own_pace=own_pace)
         if lengths is not None:
             self._drafting = Drafting(
                 model,
@@ -99,9 +102,10 @@ class DraftedCall:
                 is_asked_for=number is not None,
                 before_pass=before_pass,
                 switch=switch,
+                own_pace=own_pace,
             )
 
-    def _lengths(self, chosen: GenerationPlan | None) -> Lengths | None:
+    def _lengths(self, chosen: GenerationPlan | None, *, own_pace: bool) -> Lengths | None:
         """How many tokens rounds draft; None where they are not expected to gain."""
         number = self._config.fixed_drafts
         if number is not None:
@@ -114,8 +118,12 @@ class DraftedCall:
             return None
         if self._config.deterministic:
             return FixedLength(chosen.expected_drafts)
-        other = None if chosen.other is None else chosen.other.round_times
-        return PlannedLength(chosen.round_times, chosen.geometry.rows, other)
+        times, other = (
+            one if own_pace or one is None else replace(one, paced_rows=1)
+            for one in (chosen.round_times, None if chosen.other is None else chosen.other.round_times)
+        )
+        assert times is not None
+        return PlannedLength(times, chosen.geometry.rows, other)
 
     def note_prefix(self, input_ids: Any) -> None:
         """The tokens of each row so far, as processors see them."""

@@ -31,6 +31,7 @@ class Drafting:
         is_asked_for: whether the user gave a number, so that what cannot be served is an error.
         before_pass: told when a pass begins, with how many drafts.
         switch: lets drafts read the other near cache from now on; whether that is possible.
+        own_pace: whether rows go at their own pace where the cache can.
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class Drafting:
         *,
         is_asked_for: bool,
         before_pass: Callable[[int], None],
-        switch: Callable[[], bool] = lambda: False,
+        switch: Callable[[], bool],
+        own_pace: bool,
     ) -> None:
         self.reason: str | None = None  # why tokens were decoded one by one
         self.lengths = lengths
@@ -53,8 +55,7 @@ class Drafting:
         shadowed = {"forward": self._forward, "_get_logits_processor": self._processors}
         rule = _rule(generation_config, backend.device)
         self._shadows = hf.Shadows(model, shadowed)
-        rows_differ = cache.core.rows > 1 and not rule.do_sample and not self._rotations
-        self.rounds: Rounds | None = (RowRounds if rows_differ else Rounds)(
+        self.rounds: Rounds | None = (RowRounds if own_pace else Rounds)(
             self._shadows.originals["forward"],
             cache,
             backend,

@@ -33,7 +33,7 @@ class GenerationPlan:
 
     @property
     def drafts(self) -> bool:
-        """Whether tokens are drafted on what is on the device: the first block, and the newest ones."""
+        """Whether tokens are drafted on what is on the device."""
         return self.geometry.ahead_tokens > 0
 
     def expected_rounds(self, drafts: int | None = None) -> ExpectedRounds | None:

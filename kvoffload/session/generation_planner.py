@@ -120,6 +120,8 @@ class GenerationPlanner:
         asked, window, shadow = self.config.draft_cache, replace(geometry, shadow_form=None), None
         if asked != "window":
             reason = why_no_shadow(self.config, geometry)
+            if asked == "auto" and not self.limits.caps_device:
+                reason = "as little as works is held on the device"
             try:
                 if reason is None:
                     shadow = plan(replace(geometry, shadow_form=SHADOW_FORM))
@@ -327,6 +329,8 @@ class GenerationPlanner:
         )
         corrected = replace(chosen, inputs=inputs, plan=plan, placement=placement, reserved_shares=plan.shares)
         corrected = with_copies(corrected)
+        if corrected.other is not None and not _may_follow(corrected, corrected.other):
+            corrected = replace(corrected, other=None)
         # The plan is for the mean length; at the full one only the form that was asked for first may fit.
         return corrected if corrected.fits_on_host else replace(chosen, inputs=inputs)
 
@@ -341,8 +345,10 @@ class GenerationPlanner:
 
 def _may_follow(one: GenerationPlan, other: GenerationPlan) -> bool:
     """Whether the second plan can take the place of the first while tokens are decoded: no block has to move."""
-    same = one.sizes.block_tokens == other.sizes.block_tokens
-    return same and one.placement.resident == other.placement.resident
+    same = one.sizes.block_tokens == other.sizes.block_tokens and one.placement.resident == other.placement.resident
+    # room on the host is made for both
+    together = replace(other, reserved_shares=one.placement.shares)
+    return same and together.fits_on_host and replace(one, reserved_shares=other.placement.shares).fits_on_host
 
 
 def _is_sooner(one: GenerationPlan, other: GenerationPlan, drafts: int | None) -> bool:

@@ -158,6 +158,7 @@ class LaterPlans:
         assert max_tokens is not None
         # Blocks have the tokens they have, and stay where they are: those to come may be resident as well.
         config = replace(self._planner.config, block_tokens=longer.placement.block_tokens)
+        settled = {} if geometry.shadow_form is not None else on_host  # any of them may have an exact copy, or none
         resident, token_bytes = on_device, bytes_per_token(geometry, longer.placement.block_tokens)
         resident_bytes = sum(n * token_bytes[form] for form, n in resident.items())
         resident_bytes *= geometry.num_offloaded_layers * longer.placement.block_tokens
@@ -179,7 +180,13 @@ class LaterPlans:
             correct=lambda rates: self._planner.measured.correct(rates, geometry.rows),
         )
         inputs = replace(inputs, device_bytes=inputs.device_bytes + resident_bytes)
-        inputs, plan, shares = self._solve_with(inputs, geometry, host_cap, stored_options(on_host, resident))
+        inputs, plan, shares = self._solve_with(
+            inputs,
+            geometry,
+            host_cap,
+            stored_options(settled, resident),
+            sum(on_host.values()) + sum(resident.values()),
+        )
         plan = replace(plan, version=longer.plan.version + 1)
         if not has_rates:
             plan = replace(plan, predicted_step_s=0.0, full_transfer_step_s=0.0)
@@ -202,7 +209,7 @@ class LaterPlans:
         )
 
     def _solve_with(
-        self, inputs: PlanInputs, geometry: Geometry, host_cap_bytes: int, stored: Mapping[str, int]
+        self, inputs: PlanInputs, geometry: Geometry, host_cap_bytes: int, stored: Mapping[str, int], there: int
     ) -> tuple[PlanInputs, Plan, dict[FormName, float]]:
         """The plan for the mean length or the blocks there are, and the shares of forms with one block more.
 
@@ -210,7 +217,8 @@ class LaterPlans:
             inputs: for the mean length.
             geometry: of the cache.
             host_cap_bytes: at the full length.
-            stored: blocks that there are, by option.
+            stored: blocks that there are and whose option is settled.
+            there: all blocks that there are.
 
         Raises:
             InfeasiblePlanError: they do not fit.
@@ -220,7 +228,6 @@ class LaterPlans:
             host_bytes = host_bytes_at(host_cap_bytes, geometry, num_blocks, inputs.block_tokens)
             return replace(inputs, num_blocks=num_blocks, host_bytes=host_bytes, stored=stored)
 
-        there = sum(stored.values())
         now = at(max(inputs.num_blocks, there))
         return now, planner.solve(now), planner.solve(at(max(inputs.num_blocks, there + 1))).shares
 
@@ -250,7 +257,9 @@ class LaterPlans:
         there = stored_options(on_host, on_device)
         try:
             inputs = replace(chosen.inputs, rates=rates)
-            inputs, plan, shares = self._solve_with(inputs, chosen.geometry, chosen.host_cap_bytes, there)
+            inputs, plan, shares = self._solve_with(
+                inputs, chosen.geometry, chosen.host_cap_bytes, there, sum(there.values())
+            )
             plan = replace(plan, version=chosen.plan.version + 1)
         except InfeasiblePlanError as error:
             logger.debug("the plan stays as it is: %s", error)

@@ -38,6 +38,12 @@ class MemoryLimits:
 
     # ---- device --------------------------------------------------------------------------------------------------
 
+    @property
+    def caps_device(self) -> bool:
+        """Whether there is a cap on device memory; else whatever is comfortable without resident blocks is held."""
+        setting = self._config.device_gib
+        return not (setting == "min" or (setting == "auto" and self._backend.emulated))
+
     def device_cap_bytes(
         self, geometry: Geometry, prompt_tokens: int, held_bytes: int, others_bytes: int = 0
     ) -> int | None:
@@ -51,9 +57,9 @@ class MemoryLimits:
             held_bytes: device memory the session holds already, and will use again.
             others_bytes: device memory that its other caches hold; leaves no less than works.
         """
-        setting = self._config.device_gib
-        if setting == "min" or (setting == "auto" and self._backend.emulated):
+        if not self.caps_device:
             return None
+        setting = self._config.device_gib
         least = smallest_sizes(geometry, self._config, forms=planned_forms(self._config, geometry)).fixed_device_bytes
         if setting != "auto":
             cap = int(float(setting) * GIB)
