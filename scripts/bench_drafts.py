@@ -54,7 +54,6 @@ TASKS = {
 NOTE = "\n\nNote: please remember the number 7319, because it opens the door of the archive on the third floor.\n\n"
 MIXED = ("summary", "listing", "question")  # rows of a batch in turn
 FULL_STEPS, UNEVEN_STEPS = 6, 2
-FAST_RATIO = 0.3  # of a plain step, that a pass takes over a link on which nothing is to be gained
 LOOKUP_TOKENS = 10
 RING_BYTES = 12_000_000  # of one sequence: ring, tails and what else a plan takes
 ALL_THREADS = torch.get_num_threads()
@@ -104,6 +103,7 @@ class Bench:
         head_dim = config.hidden_size // config.num_attention_heads
         self.token_bytes = config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * itemsize
         self._plain_s: dict[int, float] = {}
+        self.is_whole_on_device = False
 
     def prompts(self, task: str, batch: int) -> torch.Tensor:
         """[batch, about PROMPT_TOKENS]: pages of Python's own manual, then what to do with them."""
@@ -164,9 +164,10 @@ class Bench:
         """The options of a way; the link and the memory on the device are those of all of them."""
         batch, tokens = len(ids), ids.shape[1] + self.new_tokens // 2
         crossing = batch * (tokens - RESIDENT_TOKENS) * self.token_bytes
+        resident = 2 * tokens if self.is_whole_on_device else RESIDENT_TOKENS
         return OffloadConfig(
             link=EmulatedLink(h2d_gb_per_s=crossing / (ratio * self.plain_step_s(batch)) / 1e9),
-            device_gib=batch * (RESIDENT_TOKENS * self.token_bytes + RING_BYTES) / GIB,
+            device_gib=batch * (resident * self.token_bytes + RING_BYTES) / GIB,
             block_tokens=16,
             draft_cache=self.draft_cache,  # type: ignore[arg-type]
             **options,
@@ -186,12 +187,13 @@ def worthless_drafts() -> Iterator[None]:
 
 
 def measure_overhead(bench: Bench, ratio: float) -> list[rows.Row]:
-    """What drafts cost where none is right, or with a ratio of 0 where the link is too fast for any: over all steps."""
+    """What drafts cost where none is right, or with a ratio of 0 where nothing crosses the link: over all steps."""
     ids = bench.prompts("summary", 1)
     around = worthless_drafts if ratio else contextlib.nullcontext
-    off = bench.offloaded(ids, bench.new_tokens, ratio or FAST_RATIO, "off")
+    bench.is_whole_on_device = not ratio
+    off = bench.offloaded(ids, bench.new_tokens, ratio or 1, "off")
     with around():
-        drafted = bench.offloaded(ids, bench.new_tokens, ratio or FAST_RATIO, "auto")
+        drafted = bench.offloaded(ids, bench.new_tokens, ratio or 1, "auto")
     total_s = [sum(found.stats.decode_step_s) for found in (drafted, off)]
     steps_s = [statistics.median(found.stats.decode_step_s) for found in (drafted, off)]
     found = {
@@ -200,12 +202,12 @@ def measure_overhead(bench: Bench, ratio: float) -> list[rows.Row]:
         "drafted_tokens": ("tokens", drafted.stats.drafted_tokens),
         "same_tokens": ("fraction", float(torch.equal(drafted.tokens, off.tokens))),
     }
-    provider = "worthless drafts" if ratio else "fast link"
-    how = {"task": "summary", "batch": 1, "ratio": ratio or FAST_RATIO, "new_tokens": bench.new_tokens}
+    provider = "worthless drafts" if ratio else "all on the device"
+    how = {"task": "summary", "batch": 1, "ratio": ratio, "new_tokens": bench.new_tokens}
     told = ", ".join(f"{name} {value:.4g}" for name, (_, value) in found.items())
     Console(width=160).print(f"{provider}, ratio {ratio}: {told}; {drafted.stats.drafts_off_reason}")
     return [
-        rows.row("drafts", provider, metric, unit, ratio or FAST_RATIO, [value], how, drafted.stats.link_name)
+        rows.row("drafts", provider, metric, unit, ratio, [value], how, drafted.stats.link_name)
         for metric, (unit, value) in found.items()
     ]
 
@@ -283,7 +285,7 @@ def main(
     batches: Annotated[str, typer.Option(help="sequences, such as 1,4,8")] = "1",
     new_tokens: Annotated[int, typer.Option(min=16, help="of each answer")] = 160,
     is_overhead: Annotated[
-        bool, typer.Option("--overhead", help="what useless drafts cost; ratio 0: a fast link")
+        bool, typer.Option("--overhead", help="what useless drafts cost; ratio 0: all on the device")
     ] = False,
     with_lookup: Annotated[bool, typer.Option("--lookup/--no-lookup", help="prompt lookup as well (batch 1)")] = True,
     caches: Annotated[str, typer.Option(help="what drafts read: auto, window, int4")] = "auto",

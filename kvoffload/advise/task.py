@@ -21,7 +21,14 @@ from kvoffload.errors import InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning import planner, step_time
-from kvoffload.planning.drafts import ExpectedRounds, expected_rounds, round_times, rows_may_differ
+from kvoffload.planning.drafts import (
+    ExpectedRounds,
+    RoundTimes,
+    expected_rounds,
+    round_times,
+    rows_may_differ,
+    token_s_usually,
+)
 from kvoffload.planning.forms import SHADOW_FORM, why_no_shadow
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
@@ -135,23 +142,33 @@ class Task(NamedTuple):
         mean = planner.solve(inputs)
         if number == 0 or self.workload.num_beams > 1 or not inputs.is_segmented or not mean.count(tier="host"):
             return None
-        found = [self._expected(replace(inputs, is_plain_on_device=True))]  # a window of K and V
+        found = [self._round_times(replace(inputs, is_plain_on_device=True))]  # a window of K and V
         asked, reason = self.config.draft_cache, why_no_shadow(self.config, self._geometry(self.workload.rows))
         if asked != "window" and reason is None and (self._caps_device or asked == SHADOW_FORM):
             with contextlib.suppress(InfeasiblePlanError):
-                found.append(self._expected(self.inputs(self.mean_tokens(), has_shadow=True)))
+                found.append(self._round_times(self.inputs(self.mean_tokens(), has_shadow=True)))
         if asked == SHADOW_FORM:
             found = found[-1:]
-        best = min(found, key=lambda one: one.token_s)
+        expected = {
+            times: expected_rounds(times, self.workload.batch, acceptance=self.acceptance, drafts=number)
+            for times in found
+        }
+
+        def token_s(times: RoundTimes) -> tuple[bool, float]:
+            """What near caches are compared by; those that gain nothing come last."""
+            if self.acceptance is not None:
+                return not expected[times].drafts, expected[times].token_s
+            return not expected[times].drafts, token_s_usually(times, self.workload.batch, number)
+
+        best = expected[min(found, key=token_s)]
         return best if best.drafts else None
 
-    def _expected(self, inputs: PlanInputs) -> ExpectedRounds:
-        """Rounds of drafts with such inputs."""
-        rows, number = self.workload.batch, self.config.fixed_drafts
+    def _round_times(self, inputs: PlanInputs) -> RoundTimes:
+        """Of rounds with such inputs."""
+        rows = self.workload.batch
         own_pace = rows_may_differ(self.shape, self._geometry(rows), self.config)
         plan = planner.solve(inputs)
-        times = round_times(inputs, plan, self.shape, self.profile, rows=rows, own_pace=own_pace)
-        return expected_rounds(times, rows, acceptance=self.acceptance, drafts=number)
+        return round_times(inputs, plan, self.shape, self.profile, rows=rows, own_pace=own_pace)
 
     def drafted(self, offload: Alternative, rounds: ExpectedRounds) -> Alternative:
         """Offloading with such rounds."""

@@ -32,6 +32,8 @@ from kvoffload.planning.sizing import planned_forms
 
 PRIOR_ACCEPTANCE = 0.7  # of each draft, before any was seen
 SHADOW_PRIOR_ACCEPTANCE = 0.9  # of drafts that attend to all tokens, in a form of few bits
+# Of each draft, as measured on real texts (scripts/results/drafts.csv): what near caches are compared by.
+USUAL_ACCEPTANCE, SHADOW_USUAL_ACCEPTANCE = 0.93, 0.97
 FULL_SPEED_ROWS = 256  # of a GEMM that is bound by arithmetic
 MOST_LEAD = MOST_DRAFTS + 1  # tokens that a row may be ahead of another, when a round begins
 WAITING = 0.43
@@ -135,6 +137,12 @@ def expected_rounds(
         length = 0
     tokens = tokens_per_round(survivals, length, paced)
     return ExpectedRounds(length, tokens, times.round_s(length), acceptance, times.reads_all)
+
+
+def token_s_usually(times: RoundTimes, rows: int, drafts: int | None = None) -> float:
+    """Seconds for the next token of each sequence at the usual acceptance of such drafts; arguments as of the above."""
+    acceptance = SHADOW_USUAL_ACCEPTANCE if times.reads_all else USUAL_ACCEPTANCE
+    return expected_rounds(times, rows, acceptance=acceptance, drafts=drafts).token_s
 
 
 def speedup(survivals: Sequence[float], times: RoundTimes, drafts: int) -> float:

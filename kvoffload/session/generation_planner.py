@@ -23,7 +23,7 @@ from kvoffload.errors import HostMemoryError, InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning import planner
-from kvoffload.planning.drafts import MIN_GAIN_FRACTION, most_ahead, round_times, rows_may_differ
+from kvoffload.planning.drafts import MIN_GAIN_FRACTION, most_ahead, round_times, rows_may_differ, token_s_usually
 from kvoffload.planning.forms import FORMS, SHADOW_FORM, option_name, why_no_shadow
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
@@ -352,11 +352,17 @@ def _may_follow(one: GenerationPlan, other: GenerationPlan) -> bool:
 
 
 def _is_sooner(one: GenerationPlan, other: GenerationPlan, drafts: int | None) -> bool:
-    """Whether the first plan is expected to give the next token sooner by a margin; False where nothing is known."""
-    rounds, others = one.expected_rounds(drafts), other.expected_rounds(drafts)
-    if rounds is None or others is None:
+    """Whether the first plan usually gives the next token sooner, by a margin, or alone is expected to gain by drafts.
+
+    False where nothing is known.
+    """
+    if one.round_times is None or other.round_times is None:
         return False
-    return rounds.token_s * (1 + MIN_GAIN_FRACTION) < others.token_s
+    if drafts is None and bool(one.expected_drafts) != bool(other.expected_drafts):
+        return one.expected_drafts > 0
+    rows = one.geometry.rows
+    mine_s, others_s = (token_s_usually(times, rows, drafts) for times in (one.round_times, other.round_times))
+    return mine_s * (1 + MIN_GAIN_FRACTION) < others_s
 
 
 def _may_become(forms: frozenset[FormName], fixed_split: float | None, *, has_rates: bool) -> tuple[FormName, ...]:
