@@ -58,7 +58,8 @@ Read it so: **1.5x** means offload, predicted so many times as fast as the best 
 where no part of the work fits on the device; `=` offload, nothing else works, but planning gains nothing over full
 transfer of K and V as they are. Where verified drafts gain, they are in it, and it is *assumed* that 0.7 of those from
 the newest tokens are right, and 0.9 of those from 4-bit copies of all ([docs/drafts.md](docs/drafts.md) has measured
-shares); beams have none. bfloat16 caches (of Llama-3.1 and Qwen3 here) are packed without loss, at an *assumed* cost on the device. All others mean **no, do this instead**:
+shares); beams have none. bfloat16 caches (of Llama-3.1 and Qwen3 here) are packed without loss, at an *assumed* cost on
+the device. All others mean **no, do this instead**:
 
 - `fits`: plain `model.generate()`; weights and cache fit on the device.
 - `3 parts`: run the batch in 3 parts, one after another, on the device. The number behind it is what planning gains
