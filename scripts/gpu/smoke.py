@@ -36,6 +36,12 @@ TINY = Preset(
     architecture="llama", hidden=256, heads=4, kv_heads=2, ffn=512, layers=4, batch=2, cached_tokens=96, vocab=512
 )
 NEW_TOKENS = 16
+# Recomputation; drafts in lock-step on the newest tokens; drafts of rows at their own pace on copies of all.
+GENERATE: dict[str, dict[str, Any]] = {
+    "generate": {"split": 0.5, "speculate": "off"},
+    "generate with drafts": {"split": 0.5, "speculate": 4},
+    "generate with drafts on 4-bit copies": {"split": "transfer", "speculate": 4, "draft_cache": "int4"},
+}
 Tell = Callable[[str], None]
 
 
@@ -63,8 +69,8 @@ def run(path: Path, tell: Tell) -> None:
             save(case.name, "relative_error", "", case.name, error, config, "none")
             tell(f"{case.name}: {time.perf_counter() - began_s:.1f} s with its compilation")
             wrong += [] if error <= TOLERANCE[case.dtype] else [f"{case.name} is off by {error:.2g}"]
-    for what, drafts in (("generate", 0), ("generate with drafts", 4)):
-        distance, tokens_equal, h2d_bytes = checked_generate(device, drafts)
+    for what, options in GENERATE.items():
+        distance, tokens_equal, h2d_bytes = checked_generate(device, **options)
         config = {"tokens_equal": tokens_equal, "h2d_bytes": h2d_bytes, "new_tokens": NEW_TOKENS}
         save(what, "max_abs_logit_difference", "", "tiny llama, float32", distance, config, "none")
         if not (tokens_equal and distance <= LOGIT_TOLERANCE and h2d_bytes):
@@ -180,21 +186,21 @@ def _stored(name: str, device: torch.device, q: Tensor, kv: Tensor) -> Case:
     return Case(f"attention over {name}", q.dtype, ops.stored_attention, pieces.stored_attention, given, outputs)
 
 
-def checked_generate(device: torch.device, drafts: int) -> tuple[float, bool, int]:
+def checked_generate(device: torch.device, **options: Any) -> tuple[float, bool, int]:
     """Largest difference of logits, whether all tokens are those of plain `generate`, and bytes that came back.
 
     Args:
         device: the GPU.
-        drafts: verified drafts in a round; 0: none.
+        options: of `OffloadConfig`.
     """
     model: Any = make_model(TINY, device)
     torch.manual_seed(1)
     ids = torch.randint(3, TINY.vocab, (TINY.batch, TINY.cached_tokens), device=device)
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    config = kvoffload.OffloadConfig(split=0.5, block_tokens=8, chunk_blocks=2, device_gib="min", speculate=drafts)
+    asked = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **asked)
+    config = kvoffload.OffloadConfig(block_tokens=8, chunk_blocks=2, device_gib="min", **options)
     with kvoffload.offload(model, config) as session:
-        found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **asked)
     assert session.stats is not None
     pairs = zip(found.logits, expected.logits, strict=True)
     distance = max(float((one.float() - other.float()).abs().max()) for one, other in pairs)
