@@ -120,3 +120,19 @@ def test_copies_of_few_bits_are_advised_where_they_fit() -> None:
     config = OffloadConfig(draft_cache="int4")
     advice = advise(LLAMA_3_8B, Workload(batch=1, prompt_tokens=65_536, new_tokens=256), RTX_4090, config)
     assert "from 4-bit copies of all tokens, 0.90 of which are assumed" in advice.plan.recommendation
+
+
+def test_the_row_of_drafts_has_the_memory_and_traffic_of_their_own_plan() -> None:
+    """With 4-bit copies hardly a block stays exact on the device, so that nearly the whole cache crosses in a round."""
+    workload = Workload(batch=1, prompt_tokens=65_536, new_tokens=256)
+    found = {}
+    for cache in ("window", "int4"):
+        config = OffloadConfig(draft_cache=cache, packing="off")
+        found[cache] = rows(config, workload=workload)
+        assert found[cache]["drafts"].host_bytes == pytest.approx(65_792 * 131_072, rel=0.01)  # bytes of all tokens
+        assert found[cache]["drafts"].device_bytes <= 24e9
+    window, coarse = found["window"]["drafts"], found["int4"]["drafts"]
+    seconds = {
+        name: row.link_utilization * row.step_s * row.tokens_per_pass for name, row in (("w", window), ("c", coarse))
+    }
+    assert seconds["c"] > 1.3 * seconds["w"]

@@ -68,16 +68,25 @@ def compare_ways(task: Task, economics: Economics | None = None) -> tuple[WayFig
 def _drafted(offloaded: WayFigures, task: Task, money: Economics) -> WayFigures | None:
     """Offloading with verified drafts at the assumed acceptance; None where they gain nothing."""
     task = task.settled()
-    rounds, inputs = task.rounds(), task.inputs(task.mean_tokens())
+    rounds = task.rounds()
     if rounds is None:
         return None
+    mean_inputs, inputs = (
+        replace(task.inputs(tokens, has_shadow=rounds.reads_all), is_plain_on_device=not rounds.reads_all)
+        for tokens in (task.mean_tokens(), task.workload.cached_tokens)
+    )
+    mean, chosen = planner.solve(mean_inputs), planner.solve(inputs)
     found = task.drafted(task.offload(planner.solve(task.inputs(task.workload.cached_tokens))), rounds)
-    row = _figures("drafts", task, found, inputs, planner.solve(inputs), money)
+    found = found._replace(device_bytes=task.shape.weight_bytes + chosen.device_bytes)
+    row = _figures("drafts", task, found, mean_inputs, mean, money)
     # of a round, in which everything that a step moves is moved once
     share = offloaded.step_s / rounds.round_s
+    crossing, idle = (
+        step_time.predict(mean_inputs, blocks) for blocks in (mean.blocks, {"resident_kv": mean_inputs.num_blocks})
+    )
     return row._replace(
-        host_bytes=offloaded.host_bytes,
-        link_utilization=min(1.0, offloaded.link_utilization * share),
+        host_bytes=chosen.host_bytes * chosen.num_blocks // max(1, chosen.count(tier="host")),  # of all blocks
+        link_utilization=min(1.0, (crossing.link_s - idle.link_s) / rounds.round_s),
         device_utilization=min(1.0, 1 - max(0.0, 1 - offloaded.device_utilization) * share),
         mbu=offloaded.mbu * share,
         tokens_per_pass=rounds.tokens,

@@ -10,7 +10,8 @@ long answers are not judged by their last step.
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import logging
 import math
 from dataclasses import replace
 from typing import NamedTuple
@@ -45,7 +46,14 @@ from kvoffload.planning.sizing import planned_forms, smallest_sizes, uncapped_si
 from kvoffload.planning.workload import Workload
 from kvoffload.units import gb
 
+logger = logging.getLogger(__name__)
 PREFILL_TOKENS = 16384  # of all sequences, in one forward of the prefill
+
+
+@functools.cache
+def _tell(text: str) -> None:
+    """Once: a task is asked several times."""
+    logger.warning(text)
 
 
 class Alternative(NamedTuple):
@@ -145,8 +153,12 @@ class Task(NamedTuple):
         found = [self._round_times(replace(inputs, is_plain_on_device=True))]  # a window of K and V
         asked, reason = self.config.draft_cache, why_no_shadow(self.config, self._geometry(self.workload.rows))
         if asked != "window" and reason is None and (self._caps_device or asked == SHADOW_FORM):
-            with contextlib.suppress(InfeasiblePlanError):
+            try:
                 found.append(self._round_times(self.inputs(self.mean_tokens(), has_shadow=True)))
+            except InfeasiblePlanError as error:
+                reason = str(error)
+        if asked == SHADOW_FORM and reason is not None:
+            _tell(f"draft_cache='{asked}': {reason}; drafts read a window of the newest tokens")
         if asked == SHADOW_FORM:
             found = found[-1:]
         expected = {

@@ -95,11 +95,22 @@ class GenerationPlanner:
         try:
             drafted = self.with_best_near_cache(geometry, lambda settled: self._plan_for(settled, **known))
             if number is not None or drafted.expected_drafts:
-                return drafted
+                return self._beside_undrafted(drafted, geometry, **known)
         except (InfeasiblePlanError, HostMemoryError):  # it may fit without
             if number is not None:
                 raise
         return self._plan_for(replace(geometry, ahead_tokens=0), **known)
+
+    def _beside_undrafted(self, drafted: GenerationPlan, geometry: Geometry, **known: Any) -> GenerationPlan:
+        """The same beside full transfer as it would be set up without drafts, whose memory has more room for blocks."""
+        if drafted.inputs is None:
+            return drafted
+        try:
+            plain = self._plan_for(replace(geometry, ahead_tokens=0, shadow_form=None), **known)
+        except (InfeasiblePlanError, HostMemoryError):
+            return drafted
+        full_s = min(drafted.plan.full_transfer_step_s, plain.plan.full_transfer_step_s)
+        return replace(drafted, plan=replace(drafted.plan, full_transfer_step_s=full_s))
 
     def with_room_ahead(self, geometry: Geometry) -> Geometry:
         """The same with room in the tail for tokens that are cached before anybody asks for them."""
@@ -128,7 +139,10 @@ class GenerationPlanner:
             except (InfeasiblePlanError, HostMemoryError) as error:
                 reason = str(error)
             if reason is not None and asked == SHADOW_FORM:
-                self._tell_once(f"draft_cache='{asked}': {reason}; drafts read a window of the newest tokens")
+                self._tell_once(
+                    f"draft_cache='{asked}': {reason}; drafts read a window of the newest tokens, if they are expected "
+                    "to gain (raise device_gib, or draft_cache='window')"
+                )
         if shadow is None or asked == "window":
             return plan(window)
         if asked == SHADOW_FORM:

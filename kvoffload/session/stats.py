@@ -77,7 +77,10 @@ class GenerationStats:
         step = self.decode_step_s_p50
         step_text = "no decode step" if step is None else f"step {duration(step)} (median)"
         if step is not None and self.draft_acceptance is not None:
-            step_text = f"round {duration(step)} (median, {self.draft_acceptance:.2f} of the drafts accepted)"
+            seen = "the newest tokens" if self.draft_cache == "window" else f"{self.draft_cache} copies of all blocks"
+            step_text = (
+                f"round {duration(step)} (median, {self.draft_acceptance:.2f} of the drafts from {seen} accepted)"
+            )
         link = "" if self.h2d_gb_per_s is None else f" at {gb(self.h2d_gb_per_s * 1e9)}/s"
         busy = "" if self.link_utilization is None else f", busy {self.link_utilization:.2f} of the time"
         plan = self.plan
