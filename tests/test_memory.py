@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from matrix import FAST_LINK, profile, row_bytes
-from models import make_model
+from models import WIDE, make_model
 from modes import COMMON, given, prompt
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -281,15 +281,32 @@ def test_resident_blocks_take_what_the_budget_leaves(
 def test_with_drafts_device_memory_is_that_of_the_plan(
     call: Call, number: int, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The window in the place of resident blocks, and room in the tails for 16 tokens ahead."""
+    """The window in the place of resident blocks, and room in the tails for 16 tokens ahead, 32 of rows that differ."""
     kv, _ = row_bytes(model)
-    fixed = fixed_device_bytes(model, call, "transfer", "auto") + LAYERS * (MOST_DRAFTS + 1) * call.rows * kv
+    ahead = (MOST_DRAFTS + 1) * (1 if call.rows == 1 else 2)
+    fixed = fixed_device_bytes(model, call, "transfer", "auto") + LAYERS * ahead * call.rows * kv
     budget = fixed + LAYERS * call.max_tokens * call.rows * kv // 3
     options: dict[str, Any] = {"attention": "auto", "speculate": number, "device_gib": budget / GIB}
     backend, stats = measure(model, call, "transfer", monkeypatch, **options)
     resident = LAYERS * stats.plan.resident_kv_blocks * BLOCK_TOKENS * call.rows * kv
     assert resident > 0
     assert backend.decode_device_bytes == pytest.approx(fixed + resident, rel=0.02)
+    assert stats.device_kv_peak_decode_bytes == pytest.approx(stats.plan.device_bytes, rel=0.02)
+    assert backend.decode_device_bytes <= budget
+
+
+@pytest.mark.parametrize("share", [0.35, 0.6])
+@pytest.mark.parametrize("call", [CALLS[0], CALLS[1]], ids=str)
+def test_copies_of_all_blocks_are_in_the_plan(call: Call, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside exact ones, for which they leave room."""
+    wide = make_model("llama", **WIDE)
+    kv, _ = row_bytes(wide)
+    budget = fixed_device_bytes(wide, call, "transfer", "auto") + LAYERS * 2 * (MOST_DRAFTS + 1) * call.rows * kv
+    budget += int(LAYERS * call.max_tokens * call.rows * kv * share)
+    options: dict[str, Any] = {"attention": "auto", "speculate": 4, "draft_cache": "int4", "device_gib": budget / GIB}
+    backend, stats = measure(wide, call, "transfer", monkeypatch, **options)
+    assert stats.draft_cache == "int4"
+    assert stats.plan.resident_kv_blocks > 0
     assert stats.device_kv_peak_decode_bytes == pytest.approx(stats.plan.device_bytes, rel=0.02)
     assert backend.decode_device_bytes <= budget
 
