@@ -203,7 +203,7 @@ def test_a_solve_is_fast_enough_to_plan_again_while_decoding() -> None:
     rng = random.Random(3)
     instances = [inputs for inputs in (real_instance(rng, 512) for _ in range(300)) if solve_or_none(inputs)][:200]
     rounds = []
-    for _ in range(3):  # the best of three, in CPU time (one thread): other work on the machine only ever adds
+    for _ in range(8):  # the best of a few, in CPU time (one thread): other work on the machine only ever adds
         times = []
         for inputs in instances:
             start = time.process_time()
@@ -211,7 +211,9 @@ def test_a_solve_is_fast_enough_to_plan_again_while_decoding() -> None:
             times.append(time.process_time() - start)
         times.sort()
         rounds.append((times[len(times) // 2], times[int(0.99 * len(times))]))
-    assert min(p50 for p50, _ in rounds) < 8e-3  # 5 ms where the machine is not slowed down by others
+        if rounds[-1][0] < 5e-3 and rounds[-1][1] < 30e-3:
+            break
+    assert min(p50 for p50, _ in rounds) < 5e-3
     assert min(p99 for _, p99 in rounds) < 30e-3
 
 

@@ -237,14 +237,18 @@ class Rounds:
         """Drafts are not cached any more."""
         self._cache.crop(-count)
 
-    def _choose(self, ids: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
-        """The next token of each row, [rows, 1], by logits [rows, vocabulary]."""
-        rule = self.rule
+    def _scores(self, ids: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+        """What processors make of logits [rows, vocabulary], in float32; as they are where `ids` are unknown."""
         scores = logits.to(copy=True, dtype=torch.float32)
         if ids is not None:
-            for processor in rule.processors:
+            for processor in self.rule.processors:
                 scores = processor(ids, scores)
-        if rule.do_sample:
+        return scores
+
+    def _choose(self, ids: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+        """The next token of each row, [rows, 1], by logits [rows, vocabulary]."""
+        scores = self._scores(ids, logits)
+        if self.rule.do_sample:
             return torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1)
         return torch.argmax(scores, dim=-1, keepdim=True)
 

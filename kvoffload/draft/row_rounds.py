@@ -109,9 +109,7 @@ class RowRounds(Rounds):
     ) -> None:
         """Draft, and hold what of it is right."""
         core, count = self._cache.core, begun.count
-        rows = call.by_rows(
-            leads, core.unused, asked, core.layers[0].num_stored_tokens, count + 1, core.placement.max_tokens
-        )
+        rows = call.by_rows(leads, core.unused, asked, core.layers[0].num_stored_tokens, core.placement.max_tokens)
         first = [self._following[row] if held else tokens[row] for row, held in enumerate(self._held)]
         given = torch.tensor(first, device=call.token.device).unsqueeze(-1)
         prefix = self._prefix(first)
@@ -181,10 +179,7 @@ class RowRounds(Rounds):
         else:
             found, ids = torch.empty_like(given), prefix
             for idx in range(given.shape[1]):
-                scores = logits[:, idx].to(ids.device, copy=True, dtype=torch.float32)
-                for processor in rule.processors:
-                    scores = processor(ids, scores)
-                found[:, idx] = scores.argmax(-1)
+                found[:, idx] = self._scores(ids, logits[:, idx].to(ids.device)).argmax(-1)
                 ids = torch.cat([ids, given[:, idx + 1 : idx + 2].to(ids.device)], dim=1)
         chosen: list[list[int]] = found.tolist()
         if rule.pad is not None and rule.eos is not None:

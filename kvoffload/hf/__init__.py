@@ -7,7 +7,7 @@ attention functions of transformers, which stays there.
 
 from kvoffload.hf.arguments import generation_name, given_cache, returned_cache
 from kvoffload.hf.contract import check_release
-from kvoffload.hf.decode_call import ONE_BY_ONE, DecodeCall, RowCalls, logits_of, output_for, output_with
+from kvoffload.hf.decode_call import ONE_BY_ONE, DecodeCall, logits_of, output_for, output_with
 from kvoffload.hf.draft_processors import draft_processors
 from kvoffload.hf.first_tokens import FirstTokens
 from kvoffload.hf.hooks import ModelHooks
@@ -29,7 +29,6 @@ __all__ = [
     "OffloadedHFCache",
     "OffloadedLayer",
     "Progress",
-    "RowCalls",
     "SegmentAttention",
     "Shadows",
     "attention_modules",

@@ -25,6 +25,7 @@ class DecodeCall(NamedTuple):
     inputs: Mapping[str, Any]
     token: torch.Tensor  # [rows, 1]
     cache: Any
+    last: torch.Tensor | None = None  # positions [..., rows, 1] beyond which no token stands; None: anywhere
 
     @classmethod
     def of(cls, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> DecodeCall | str | None:
@@ -61,16 +62,15 @@ class DecodeCall(NamedTuple):
         return isinstance(self.inputs.get("position_ids"), torch.Tensor)
 
     def by_rows(
-        self, leads: Sequence[int], unused: Sequence[int], asked: int, stored: int, most: int, limit: int | None
-    ) -> RowCalls:
-        """The same for tokens that stand at another place in each row.
+        self, leads: Sequence[int], unused: Sequence[int], asked: int, stored: int, limit: int | None
+    ) -> DecodeCall:
+        """The same for a next token that stands at another place in each row.
 
         Args:
             leads: tokens of each row that are cached beyond those of the shortest one.
             unused: slots in front of each row's tokens, behind those that are stored in blocks; (): none.
             asked: tokens that every row has.
             stored: of these, those in blocks.
-            most: tokens that will be asked for beyond those that are cached.
             limit: tokens that a row ever has: those beyond stand where the last one does, and mean nothing.
         """
         rows, device = self.token.shape[0], self.token.device
@@ -78,8 +78,7 @@ class DecodeCall(NamedTuple):
         if given is None:
             given = torch.ones(rows, asked + 1, dtype=torch.long, device=device)
         unused = unused or (0,) * rows
-        longest = asked + max(leads)
-        mask = given.new_ones(rows, longest + most)
+        mask = given.new_ones(rows, asked + max(leads) + 1)
         mask[:, :stored] = given[:, :stored]
         for row, skipped in enumerate(unused):
             begin = stored + skipped
@@ -88,7 +87,9 @@ class DecodeCall(NamedTuple):
         ahead = torch.tensor(leads, device=device).unsqueeze(-1)
         positions = self.inputs["position_ids"]
         last = None if limit is None else positions + max(0, limit - 1 - asked)
-        return RowCalls(self, mask, positions + ahead, last, longest)
+        return self._replace(
+            inputs={**self.inputs, "attention_mask": mask, "position_ids": positions + ahead}, last=last
+        )
 
     def _inputs(self, tokens: torch.Tensor, ahead: int) -> dict[str, Any]:
         inputs = dict(self.inputs, input_ids=tokens)
@@ -97,35 +98,8 @@ class DecodeCall(NamedTuple):
             more = ahead + count - 1
             inputs["attention_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], more)], dim=1) if more else mask
         if (positions := inputs.get("position_ids")) is not None:
-            inputs["position_ids"] = positions + torch.arange(ahead, ahead + count, device=positions.device)
-        return inputs
-
-
-class RowCalls(NamedTuple):
-    """Calls for tokens that stand at another place in each row."""
-
-    call: DecodeCall
-    mask: torch.Tensor  # [rows, slots], of those that will be used
-    positions: torch.Tensor  # [..., rows, 1] of the next token of each row
-    last: torch.Tensor | None  # the same of the last one that it will ever have
-    cached: int  # slots
-
-    def for_next(self, token: torch.Tensor, ahead: int) -> dict[str, Any]:
-        """For one token, [rows, 1], that is so many behind the next one."""
-        return self._inputs(token, ahead)
-
-    def for_all(self, tokens: torch.Tensor) -> dict[str, Any]:
-        """For the next token and those that follow it, [rows, tokens] in all."""
-        inputs = self._inputs(tokens, 0)
-        if inputs.get("logits_to_keep") is not None:
-            inputs["logits_to_keep"] = tokens.shape[1]
-        return inputs
-
-    def _inputs(self, tokens: torch.Tensor, ahead: int) -> dict[str, Any]:
-        end = ahead + tokens.shape[1]
-        inputs = dict(self.call.inputs, input_ids=tokens, attention_mask=self.mask[:, : self.cached + end])
-        positions = self.positions + torch.arange(ahead, end, device=self.positions.device)
-        inputs["position_ids"] = positions if self.last is None else torch.minimum(positions, self.last)
+            positions = positions + torch.arange(ahead, ahead + count, device=positions.device)
+            inputs["position_ids"] = positions if self.last is None else torch.minimum(positions, self.last)
         return inputs
 
 
