@@ -70,6 +70,10 @@ class OffloadConfig:
             4 bits of all, where these fit on the device (else the window); "auto": what the plan predicts to be faster.
         kv_dtype: "model" stores K and V exactly; "int8", "int4" or "int2" allows forms of that many bits and more, with
             loss (docs/quality.md): plans take the coarsest only where a step gets shorter by it.
+        device: where the model runs, such as "cuda" for a model in host memory: what fits goes there, decoder layers
+            beyond that are streamed (docs/weights.md). None: where the model is.
+        device_weights_gib: device memory for weights, in GiB: decoder layers beyond it stay in host memory and cross
+            the link in every forward. "auto": as much as the cache leaves; "all": every weight.
         packing: "auto" packs blocks of bfloat16 without loss where the plan predicts that it is faster (a given split
             without a profile predicts nothing); "off" never.
         deterministic: True fixes split, shares and the number of drafts by the first plan, from the profile alone: no
@@ -94,6 +98,8 @@ class OffloadConfig:
     draft_cache: Literal["auto", "window", "int4"] = "auto"
     kv_dtype: Literal["model", "int8", "int4", "int2"] = "model"
     packing: Literal["auto", "off"] = "auto"
+    device: str | None = None
+    device_weights_gib: Literal["auto", "all"] | float = "auto"
     deterministic: bool = False
     profile: HardwareProfile | str | Path = "auto"
     link: Auto | EmulatedLink = "auto"
@@ -106,7 +112,11 @@ class OffloadConfig:
                 )
         elif isinstance(self.split, bool) or not isinstance(self.split, (int, float)) or not 0 <= self.split <= 1:
             raise ConfigError(f"split is a share and must lie in 0..1, got {self.split!r}")
-        for name, words in (("device_gib", ("auto", "min")), ("host_gib", ("auto",))):
+        for name, words in (
+            ("device_gib", ("auto", "min")),
+            ("host_gib", ("auto",)),
+            ("device_weights_gib", ("auto", "all")),
+        ):
             value = getattr(self, name)
             if isinstance(value, str):
                 if value not in words:
@@ -137,6 +147,8 @@ class OffloadConfig:
                 f"speculate must be 'auto', 'off' or a whole number of drafts from 1 to {MOST_DRAFTS}, "
                 f"got {self.speculate!r}"
             )
+        if self.device is not None and not (isinstance(self.device, str) and self.device):
+            raise ConfigError(f"device must be a name such as 'cuda' or 'cuda:1', or None, got {self.device!r}")
         if not isinstance(self.profile, (HardwareProfile, str, Path)):
             raise ConfigError(f"profile must be 'auto', a path or a HardwareProfile, got {self.profile!r}")
         if self.link != "auto" and not isinstance(self.link, EmulatedLink):

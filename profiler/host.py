@@ -71,7 +71,7 @@ def measure_host_s_per_chunk(backend: Backend, *, forms: tuple[FormName, ...] = 
 class _StandInChunks:
     """A layer of `CHUNKS_PER_LAYER` chunks of one block and one row, of some forms in turn."""
 
-    position, version, is_segmented, stored_kv_bytes = 0, 0, True, 0
+    position, version, is_segmented, stored_kv_bytes, goes_on = 0, 0, True, 0, True
 
     def __init__(self, backend: Backend, forms: tuple[FormName, ...]) -> None:
         self._backend = backend

@@ -21,6 +21,7 @@ import torch
 from matrix import FAST_LINK, TOLERANCE, profile
 from models import make_model
 from modes import COMMON, MODES, emptied, given, outcome, plain_cache, prompt
+from streaming import kept_gib, streamable
 from test_layering import ALLOWED
 from transformers import PreTrainedModel
 
@@ -29,12 +30,12 @@ from kvoffload import OffloadConfig
 from kvoffload.backend import CheckingBackend, EmulatedBackend, RaceError
 from kvoffload.backend.checking import CheckedEvent
 from kvoffload.config import GIB
-from kvoffload.pipeline import buffers, engine, write_back
+from kvoffload.pipeline import buffers, engine, weights, write_back
 from kvoffload.session.session import Session
 from kvoffload.store.carried import PositionLayout
 
 # by module, in the order of their imports
-SOURCES = {module.__name__: Path(module.__file__ or "").read_text() for module in (write_back, buffers, engine)}
+SOURCES = {module.__name__: Path(module.__file__ or "").read_text() for module in (write_back, buffers, weights, engine)}
 
 
 # ---- mutants ---------------------------------------------------------------------------------------------------------
@@ -132,6 +133,7 @@ class Scenario:
         play: takes the model and a factory of caches, returns all logits.
         options: of the plan.
         backend: makes the backend.
+        model: another one than that of all.
     """
 
     def __init__(
@@ -139,12 +141,15 @@ class Scenario:
         play: Callable[[PreTrainedModel, Callable[[], Any] | None], list[torch.Tensor]],
         *options: OffloadConfig,
         backend: Callable[[], CheckingBackend] = checking,
+        model: PreTrainedModel | None = None,
     ) -> None:
+        self._model = model
         self._play, self._options, self._backend = play, options, backend
         self._wanted: list[torch.Tensor] | None = None
 
     def run(self, model: PreTrainedModel) -> None:
         """Raises whatever goes wrong."""
+        model = self._model or model
         if self._wanted is None:
             with torch.no_grad():
                 self._wanted = self._play(model, lambda: plain_cache(model))
@@ -238,6 +243,11 @@ SPLITS = ("transfer", "recompute", 0.5)
 WHOLE_LAYER = [config(split, attention="whole_layer") for split in SPLITS]
 SEGMENTED = [config(split) for split in SPLITS]
 BY_FORM = [*WHOLE_LAYER, *SEGMENTED]
+LARGE = streamable("llama", num_layers=4, num_key_value_heads=4)
+STREAMED = [
+    config(split, device_weights_gib=kept_gib(LARGE, stay), overlap=overlap)
+    for split, stay, overlap in (("transfer", 0, True), (0.5, 1, True), ("recompute", 0, True), (0.5, 0, False))
+]
 SCENARIOS = {
     "greedy": Scenario(generations("greedy"), *BY_FORM, config(0.5, chunk_blocks=2, slots=1)),
     "beams": Scenario(generations("padded_beams"), *BY_FORM),
@@ -253,6 +263,7 @@ SCENARIOS = {
     "two caches": Scenario(two_caches, *BY_FORM, config("transfer", device_gib=500_000 / GIB, attention="whole_layer")),
     "freed and reused": Scenario(one_then_another, *BY_FORM),
     "chunked prefill": Scenario(generations("chunked_prefill"), *BY_FORM),
+    "streamed weights": Scenario(generations("greedy", "prompt_lookup"), *STREAMED, model=LARGE),
     "sequential": Scenario(
         generations("greedy", "left_padding"),
         *(config(s, overlap=False, attention=a) for s in ("transfer", 0.5) for a in ("auto", "whole_layer")),
@@ -302,7 +313,7 @@ def test_the_waits_are_found() -> None:
     everything = "".join(SOURCES.values())
     assert len(MUTANTS) == len({mutant.name for mutant in MUTANTS})
     assert sum("compute_waits" in mutant.name for mutant in MUTANTS) == everything.count("compute_waits(")
-    assert everything.count("copy_to_device(") == 2
+    assert everything.count("copy_to_device(") == 4
     assert everything.count("copy_to_host(") == 1
 
 

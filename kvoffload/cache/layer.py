@@ -63,12 +63,15 @@ class CacheLayer(CopiedBlocks):
         """Blocks that there are on the device or that can come there, by form; exact copies are not among them."""
         return self._memory.resident_places(self.cache.rows)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether more tokens are expected; beyond what was planned a loop of the user's own goes on."""
+        limit, lives_on = self.cache.placement.max_tokens, self.cache.placement.lives_on
+        return limit is None or self.num_tokens < limit or (lives_on and self.num_tokens > limit)
+
     def expects_another_step(self) -> bool:
         """Whether it makes sense to prefetch this layer now."""
-        limit, lives_on = self.cache.placement.max_tokens, self.cache.placement.lives_on
-        # Beyond what was planned a loop of the user's own goes on.
-        goes_on = limit is None or self.num_tokens < limit or (lives_on and self.num_tokens > limit)
-        return bool(self.blocks) and not self.awaits_crop and goes_on
+        return bool(self.blocks) and not self.awaits_crop and self.goes_on
 
     # ---- growing -------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from kvoffload.hf.offloaded_cache import OffloadedHFCache
 from kvoffload.hf.offloaded_layer import OffloadedLayer
 from kvoffload.hf.rotation import changing_rotations
 from kvoffload.hf.shadows import CONTINUOUS_BATCHING, Shadows
+from kvoffload.hf.streamed_layers import StreamedLayers
 from kvoffload.model.self_attention import attention_modules
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Progress",
     "SegmentAttention",
     "Shadows",
+    "StreamedLayers",
     "attention_modules",
     "changing_rotations",
     "check_release",

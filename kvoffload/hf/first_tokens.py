@@ -6,8 +6,11 @@ of that. Does not decide what is done with it (the session does, which asks), no
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 
 import torch
@@ -36,6 +39,7 @@ class FirstTokens:
         keys: [rows, heads, tokens, dim]; values likewise.
         activation: the module's input, [rows, tokens, hidden]; None if it is not known.
         embeddings: position embeddings, each [rows or 1, tokens, width]; None: of a kind that cannot be stored.
+        presence: a context in which the module's weights can be read outside its forward.
     """
 
     def __init__(
@@ -46,7 +50,10 @@ class FirstTokens:
         values: torch.Tensor,
         activation: torch.Tensor | None,
         embeddings: tuple[torch.Tensor, ...] | None,
+        *,
+        presence: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
+        self._presence = presence
         self.layer, self.module = layer, module
         self._keys, self._values = keys, values
         self._activation, self._embeddings = activation, embeddings
@@ -112,7 +119,7 @@ class FirstTokens:
             cache.engine.backend,
             KVShape.of(self._keys, self._values),
             RowShape(self._activation.shape[2], self._activation.dtype),
-            way,
+            functools.partial(_recompute, way, self._presence),
             probe=Probe.of(self._activation, self._embeddings or (), self._keys, self._values),
             positions=cache.positions,
             layout=layout,
@@ -125,6 +132,18 @@ class FirstTokens:
         shape = KVShape.of(self._keys, self._values)
         buffers = self.layer.cache.engine.buffers
         return prepare_measurement(buffers, way, self._activation, self._embeddings or (), shape, num_tokens)
+
+
+def _recompute(
+    way: Recompute,
+    presence: Callable[[], AbstractContextManager[None]],
+    activation: torch.Tensor,
+    embeddings: tuple[torch.Tensor, ...],
+    out: torch.Tensor,
+) -> None:
+    """With the weights there: blocks are read back outside their layer's forward as well."""
+    with presence():
+        way(activation, embeddings, out)
 
 
 def way_to_recompute(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +12,8 @@ from torch import nn
 from kvoffload.cache.cache import CacheCore
 from kvoffload.hf.first_tokens import FirstTokens
 from kvoffload.hf.masks import MaskReader
+
+Presence = Callable[[int], AbstractContextManager[None]]
 
 
 @dataclass(slots=True)
@@ -29,6 +33,7 @@ class OwningCache(Protocol):
     layers: list[Any]
     is_closed: bool
     progress: Progress
+    presence: Presence  # a context in which the weights of a layer, by its position, can be read
     offers_segments: bool  # whether attention may take chunks one by one
 
     def claim(self, rows: int) -> None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import warnings
@@ -18,7 +19,7 @@ from kvoffload.config import MOST_DRAFTS
 from kvoffload.errors import ConfigError, KVOffloadError
 from kvoffload.hf.first_tokens import FirstTokens
 from kvoffload.hf.layer_beside import LayerBeside, offloaded
-from kvoffload.hf.layer_owner import Progress
+from kvoffload.hf.layer_owner import Presence, Progress
 from kvoffload.hf.masks import MaskReader
 from kvoffload.hf.offloaded_layer import OffloadedLayer
 from kvoffload.units import counted
@@ -46,6 +47,7 @@ class OffloadedHFCache(DynamicCache):
         progress: of the session.
         offers_segments: whether attention may take chunks one by one.
         is_compiled: whether the model's forward is; ours then runs between its graphs.
+        presence: by the position of an offloaded layer, a context in which its weights can be read.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class OffloadedHFCache(DynamicCache):
         *,
         offers_segments: bool,
         is_compiled: bool = False,
+        presence: Presence = lambda position: contextlib.nullcontext(),
     ) -> None:
         super().__init__(config=model.config.get_text_config(decoder=True))
         self.session = session
+        self.presence = presence
         self.core = core
         self.progress = progress
         self.offers_segments = offers_segments

@@ -6,6 +6,7 @@ attention_call.py, what follows from a layer's first tokens in first_tokens.py; 
 
 from __future__ import annotations
 
+import functools
 import time
 import weakref
 from collections.abc import Callable
@@ -311,7 +312,18 @@ class OffloadedLayer(CacheLayerMixin):
         began = time.perf_counter()
         was_attended, self._was_attended = self._was_attended, ""  # a try of the module's forward may attend, too
         try:
-            owner.settle(core.position, FirstTokens(core, self._module, keys, values, activation, self._embeddings))
+            owner.settle(
+                core.position,
+                FirstTokens(
+                    core,
+                    self._module,
+                    keys,
+                    values,
+                    activation,
+                    self._embeddings,
+                    presence=functools.partial(owner.presence, core.position),
+                ),
+            )
         finally:
             self._was_attended = was_attended
         core.bind(keys, values, activation)  # allocates and pins

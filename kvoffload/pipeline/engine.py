@@ -24,10 +24,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
+
 from kvoffload.backend import Backend, Event
 from kvoffload.config import Schedule
 from kvoffload.pipeline.buffers import Buffers, LayerBuffer, Slot
 from kvoffload.pipeline.cargo import Cargo
+from kvoffload.pipeline.weights import WeightSource, WeightStream, brought
 from kvoffload.pipeline.write_back import WriteBack
 from kvoffload.store.device_memory import DeviceMemory
 
@@ -43,6 +46,8 @@ class LayerSource(Protocol[CargoT]):
 
     @property
     def stored_kv_bytes(self) -> int: ...
+    @property
+    def goes_on(self) -> bool: ...  # whether more tokens are expected
     def cargo(self) -> Sequence[CargoT]: ...
     def expects_another_step(self) -> bool: ...
 
@@ -95,6 +100,9 @@ class TransferEngine:
         self._next_position = 0
         self._gap: object | None = None  # the span from a step's last attention to the next one's first
         self.last_h2d: Event | None = None
+        self.weights: WeightStream | None = None  # which share the link with chunks
+        self.weight_device_bytes = 0  # of layers that stay, and slabs
+        self.layer_indices: Sequence[int] = ()  # in the decoder, of the offloaded layers; asked for beside weights
 
     # ---- device memory -------------------------------------------------------------------------------------------
 
@@ -249,6 +257,39 @@ class TransferEngine:
         if self._cache is cache:
             self.drop()
 
+    def stream_weights(self, num_layers: int, layers: Sequence[WeightSource]) -> None:
+        """From now on the weights of these layers share the link with chunks; nothing may be in flight.
+
+        Args:
+            num_layers: of the decoder.
+            layers: in order; none ends it.
+        """
+        if self.weights is not None:
+            self.weights.close()
+        self.weights = WeightStream(self.backend, num_layers, layers, overlap=self.overlap) if layers else None
+
+    def bring_weights(self, layer: WeightSource) -> torch.Tensor:
+        """A layer's weights in device memory of their own, uint8."""
+        return brought(self.backend, layer)
+
+    def begin_weights(self, layer: WeightSource) -> torch.Tensor:
+        """A decoder layer begins whose weights are streamed: these, uint8 on the device, valid until `end_weights`."""
+        assert self.weights is not None
+        data = self.weights.begin(layer)
+        self._pump()
+        return data
+
+    def end_weights(self) -> None:
+        """The forward of that layer has been issued."""
+        assert self.weights is not None
+        self.weights.end()
+        self._pump()
+
+    def drop_weights(self) -> None:
+        """Forget weights that were brought ahead: whoever holds the model may change them now."""
+        if self.weights is not None:
+            self.weights.drop()
+
     def _new_job(self, in_layer_buffer: bool | None = None) -> Job[Any]:
         assert self._cache is not None
         layer = self._cache.sources[self._next_position]
@@ -263,19 +304,28 @@ class TransferEngine:
 
     def _pump(self) -> None:
         """Issue every copy whose buffer is free, in order."""
-        if not self.overlap or self._cache is None:
-            return
-        while True:
+        while self.overlap:
+            job = self._next_job()
+            if self.weights is not None:
+                layer_idx = None if job is None else self.layer_indices[job.layer.position]
+                fraction = 0.0 if job is None else len(job.ready) / len(job.cargo)
+                goes_on = self._cache is None or self._cache.sources[0].goes_on
+                if self.weights.goes_first(layer_idx, fraction, goes_on=goes_on):
+                    self.weights.issue()
+                    continue
+            if job is None or not self._issue(job):
+                return
+
+    def _next_job(self) -> Job[Cargo] | None:
+        """The first that has cargo to issue, begun ahead of need where that is possible; None where there is none."""
+        while self._cache is not None:
             for job in self._jobs:
                 if len(job.ready) < len(job.cargo):
-                    break
-            else:
-                if not self._may_look_ahead():
-                    return
-                self._new_job()
-                continue
-            if not self._issue(job):
-                return
+                    return job
+            if not self._may_look_ahead():
+                return None
+            self._new_job()
+        return None
 
     def _may_look_ahead(self) -> bool:
         """Whether the next layer's job may start: a layer buffer is free and the layer's own update is over."""

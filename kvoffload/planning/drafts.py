@@ -204,11 +204,12 @@ def round_times(
         attention_s += copied * near.restore_s_per_token[shadow]
     layers_s = inputs.num_layers * near.dense_s + inputs.num_offloaded_layers * attention_s
     issue_s = inputs.num_layers * near.host_s_per_layer
+    weights_s = inputs.weight_bytes_per_step / inputs.rates.h2d_bytes_per_s[PLAIN]  # each draft reads all of them
     return RoundTimes(
-        draft_s=max(layers_s, issue_s) + near.head_s,
+        draft_s=max(layers_s + near.head_s, issue_s + near.head_s, weights_s),
         pass_s=tuple(pass_s),
         window_tokens=tokens,
-        ahead_s=inputs.ring_bytes / inputs.rates.h2d_bytes_per_s[PLAIN] if on_host else 0.0,
+        ahead_s=inputs.ring_bytes / inputs.rates.h2d_bytes_per_s[PLAIN] if on_host and not weights_s else 0.0,
         acceptance=PRIOR_ACCEPTANCE if shadow is None else SHADOW_PRIOR_ACCEPTANCE,
         reads_all=shadow is not None,
         paced_rows=rows if own_pace else 1,

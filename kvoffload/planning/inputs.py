@@ -30,6 +30,7 @@ class PlanInputs:
     split: float | None = None  # None: free; else the share of recomputed blocks on the host, none on the device
     schedule: Schedule = "pipelined"
     weight_bytes_per_step: int = 0  # streamed weights, over the same link
+    weight_device_bytes: int = 0  # of layers that stay and slabs for those that do not; no part of `device_bytes`
     num_micro_batches: int = 1
     objective: Objective = "latency"
     is_plain_on_device: bool = False  # new blocks on the device are K and V, which a window holds as well

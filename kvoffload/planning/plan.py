@@ -30,7 +30,8 @@ class Plan:
     full_transfer_step_s: float  # the same model's prediction with x = r_x = 0
     binding_constraint: Constraint
     schedule: Schedule = "pipelined"
-    weight_bytes_per_step: int = 0
+    weight_bytes_per_step: int = 0  # of streamed layers, over the link
+    weight_device_bytes: int = 0  # of decoder layers that stay, and slabs for those that are streamed
     num_micro_batches: int = 1
     objective: Objective = "latency"
     is_segmented: bool = False

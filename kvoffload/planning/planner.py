@@ -67,6 +67,7 @@ def solve(inputs: PlanInputs) -> Plan:
         binding_constraint=binding,
         schedule=inputs.schedule,
         weight_bytes_per_step=inputs.weight_bytes_per_step,
+        weight_device_bytes=inputs.weight_device_bytes,
         num_micro_batches=inputs.num_micro_batches,
         objective=inputs.objective,
         device_bytes=inputs.fixed_device_bytes + inputs.reserved_bytes + found.bytes["device"],

@@ -160,6 +160,8 @@ def make_inputs(
         host_bytes=host_bytes_at(host_cap_bytes, geometry, num_blocks, sizes.block_tokens),
         split=split,
         schedule=config.schedule,
+        weight_bytes_per_step=geometry.weight_bytes,
+        weight_device_bytes=geometry.weight_device_bytes,
         is_plain_on_device=geometry.ahead_tokens > 0 and geometry.shadow_form is None,
         shadow_form=geometry.shadow_form,
         shadow_bytes_per_token=_shadow_bytes_per_token(geometry, sizes.block_tokens),

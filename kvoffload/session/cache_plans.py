@@ -25,6 +25,7 @@ from kvoffload.planning.sizes import grown, widened, with_kv_rows
 from kvoffload.session.generation_plan import GenerationPlan
 from kvoffload.session.generation_planner import GenerationPlanner
 from kvoffload.session.later_plans import LaterPlans
+from kvoffload.session.model_weights import ModelWeights
 from kvoffload.session.planning_ahead import PlanningAhead
 from kvoffload.session.progress import AllocationProgress
 from kvoffload.store.forms import activation as activations
@@ -43,6 +44,7 @@ class CachePlans:
         progress: told how much of it will be taken.
         num_layers: offloaded ones.
         offers_segments: whether attention over segments is installed on the model.
+        weights: of the model.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class CachePlans:
         *,
         num_layers: int,
         offers_segments: bool,
+        weights: ModelWeights,
     ) -> None:
+        self.weights = weights
         self._planner, self._later = planner, LaterPlans(planner)
         self._engine = engine
         self._pool = pool
@@ -135,6 +139,7 @@ class CachePlans:
             drafts: whether tokens are drafted on what is on the device.
         """
         configured = before = self._plans[cache]
+        before = replace(before, geometry=self._with_weights(before.geometry))
         layers, (held_bytes, others_bytes) = cache.core.layers, self._device_bytes(cache)
         if cache.core.rows > before.geometry.rows:  # they were repeated since
             before = self._widened(before, cache.core.rows)
@@ -379,6 +384,13 @@ class CachePlans:
         if drafts:
             geometry = self._planner.with_room_ahead(geometry)
         held_bytes, others_bytes = self._device_bytes(cache)
+        if first is None:  # else a forward is under way
+            self.weights.fit(
+                lambda: self._planner.limits.weights_room_bytes(
+                    geometry, prompt_tokens, held_bytes, self.weights.device_bytes
+                )
+            )
+        geometry = self._with_weights(geometry)
         chosen = self._planner.plan_for(
             geometry,
             prompt_tokens=prompt_tokens,
@@ -390,6 +402,11 @@ class CachePlans:
         )
         self._apply(cache, replace(chosen, placement=replace(chosen.placement, lives_on=lives_on)))
         cache.core.rows, cache.core.prompt_copies = rows, copies
+
+    def _with_weights(self, geometry: Geometry) -> Geometry:
+        """The same beside the model's weights as they are."""
+        weights = self.weights
+        return replace(geometry, weight_bytes=weights.streamed_bytes, weight_device_bytes=weights.device_bytes)
 
     def _apply(self, cache: hf.OffloadedHFCache, chosen: GenerationPlan) -> None:
         self._change(cache, chosen)

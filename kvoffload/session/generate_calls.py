@@ -112,6 +112,8 @@ class GenerateCalls:
             generation = self.current = Generation(
                 self._backend, self._engine, self._progress, prompt_tokens=_prompt_tokens(args, kwargs)
             )
+            self._engine.drop_weights()  # whoever holds the model may have changed them since
+            self._plans.weights.absorb()
             self._drafts = DraftedCall(self._config, has_own_loop=bool(kwargs.get("custom_generate")))
             output = original(*args, **kwargs)
             self._drafts.settle()
@@ -136,6 +138,7 @@ class GenerateCalls:
                     if self._backend.is_recording:
                         self._backend.stop_recording()
                     self._engine.drop()
+                    self._engine.drop_weights()
                     self._engine.release_stages()
                     if ended is not None and ended.cache is not None and ended.owns_cache:
                         ended.cache.close()

@@ -80,6 +80,23 @@ class MemoryLimits:
         tokens = prefill_chunk_tokens(self._shape, rows=geometry.rows, prompt_tokens=prompt_tokens, room_bytes=room)
         return None if tokens == prompt_tokens else tokens
 
+    def weights_room_bytes(self, geometry: Geometry, prompt_tokens: int, held_bytes: int, weights_bytes: int) -> int:
+        """Device memory that the weights of decoder layers may take, as the cache leaves it with comfortable buffers.
+
+        A byte of weights that stays saves a byte of every step's transfers, as a resident byte of the cache does, and
+        that of the prefill and of every draft as well: weights come first, and residents of the cache have the rest.
+
+        Args: as of `device_cap_bytes`.
+            weights_bytes: that these take now.
+        """
+        sizes = uncapped_sizes(geometry, self._config)
+        cache_bytes = sizes.fixed_device_bytes
+        if self._config.device_gib not in ("auto", "min"):
+            cache_bytes = max(cache_bytes, int(float(self._config.device_gib) * GIB))
+        room = self._free_device_bytes(held_bytes) + weights_bytes - cache_bytes
+        tokens = prefill_chunk_tokens(self._shape, rows=geometry.rows, prompt_tokens=prompt_tokens, room_bytes=room)
+        return room - self._prefill_peak_bytes(geometry, tokens)
+
     def _free_device_bytes(self, held_bytes: int) -> int:
         """What may be taken on the device: free in the driver's eyes, cached by PyTorch, or held by the session.
 

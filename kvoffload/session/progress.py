@@ -1,4 +1,4 @@
-"""A progress bar while gigabytes of host memory are being allocated and pinned; on a terminal only."""
+"""A progress bar while gigabytes of host memory are being made ready; on a terminal only."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ LEAST_BYTES = 2**30  # below this it is over before anybody could read
 
 
 class AllocationProgress:
-    """Follows a pool that grows to an expected size.
+    """Follows memory that grows to an expected size.
 
     Args:
+        task: what is done, in words.
         console: where to draw; standard error where None.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, task: str = "allocating host memory for the cache", console: Console | None = None) -> None:
+        self._task = task
         self._console = console or Console(stderr=True)
         self._expected_bytes = 0
         self._progress: Progress | None = None
@@ -33,7 +35,7 @@ class AllocationProgress:
             columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, console=self._console, transient=True)
             self._progress.start()
-            self._progress.add_task("allocating host memory for the cache", total=self._expected_bytes)
+            self._progress.add_task(self._task, total=self._expected_bytes)
         self._progress.update(self._progress.task_ids[0], completed=held_bytes)
         if held_bytes >= self._expected_bytes:
             self.stop()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +26,7 @@ from kvoffload.profiler.stored import find_stored, resolve_profile
 from kvoffload.session.cache_plans import CachePlans
 from kvoffload.session.generate_calls import GenerateCalls
 from kvoffload.session.generation_planner import GenerationPlanner
+from kvoffload.session.model_weights import ModelWeights, device_for
 from kvoffload.session.progress import AllocationProgress
 from kvoffload.session.stats import GenerationStats
 from kvoffload.store.pool import HostPool
@@ -44,7 +46,7 @@ class Session:
         self.progress = hf.Progress()
         self.is_closed = False
         self._layer_indices = hf.offloadable_layers(self.model)
-        device = next(self.model.parameters()).device
+        device = device_for(self.model, config)
         # A named profile is looked up before anything is set up, also where nothing will be predicted with it.
         is_measured = config.profile == "auto"
         self._profile = None if is_measured else resolve_profile(config.profile, device=device, link=config.link)
@@ -69,6 +71,8 @@ class Session:
         is_worth_it = self.backend.has_speed or bool(config.fixed_drafts)  # drafts attend to a part of the segments
         if config.attention == "auto" and config.schedule == "pipelined" and is_worth_it:
             self._segment_attention = hf.SegmentAttention.install(self.model, self._hooks)
+        self.engine.layer_indices = self._layer_indices
+        self._weights = ModelWeights(self.model, config, self.engine, is_compiled=self._hooks.is_compiled)
         self._plans = CachePlans(
             self.planner,
             self.engine,
@@ -76,6 +80,7 @@ class Session:
             self._allocation,
             num_layers=len(self._layer_indices),
             offers_segments=self.offers_segments,
+            weights=self._weights,
         )
         self._calls = GenerateCalls(
             self.model,
@@ -91,6 +96,11 @@ class Session:
             are_hooks_alone=lambda: self._hooks.are_alone(self.model),
         )
         vars(self.model)["_kvoffload_session"] = self
+        try:
+            self._weights.place()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def stats(self) -> GenerationStats | None:
@@ -127,6 +137,7 @@ class Session:
             for cache in list(self._caches):
                 cache.close()
             self._reap()
+            self._weights.close()
             self.engine.close()
         finally:  # whatever interrupts this, the threads and the pinned memory go
             self.backend.close()
@@ -161,6 +172,7 @@ class Session:
             self.progress,
             offers_segments=self.offers_segments,
             is_compiled=self._hooks.is_compiled,
+            presence=self._presence,
         )
         # Python may collect a cache in the middle of a step of another, or in another thread: only take a note then.
         weakref.finalize(cache, self._abandoned.append, core)
@@ -189,6 +201,10 @@ class Session:
             KVOffloadError: nothing is recorded.
         """
         return self._calls.timeline()
+
+    def _presence(self, position: int) -> AbstractContextManager[None]:
+        """A context in which the weights of an offloaded layer can be read outside its forward."""
+        return self._weights.present(self._layer_indices[position])
 
     def _load_profile(self) -> HardwareProfile:
         if self._profile is None:

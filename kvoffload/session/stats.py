@@ -47,6 +47,8 @@ class GenerationStats:
     exact: bool
     lossy_form: str | None = None  # the coarsest form with loss that blocks were stored in, such as "int4"
     kept_exact_blocks: int = 0  # that such a form could not hold: not finite. Over all layers
+    weight_bytes: int = 0  # of streamed layers, over the link; among `h2d_bytes`
+    device_weight_bytes: int = 0  # of decoder layers that stay on the device, and slabs for those that do not
     packed_fraction: float = 0.0  # of the stored blocks, those that are packed without loss
     tokens_per_pass: float | None = None  # over the link; 1 without drafts, None without decode steps
     draft_acceptance: float | None = None  # of the tokens drafted, the share that was asked for

@@ -1,0 +1,113 @@
+"""Decoder layers whose weights are streamed: each layer's forward finds them on the device, and gives them back.
+
+Owns what stands in the place of `forward` on these layers, one instance each, and the guard against two threads. The
+layer is the unit, as models read weights inside one without calling the module that has them. Does not own the bytes
+(`store/layer_weights.py`) nor their way (`pipeline/weights.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvoffload.errors import KVOffloadError
+from kvoffload.pipeline.engine import TransferEngine
+from kvoffload.store.layer_weights import LayerWeights
+
+
+class StreamedLayers:
+    """The decoder layers of one model that may be streamed.
+
+    Args:
+        engine: brings their weights.
+        layers: the modules.
+        weights: of each.
+        is_compiled: whether the model's forward is; ours then runs between its graphs.
+    """
+
+    def __init__(
+        self,
+        engine: TransferEngine,
+        layers: Sequence[nn.Module],
+        weights: Sequence[LayerWeights],
+        *,
+        is_compiled: bool = False,
+    ) -> None:
+        self._engine = engine
+        self._layers = tuple(layers)
+        self._thread: int | None = None  # in the forward of a layer
+        self._current: LayerWeights | None = None  # of which layer
+        self._before = [vars(layer).get("forward") for layer in layers]
+        for layer, own in zip(layers, weights, strict=True):
+            stand_in = self._standing_in(layer.forward, own)
+            vars(layer)["forward"] = torch.compiler.disable(stand_in) if is_compiled else stand_in
+
+    def remove(self) -> None:
+        """Give the layers their own forward back."""
+        for layer, before in zip(self._layers, self._before, strict=True):
+            vars(layer).pop("forward", None)
+            if before is not None:
+                vars(layer)["forward"] = before
+
+    def _standing_in(self, original: Any, weights: LayerWeights) -> Any:
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if weights.is_resident:
+                return original(*args, **kwargs)
+            with Present(self, weights), torch.no_grad():
+                return original(*args, **kwargs)
+
+        return forward
+
+    def present(self, weights: LayerWeights) -> Present:
+        """A context in which a layer's weights are on the device; within another of the same layer it does nothing.
+
+        Raises:
+            KVOffloadError: another thread is in a layer of this model.
+        """
+        return Present(self, weights)
+
+    def enter(self, weights: LayerWeights) -> bool:
+        """Have them there; whether they were not yet."""
+        thread = threading.get_ident()
+        if self._thread not in (None, thread):
+            raise KVOffloadError(
+                "another thread is in a forward of this model, which streams its weights for one at a time: wait for it"
+            )
+        if self._current is weights or weights.is_resident:
+            return False
+        assert self._current is None, "a layer within another one"
+        self._thread, self._current = thread, weights
+        try:
+            weights.read_from(self._engine.begin_weights(weights))
+        except BaseException:
+            self._thread = self._current = None
+            raise
+        return True
+
+    def leave(self, weights: LayerWeights) -> None:
+        """All that reads them has been issued."""
+        self._thread = self._current = None
+        weights.read_from_host()
+        self._engine.end_weights()
+
+
+class Present:
+    """See `StreamedLayers.present`; a class, as a generator costs more in every layer."""
+
+    __slots__ = ("_is_first", "_layers", "_weights")
+
+    def __init__(self, layers: StreamedLayers, weights: LayerWeights) -> None:
+        self._layers, self._weights, self._is_first = layers, weights, False
+
+    def __enter__(self) -> None:
+        self._is_first = self._layers.enter(self._weights)
+
+    def __exit__(self, *error: object) -> None:
+        if self._is_first:
+            self._layers.leave(self._weights)

@@ -1,0 +1,307 @@
+"""Where a model's weights are while it is offloaded: on the device, or on the host and streamed, layer by layer.
+
+Owns the choice of the layers that stay on the device, the move of everything there and back, and the errors where it
+does not fit. Does not own the bytes of a layer (`store/layer_weights.py`), their way (`pipeline/weights.py`), nor the
+forwards in which they are read (`hf/streamed_layers.py`).
+
+With a model in host memory and `OffloadConfig(device=...)` what is no decoder layer moves to the device, and every
+layer's weights move to a slab of pinned host memory, one after the other, so that host memory holds one layer more than
+the model at most. Layers that stay have a copy on the device. With everything on the device already nothing happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kvoffload import hf
+from kvoffload.config import GIB, OffloadConfig
+from kvoffload.errors import ConfigError, HostMemoryError, InfeasiblePlanError, UnsupportedModelError
+from kvoffload.machine import system_memory
+from kvoffload.model.decoder_layers import decoder_layers, own_tensors
+from kvoffload.pipeline.engine import TransferEngine
+from kvoffload.planning.memory import DEVICE_SHARE
+from kvoffload.planning.weights import WeightSizes
+from kvoffload.session.progress import AllocationProgress
+from kvoffload.store.layer_weights import LayerWeights, can_be_packed
+from kvoffload.units import gib
+
+logger = logging.getLogger(__name__)
+COMFORTABLE_SHARE = 0.6  # of the free device memory: weights that take less stay there under "auto"
+
+
+def device_for(model: Any, config: OffloadConfig) -> torch.device:
+    """The device that a model runs on.
+
+    Raises:
+        ConfigError: no such device, or the model is on another one than the host.
+        UnsupportedModelError: parameters without values.
+    """
+    devices = {parameter.device for parameter in model.parameters()}
+    if any(device.type == "meta" for device in devices):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has parameters without values (on the meta device, as accelerate leaves them): "
+            "load it into host memory without a device_map, or with kvoffload.load(name, config)"
+        )
+    here: torch.device = next(iter(devices))
+    if config.device is None:
+        return here
+    try:
+        wanted = torch.device(config.device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={config.device!r} is no device: {str(error).splitlines()[0]}") from error
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={config.device!r}: PyTorch sees no CUDA device here; leave device out, or see docs")
+    if here.type != "cpu" and (here.type != wanted.type or wanted.index not in (None, here.index)):
+        raise ConfigError(f"the model is on {here}: move it to the host (model.cpu()) or leave out device={wanted!s}")
+    if wanted.type == "cuda" and wanted.index is None:
+        wanted = torch.device("cuda", here.index if here.type == "cuda" else torch.cuda.current_device())
+    return wanted
+
+
+class ModelWeights:
+    """The weights of one model, until `close`.
+
+    Args:
+        model: the model.
+        config: the user's options.
+        engine: brings streamed layers.
+        is_compiled: whether the model's forward is.
+    """
+
+    def __init__(self, model: Any, config: OffloadConfig, engine: TransferEngine, *, is_compiled: bool = False) -> None:
+        self._engine, self._backend, self._config = engine, engine.backend, config
+        self._moved: list[tuple[torch.Tensor, torch.Tensor]] = []  # tensors, and what they were before
+        self._moved_modules: list[tuple[Any, torch.device]] = []  # with weights that are more than their bytes
+        self._layers: list[LayerWeights] = []
+        self._streamed: hf.StreamedLayers | None = None
+        self._by_idx: dict[int, LayerWeights] = {}
+        self._model, self._is_compiled = model, is_compiled
+        self._num_decoder_layers = 0
+        self.sizes = WeightSizes(outside=0, layers=())
+        self.num_resident = 0
+
+    def place(self) -> None:
+        """Move the model's weights where they shall be; after an error `close` moves back what was moved.
+
+        Raises:
+            ConfigError: what was asked for cannot work.
+            InfeasiblePlanError: the device is too small for any of it.
+            HostMemoryError: the host is.
+            UnsupportedModelError: the weights cannot be streamed.
+        """
+        model = self._model
+        modules = decoder_layers(model)
+        tensors = own_tensors(model, modules)
+        self._num_decoder_layers = len(modules)
+        packable = [idx for idx, own in enumerate(tensors) if own and all(map(can_be_packed, own))]
+        planned = [LayerWeights(idx, tensors[idx]) for idx in packable]
+        inside = {id(tensor) for idx in packable for tensor in tensors[idx]}
+        everything = {id(one): one for one in (*model.parameters(), *model.buffers())}
+        outside = [tensor for number, tensor in everything.items() if number not in inside]
+        outside_bytes = sum(tensor.numel() * tensor.element_size() for tensor in outside)
+        self.sizes = WeightSizes(outside=outside_bytes, layers=tuple(layer.num_bytes for layer in planned))
+        number = self._first_choice(model)
+        if number is None:
+            self._move_outside(model, list(everything.values()))
+            return
+        self._check_host(planned, number)
+        self._move_outside(model, outside)
+        self._take(planned)
+        layers = [modules[idx] for idx in packable]
+        self._streamed = hf.StreamedLayers(self._engine, layers, planned, is_compiled=self._is_compiled)
+        self.keep(number)
+
+    # ---- how much stays ------------------------------------------------------------------------------------------
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether any layer's weights cross the link."""
+        return self._engine.weights is not None
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Over the link in every forward."""
+        return self.sizes.streamed_bytes(self.num_resident) if self.is_streaming else 0
+
+    @property
+    def device_bytes(self) -> int:
+        """On the device, of layers that stay and slabs for those that do not; without what is outside the layers."""
+        resident = sum(layer.num_bytes for layer in self._layers if layer.is_resident)
+        return resident + (2 * self._engine.weights.slab_bytes if self._engine.weights is not None else 0)
+
+    def _first_choice(self, model: Any) -> int | None:
+        """How many layers stay before anything is generated; None: all weights do, and none is ever streamed.
+
+        Raises:
+            ConfigError: what was asked for cannot work.
+            InfeasiblePlanError: the device is too small for any of it.
+        """
+        sizes, asked = self.sizes, self._config.device_weights_gib
+        moves = next(model.parameters()).device != self._backend.device
+        if asked == "all" or (asked == "auto" and not moves):
+            return None
+        if isinstance(asked, str):
+            room = self._free_bytes()
+            if sizes.total <= COMFORTABLE_SHARE * room:
+                return None
+            if sizes.least > room:
+                raise InfeasiblePlanError(
+                    f"device memory: streaming {type(model).__name__} takes at least {sizes.say_least()}, and "
+                    f"{gib(room)} may be used: {gib(sizes.least - room)} are missing; use a larger device"
+                )
+            return 0  # the first generate() says what its cache leaves
+        room = int(asked * GIB)
+        if sizes.total <= room:
+            return None
+        if not sizes.layers:
+            raise UnsupportedModelError(
+                f"the weights of {type(model).__name__} cannot be streamed: its decoder layers are not found, or their "
+                "weights are more than plain tensors (quantised by a library?); leave device_weights_gib out"
+            )
+        if (number := sizes.num_resident(room)) < 0:
+            raise ConfigError(
+                f"device_weights_gib={asked:g} is too little: {type(model).__name__} takes at least "
+                f"{sizes.say_least()} on the device, {gib(sizes.least - room)} more"
+            )
+        return number
+
+    def _free_bytes(self) -> int:
+        free, _ = torch.cuda.mem_get_info(self._backend.device)
+        unused = torch.cuda.memory_reserved(self._backend.device) - torch.cuda.memory_allocated(self._backend.device)
+        return int(DEVICE_SHARE * (free + unused))
+
+    def fit(self, room_bytes: Callable[[], int]) -> None:
+        """Under "auto", before a cache is made: let as many layers stay as it leaves room for.
+
+        Args:
+            room_bytes: device memory that weights of layers and slabs may take then.
+        """
+        if self._streamed is None or self._config.device_weights_gib != "auto":
+            return
+        room = room_bytes() + self.sizes.outside
+        number = max(0, self.sizes.num_resident(room))
+        if number < self.num_resident or number - self.num_resident > len(self._layers) // 16:
+            self.keep(number)
+
+    def keep(self, number: int) -> None:
+        """Let that many layers stay on the device; nothing may be in flight."""
+        wanted = set(self.sizes.resident(number))
+        self._backend.synchronize()
+        self._engine.stream_weights(self._num_decoder_layers, ())
+        for position, layer in enumerate(self._layers):
+            if position not in wanted:
+                layer.leave()
+        for position in sorted(wanted):
+            layer = self._layers[position]
+            if not layer.is_resident:
+                layer.stay_in(self._engine.bring_weights(layer))
+        streamed = [layer for layer in self._layers if not layer.is_resident]
+        self._engine.stream_weights(self._num_decoder_layers, streamed)
+        self.num_resident = number
+        self._engine.weight_device_bytes = self.device_bytes
+        logger.info(
+            "%d of %d decoder layers stay on the device, %s cross the link in every forward",
+            number,
+            len(self._layers),
+            gib(self.streamed_bytes),
+        )
+
+    # ---- there and back ------------------------------------------------------------------------------------------
+
+    def _check_host(self, planned: list[LayerWeights], num_resident: int) -> None:
+        """Refuse what host memory cannot hold.
+
+        Raises:
+            HostMemoryError: so it is, with the numbers.
+        """
+        if self._backend.emulated:
+            needed = self.sizes.slab + self.sizes.device_bytes(num_resident) - self.sizes.outside
+        else:
+            needed = self.sizes.slab if planned[0].device.type == "cpu" else sum(self.sizes.layers)
+        available = system_memory.available_bytes()
+        if needed > available:
+            raise HostMemoryError(
+                f"streaming weights takes {gib(needed)} more host memory, {gib(available)} are free: "
+                f"{gib(needed - available)} are missing; close what else runs, or use quantised weights"
+            )
+
+    def _take(self, planned: list[LayerWeights]) -> None:
+        """Move layers to the host, one after the other."""
+        progress = AllocationProgress("moving weights to memory that the link reads")
+        progress.expect(sum(layer.num_bytes for layer in planned))
+        done, is_pinned = 0, True
+        try:
+            for layer in planned:
+                self._layers.append(layer)
+                layer.move_to_host(self._backend)
+                done += layer.num_bytes
+                is_pinned &= layer.is_pinned
+                progress.update(done)
+        finally:
+            progress.stop()
+        self._by_idx = {layer.layer_idx: layer for layer in planned}
+        if not is_pinned and not self._backend.emulated:
+            warnings.warn(
+                "not all weights could be pinned, so that they cross the link more slowly: raise the limit on locked "
+                "memory (ulimit -l)",
+                stacklevel=2,
+            )
+
+    def _move_outside(self, model: Any, tensors: list[torch.Tensor]) -> None:
+        """Have these on the device."""
+        device = self._backend.device
+        if all(tensor.device == device for tensor in tensors):
+            return
+        whole = {id(tensor) for tensor in tensors if type(tensor) not in (torch.Tensor, torch.nn.Parameter)}
+        for module in model.modules():
+            own = (*module._parameters.values(), *module._buffers.values())
+            if any(id(tensor) in whole for tensor in own):
+                here = next(tensor.device for tensor in own if tensor is not None)
+                self._moved_modules.append((module, here))
+                module._apply(lambda tensor: tensor.to(device), recurse=False)
+        for tensor in tensors:
+            if id(tensor) not in whole and tensor.device != device:
+                self._moved.append((tensor, tensor.data))
+                tensor.data = tensor.data.to(device)
+
+    def close(self) -> None:
+        """Every parameter is where it was, with the values that it has now; nothing may use the model meanwhile."""
+        self._backend.synchronize()
+        if self._streamed is not None:
+            self._streamed.remove()
+            self._streamed = None
+        self._engine.stream_weights(self._num_decoder_layers, ())
+        while self._layers:
+            self._layers.pop().restore(self._backend)
+        while self._moved:
+            tensor, before = self._moved.pop()
+            tensor.data = before.copy_(tensor.data)
+        while self._moved_modules:
+            module, device = self._moved_modules.pop()
+            module._apply(lambda tensor, device=device: tensor.to(device), recurse=False)
+        self._by_idx = {}
+        self._engine.weight_device_bytes = 0
+
+    # ---- for a layer outside its forward ---------------------------------------------------------------------------
+
+    def present(self, layer_idx: int) -> contextlib.AbstractContextManager[None]:
+        """A context in which a decoder layer's weights are on the device."""
+        weights = self._by_idx.get(layer_idx)
+        if self._streamed is None or weights is None:
+            return contextlib.nullcontext()
+        return self._streamed.present(weights)
+
+    def absorb(self) -> None:
+        """Take over weights that somebody put in the place of streamed ones; nothing of them may be on its way.
+
+        Raises:
+            KVOffloadError: they are of another shape or dtype.
+        """
+        for layer in self._layers:
+            layer.absorb()

@@ -1,0 +1,251 @@
+"""Tokens and logits with weights streamed from the host are those of plain `generate()`, and every byte is counted."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from matrix import FAST_LINK, checking_backend, pairwise
+from modes import KINDS, Shape, given, prompt
+from streaming import (
+    FACTORS,
+    LAYERS,
+    Cell,
+    check_cell,
+    config,
+    full_product,
+    kept_gib,
+    run_streamed,
+    sizes_of,
+    streamable,
+    weights_as_before,
+)
+from transformers import PreTrainedModel
+
+import kvoffload
+from kvoffload import ConfigError, EmulatedLink, KVOffloadError, OffloadConfig
+from kvoffload.config import GIB
+from kvoffload.session.session import Session
+
+CELLS = pairwise(FACTORS, Cell)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_tokens_and_logits_are_those_of_plain_generate(cell: Cell) -> None:
+    run = check_cell(cell)
+    per_forward = run.sizes.streamed_bytes(cell.num_resident)
+    assert per_forward
+    passes = sum(stats.weight_bytes for stats in run.stats) / per_forward
+    if cell.mode == "prompt_lookup" and cell.split != "transfer":
+        assert passes >= run.forwards  # a crop recomputes the block that it reopens, outside its layer's forward
+    elif cell.pipeline != "drafts":  # which have forwards of their own
+        assert passes == run.forwards
+    for stats in run.stats:
+        assert stats.device_weight_bytes == run.sizes.device_bytes(cell.num_resident) - run.sizes.outside
+        assert stats.plan.weight_bytes_per_step == per_forward
+        assert stats.plan.weight_device_bytes == stats.device_weight_bytes
+        assert stats.h2d_bytes >= stats.weight_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", list(full_product()), ids=str)
+def test_the_full_product(cell: Cell) -> None:
+    check_cell(cell)
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return streamable("llama")
+
+
+@pytest.mark.parametrize("num_resident", [0, 2, 3])
+def test_each_step_moves_each_streamed_layer_exactly_once(model: PreTrainedModel, num_resident: int) -> None:
+    run = run_streamed(model, KINDS["greedy"](Shape()), config(model, num_resident))
+    layers, slab = LAYERS - num_resident, sizes_of(model).slab
+    assert run.stats[0].weight_bytes == run.forwards * layers * slab
+    assert run.stats[0].h2d_bytes == run.stats[0].weight_bytes + sum(
+        stats.h2d_bytes for stats in run_streamed(model, KINDS["greedy"](Shape()), config(model, LAYERS)).stats
+    )
+
+
+def test_everything_on_the_device_changes_nothing(model: PreTrainedModel) -> None:
+    for options in ({}, {"device_weights_gib": "all"}, {"device_weights_gib": 1.0}, {"device": "cpu"}):
+        before = [(layer.forward, parameter.data_ptr()) for layer, parameter in _first(model)]
+        with kvoffload.offload(model, OffloadConfig(link=FAST_LINK, **options)) as session:
+            assert [(layer.forward, parameter.data_ptr()) for layer, parameter in _first(model)] == before
+            assert session.engine.weights is None
+
+
+def _first(model: Any) -> list[Any]:
+    return [(layer, next(layer.parameters())) for layer in model.model.layers]
+
+
+def test_a_plain_forward_works_while_offloaded(model: PreTrainedModel) -> None:
+    ids = prompt(2, 9)
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False).logits
+    with Session(model, config(model, 1), checking_backend()):
+        assert torch.equal(model(ids, use_cache=False).logits, wanted)
+        assert torch.equal(model(ids).logits, wanted)  # with a cache of transformers
+        with torch.inference_mode():
+            assert torch.equal(model(ids).logits, wanted)
+    assert torch.equal(model(ids).logits, wanted)
+
+
+def test_a_custom_loop_and_a_crop_that_recomputes_outside_any_layer() -> None:
+    model = streamable("opt")  # multi-head: activations are half of K and V
+    ids = prompt(2, 30)
+    with torch.no_grad():
+        wanted = model(ids).logits[:, -1]
+        with Session(model, config(model, 0, split="recompute"), checking_backend()) as session:
+            cache = session.new_cache()
+            model(ids, **given(cache))
+            keys = cache.layers[1].keys  # read back: recomputed outside its layer
+            assert keys is not None
+            assert keys.shape[2] == 30
+            cache.crop(-5)  # reopens a block of activations
+            found = model(ids[:, 25:], **given(cache)).logits[:, -1]
+            assert session.engine.weights is not None
+    assert (found - wanted).abs().max() < 1e-5
+
+
+def test_weights_that_change_between_calls_are_seen(model: PreTrainedModel) -> None:
+    mode = KINDS["greedy"](Shape())
+    with Session(model, config(model, 1), checking_backend()) as session:
+        mode.run(model, session.new_cache)
+        with torch.no_grad():
+            for idx, layer in enumerate(model.model.layers):  # type: ignore[union-attr, arg-type]
+                weight = layer.self_attn.q_proj.weight
+                if idx % 2:
+                    weight.neg_()
+                else:
+                    weight.data = -weight.data
+        found = mode.run(model, session.new_cache)
+    wanted = mode.run(model, None)
+    assert torch.equal(found[0].sequences, wanted[0].sequences)
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+
+
+class _InTheMiddle(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [_InTheMiddle, KeyboardInterrupt])
+@pytest.mark.parametrize("layer_idx", [0, 2, 5])
+def test_an_interrupt_in_the_middle_of_a_step_leaves_the_model_usable(
+    model: PreTrainedModel, layer_idx: int, error: type[BaseException]
+) -> None:
+    ids, forwards = prompt(2, 20), 0
+
+    def interrupt(*args: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+        if forwards == 3:
+            raise error
+
+    wanted = model.generate(ids, max_new_tokens=8)
+    layers: Any = model.model.layers  # type: ignore[union-attr]
+    with weights_as_before(model):
+        with Session(model, config(model, 1), checking_backend()):
+            handle = layers[layer_idx].mlp.register_forward_pre_hook(interrupt)
+            with pytest.raises(error):
+                model.generate(ids, max_new_tokens=8)
+            handle.remove()
+            assert torch.equal(model.generate(ids, max_new_tokens=8), wanted)
+        assert torch.equal(model.generate(ids, max_new_tokens=8), wanted)
+
+
+def test_an_error_while_weights_are_moved_leaves_the_model_as_it_was(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, made = checking_backend(), 0
+    allocate = backend.inner.allocate_host
+
+    def fails(num_bytes: int) -> Any:
+        nonlocal made
+        made += 1
+        if made == 3:
+            raise MemoryError("no more")
+        return allocate(num_bytes)
+
+    monkeypatch.setattr(backend.inner, "allocate_host", fails)
+    own = set(vars(model))
+    with weights_as_before(model), pytest.raises(MemoryError):
+        Session(model, config(model, 1), backend)
+    assert set(vars(model)) == own
+    ids = prompt(1, 5)
+    assert model.generate(ids, max_new_tokens=3).shape == (1, 8)
+
+
+def test_a_second_thread_in_a_forward_is_refused(model: PreTrainedModel) -> None:
+    refused: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            model(prompt(1, 3))
+        except KVOffloadError as error:
+            refused.append(error)
+
+    def in_between(*args: Any) -> None:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    layers: Any = model.model.layers  # type: ignore[union-attr]
+    with Session(model, config(model, 0), checking_backend()):
+        handle = layers[1].mlp.register_forward_pre_hook(in_between)
+        model(prompt(1, 3))
+        handle.remove()
+        assert "another thread" in str(refused[0])
+        model(prompt(1, 3))
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_too_little_memory_for_two_slabs_is_refused_with_the_numbers(model: PreTrainedModel) -> None:
+    least = sizes_of(model).least
+    too_little = (least - 1) / GIB
+    with weights_as_before(model), pytest.raises(ConfigError, match=r"at least .* two slabs of .* more"):
+        kvoffload.offload(model, OffloadConfig(device_weights_gib=too_little, link=FAST_LINK))
+    with kvoffload.offload(model, OffloadConfig(device_weights_gib=least / GIB, link=FAST_LINK)) as session:
+        assert session.engine.weights is not None
+
+
+@pytest.mark.parametrize("value", ["most", -1, 0, True, float("nan")])
+def test_device_weights_gib_is_checked(value: Any) -> None:
+    with pytest.raises(ConfigError, match="device_weights_gib"):
+        OffloadConfig(device_weights_gib=value)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "gpu", 3, ""])
+def test_a_device_that_is_none_is_refused(device: Any, model: PreTrainedModel) -> None:
+    with pytest.raises(ConfigError, match="device"):
+        kvoffload.offload(model, OffloadConfig(device=device))
+
+
+def test_parameters_without_values_are_refused_with_the_way_out(model: PreTrainedModel) -> None:
+    model.model.layers[2].to("meta")  # type: ignore[union-attr]
+    with pytest.raises(KVOffloadError, match=r"kvoffload\.load"):
+        kvoffload.offload(model, OffloadConfig(device_weights_gib=1.0))
+
+
+def test_host_memory_that_is_too_small_is_refused_with_the_numbers(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvoffload.machine.system_memory.available_bytes", lambda: 1000)
+    with weights_as_before(model), pytest.raises(KVOffloadError, match=r"more host memory, .* are free"):
+        kvoffload.offload(model, OffloadConfig(device_weights_gib=kept_gib(model, 2), host_gib=0.1, link=FAST_LINK))
+
+
+def test_a_link_without_a_speed_streams_as_well(model: PreTrainedModel) -> None:
+    wanted = model.generate(prompt(2, 20), max_new_tokens=8)
+    options = OffloadConfig(device_weights_gib=kept_gib(model, 1), link=EmulatedLink())
+    with kvoffload.offload(model, options) as session:
+        assert torch.equal(model.generate(prompt(2, 20), max_new_tokens=8), wanted)
+        assert session.stats is not None
+        assert session.stats.weight_bytes > 0
