@@ -35,7 +35,9 @@ from kvoffload.session.session import Session
 from kvoffload.store.carried import PositionLayout
 
 # by module, in the order of their imports
-SOURCES = {module.__name__: Path(module.__file__ or "").read_text() for module in (write_back, buffers, weights, engine)}
+SOURCES = {
+    module.__name__: Path(module.__file__ or "").read_text() for module in (write_back, buffers, weights, engine)
+}
 
 
 # ---- mutants ---------------------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from models import make_model
 from modes import MODES, PROMPT_TOKENS, Outcome, emptied, given, outcome, plain_cache, prompt
 from transformers import PreTrainedModel
 
-from kvoffload import ConfigError
+from kvoffload import ConfigError, InfeasiblePlanError
 from kvoffload.cache import attention, whole_layer
 from kvoffload.cache.layer import CacheLayer
+from kvoffload.session.later_plans import LaterPlans
 from kvoffload.session.session import Session
 
 
@@ -205,3 +206,23 @@ def test_a_cache_goes_in_and_out_of_inference_mode(split: Any, device_gib: Any, 
             found = play(session.new_cache(), with_inference_mode=True)
     for ours, theirs in zip(found, wanted, strict=True):
         assert (ours - theirs).abs().max().item() <= TOLERANCE
+
+
+def test_a_turn_that_cannot_be_planned_anew_keeps_no_cache_alive(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error, and the frames it passed, are gone when the turn is over, without a collection."""
+
+    def fails(*args: Any) -> Any:
+        raise InfeasiblePlanError("no room")
+
+    monkeypatch.setattr(LaterPlans, "_planned_anew", fails)
+    with Session(model, config("transfer"), checking_backend()) as session:
+        gc.collect()
+        gc.disable()
+        try:
+            MODES["returned_cache"].run(model, None)
+            session.new_cache()  # gives back the memory of caches that nobody holds
+            assert session.pool.used_bytes == 0
+        finally:
+            gc.enable()

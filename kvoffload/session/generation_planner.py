@@ -168,7 +168,7 @@ class GenerationPlanner:
             try:
                 found.append(self.plan_sizes_for(geometry, can_recompute=recomputes, **known))
             except (InfeasiblePlanError, HostMemoryError) as error:
-                why = why or error
+                why = why or error.with_traceback(None)  # which would keep this frame, and those of its callers
         if not found:
             assert why is not None
             raise why

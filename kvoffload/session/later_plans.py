@@ -130,7 +130,7 @@ class LaterPlans:
                 anew = self._planner.with_rounds(anew)
             except InfeasiblePlanError as error:
                 logger.debug("the plan of the last turn stays: %s", error)
-                why = error
+                why = error.with_traceback(None)  # which would keep this frame, and the cache of its callers
         if anew is not None and anew.fits_on_host:
             return anew
         if not has_window:
