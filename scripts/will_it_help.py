@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from campaign.markers import write_or_check
 from kvoffload.advise.advice import task_of
 from kvoffload.advise.verdict import Verdict, judge
 from kvoffload.config import OffloadConfig
@@ -27,7 +27,6 @@ from kvoffload.planning.workload import Workload
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-BEGIN, END = "<!-- will-it-help:begin -->", "<!-- will-it-help:end -->"
 DEVICES = {
     "L4": "l4-24gb-pcie4",
     "RTX 3090": "rtx3090-24gb-pcie4",
@@ -59,13 +58,16 @@ where no part of the work fits on the device; `=` offload, nothing else works, b
 transfer of K and V as they are. Where verified drafts gain, they are in it, and it is *assumed* that 0.7 of those from
 the newest tokens are right, and 0.9 of those from 4-bit copies of all ([docs/drafts.md](docs/drafts.md) has measured
 shares); beams have none. bfloat16 caches (of Llama-3.1 and Qwen3 here) are packed without loss, at an *assumed* cost on
-the device. All others mean **no, do this instead**:
+the device. The others:
 
 - `fits`: plain `model.generate()`; weights and cache fit on the device.
 - `3 parts`: run the batch in 3 parts, one after another, on the device. The number behind it is what planning gains
   over full transfer if the batch *must* stay together, which is slower than parts all the same.
-- `weights`: the weights and the prefill's peak leave no room. Offloading a cache makes none for weights: quantise them
-  or take a larger device.
+- **7/s**, 85/s at 256: the weights do not fit. Those of some decoder layers stay in host memory and cross the link in
+  every forward, which makes so many new tokens a second with this batch, and so many with one that comes close to the
+  most (a host of 256 GB is assumed, and the same lengths). "or 4-bit 95/s" is what weights of 4 bits, which fit, make
+  of this batch: take these where that loss of accuracy is acceptable.
+- `weights`: not even two layers and what is outside of them fit.
 
 Predicted from the figures of datasheets and the achievable speed of each link, with weights in 16 bits and enough host
 memory; **not measured**. OPT and Llama-2 stand for multi-head attention at their size, and themselves end at 2k and 4k
@@ -159,10 +161,21 @@ def short(verdict: Verdict) -> str:
     """One cell of the table."""
     if verdict.answer == "faster":
         return "**only way**" if math.isinf(verdict.gain) else f"**{verdict.gain:.1f}x**"
+    if verdict.answer == "stream":
+        said = f"**{_rate(verdict.tokens_per_s)}**"
+        if verdict.best_tokens_per_s > verdict.tokens_per_s:
+            said += f", {_rate(verdict.best_tokens_per_s)} at {verdict.best_batch}"
+        faster = verdict.quantised_tokens_per_s
+        return said + (f", or 4-bit {_rate(faster)}" if faster > verdict.tokens_per_s else "")
     if verdict.answer == "parts":
         together = f" ({verdict.gain_together:.1f}x)" if 1 < verdict.gain_together < math.inf else ""
         return f"{verdict.parts} parts{together}"
     return {"only way": "=", "nothing": "none"}.get(verdict.answer, verdict.answer)
+
+
+def _rate(tokens_per_s: float) -> str:
+    """New tokens of all sequences, in two digits."""
+    return f"{tokens_per_s:.0f}/s" if tokens_per_s >= 10 else f"{tokens_per_s:.2g}/s"
 
 
 def sentence(cell: Cell) -> str:
@@ -173,6 +186,13 @@ def sentence(cell: Cell) -> str:
         said = f"yes, offload: {over}"
     elif verdict.answer == "only way":
         said = "yes, offload: nothing else works, and transferring everything is as fast as the plan"
+    elif verdict.answer == "stream":
+        said = (
+            f"stream the weights: {_rate(verdict.tokens_per_s)}, {_rate(verdict.best_tokens_per_s)} with a batch of "
+            f"{verdict.best_batch}"
+        )
+        if verdict.quantised_tokens_per_s:
+            said += f"; weights in 4 bits fit and make {_rate(verdict.quantised_tokens_per_s)} of this batch"
     elif verdict.answer == "parts":
         would = f"would be {verdict.gain:.2f}x as fast" if verdict.gain else "does not work"
         said = f"no, run {verdict.parts} parts one after another: offloading {would}"
@@ -193,16 +213,8 @@ def main(
         for cell in cells():
             print(sentence(cell))
         return
-    text = file.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"{file} has no markers {BEGIN} and {END}")
-    wanted = f"{before}{BEGIN}\n{table()}\n{END}{after}"
-    if write:
-        file.write_text(wanted, encoding="utf-8")
-    elif wanted != text:
-        sys.exit(f"{file} differs from what plan predicts now: run scripts/will_it_help.py --write")
+    command = "scripts/will_it_help.py --write"
+    write_or_check(file, "will-it-help", table(), check=not write, command=command)
 
 
 if __name__ == "__main__":

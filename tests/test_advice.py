@@ -208,23 +208,26 @@ def test_the_host_of_the_profile_limits_the_cache() -> None:
         advised_plan(LLAMA_2_7B, LONG, small_host, OffloadConfig())
 
 
+WHOLE = OffloadConfig(device_weights_gib="all")  # weights are not streamed
+
+
 def test_weights_larger_than_the_device_are_a_clear_error() -> None:
     small = dataclasses.replace(A100, device_memory_bytes=8 * 10**9)
     with pytest.raises(InfeasiblePlanError, match=r"13\.48 GB.*8\.00 GB"):
-        advised_plan(LLAMA_2_7B, SMALL, small, OffloadConfig())
+        advised_plan(LLAMA_2_7B, SMALL, small, WHOLE)
 
 
 @pytest.mark.parametrize(("memory_bytes", "batch"), [(8 * 10**9, 64), (13_490 * 10**6, 1), (13_490 * 10**6, 64)])
 def test_a_smaller_batch_is_no_way_out_where_one_sequence_does_not_fit_either(memory_bytes: int, batch: int) -> None:
     small = dataclasses.replace(A100, device_memory_bytes=memory_bytes)
     with pytest.raises(InfeasiblePlanError, match=r": use a larger device or quantised weights$"):
-        advised_plan(LLAMA_2_7B, dataclasses.replace(SMALL, batch=batch), small, OffloadConfig())
+        advised_plan(LLAMA_2_7B, dataclasses.replace(SMALL, batch=batch), small, WHOLE)
 
 
 def test_a_smaller_batch_is_a_way_out_where_one_sequence_fits() -> None:
     small = dataclasses.replace(A100, device_memory_bytes=14_500 * 10**6)
     with pytest.raises(InfeasiblePlanError, match="or a smaller batch"):
-        advised_plan(LLAMA_2_7B, LARGE_BATCH, small, OffloadConfig())
+        advised_plan(LLAMA_2_7B, LARGE_BATCH, small, WHOLE)
     assert Task(model_shape(LLAMA_2_7B), SMALL, small, OffloadConfig()).free_bytes(1) > 0
 
 

@@ -113,7 +113,7 @@ def test_memory_that_fits_is_told_by_the_limit_that_is_drawn() -> None:
 
 
 def test_a_model_that_fits_nowhere_still_gets_its_report() -> None:
-    found = made("mixtral-8x7b", batch=1)
+    found = made("mixtral-8x7b", batch=1, config=OffloadConfig(device_weights_gib="all"))
     assert found.advice is None
     assert found.recommendation.startswith("It does not fit: device memory: weights of 93.41 GB")
     assert {point.usable_bytes for point in found.over_context} == {0}
@@ -392,7 +392,7 @@ def test_the_command_writes_a_report_of_every_recorded_configuration(name: str, 
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["output_bytes"] == (tmp_path / "report.html").stat().st_size
-    assert found["fits"] == (name != "mixtral-8x7b")
+    assert found["fits"]
     assert found["measured"] is None
     assert len(found["compared"]) == len(PRETENDED_STEPS)
     assert json.loads(trace_path.read_text(encoding="utf-8"))["displayTimeUnit"] == "ms"

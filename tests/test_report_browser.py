@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from reports import made, with_everything
 
+from kvoffload.config import OffloadConfig
 from kvoffload.profiler.drawing import page as pages
 from kvoffload.profiler.drawing import sections
 
@@ -192,9 +193,14 @@ def test_words_are_large_enough_to_read_on_a_narrow_screen(browser: Browser, pag
     assert min(sizes) >= 12
 
 
+WHOLE = OffloadConfig(device_weights_gib="all")  # weights are not streamed
+
+
 def test_a_report_of_a_model_that_fits_nowhere_is_drawn_too(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    path.write_text(pages.html(sections.page(made("mixtral-8x7b", batch=1), "mixtral", "made")), encoding="utf-8")
+    path.write_text(
+        pages.html(sections.page(made("mixtral-8x7b", batch=1, config=WHOLE), "mixtral", "made")), encoding="utf-8"
+    )
     browser.open(path, WIDTHS[1])
     assert browser.console() == []
     assert browser.run("return document.body.dataset.drawn") == "2"

@@ -16,6 +16,7 @@ import dataclasses
 import logging
 from typing import Any, NamedTuple
 
+from kvoffload.advise.streaming import best_batch, streams_weights
 from kvoffload.advise.task import Alternative, Task
 from kvoffload.advise.ways import AS_THEY_ARE, best_of
 from kvoffload.config import OffloadConfig
@@ -176,6 +177,8 @@ def _recommend(
             f"; with verified drafts from {seen}, {rounds.acceptance:.2f} of which are assumed to be right, a token "
             f"takes {duration(drafts.step_s)} and everything {duration(drafts.total_s)}"
         )
+    if streams_weights(task):
+        return f"Stream the weights: {_room_for_weights(task)}. Predicted: {ours}.{_other_batches(task)}"
     if on_device is None:
         return f"Offload: {room}, and not even one sequence fits there whole. Predicted: {ours}."
     if is_best:
@@ -186,6 +189,37 @@ def _recommend(
     return (
         f"Do not offload, unless the batch must stay together: {room}, but {fitting}. "
         f"Predicted: {_describe(on_device)}; {ours}."
+    )
+
+
+def _room_for_weights(task: Task) -> str:
+    """How much of the weights stays on the device."""
+    kept = task.kept_layers(task.workload.rows) or 0
+    return (
+        f"weights take {gb(task.shape.weight_bytes)} of the device's {gb(task.profile.device_memory_bytes)}, so that "
+        f"{counted(kept, 'decoder layer')} of {task.shape.num_layers} "
+        f"{'stays' if kept == 1 else 'stay'} there and {gb(task.streamed_bytes)} of the others cross the link in every "
+        "forward (OffloadConfig(device='cuda') with the model in host memory)"
+    )
+
+
+def _other_batches(task: Task) -> str:
+    """Which batch pays for streaming, and what 4-bit weights would do instead."""
+    found = best_batch(task)
+    if found is None:
+        return ""
+    said = (
+        f" Every forward reads them once, whatever the batch: {counted(found.batch, 'sequence')} of this length "
+        f"make {found.found.tokens_per_s:.3g} tokens/s (with {gb(found.host_bytes)} of host memory)."
+    )
+    if found.quantised is None:
+        return said + " Weights in 4 bits do not fit either."
+    rate = f"weights in 4 bits fit, and this batch makes {found.quantised.tokens_per_s:.3g} tokens/s with them"
+    if found.beats_from is None:
+        return said + f" If that loss of accuracy is acceptable: {rate}, more than streaming with any batch."
+    return (
+        said + f" If that loss of accuracy is acceptable: {rate}; streaming is faster from "
+        f"{counted(found.beats_from, 'sequence')} on."
     )
 
 

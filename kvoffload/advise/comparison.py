@@ -77,7 +77,7 @@ def _drafted(offloaded: WayFigures, task: Task, money: Economics) -> WayFigures 
     )
     mean, chosen = planner.solve(mean_inputs), planner.solve(inputs)
     found = task.drafted(task.offload(planner.solve(task.inputs(task.workload.cached_tokens))), rounds)
-    found = found._replace(device_bytes=task.shape.weight_bytes + chosen.device_bytes)
+    found = found._replace(device_bytes=task.device_weight_bytes + chosen.device_bytes)
     row = _figures("drafts", task, found, mean_inputs, mean, money)
     # of a round, in which everything that a step moves is moved once
     share = offloaded.step_s / rounds.round_s
@@ -121,7 +121,8 @@ def _offloaded(name: Way, task: Task, money: Economics) -> WayFigures:
         found = task.offload(chosen)
     except InfeasiblePlanError as error:
         return WayFigures(name, str(error))
-    return _figures(name, task, found, inputs, mean, money)._replace(host_bytes=chosen.host_bytes)
+    host_bytes = chosen.host_bytes + task.host_weight_bytes
+    return _figures(name, task, found, inputs, mean, money)._replace(host_bytes=host_bytes)
 
 
 def _figures(

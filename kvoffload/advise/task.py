@@ -40,9 +40,11 @@ from kvoffload.planning.memory import (
     prefill_chunk_tokens,
     prefill_peak_bytes,
 )
+from kvoffload.planning.placement import PLAIN
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.problem import does_without, may_do_without, mean_tokens, pose
 from kvoffload.planning.sizing import planned_forms, smallest_sizes, uncapped_sizes
+from kvoffload.planning.weights import WeightSizes
 from kvoffload.planning.workload import Workload
 from kvoffload.units import gb
 
@@ -90,6 +92,13 @@ class Task(NamedTuple):
         shape, config = self.shape, self.config
         rows = (batch or self.workload.batch) * self.workload.num_beams
         geometry = self._geometry(rows)
+        if not batch and (kept := self.kept_layers(rows)) is not None:
+            sizes = self.weight_sizes
+            geometry = replace(
+                geometry,
+                weight_bytes=sizes.streamed_bytes(kept),
+                weight_device_bytes=sizes.device_bytes(kept) - sizes.outside,
+            )
         return pose(
             shape,
             replace(geometry, shadow_form=SHADOW_FORM) if has_shadow else geometry,
@@ -140,8 +149,9 @@ class Task(NamedTuple):
         written = 0.0
         if chosen.host_bytes and self.profile.d2h is not None:
             written = chosen.host_bytes / self.profile.d2h.rate(chosen.host_bytes)
-        prefill_s = max(self._prefill_s(self.workload.batch), written)
-        used = self.shape.weight_bytes + chosen.device_bytes
+        read_s = self.prefill_passes() * self.streamed_bytes / inputs.rates.h2d_bytes_per_s[PLAIN]
+        prefill_s = max(self._prefill_s(self.workload.batch), written, read_s)
+        used = self.device_weight_bytes + chosen.device_bytes
         return self._alternative("offload", self.workload.batch, 1, prefill_s, step_s, used)
 
     def rounds(self) -> ExpectedRounds | None:
@@ -252,22 +262,96 @@ class Task(NamedTuple):
         num_tokens = min(rows * self.workload.prompt_tokens, PREFILL_TOKENS)
         return self._capped(self._usable_bytes - prefill_peak_bytes(self.shape, num_tokens=num_tokens, rows=rows))
 
+    # ---- weights ---------------------------------------------------------------------------------------------------
+
+    @property
+    def weight_sizes(self) -> WeightSizes:
+        """Of the model, its decoder layers all alike."""
+        shape = self.shape
+        layer = -(-shape.layers_weight_bytes // max(1, shape.num_layers))
+        outside = shape.weight_bytes - shape.layers_weight_bytes
+        return WeightSizes(outside=outside, layers=(layer,) * shape.num_layers if layer else ())
+
+    def kept_layers(self, rows: int) -> int | None:
+        """Decoder layers whose weights stay on the device, where `rows` sequences are offloaded; None: all.
+
+        Under "auto" all where that leaves room for the least that a cache takes, else as many as leave room for
+        comfortable buffers and a prefill in parts; 0 where even that is too much.
+        """
+        asked, sizes = self.config.device_weights_gib, self.weight_sizes
+        if asked == "all" or not sizes.layers:
+            return None
+        if not isinstance(asked, str):
+            number = sizes.num_resident(int(asked * GIB))
+            return None if number == len(sizes.layers) else max(0, number)
+        if self._has_room(rows, None):
+            return None
+        comfortable = uncapped_sizes(self._geometry(rows), self.config).fixed_device_bytes
+        left = self._usable_with(0) - comfortable - self._peak_bytes(rows, self._prefill_tokens(rows, 0))
+        resident = sizes.num_resident(sizes.device_bytes(0) + int(left / DEVICE_SHARE))
+        return max(0, min(resident, len(sizes.layers) - 1))
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Weights that cross the link in every forward."""
+        kept = self.kept_layers(self.workload.rows)
+        return 0 if kept is None else self.weight_sizes.streamed_bytes(kept)
+
+    @property
+    def device_weight_bytes(self) -> int:
+        """Weights on the device where the cache is offloaded, slabs for streamed ones included."""
+        kept = self.kept_layers(self.workload.rows)
+        return self.shape.weight_bytes if kept is None else self.weight_sizes.device_bytes(kept)
+
+    @property
+    def host_weight_bytes(self) -> int:
+        """Weights that host memory holds: those of all decoder layers, where some are streamed."""
+        return sum(self.weight_sizes.layers) if self.streamed_bytes else 0
+
+    def prefill_passes(self) -> int:
+        """Forwards of the prefill, in each of which streamed weights cross the link."""
+        rows = self.workload.rows
+        tokens = self._prefill_tokens(rows, self.kept_layers(rows))
+        return -(-self.workload.prompt_tokens // tokens)
+
+    def _prefill_tokens(self, rows: int, kept: int | None) -> int:
+        """Tokens of each sequence in one forward of the prefill, as the runtime has it."""
+        room = self._usable_with(kept) - uncapped_sizes(self._geometry(rows), self.config).fixed_device_bytes
+        prompt_tokens = self.workload.prompt_tokens
+        return prefill_chunk_tokens(self.shape, rows=rows, prompt_tokens=prompt_tokens, room_bytes=room)
+
     def has_room(self, rows: int) -> bool:
-        """Whether offloading `rows` sequences fits beside the weights, with the shortest parts of a prefill."""
+        """Whether offloading `rows` sequences fits beside the weights that stay, with the shortest parts of a prefill.
+
+        The host has to hold the weights, where some are streamed.
+        """
+        kept = self.kept_layers(rows)
+        return self._has_room(rows, kept) and (kept is None or self._host_cap_bytes() > 0)
+
+    def _has_room(self, rows: int, kept: int | None) -> bool:
         geometry = self._geometry(rows)
-        return self._least_bytes(geometry) <= self._left_by_prefill(rows, MIN_PREFILL_TOKENS)
+        return self._least_bytes(geometry) <= self._left_by_prefill(rows, MIN_PREFILL_TOKENS, kept)
 
     def _least_bytes(self, geometry: Geometry) -> int:
         return smallest_sizes(geometry, self.config, forms=planned_forms(self.config, geometry)).fixed_device_bytes
 
-    def _left_by_prefill(self, rows: int, tokens: int) -> int:
+    def _left_by_prefill(self, rows: int, tokens: int, kept: int | None) -> int:
         """Device memory beside weights and parts of a prefill with so many tokens of each of `rows` sequences."""
+        return self._usable_with(kept) - self._peak_bytes(rows, tokens)
+
+    def _peak_bytes(self, rows: int, tokens: int) -> int:
         tokens = min(tokens, self.workload.prompt_tokens)
-        return self._usable_bytes - prefill_peak_bytes(self.shape, num_tokens=rows * tokens, rows=rows)
+        return prefill_peak_bytes(self.shape, num_tokens=rows * tokens, rows=rows)
+
+    def _usable_with(self, kept: int | None) -> int:
+        """Device memory beside the weights of so many layers, and slabs for the others; None: of all."""
+        weight_bytes = self.shape.weight_bytes if kept is None else self.weight_sizes.device_bytes(kept)
+        return int(DEVICE_SHARE * (self.profile.device_memory_bytes - weight_bytes))
 
     @property
     def _usable_bytes(self) -> int:
-        return int(DEVICE_SHARE * (self.profile.device_memory_bytes - self.shape.weight_bytes))
+        """Without offloading."""
+        return self._usable_with(None)
 
     @property
     def _caps_device(self) -> bool:
@@ -281,20 +365,34 @@ class Task(NamedTuple):
 
     def _device_cap_bytes(self, geometry: Geometry) -> int | None:
         """What we may hold on the device, as the runtime has it; None for as little as works."""
-        rows, prompt_tokens = geometry.rows, self.workload.prompt_tokens
+        rows = geometry.rows
+        kept = self.kept_layers(rows)
         if not self.has_room(rows):
-            left = self._left_by_prefill(rows, MIN_PREFILL_TOKENS)
-            smaller = ", quantised weights or a smaller batch" if self.has_room(self.workload.num_beams) else ""
-            raise InfeasiblePlanError(
-                f"device memory: weights of {gb(self.shape.weight_bytes)} and the prefill leave "
-                f"{gb(left) if left > 0 else 'nothing'} of {gb(self.profile.device_memory_bytes)}, offloading takes at "
-                f"least {gb(self._least_bytes(geometry))}: use a larger device{smaller or ' or quantised weights'}"
-            )
+            raise self._no_room(geometry, kept)
         if not self._caps_device:
             return None
-        room = self._usable_bytes - uncapped_sizes(geometry, self.config).fixed_device_bytes
-        tokens = prefill_chunk_tokens(self.shape, rows=rows, prompt_tokens=prompt_tokens, room_bytes=room)
-        return self._capped(max(self._left_by_prefill(rows, tokens), self._least_bytes(geometry)))
+        left = self._left_by_prefill(rows, self._prefill_tokens(rows, kept), kept)
+        return self._capped(max(left, self._least_bytes(geometry)))
+
+    def _no_room(self, geometry: Geometry, kept: int | None) -> InfeasiblePlanError:
+        """Says which memory is too small, by how much, and what to do."""
+        rows, sizes = geometry.rows, self.weight_sizes
+        if kept is not None and self._host_cap_bytes() <= 0:
+            installed = self.profile.extra.get("host_memory_bytes", 0)
+            return InfeasiblePlanError(
+                f"host memory: weights of {gb(sizes.total)} do not fit on the device, and not in the host's "
+                f"{gb(installed)} either: use quantised weights or a larger machine"
+            )
+        left = self._left_by_prefill(rows, MIN_PREFILL_TOKENS, kept)
+        smaller = ", quantised weights or a smaller batch" if self.has_room(self.workload.num_beams) else ""
+        weights = (
+            gb(self.shape.weight_bytes) if kept is None else f"{gb(sizes.device_bytes(kept))} (others are streamed)"
+        )
+        return InfeasiblePlanError(
+            f"device memory: weights of {weights} and the prefill leave "
+            f"{gb(left) if left > 0 else 'nothing'} of {gb(self.profile.device_memory_bytes)}, offloading takes at "
+            f"least {gb(self._least_bytes(geometry))}: use a larger device{smaller or ' or quantised weights'}"
+        )
 
     def _host_cap_bytes(self) -> int:
         """The cap on host memory; a preset's host is unknown and taken as large enough."""
@@ -304,4 +402,5 @@ class Task(NamedTuple):
         if not isinstance(installed, int):
             return 2**62
         used = self.shape.weight_bytes if self.profile.emulated_link else 0  # the "device" is host memory there
+        used = max(used, 0 if self.kept_layers(self.workload.rows) is None else self.shape.weight_bytes)
         return max(0, int(HOST_SHARE * installed) - used)

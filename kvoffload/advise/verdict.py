@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from kvoffload.advise.comparison import WayFigures, compare_ways
+from kvoffload.advise.streaming import best_batch, quantised_way, streams_weights
 from kvoffload.advise.task import Task
 from kvoffload.advise.ways import LEAST_GAIN, best_of
 
@@ -21,7 +22,8 @@ Answer = Literal[
     "only way",  # offload: nothing else works, but planning gains nothing over full transfer
     "fits",  # no: run generate() as it is
     "parts",  # no: run the batch in parts, unless it must stay together
-    "weights",  # no: weights and the prefill leave no room, offloading a cache makes none
+    "stream",  # yes, with a batch that pays for it: weights do not fit, and cross the link in every forward
+    "weights",  # no: not even the least of the weights and the prefill leave room
     "nothing",  # no: it works in no way
 ]
 
@@ -33,6 +35,10 @@ class Verdict(NamedTuple):
     gain: float = 0.0  # of offloading over the best alternative, in tokens/s; 0 where it does not work
     gain_together: float = 0.0  # the same where the batch must stay together
     parts: int = 1  # of the batch, where it is run on the device in parts
+    tokens_per_s: float = 0.0  # of the workload, where weights are streamed
+    best_batch: int = 0  # with which these are close to the most there can be
+    best_tokens_per_s: float = 0.0
+    quantised_tokens_per_s: float = 0.0  # of the workload in 4-bit weights that fit; 0: they do not
     reason: str = ""  # where nothing works
 
 
@@ -40,7 +46,20 @@ def judge(task: Task) -> Verdict:
     """The verdict on `task`."""
     if not task.has_room(task.workload.num_beams):
         return Verdict("weights", reason="weights and the prefill leave no room on the device")
-    return of_rows(compare_ways(task))
+    rows = compare_ways(task)
+    found = of_rows(rows)
+    if found.answer not in ("faster", "only way") or not streams_weights(task):
+        return found
+    rate = max(row.tokens_per_s for row in rows if row.name in ("offload", "drafts"))
+    best = best_batch(task)
+    quantised = quantised_way(task)
+    return found._replace(
+        answer="stream",
+        tokens_per_s=rate,
+        best_batch=0 if best is None else best.batch,
+        best_tokens_per_s=0.0 if best is None else best.found.tokens_per_s,
+        quantised_tokens_per_s=0.0 if quantised is None else quantised.tokens_per_s,
+    )
 
 
 def of_rows(rows: tuple[WayFigures, ...]) -> Verdict:

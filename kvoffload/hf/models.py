@@ -61,8 +61,8 @@ def check_supported(model: Any) -> None:
     placed = set(map(str, getattr(model, "hf_device_map", {}).values()))
     if len(devices) > 1 or len(placed) > 1:
         raise UnsupportedModelError(
-            f"{name} is spread over {', '.join(sorted(devices | placed))}: load it on one device (device_map={{'': 0}}), "
-            "or whole into host memory (no device_map, or kvoffload.load(name, config)) with "
+            f"{name} is spread over {', '.join(sorted(devices | placed))}: load it on one device "
+            "(device_map={'': 0}), or whole into host memory (no device_map, or kvoffload.load(name, config)) with "
             "OffloadConfig(device='cuda'), which streams what does not fit"
         )
     if not _has_dynamic_cache(model):

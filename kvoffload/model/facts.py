@@ -130,6 +130,13 @@ class Facts:
         return (self.num_weights - quantized.num_weights) * self.itemsize_bytes + quantized.num_bytes
 
     @property
+    def layers_weight_bytes(self) -> int:
+        """Of these, bytes of the matrices of the decoder's layers, experts included; norms and biases left out."""
+        return min(
+            self.weight_bytes, round(sum(one.num_values * one.bits / 8 for one in self.matrices if one.part != "head"))
+        )
+
+    @property
     def linear_bits(self) -> float:
         """Mean bits of a weight of the decoder's matrices, which leaves out the head."""
         counts = [(one.num_values, one.bits) for one in self.matrices if one.part != "head"]

@@ -37,7 +37,9 @@ def shape_of_model(model: Any) -> ModelShape:
             f"{type(model).__name__} is an encoder-decoder; only decoder-only models are planned"
         )
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return dataclasses.replace(shape_of(facts_of_live(model)), weight_bytes=weight_bytes)
+    shape = shape_of(facts_of_live(model))
+    in_layers = round(shape.layers_weight_bytes * weight_bytes / max(1, shape.weight_bytes))
+    return dataclasses.replace(shape, weight_bytes=weight_bytes, layers_weight_bytes=in_layers)
 
 
 def facts_of_live(model: Any) -> Facts:

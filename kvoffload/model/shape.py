@@ -26,6 +26,7 @@ class ModelShape:
     kv_itemsize_bytes: int  # p_kv
     activation_itemsize_bytes: int  # p_x
     weight_bytes: int
+    layers_weight_bytes: int = 0  # of these, in decoder layers; 0: not known
     mlp_matrices: int = 2  # 3 where the MLP is gated
     dtype: str = ""  # of K and V; "": as their size says
     cached_values: int = 0  # of one token in one layer, where they are not 2 x num_kv_heads x head_dim; else 0
@@ -135,6 +136,7 @@ def shape_of(facts: Facts) -> ModelShape:
         activation_itemsize_bytes=facts.itemsize_bytes,
         dtype=facts.dtype,
         weight_bytes=facts.weight_bytes,
+        layers_weight_bytes=facts.layers_weight_bytes,
         mlp_matrices=facts.mlp_matrices,
         cached_values=0 if kv.values == 2 * heads * head_dim else kv.values,
         active_layer_weights=facts.active_layer_weights // num_layers,
