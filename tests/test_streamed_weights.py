@@ -70,6 +70,52 @@ def test_each_step_moves_each_streamed_layer_exactly_once(model: PreTrainedModel
     )
 
 
+def test_no_weights_travel_for_a_step_that_never_comes(model: PreTrainedModel) -> None:
+    for new_tokens in (1, 2, 5):
+        with Session(model, config(model, 1, split="transfer", device_gib=0.01), checking_backend()) as session:
+            model.generate(prompt(2, 20), max_new_tokens=new_tokens)
+            session.backend.synchronize()
+            carried = session.backend.link_use("h2d").copied_bytes
+            kept = sizes_of(model).layers[0]
+            assert carried == kept + new_tokens * 5 * sizes_of(model).slab
+
+
+def test_the_statistics_say_what_the_link_carried_also_where_a_chunk_is_timed() -> None:
+    model = streamable("opt")  # multi-head: "auto" times a chunk in the first forward
+    options = config(model, 1, split="auto", device_gib="min")
+    with Session(model, options, checking_backend()) as session:
+        model.generate(prompt(2, 40), max_new_tokens=6)
+        session.backend.synchronize()
+        assert session.stats is not None
+        kept = sizes_of(model).layers[0]
+        timed = session.backend.link_use("h2d").copied_bytes - kept - session.stats.h2d_bytes
+        assert timed == 0  # an emulated link is not timed, its speed is given
+
+
+def test_device_memory_is_what_was_planned_and_none_is_taken_in_a_step(model: PreTrainedModel) -> None:
+    backend, taken, forwards = checking_backend(), [], []
+
+    def counted(original: Any) -> Any:
+        def allocate(num_bytes: int) -> Any:
+            taken.append(num_bytes)
+            return original(num_bytes)
+
+        return allocate
+
+    backend.inner.allocate_device = counted(backend.inner.allocate_device)  # type: ignore[method-assign]
+    backend.inner.allocate_host = counted(backend.inner.allocate_host)  # type: ignore[method-assign]
+    model.register_forward_pre_hook(lambda *args: forwards.append(len(taken)))
+    with Session(model, config(model, 2, device_gib=0.001), backend) as session:
+        model.generate(prompt(2, 37), max_new_tokens=12)
+        assert len(set(forwards[1:])) == 1, "memory was taken in a decode step"
+        stats, sizes = session.stats, sizes_of(model)
+        assert stats is not None
+        slabs = [slab.bytes.numel() for slab in session.engine.weights._slabs]  # type: ignore[union-attr]
+        assert slabs == [sizes.slab] * 2
+        assert stats.device_weight_bytes == sum(slabs) + 2 * sizes.layers[0] == stats.plan.weight_device_bytes
+        assert stats.device_kv_peak_decode_bytes <= 1.02 * 0.001 * GIB
+
+
 def test_everything_on_the_device_changes_nothing(model: PreTrainedModel) -> None:
     for options in ({}, {"device_weights_gib": "all"}, {"device_weights_gib": 1.0}, {"device": "cpu"}):
         before = [(layer.forward, parameter.data_ptr()) for layer, parameter in _first(model)]

@@ -37,7 +37,9 @@ from kvoffload.planning.memory import (
     DEVICE_SHARE,
     HOST_SHARE,
     MIN_PREFILL_TOKENS,
+    PrefillParts,
     prefill_chunk_tokens,
+    prefill_parts,
     prefill_peak_bytes,
 )
 from kvoffload.planning.placement import PLAIN
@@ -287,7 +289,7 @@ class Task(NamedTuple):
         if self._has_room(rows, None):
             return None
         comfortable = uncapped_sizes(self._geometry(rows), self.config).fixed_device_bytes
-        left = self._usable_with(0) - comfortable - self._peak_bytes(rows, self._prefill_tokens(rows, 0))
+        left = self._usable_with(0) - comfortable - self._peak_bytes(rows, self._prefill_parts(rows, 0))
         resident = sizes.num_resident(sizes.device_bytes(0) + int(left / DEVICE_SHARE))
         return max(0, min(resident, len(sizes.layers) - 1))
 
@@ -311,14 +313,17 @@ class Task(NamedTuple):
     def prefill_passes(self) -> int:
         """Forwards of the prefill, in each of which streamed weights cross the link."""
         rows = self.workload.rows
-        tokens = self._prefill_tokens(rows, self.kept_layers(rows))
-        return -(-self.workload.prompt_tokens // tokens)
+        parts = self._prefill_parts(rows, self.kept_layers(rows))
+        return -(-self.workload.prompt_tokens // parts.tokens)
 
-    def _prefill_tokens(self, rows: int, kept: int | None) -> int:
-        """Tokens of each sequence in one forward of the prefill, as the runtime has it."""
+    def _prefill_parts(self, rows: int, kept: int | None) -> PrefillParts:
+        """In which parts a prompt goes through the model, as the runtime has it."""
         room = self._usable_with(kept) - uncapped_sizes(self._geometry(rows), self.config).fixed_device_bytes
         prompt_tokens = self.workload.prompt_tokens
-        return prefill_chunk_tokens(self.shape, rows=rows, prompt_tokens=prompt_tokens, room_bytes=room)
+        if kept is not None:
+            return prefill_parts(self.shape, rows=rows, prompt_tokens=prompt_tokens, room_bytes=room)
+        tokens = prefill_chunk_tokens(self.shape, rows=rows, prompt_tokens=prompt_tokens, room_bytes=room)
+        return PrefillParts(tokens, rows)
 
     def has_room(self, rows: int) -> bool:
         """Whether offloading `rows` sequences fits beside the weights that stay, with the shortest parts of a prefill.
@@ -330,18 +335,24 @@ class Task(NamedTuple):
 
     def _has_room(self, rows: int, kept: int | None) -> bool:
         geometry = self._geometry(rows)
-        return self._least_bytes(geometry) <= self._left_by_prefill(rows, MIN_PREFILL_TOKENS, kept)
+        return self._least_bytes(geometry) <= self._left_by_prefill(rows, self._shortest_parts(rows, kept), kept)
 
     def _least_bytes(self, geometry: Geometry) -> int:
         return smallest_sizes(geometry, self.config, forms=planned_forms(self.config, geometry)).fixed_device_bytes
 
-    def _left_by_prefill(self, rows: int, tokens: int, kept: int | None) -> int:
-        """Device memory beside weights and parts of a prefill with so many tokens of each of `rows` sequences."""
-        return self._usable_with(kept) - self._peak_bytes(rows, tokens)
+    def _shortest_parts(self, rows: int, kept: int | None) -> PrefillParts:
+        tokens = min(MIN_PREFILL_TOKENS, self.workload.prompt_tokens)
+        if kept is None:
+            return PrefillParts(tokens, rows)
+        return prefill_parts(self.shape, rows=rows, prompt_tokens=tokens, room_bytes=0)
 
-    def _peak_bytes(self, rows: int, tokens: int) -> int:
-        tokens = min(tokens, self.workload.prompt_tokens)
-        return prefill_peak_bytes(self.shape, num_tokens=rows * tokens, rows=rows)
+    def _left_by_prefill(self, rows: int, parts: PrefillParts, kept: int | None) -> int:
+        """Device memory beside weights and such parts of a prefill of `rows` sequences."""
+        return self._usable_with(kept) - self._peak_bytes(rows, parts)
+
+    def _peak_bytes(self, rows: int, parts: PrefillParts) -> int:
+        num_tokens = rows * min(parts.tokens, self.workload.prompt_tokens)
+        return prefill_peak_bytes(self.shape, num_tokens=num_tokens, rows=rows, rows_at_once=parts.rows)
 
     def _usable_with(self, kept: int | None) -> int:
         """Device memory beside the weights of so many layers, and slabs for the others; None: of all."""
@@ -371,7 +382,7 @@ class Task(NamedTuple):
             raise self._no_room(geometry, kept)
         if not self._caps_device:
             return None
-        left = self._left_by_prefill(rows, self._prefill_tokens(rows, kept), kept)
+        left = self._left_by_prefill(rows, self._prefill_parts(rows, kept), kept)
         return self._capped(max(left, self._least_bytes(geometry)))
 
     def _no_room(self, geometry: Geometry, kept: int | None) -> InfeasiblePlanError:
@@ -383,7 +394,7 @@ class Task(NamedTuple):
                 f"host memory: weights of {gb(sizes.total)} do not fit on the device, and not in the host's "
                 f"{gb(installed)} either: use quantised weights or a larger machine"
             )
-        left = self._left_by_prefill(rows, MIN_PREFILL_TOKENS, kept)
+        left = self._left_by_prefill(rows, self._shortest_parts(rows, kept), kept)
         smaller = ", quantised weights or a smaller batch" if self.has_room(self.workload.num_beams) else ""
         weights = (
             gb(self.shape.weight_bytes) if kept is None else f"{gb(sizes.device_bytes(kept))} (others are streamed)"

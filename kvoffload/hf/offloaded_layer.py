@@ -54,6 +54,8 @@ class OffloadedLayer(CacheLayerMixin):
         self._embeddings: tuple[torch.Tensor, ...] | None = ()  # None: of a kind that cannot be stored
         self._mask: Any = None  # that the attention module was called with
         self._is_in_module = False
+        self._slices: list[_Update] | None = None  # of a forward whose rows come in slices
+        self._slice_rows = 0  # of all of these together
         self._generation = 0  # number of the `generate()` that cached the newest tokens
         self._pending: _Update | None = None  # to be cached once its attention has run
         self._was_attended: Literal["", "without", "with cached tokens"] = ""  # in this forward
@@ -143,7 +145,7 @@ class OffloadedLayer(CacheLayerMixin):
         """Cache new tokens and return all of K and V, [rows, heads, tokens, head_dim]."""
         owner, core = self._owner(), self.core
         assert owner is not None
-        owner.claim(key_states.shape[0])
+        owner.claim(key_states.shape[0] if self._slices is None else self._slice_rows)
         if torch.is_grad_enabled() and key_states.requires_grad:
             raise UnsupportedModelError("gradients do not flow through an offloaded cache: use torch.no_grad()")
         activation, self._activation = self._activation, None
@@ -152,6 +154,9 @@ class OffloadedLayer(CacheLayerMixin):
         update = _Update(key_states, value_states, activation)
         if self._is_in_module and owner.offers_segments and (core.shape is None or core.is_segmented):
             self._pending = update
+            return key_states, value_states
+        if self._slices is not None:
+            self._collect(update, is_segmented=False)
             return key_states, value_states
         with torch.no_grad():
             self._prepare(update, is_segmented=False)
@@ -216,6 +221,9 @@ class OffloadedLayer(CacheLayerMixin):
                 is_segmented = untouched and is_known and _is_mask(mask, given_mask)
                 if not is_segmented and not asks_for_own_attention(module, kwargs, query.device):
                     owner.warn_whole_layer(module)
+                if self._slices is not None:
+                    self._collect(update, is_segmented=is_segmented)
+                    return output
                 self._prepare(update, is_segmented=is_segmented)
             elif not untouched or not _covers(mask, core.num_tokens + key.shape[2]):
                 raise UnsupportedModelError(
@@ -224,6 +232,9 @@ class OffloadedLayer(CacheLayerMixin):
                 )
             elif not core.num_tokens:
                 output = original(module, query, key, value, mask, **kwargs)
+                if self._slices is not None:
+                    self._collect(update, is_segmented=core.is_segmented)
+                    return output
                 self._prepare(update, is_segmented=core.is_segmented)
             else:
                 self._prepare(update, is_segmented=core.is_segmented)
@@ -248,6 +259,37 @@ class OffloadedLayer(CacheLayerMixin):
             cached_tokens=self.core.num_tokens,
         )
 
+    # ---- rows in slices ----------------------------------------------------------------------------------------------
+
+    def begin_slices(self, rows: int) -> None:
+        """The module is called several times in this forward, each time for the next of so many rows."""
+        self._slices, self._slice_rows = [], rows
+
+    def end_slices(self) -> None:
+        """That is over; what was collected of an incomplete forward is lost."""
+        self._slices, self._slice_rows = None, 0
+
+    def _collect(self, update: _Update, *, is_segmented: bool) -> None:
+        """Keep a slice; with the last one all rows are cached."""
+        assert self._slices is not None
+        if not self._slices:
+            self._slice_embeddings: list[tuple[torch.Tensor, ...] | None] = []
+            self._slices_are_segmented = True
+        self._slices.append(update)
+        self._slice_embeddings.append(self._embeddings)
+        self._slices_are_segmented &= is_segmented
+        if sum(one.keys.shape[0] for one in self._slices) < self._slice_rows:
+            return
+        whole = _Update(
+            torch.cat([one.keys for one in self._slices]),
+            torch.cat([one.values for one in self._slices]),
+            None if update.activation is None else torch.cat([one.activation for one in self._slices]),  # type: ignore[misc]
+        )
+        self._embeddings = _of_all_rows(self._slice_embeddings, whole.keys.shape[0])
+        with torch.no_grad():
+            self._prepare(whole, is_segmented=self._slices_are_segmented)
+            self._append(whole)
+
     def finish(self) -> None:
         """The attention module is done: cache what its own attention did not come to us for, free the layer buffer."""
         self._is_in_module = False
@@ -258,9 +300,12 @@ class OffloadedLayer(CacheLayerMixin):
                     f"layer {self.core.position} attended without its cached tokens; "
                     "use OffloadConfig(attention='whole_layer')"
                 )
-            with torch.no_grad():
-                self._prepare(update, is_segmented=False)
-                self._append(update)
+            if self._slices is not None:
+                self._collect(update, is_segmented=False)
+            else:
+                with torch.no_grad():
+                    self._prepare(update, is_segmented=False)
+                    self._append(update)
         self.core.cache.engine.finish_current()
 
     def abandon(self) -> None:
@@ -353,6 +398,17 @@ class OffloadedLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Nothing: the engine does that."""
+
+
+def _of_all_rows(slices: list[tuple[torch.Tensor, ...] | None], rows: int) -> tuple[torch.Tensor, ...] | None:
+    """Position embeddings of all rows, where each slice has those of its own or the same."""
+    if any(one is None for one in slices):
+        return None
+    found = [one for one in slices if one is not None]
+    return tuple(
+        parts[0] if parts[0].shape[0] == 1 else torch.cat(parts)[:rows]
+        for parts in (list(same) for same in zip(*found, strict=True))
+    )
 
 
 def _is_mask(mask: Any, given: Any) -> bool:

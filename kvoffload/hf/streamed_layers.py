@@ -8,6 +8,7 @@ layer is the unit, as models read weights inside one without calling the module 
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from kvoffload.errors import KVOffloadError
+from kvoffload.hf.row_slices import through_in_slices
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.store.layer_weights import LayerWeights
 
@@ -28,6 +30,9 @@ class StreamedLayers:
         layers: the modules.
         weights: of each.
         is_compiled: whether the model's forward is; ours then runs between its graphs.
+
+    Attributes:
+        rows_per_slice: rows that pass a layer at once in a prefill; None: all of them.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class StreamedLayers:
     ) -> None:
         self._engine = engine
         self._layers = tuple(layers)
+        self.rows_per_slice: int | None = None
         self._thread: int | None = None  # in the forward of a layer
         self._current: LayerWeights | None = None  # of which layer
         self._before = [vars(layer).get("forward") for layer in layers]
@@ -55,12 +61,19 @@ class StreamedLayers:
                 vars(layer)["forward"] = before
 
     def _standing_in(self, original: Any, weights: LayerWeights) -> Any:
+        names = list(inspect.signature(original).parameters)
+
+        def pass_through(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self.rows_per_slice is None:
+                return original(*args, **kwargs)
+            return through_in_slices(original, names, weights.layer_idx, self.rows_per_slice, args, kwargs)
+
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if weights.is_resident:
-                return original(*args, **kwargs)
+                return pass_through(args, kwargs)
             with Present(self, weights), torch.no_grad():
-                return original(*args, **kwargs)
+                return pass_through(args, kwargs)
 
         return forward
 

@@ -19,6 +19,7 @@ ring and the two layer buffers.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -100,6 +101,7 @@ class TransferEngine:
         self._next_position = 0
         self._gap: object | None = None  # the span from a step's last attention to the next one's first
         self.last_h2d: Event | None = None
+        self._in_forward: Callable[[], CacheSource | None] = lambda: None  # a weak reference
         self.weights: WeightStream | None = None  # which share the link with chunks
         self.weight_device_bytes = 0  # of layers that stay, and slabs
         self.layer_indices: Sequence[int] = ()  # in the decoder, of the offloaded layers; asked for beside weights
@@ -272,6 +274,10 @@ class TransferEngine:
         """A layer's weights in device memory of their own, uint8."""
         return brought(self.backend, layer)
 
+    def note_forward(self, cache: CacheSource) -> None:
+        """A forward begins with that cache, which says whether another will follow."""
+        self._in_forward = weakref.ref(cache)
+
     def begin_weights(self, layer: WeightSource) -> torch.Tensor:
         """A decoder layer begins whose weights are streamed: these, uint8 on the device, valid until `end_weights`."""
         assert self.weights is not None
@@ -309,12 +315,16 @@ class TransferEngine:
             if self.weights is not None:
                 layer_idx = None if job is None else self.layer_indices[job.layer.position]
                 fraction = 0.0 if job is None else len(job.ready) / len(job.cargo)
-                goes_on = self._cache is None or self._cache.sources[0].goes_on
-                if self.weights.goes_first(layer_idx, fraction, goes_on=goes_on):
+                if self.weights.goes_first(layer_idx, fraction, goes_on=self._goes_on()):
                     self.weights.issue()
                     continue
             if job is None or not self._issue(job):
                 return
+
+    def _goes_on(self) -> bool:
+        """Whether another forward is expected to follow the one that was begun last."""
+        cache = self._in_forward()
+        return cache is None or cache.sources[0].goes_on
 
     def _next_job(self) -> Job[Cargo] | None:
         """The first that has cargo to issue, begun ahead of need where that is possible; None where there is none."""

@@ -124,10 +124,17 @@ class CachePlans:
         self.lay_out_as_before(cache, rows, 1, num_tokens, max_tokens, lives_on=lives_on, drafts=before.drafts)
 
     def prefill_chunk_tokens(self, cache: hf.OffloadedHFCache, prompt_tokens: int) -> int | None:
-        """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole."""
+        """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole.
+
+        From then on as many rows of a prefill pass a layer with streamed weights at once as fit as well.
+        """
         geometry = self._plans[cache].geometry
         held_bytes, _ = self._device_bytes(cache)
-        return self._planner.limits.prefill_chunk_tokens(geometry, prompt_tokens, held_bytes)
+        parts = self._planner.limits.prefill_parts(geometry, prompt_tokens, held_bytes)
+        if parts is None:
+            return None
+        self.weights.slice_rows(parts.rows)
+        return None if parts.tokens == prompt_tokens else parts.tokens
 
     def prolong(self, cache: hf.OffloadedHFCache, prompt_tokens: int, max_tokens: int, *, drafts: bool = False) -> None:
         """A further turn begins: plan it anew, with what is stored.

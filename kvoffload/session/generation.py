@@ -115,9 +115,13 @@ class Generation:
         self.cache = cache
         self._recomputed_before = cache.core.recomputed_tokens
 
-    def restart_link(self) -> None:
-        """Leave out what the link has carried so far."""
-        self._start = self._start._replace(h2d=self._backend.link_use("h2d"))
+    def leave_out(self, copied: LinkUse) -> None:
+        """What the link has carried to time something is not this generation's."""
+        start = self._start.h2d
+        without = LinkUse(
+            start.copied_bytes + copied.copied_bytes, start.busy_s + copied.busy_s, start.copies + copied.copies
+        )
+        self._start = self._start._replace(h2d=without)
 
     @property
     def _setup_in_forward_s(self) -> float:

@@ -26,6 +26,7 @@ from dataclasses import replace
 import torch
 
 from kvoffload.backend import Backend, DeviceClock, Stretch
+from kvoffload.backend.base import LinkUse
 from kvoffload.backend.clock import LEAST_CALLS
 from kvoffload.kernels import ops
 from kvoffload.model.shape import ModelShape
@@ -50,6 +51,7 @@ class MeasuredRates:
         self.attention_s_per_row_token: float | None = None
         self.h2d_bytes_per_s: float | None = None
         self.gap_s: float | None = None
+        self.copied = LinkUse(0, 0.0, 0)  # to time a chunk, to the device
         self._was_timed = False
 
     def take(
@@ -81,6 +83,11 @@ class MeasuredRates:
             rates = replace(rates, h2d_bytes_per_s=dict.fromkeys(rates.h2d_bytes_per_s, self.h2d_bytes_per_s))
         return rates
 
+    def take_copied(self) -> LinkUse:
+        """What the link carried to the device for timing since the last call."""
+        copied, self.copied = self.copied, LinkUse(0, 0.0, 0)
+        return copied
+
     def time_chunk(
         self,
         backend: Backend,
@@ -107,6 +114,7 @@ class MeasuredRates:
         tokens = sizes.block_tokens * sizes.chunk_blocks
         row_tokens = tokens * geometry.rows
         backend.synchronize()  # what is timed runs alone, in a layer buffer that nothing else uses
+        before = backend.link_use("h2d")
         clock, chunks = DeviceClock(backend.device), _kv_chunks(backend, shape, geometry, sizes, ring())
         # What is computed counts as slow as four of five trials find it, not as the median: recomputing a little too
         # much costs several times what recomputing a little too little does.
@@ -119,6 +127,8 @@ class MeasuredRates:
             None if backend.emulated else _time_link(backend, chunks),
             None if attention_s is None else attention_s / row_tokens,
         )
+        backend.synchronize()
+        self.copied = backend.link_use("h2d").since(before)
 
 
 def _kv_chunks(

@@ -17,7 +17,14 @@ from kvoffload.model.shape import ModelShape
 from kvoffload.planning.forms import FORMS
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
-from kvoffload.planning.memory import DEVICE_SHARE, HOST_SHARE, prefill_chunk_tokens, prefill_peak_bytes
+from kvoffload.planning.memory import (
+    DEVICE_SHARE,
+    HOST_SHARE,
+    PrefillParts,
+    prefill_chunk_tokens,
+    prefill_parts,
+    prefill_peak_bytes,
+)
 from kvoffload.planning.sizing import planned_forms, smallest_sizes, uncapped_sizes
 from kvoffload.units import counted, gib
 
@@ -64,21 +71,25 @@ class MemoryLimits:
         if setting != "auto":
             cap = int(float(setting) * GIB)
             return max(cap - others_bytes, min(cap, least))
-        tokens = self.prefill_chunk_tokens(geometry, prompt_tokens, held_bytes) or prompt_tokens
-        room = self._free_device_bytes(held_bytes) - self._prefill_peak_bytes(geometry, tokens)
+        parts = self.prefill_parts(geometry, prompt_tokens, held_bytes) or PrefillParts(prompt_tokens, geometry.rows)
+        room = self._free_device_bytes(held_bytes) - self._prefill_peak_bytes(geometry, parts.tokens, parts.rows)
         return max(room, least)
 
-    def prefill_chunk_tokens(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> int | None:
-        """How long a prefill chunk may be so that the prompt fits on the device; None if it fits whole.
+    def prefill_parts(self, geometry: Geometry, prompt_tokens: int, held_bytes: int) -> PrefillParts | None:
+        """In which parts the prompt fits on the device; None where nothing is known to decide by.
+
+        With streamed weights in few passes over these, rows in slices; else in parts of as many tokens as fit.
 
         Args: as of `device_cap_bytes`.
         """
         if self._backend.emulated or self._config.device_gib != "auto":
             return None
-        sizes = uncapped_sizes(geometry, self._config)
+        sizes, rows = uncapped_sizes(geometry, self._config), geometry.rows
         room = self._free_device_bytes(held_bytes) - sizes.fixed_device_bytes
-        tokens = prefill_chunk_tokens(self._shape, rows=geometry.rows, prompt_tokens=prompt_tokens, room_bytes=room)
-        return None if tokens == prompt_tokens else tokens
+        if geometry.weight_bytes:
+            return prefill_parts(self._shape, rows=rows, prompt_tokens=prompt_tokens, room_bytes=room)
+        tokens = prefill_chunk_tokens(self._shape, rows=rows, prompt_tokens=prompt_tokens, room_bytes=room)
+        return PrefillParts(tokens, rows)
 
     def weights_room_bytes(self, geometry: Geometry, prompt_tokens: int, held_bytes: int, weights_bytes: int) -> int:
         """Device memory that the weights of decoder layers may take, as the cache leaves it with comfortable buffers.
@@ -94,8 +105,8 @@ class MemoryLimits:
         if self._config.device_gib not in ("auto", "min"):
             cache_bytes = max(cache_bytes, int(float(self._config.device_gib) * GIB))
         room = self._free_device_bytes(held_bytes) + weights_bytes - cache_bytes
-        tokens = prefill_chunk_tokens(self._shape, rows=geometry.rows, prompt_tokens=prompt_tokens, room_bytes=room)
-        return room - self._prefill_peak_bytes(geometry, tokens)
+        parts = prefill_parts(self._shape, rows=geometry.rows, prompt_tokens=prompt_tokens, room_bytes=room)
+        return room - self._prefill_peak_bytes(geometry, parts.tokens, parts.rows)
 
     def _free_device_bytes(self, held_bytes: int) -> int:
         """What may be taken on the device: free in the driver's eyes, cached by PyTorch, or held by the session.
@@ -108,8 +119,9 @@ class MemoryLimits:
         allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
         return int(DEVICE_SHARE * min(free + reserved - allocated, allowed - allocated)) + held_bytes
 
-    def _prefill_peak_bytes(self, geometry: Geometry, tokens: int) -> int:
-        return prefill_peak_bytes(self._shape, num_tokens=geometry.rows * tokens, rows=geometry.rows)
+    def _prefill_peak_bytes(self, geometry: Geometry, tokens: int, at_once: int) -> int:
+        rows = geometry.rows
+        return prefill_peak_bytes(self._shape, num_tokens=rows * tokens, rows=rows, rows_at_once=at_once)
 
     # ---- host ----------------------------------------------------------------------------------------------------
 

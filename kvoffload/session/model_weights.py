@@ -305,3 +305,8 @@ class ModelWeights:
         """
         for layer in self._layers:
             layer.absorb()
+
+    def slice_rows(self, rows: int | None) -> None:
+        """From now on so many rows of a prefill pass a layer at once; None: all."""
+        if self._streamed is not None:
+            self._streamed.rows_per_slice = rows

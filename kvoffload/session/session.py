@@ -245,7 +245,7 @@ class Session:
         """A layer got its first tokens and stores them next: settle its forms; with the first layer also the plan."""
         was_measured = self._plans.settle(cache, position, first, self._calls.prompt_tokens)
         if was_measured and self._calls.current is not None:
-            self._calls.current.restart_link()  # what was measured was not for this generation
+            self._calls.current.leave_out(self.planner.measured.take_copied())
 
     def use_whole_layers(self, cache: hf.OffloadedHFCache) -> None:
         """A layer of a cache that was planned without layer buffers needs them."""
@@ -273,6 +273,7 @@ class Session:
 
     def _before_forward(self, cache: hf.OffloadedHFCache) -> None:
         """A forward of the model begins, with a cache of ours."""
+        self.engine.note_forward(cache.core)
         self._calls.before_forward(cache)
 
     def _before_layers(self) -> None:

@@ -1,0 +1,139 @@
+"""Rows of a prefill pass a layer in slices while its weights are there: the same tokens, caches and bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from configs import CONFIGS
+from matrix import checking_backend, distance
+from modes import KINDS, Shape, given, outcome, plain_cache, prompt
+from streaming import config, streamable, weights_as_before
+from torch import nn
+
+from kvoffload.hf.row_slices import through_in_slices
+from kvoffload.model.model_shape import model_shape
+from kvoffload.planning.memory import MIN_PREFILL_TOKENS, prefill_parts, prefill_peak_bytes
+from kvoffload.session.session import Session
+
+
+def sliced(session: Session, rows: int) -> None:
+    """From now on so many rows pass a layer at once."""
+    session._weights.slice_rows(rows)
+
+
+def watched(model: Any, name: str) -> list[tuple[int, ...]]:
+    """The shapes that a part of the second layer is called with."""
+    seen: list[tuple[int, ...]] = []
+    layers: Any = next(one for one in model.modules() if isinstance(one, nn.ModuleList))
+    part = getattr(layers[1], name)
+    part.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    return seen
+
+
+@pytest.mark.parametrize("split", ["transfer", "recompute", 0.5])
+@pytest.mark.parametrize("mode", ["greedy", "left_padding", "beams", "multi_turn", "return_sequences"])
+@pytest.mark.parametrize("kind", ["llama", "opt", "qwen3", "mixtral", "phi3"])
+def test_tokens_and_logits_are_those_of_plain_generate(kind: str, mode: str, split: Any) -> None:
+    model, way = streamable(kind), KINDS[mode](Shape(rows=5, prompt_tokens=36))
+    wanted = outcome(way.run(model, lambda: plain_cache(model)))
+    with weights_as_before(model), Session(model, config(model, 1, split=split), checking_backend()) as session:
+        sliced(session, 2)
+        found = outcome(way.run(model, session.new_cache))
+        assert session.stats is not None
+        assert session.stats.weight_bytes % session.stats.plan.weight_bytes_per_step == 0
+    assert distance(found, wanted) <= 1e-5
+
+
+def test_a_prefill_passes_in_slices_and_a_step_at_once() -> None:
+    model = streamable("llama")
+    seen = watched(model, "mlp")
+    with Session(model, config(model, 0), checking_backend()) as session:
+        sliced(session, 2)
+        model.generate(prompt(5, 20), max_new_tokens=3)
+        assert session.stats is not None
+        assert session.stats.weight_bytes == 3 * session.stats.plan.weight_bytes_per_step  # the prefill in one pass
+    assert seen == [(2, 20, 48), (2, 20, 48), (1, 20, 48), (5, 1, 48), (5, 1, 48)]
+
+
+def test_layers_that_hold_something_else_pass_whole() -> None:
+    for kind in ("gemma3_text", "lfm2"):  # a window, a convolution
+        model = streamable(kind)
+        wanted = model.generate(prompt(5, 40), max_new_tokens=6)
+        with Session(model, config(model, 0), checking_backend()) as session:
+            sliced(session, 2)
+            assert torch.equal(model.generate(prompt(5, 40), max_new_tokens=6), wanted)
+
+
+def test_attention_that_is_not_ours_takes_slices_too() -> None:
+    model = streamable("llama")
+    wanted = model.generate(prompt(5, 30), max_new_tokens=6)
+    with Session(model, config(model, 0, attention="whole_layer"), checking_backend()) as session:
+        sliced(session, 3)
+        assert torch.equal(model.generate(prompt(5, 30), max_new_tokens=6), wanted)
+
+
+def test_an_error_between_two_slices_leaves_the_model_usable() -> None:
+    model, calls = streamable("llama"), 0
+
+    def interrupt(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+
+    wanted = model.generate(prompt(5, 20), max_new_tokens=3)
+    layers: Any = model.model.layers  # type: ignore[union-attr]
+    with Session(model, config(model, 0), checking_backend()) as session:
+        sliced(session, 2)
+        handle = layers[1].mlp.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(prompt(5, 20), max_new_tokens=3)
+        handle.remove()
+        assert torch.equal(model.generate(prompt(5, 20), max_new_tokens=3), wanted)
+
+
+def test_arguments_whose_rows_are_not_known_are_not_cut() -> None:
+    model = streamable("llama")
+    with Session(model, config(model, 0), checking_backend()) as session:
+        cache, seen = session.new_cache(), []
+
+        def forward(hidden_states: torch.Tensor, bias: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            seen.append((tuple(hidden_states.shape), tuple(bias.shape)))
+            return hidden_states
+
+        hidden = torch.zeros(4, 6, 48)
+        for bias in (torch.zeros(8, 1, 6), torch.zeros(4, 1, 6, 6), torch.zeros(1, 1, 6, 6), torch.zeros(6)):
+            kwargs = {"hidden_states": hidden, "bias": bias, **given(cache)}
+            found = through_in_slices(forward, ["hidden_states", "bias"], 0, 2, (), kwargs)
+            assert found.shape == hidden.shape
+        square = {"hidden_states": torch.zeros(4, 4, 48), "bias": torch.zeros(4, 4), **given(cache)}
+        through_in_slices(forward, ["hidden_states", "bias"], 0, 2, (), square)
+    assert seen == [
+        ((4, 6, 48), (8, 1, 6)),  # rows and heads in one
+        *[((2, 6, 48), (2, 1, 6, 6))] * 2,
+        *[((2, 6, 48), (1, 1, 6, 6))] * 2,
+        *[((2, 6, 48), (6,))] * 2,
+        ((4, 4, 48), (4, 4)),  # rows or tokens
+    ]
+
+
+def test_a_prefill_has_the_fewest_passes_that_fit_with_slices_that_keep_the_device_busy() -> None:
+    shape = model_shape(CONFIGS / "llama-3.1-8b.json")
+
+    def peak(tokens: int, at_once: int) -> int:
+        return prefill_peak_bytes(shape, num_tokens=32 * tokens, rows=32, rows_at_once=at_once)
+
+    assert 1.4 * peak(512, 8) < peak(512, 32) == prefill_peak_bytes(shape, num_tokens=32 * 512, rows=32)
+    for room, wanted in (
+        (peak(512, 8), (512, 8)),
+        (peak(512, 8) - 1, (256, 16)),
+        (peak(128, 32), (128, 32)),
+        (0, (MIN_PREFILL_TOKENS, 32)),
+    ):
+        assert prefill_parts(shape, rows=32, prompt_tokens=512, room_bytes=room) == wanted
+    assert prefill_parts(shape, rows=2, prompt_tokens=512, room_bytes=2**40) == (512, 2)  # nothing is saved
+    sliding = dataclasses.replace(shape, num_offloaded_layers=8)
+    assert prefill_parts(sliding, rows=32, prompt_tokens=512, room_bytes=2**40) == (512, 32)
