@@ -93,8 +93,12 @@ def load(path: Path) -> list[Row]:
     return found
 
 
-def check(path: Path) -> None:
+def check(path: Path, option: str = "--csv") -> None:
     """Whether rows can be added to a file, before they are measured; its folder is made if there is none.
+
+    Args:
+        path: the file.
+        option: of the script that names it.
 
     Raises:
         ConfigError: the file is of another schema, or cannot be replaced.
@@ -104,7 +108,7 @@ def check(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise ConfigError(f"cannot add rows to {path}: {error.strerror}; choose another file with --csv") from error
+        raise ConfigError(f"cannot add rows to {path}: {error.strerror}; choose another file with {option}") from error
 
 
 def save(path: Path, new: Sequence[Row]) -> None:
