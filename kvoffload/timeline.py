@@ -3,7 +3,8 @@
 Owns the lanes, the cut into decode steps, and the rest of a step that is nobody's. Does not own the clock: a
 simulation (`simulation`) gives planned times, a backend that records (`Backend.start_recording`) measured ones.
 
-    h2d, d2h    copies over the link
+    h2d, d2h    copies over the link, of the cache
+    weights     copies to the device of decoder layers' weights, over the same link as h2d
     recompute   K and V from activations
     attention   over chunks, the tail and the new tokens; the model's own function where that runs instead
     dense       the rest: projections, MLP, head, sampling; measured, it is what the other lanes of compute leave of a
@@ -20,10 +21,21 @@ from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 Lane = Literal[
-    "h2d", "d2h", "recompute", "attention", "dense", "draft", "verification", "wait", "prefill", "step", "end"
+    "h2d",
+    "d2h",
+    "weights",
+    "recompute",
+    "attention",
+    "dense",
+    "draft",
+    "verification",
+    "wait",
+    "prefill",
+    "step",
+    "end",
 ]
 # in the order people read them
-LANES: tuple[Lane, ...] = ("h2d", "draft", "verification", "recompute", "attention", "dense", "wait", "d2h")
+LANES: tuple[Lane, ...] = ("h2d", "weights", "draft", "verification", "recompute", "attention", "dense", "wait", "d2h")
 COMPUTE: frozenset[Lane] = frozenset({"recompute", "attention", "dense", "wait"})
 _MARKS: frozenset[Lane] = frozenset({"prefill", "step", "end"})
 

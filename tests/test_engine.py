@@ -230,10 +230,12 @@ def one_then_another(model: PreTrainedModel, new_cache: Callable[[], Any] | None
 class Sequential(CheckingBackend):
     """Without overlap no copy to the device may start before all compute issued so far has ended."""
 
-    def copy_to_device(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Any]) -> CheckedEvent:
+    def copy_to_device(
+        self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Any], *, lane: Any = "h2d"
+    ) -> CheckedEvent:
         known = max((event.clock["compute"] for event in after), default=0)
         assert known == self._clocks["compute"]["compute"], "a copy overlaps compute"
-        return super().copy_to_device(dst, src, after)
+        return super().copy_to_device(dst, src, after, lane=lane)
 
 
 def sequential() -> CheckingBackend:

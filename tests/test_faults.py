@@ -176,9 +176,9 @@ class FaultyBackend(EmulatedBackend):
         self._count("allocate_device")
         return super().allocate_device(num_bytes)
 
-    def copy_to_device(self, dst: Any, src: Any, after: Any) -> Any:
+    def copy_to_device(self, dst: Any, src: Any, after: Any, *, lane: Any = "h2d") -> Any:
         self._count("copy_to_device")
-        return super().copy_to_device(dst, src, after)
+        return super().copy_to_device(dst, src, after, lane=lane)
 
     def copy_to_host(self, dst: Any, src: Any, after: Any) -> Any:
         self._count("copy_to_host")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from matrix import FAST_LINK, checking_backend, pairwise
+from matrix import FAST_LINK, checking_backend, pairwise, profile
 from modes import KINDS, Shape, given, prompt
 from streaming import (
     FACTORS,
@@ -27,6 +29,9 @@ from transformers import PreTrainedModel
 import kvoffload
 from kvoffload import ConfigError, EmulatedLink, KVOffloadError, OffloadConfig
 from kvoffload.config import GIB
+from kvoffload.machine.quantities import Curve, Point
+from kvoffload.model.model_shape import model_shape
+from kvoffload.planning.rates import rates_from_profile
 from kvoffload.session.session import Session
 
 CELLS = pairwise(FACTORS, Cell)
@@ -171,6 +176,64 @@ def test_weights_that_change_between_calls_are_seen(model: PreTrainedModel) -> N
         found = mode.run(model, session.new_cache)
     wanted = mode.run(model, None)
     assert torch.equal(found[0].sequences, wanted[0].sequences)
+
+
+def test_the_timeline_shows_weights_in_a_lane_of_their_own(model: PreTrainedModel) -> None:
+    with Session(model, config(model, 1, split="transfer", device_gib="min"), checking_backend()) as session:
+        session.record_timeline()
+        model.generate(prompt(2, 37), max_new_tokens=8)
+        found = session.timeline()
+        assert session.stats is not None
+        weights = found.lane("weights")
+        assert sum(span.num_bytes for span in weights) == session.stats.weight_bytes
+        assert sum(span.num_bytes for span in found.lane("h2d")) == session.stats.h2d_bytes - session.stats.weight_bytes
+        link = sorted([*weights, *found.lane("h2d")], key=lambda span: span.start_s)
+        assert all(one.end_s <= other.start_s + 1e-9 for one, other in itertools.pairwise(link)), "one link, one order"
+
+
+def test_chunks_of_a_layer_and_weights_of_the_next_travel_mixed() -> None:
+    model = streamable("llama")
+    options = config(model, 0, split="transfer", device_gib="min", chunk_blocks=1, slots=3)
+    backend, order = checking_backend(), []
+    original = backend.inner.copy_to_device
+
+    def noted(dst: Any, src: Any, after: Any, *, lane: Any = "h2d") -> Any:
+        order.append(lane)
+        return original(dst, src, after, lane=lane)
+
+    backend.inner.copy_to_device = noted  # type: ignore[method-assign]
+    with Session(model, options, backend) as session:
+        session.engine.weights._piece_bytes = 4096  # type: ignore[union-attr]
+        model.generate(prompt(2, 61), max_new_tokens=6)
+    half = order[len(order) // 2 : -20]  # decode steps; behind the last layer's chunks come no weights
+    runs = [len(list(group)) for _, group in itertools.groupby(half)]
+    assert {"h2d", "weights"} == set(half)
+    assert max(runs) <= 4, "neither keeps the link to itself"
+
+
+def test_weights_that_cannot_be_pinned_are_planned_at_the_rate_of_pageable_memory() -> None:
+    machine = profile()
+    slow = Curve(unit="bytes", points=tuple(Point((size,), size / 0.5e9, 0.0) for size in (1e3, 1e9)))
+    measured = replace(machine, curves={**machine.curves, "h2d_pageable": slow})
+    shape = model_shape(streamable("llama").config)
+    for is_pinned, wanted in ((True, None), (False, 0.5e9)):
+        rates = rates_from_profile(
+            measured, shape, batch=1, block_tokens=4, chunk_blocks=2, weights_are_pinned=is_pinned
+        )
+        assert rates.weights_bytes_per_s == (None if wanted is None else pytest.approx(wanted))
+        assert rates.weights_s(1e9) == pytest.approx(1e9 / (wanted or rates.h2d_bytes_per_s["kv"]))
+
+
+def test_a_compiled_model_streams_between_its_graphs() -> None:
+    model = streamable("llama")
+    wanted = model.generate(prompt(2, 20), max_new_tokens=4)
+    model.forward = torch.compile(model.forward, backend="eager")  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="is compiled"):
+        session = Session(model, config(model, 1, attention="whole_layer"), checking_backend())
+    with session:
+        assert torch.equal(model.generate(prompt(2, 20), max_new_tokens=4), wanted)
+        assert session.stats is not None
+        assert session.stats.weight_bytes == 4 * session.stats.plan.weight_bytes_per_step
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------

@@ -112,10 +112,13 @@ def test_planned_stretches_carry_the_bytes_of_the_plan_and_never_overlap(is_segm
         assert simulation == simulate(plan, rates, overlap=overlap, num_steps=4)
         found = assemble(recorded)
         assert found.num_steps == 4
-        assert_no_overlap(found.lane("h2d"))
+        link = sorted([*found.lane("h2d"), *found.lane("weights")], key=lambda span: span.start_s)
+        assert_no_overlap(tuple(link))
         assert_compute_is_tiled(found, 0.0, found.steps_s[-1])
-        assert found.busy_s("h2d") == pytest.approx(4 * plan.link_bytes_per_step / speed)
-        assert sum(span.num_bytes for span in found.lane("h2d")) == pytest.approx(4 * plan.link_bytes_per_step, abs=99)
+        assert sum(span.seconds for span in link) == pytest.approx(4 * plan.link_bytes_per_step / speed)
+        assert sum(span.num_bytes for span in link) == pytest.approx(4 * plan.link_bytes_per_step, abs=99)
+        weight_bytes = sum(span.num_bytes for span in found.lane("weights"))
+        assert weight_bytes == pytest.approx(4 * plan.weight_bytes_per_step, abs=99)
         assert (found.steps_s[4] - found.steps_s[2]) / 2 == pytest.approx(simulation.step_s)
 
 

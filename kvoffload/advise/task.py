@@ -42,7 +42,6 @@ from kvoffload.planning.memory import (
     prefill_parts,
     prefill_peak_bytes,
 )
-from kvoffload.planning.placement import PLAIN
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.problem import does_without, may_do_without, mean_tokens, pose
 from kvoffload.planning.sizing import planned_forms, smallest_sizes, uncapped_sizes
@@ -151,7 +150,7 @@ class Task(NamedTuple):
         written = 0.0
         if chosen.host_bytes and self.profile.d2h is not None:
             written = chosen.host_bytes / self.profile.d2h.rate(chosen.host_bytes)
-        read_s = self.prefill_passes() * self.streamed_bytes / inputs.rates.h2d_bytes_per_s[PLAIN]
+        read_s = self.prefill_passes() * inputs.rates.weights_s(self.streamed_bytes)
         prefill_s = max(self._prefill_s(self.workload.batch), written, read_s)
         used = self.device_weight_bytes + chosen.device_bytes
         return self._alternative("offload", self.workload.batch, 1, prefill_s, step_s, used)

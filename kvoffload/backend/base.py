@@ -86,8 +86,17 @@ class Backend(ABC):
         """Device memory, uint8, one-dimensional."""
 
     @abstractmethod
-    def copy_to_device(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Event]) -> Event:
-        """Queue a contiguous H2D copy that starts when all of `after` have completed; returns its completion."""
+    def copy_to_device(
+        self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Event], *, lane: Lane = "h2d"
+    ) -> Event:
+        """Queue a contiguous H2D copy that starts when all of `after` have completed; returns its completion.
+
+        Args:
+            dst: on the device.
+            src: on the host.
+            after: events.
+            lane: in which it is recorded.
+        """
 
     @abstractmethod
     def copy_to_host(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Event]) -> Event:

@@ -118,11 +118,13 @@ class CheckingBackend(Backend):
     def release_host(self, buffer: HostBuffer) -> None:
         self.inner.release_host(buffer)
 
-    def copy_to_device(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Any]) -> CheckedEvent:
+    def copy_to_device(
+        self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Any], *, lane: Lane = "h2d"
+    ) -> CheckedEvent:
         self._advance("h2d", after)
         self._access("h2d", src, is_write=False, what="source of a copy to the device")
         self._access("h2d", dst, is_write=True, what="destination of a copy to the device")
-        return self._event("h2d", self.inner.copy_to_device(dst, src, [event.inner for event in after]))
+        return self._event("h2d", self.inner.copy_to_device(dst, src, [event.inner for event in after], lane=lane))
 
     def copy_to_host(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Any]) -> CheckedEvent:
         self._advance("d2h", after)

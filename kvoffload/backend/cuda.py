@@ -34,7 +34,6 @@ from kvoffload.units import gb
 logger = logging.getLogger(__name__)
 
 MAX_OPEN_MEASUREMENTS = 4096  # events kept before the completed ones are added up
-_LANES: dict[str, Lane] = {"h2d": "h2d", "d2h": "d2h", **LANE_OF}
 
 
 class CudaBackend(Backend):
@@ -105,13 +104,13 @@ class CudaBackend(Backend):
         with torch.inference_mode(False):
             return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
-    def copy_to_device(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Any]) -> Any:
-        return self._copy("h2d", dst, src, after)
+    def copy_to_device(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Any], *, lane: Lane = "h2d") -> Any:
+        return self._copy("h2d", dst, src, after, lane)
 
     def copy_to_host(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Any]) -> Any:
-        return self._copy("d2h", dst, src, after)
+        return self._copy("d2h", dst, src, after, "d2h")
 
-    def _copy(self, direction: str, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Any]) -> Any:
+    def _copy(self, direction: str, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Any], lane: Lane) -> Any:
         stream = self._streams[direction]
         for event in after:
             stream.wait_event(event)
@@ -125,7 +124,9 @@ class CudaBackend(Backend):
             dst.copy_(src, non_blocking=True)
         end = torch.cuda.Event(enable_timing=start is not None)
         end.record(stream)
-        self._note(direction, start, end, num_bytes, weight)
+        if self.is_recording:
+            self._recording.append((lane, start, end, num_bytes))
+        self._keep(direction, start, end, num_bytes, weight)
         if start is not None and not start.query():  # it was queued before the stream came to it
             self._keep(_paced(direction), start, end, num_bytes, 1.0)
         return end
@@ -185,8 +186,8 @@ class CudaBackend(Backend):
             self._keep(_paced(name), start, end, amount, 1.0)
 
     def _note(self, name: str, start: Any, end: Any, num_bytes: int, weight: float) -> None:
-        if self.is_recording and name in _LANES:
-            self._recording.append((_LANES[name], start, end, num_bytes))
+        if self.is_recording and name in LANE_OF:
+            self._recording.append((LANE_OF[name], start, end, num_bytes))
         self._keep(name, start, end, num_bytes, weight)
 
     def _keep(self, name: str, start: Any, end: Any, num_bytes: int, weight: float) -> None:

@@ -72,6 +72,7 @@ class _Copy(NamedTuple):
     after: Sequence[EmulatedEvent]
     done: EmulatedEvent
     queued_at: float
+    lane: Lane
 
 
 class _Direction:
@@ -90,12 +91,12 @@ class _Direction:
         self.thread = threading.Thread(target=self._run, name=f"kvoffload-{name}", daemon=True)
         self.thread.start()
 
-    def put(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[EmulatedEvent]) -> EmulatedEvent:
+    def put(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[EmulatedEvent], lane: Lane) -> EmulatedEvent:
         num_bytes = src.numel() * src.element_size()
         if num_bytes != dst.numel() * dst.element_size() or not (src.is_contiguous() and dst.is_contiguous()):
             raise ValueError(f"a copy moves equal contiguous bytes, got {tuple(src.shape)} to {tuple(dst.shape)}")
         self.last = EmulatedEvent()
-        self.queue.put(_Copy(dst, src, after, self.last, time.perf_counter()))
+        self.queue.put(_Copy(dst, src, after, self.last, time.perf_counter(), lane))
         return self.last
 
     def _run(self) -> None:
@@ -107,7 +108,7 @@ class _Direction:
         copy = self.queue.get()
         if copy is None:
             return False
-        dst, src, after, done, start = copy
+        dst, src, after, done, start, lane = copy
         del copy
         try:
             for event in after:
@@ -131,7 +132,7 @@ class _Direction:
                 time.sleep(left)
         self.use = LinkUse(self.use.copied_bytes + num_bytes, self.use.busy_s + seconds, self.use.copies + 1)
         if self.recording is not None:
-            self.recording.append(Span(self.name, self.due - seconds, self.due, num_bytes))
+            self.recording.append(Span(lane, self.due - seconds, self.due, num_bytes))
         done.complete(self.due)
         return True
 
@@ -181,11 +182,13 @@ class EmulatedBackend(Backend):
     def allocate_device(self, num_bytes: int) -> torch.Tensor:
         return _aligned(num_bytes, self.device)
 
-    def copy_to_device(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Any]) -> EmulatedEvent:
-        return self._directions["h2d"].put(dst, src, after)
+    def copy_to_device(
+        self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Any], *, lane: Lane = "h2d"
+    ) -> EmulatedEvent:
+        return self._directions["h2d"].put(dst, src, after, lane)
 
     def copy_to_host(self, dst: torch.Tensor, src: torch.Tensor, after: Sequence[Any]) -> EmulatedEvent:
-        return self._directions["d2h"].put(dst, src, after)
+        return self._directions["d2h"].put(dst, src, after, "d2h")
 
     def compute_waits(self, event: EmulatedEvent) -> None:
         if not event.is_complete:

@@ -21,8 +21,7 @@ from typing import Protocol
 import torch
 
 from kvoffload.backend import Backend, Event
-
-PIECE_BYTES = 16 * 2**20  # in one copy, so that chunks of a cache never wait long behind weights
+from kvoffload.planning.rates import WEIGHT_PIECE_BYTES
 
 
 class WeightSource(Protocol):
@@ -90,7 +89,7 @@ class WeightStream:
         layers: Sequence[WeightSource],
         *,
         overlap: bool = True,
-        piece_bytes: int = PIECE_BYTES,
+        piece_bytes: int = WEIGHT_PIECE_BYTES,
     ) -> None:
         self._backend = backend
         self._num_layers = num_layers
@@ -186,5 +185,5 @@ class WeightStream:
         # without overlap behind all earlier compute, which that of the slab is part of
         after = [passage.slab.released] if self._overlap else [self._backend.release()]
         source = passage.weights.source[start:stop]
-        passage.arrived = self._backend.copy_to_device(passage.slab.bytes[start:stop], source, after)
+        passage.arrived = self._backend.copy_to_device(passage.slab.bytes[start:stop], source, after, lane="weights")
         passage.issued_bytes = stop

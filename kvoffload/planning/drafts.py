@@ -204,7 +204,7 @@ def round_times(
         attention_s += copied * near.restore_s_per_token[shadow]
     layers_s = inputs.num_layers * near.dense_s + inputs.num_offloaded_layers * attention_s
     issue_s = inputs.num_layers * near.host_s_per_layer
-    weights_s = inputs.weight_bytes_per_step / inputs.rates.h2d_bytes_per_s[PLAIN]  # each draft reads all of them
+    weights_s = inputs.rates.weights_s(inputs.weight_bytes_per_step)  # each draft reads all of them
     return RoundTimes(
         draft_s=max(layers_s + near.head_s, issue_s + near.head_s, weights_s),
         pass_s=tuple(pass_s),

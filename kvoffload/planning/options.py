@@ -90,7 +90,7 @@ def table_of(inputs: PlanInputs) -> Table:
         chunk_blocks=inputs.chunk_blocks,
         fixed_s={
             # streamed weights cross once for all micro-batches; the gap, where the ring does not cover it
-            "h2d": inputs.weight_bytes_per_step / link[PLAIN] + max(0.0, rates.gap_s - ring_s),
+            "h2d": rates.weights_s(inputs.weight_bytes_per_step) + max(0.0, rates.gap_s - ring_s),
             "device": inputs.num_layers * rates.dense_s + rates.head_s,  # N * t_dense + t_head
             "issue": inputs.num_layers * inputs.num_micro_batches * rates.host_s_per_layer,  # N * o_layer
         },

@@ -272,4 +272,5 @@ def _rates(shape: ModelShape, geometry: Geometry, config: OffloadConfig, profile
         row_bytes={
             name: form.row_bytes(geometry, sizes.block_tokens) for name, form in FORMS.items() if form.is_encoded
         },
+        weights_are_pinned=geometry.weights_are_pinned,
     )

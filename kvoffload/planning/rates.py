@@ -21,6 +21,7 @@ from kvoffload.planning.placement import PLAIN, FormName
 CHUNK_SPEED_FRACTION = 0.95
 HOST_TIME_FRACTION = 0.25  # of a chunk's copy, that the host may take to issue the chunk
 LARGEST_CHUNK_BYTES = 32 * 2**20
+WEIGHT_PIECE_BYTES = 16 * 2**20  # in one copy, so that chunks of a cache never wait long behind weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,7 @@ class Rates:
     restore_s_per_token: Mapping[FormName, float]  # gamma_r: K and V of what attention cannot read; missing: no time
     attention_s_per_token: float  # gamma_a
     dense_s: float  # t_dense: the rest of one layer
+    weights_bytes_per_s: float | None = None  # B of weights; None: that of K and V
     head_s: float = 0.0  # t_head: final norm, LM head and sampling on the device
     gap_s: float = 0.0  # t_gap: host time between the last attention of a step and the first of the next
     host_s_per_layer: float = 0.0  # o_layer
@@ -52,12 +54,17 @@ class Rates:
                     f"{value!r})"
                 )
 
+    def weights_s(self, num_bytes: float) -> float:
+        """Seconds that so many bytes of weights take on the link."""
+        return num_bytes / (self.weights_bytes_per_s or self.h2d_bytes_per_s[PLAIN])
+
     def mean_with(self, other: Rates) -> Rates:
         """Halfway between two measurements."""
         found: dict[str, Any] = {name: (getattr(self, name) + getattr(other, name)) / 2 for name in _TIMES}
         for name in ("h2d_bytes_per_s", "restore_s_per_token"):
             mine, theirs = getattr(self, name), getattr(other, name)
             found[name] = {form: (value + theirs[form]) / 2 for form, value in mine.items()}
+        found["weights_bytes_per_s"] = self.weights_bytes_per_s
         return Rates(**found)
 
     def __hash__(self) -> int:
@@ -77,6 +84,7 @@ def rates_from_profile(
     chunk_blocks: int,
     cached_tokens: int | None = None,
     row_bytes: Mapping[FormName, int] | None = None,
+    weights_are_pinned: bool = True,
 ) -> Rates:
     """The rates of one model at one batch on the profiled machine.
 
@@ -93,6 +101,7 @@ def rates_from_profile(
         cached_tokens: tokens attended per sequence; None takes the attention rate of the largest measured size, and
             one chunk per layer.
         row_bytes: of a token of one stored row, by form; those that are missing are as large as K and V.
+        weights_are_pinned: whether streamed weights cross the link at its full speed.
 
     Raises:
         ProfileError: the profile holds no link bandwidth (an unpaced emulated link).
@@ -135,6 +144,7 @@ def rates_from_profile(
             if row.is_encoded
         }
         | {"activation": batch * shape.recompute_flops / recompute_flops_per_s},
+        weights_bytes_per_s=_weights_bytes_per_s(profile, is_pinned=weights_are_pinned),
         attention_s_per_token=kv_token_bytes / profile.attention.rate(attended_bytes),
         dense_s=dense_s,
         head_s=head_s,
@@ -142,6 +152,12 @@ def rates_from_profile(
         host_s_per_layer=profile.host_s_per_layer,
         host_s_per_chunk=profile.host_s_per_chunk,
     )
+
+
+def _weights_bytes_per_s(profile: HardwareProfile, *, is_pinned: bool) -> float | None:
+    """The link's rate for pieces of weights from pageable memory, as measured; None: that of K and V."""
+    pageable = profile.curves.get("h2d_pageable")
+    return None if is_pinned or pageable is None else pageable.rate(WEIGHT_PIECE_BYTES)
 
 
 def decode_s(profile: HardwareProfile, form: FormName, kv_bytes: float, itemsize_bytes: int) -> float:

@@ -68,7 +68,7 @@ def simulate(
     other_chunks = [chunk for chunk in chunks if chunk.form != PLAIN]
     kvpr = plan.schedule == "kvpr" and bool(other_chunks)
     order = transfer_order(len(other_chunks), len(plain_chunks), plan.schedule)
-    weights_s = plan.weight_bytes_per_step / num_layers / rates.h2d_bytes_per_s[PLAIN]
+    weights_s = rates.weights_s(plan.weight_bytes_per_step) / num_layers
     resident_s = plan.block_tokens * sum(
         n * restore_s[kind.form] for kind, n in plan.placed.items() if kind.tier == "device"
     )
@@ -90,14 +90,14 @@ def simulate(
     attended = deque([0.0, 0.0], maxlen=2)  # the two layer buffers, older first
     weights_used = deque([0.0, 0.0], maxlen=2)
 
-    def copy(seconds: float, free_s: float, num_bytes: float) -> float:
+    def copy(seconds: float, free_s: float, num_bytes: float, lane: Lane = "h2d") -> float:
         nonlocal link, link_busy
         barrier_s = attended[-1] if kvpr else 0.0
         start = max(link, free_s, barrier_s, 0.0 if overlap else max(compute, host))
         link = start + seconds
         link_busy += seconds
         if record is not None and seconds:
-            record(Span("h2d", start, link, round(num_bytes)))
+            record(Span(lane, start, link, round(num_bytes)))
         return link
 
     def work(lane: Lane, seconds: float, ready_s: float) -> float:
@@ -148,7 +148,7 @@ def simulate(
             record(Span("step", compute, compute))
         for _ in range(num_layers):
             host += issue_s
-            weights_arrived = copy(weights_s, weights_used[0], plan.weight_bytes_per_step / num_layers)
+            weights_arrived = copy(weights_s, weights_used[0], plan.weight_bytes_per_step / num_layers, "weights")
             arrived: list[float] = []  # of the other chunks
             plain_arrived, num_plain = 0.0, 0
             restored = 0

@@ -124,7 +124,7 @@ def step_of(table: Table, counts: Counts) -> StepTime:
 def sequential_step_s(inputs: PlanInputs, blocks: Mapping[str, int]) -> float:
     """Seconds of one step with `overlap=False`: copies, the gap between steps and compute, one after another."""
     found = predict(inputs, blocks)
-    covered_s = table_of(inputs).fixed_s["h2d"] - inputs.weight_bytes_per_step / inputs.rates.h2d_bytes_per_s[PLAIN]
+    covered_s = table_of(inputs).fixed_s["h2d"] - inputs.rates.weights_s(inputs.weight_bytes_per_step)
     return max(found.link_s - covered_s + inputs.rates.gap_s + found.device_s, found.issue_s)
 
 

@@ -413,7 +413,12 @@ class CachePlans:
     def _with_weights(self, geometry: Geometry) -> Geometry:
         """The same beside the model's weights as they are."""
         weights = self.weights
-        return replace(geometry, weight_bytes=weights.streamed_bytes, weight_device_bytes=weights.device_bytes)
+        return replace(
+            geometry,
+            weight_bytes=weights.streamed_bytes,
+            weights_are_pinned=weights.are_pinned,
+            weight_device_bytes=weights.device_bytes,
+        )
 
     def _apply(self, cache: hf.OffloadedHFCache, chosen: GenerationPlan) -> None:
         self._change(cache, chosen)

@@ -125,6 +125,11 @@ class ModelWeights:
         return self._engine.weights is not None
 
     @property
+    def are_pinned(self) -> bool:
+        """Whether the link reads streamed weights at full speed; on an emulated link it always does."""
+        return self._backend.emulated or all(layer.is_pinned for layer in self._layers)
+
+    @property
     def streamed_bytes(self) -> int:
         """Over the link in every forward."""
         return self.sizes.streamed_bytes(self.num_resident) if self.is_streaming else 0

@@ -85,13 +85,15 @@ class GenerationStats:
             )
         link = "" if self.h2d_gb_per_s is None else f" at {gb(self.h2d_gb_per_s * 1e9)}/s"
         busy = "" if self.link_utilization is None else f", busy {self.link_utilization:.2f} of the time"
+        weights = f" ({gb(self.weight_bytes)} of weights)" if self.weight_bytes else ""
         plan = self.plan
         resident = plan.count(tier="device")
         return "\n".join(
             [
                 f"first token {duration(self.ttft_s)} (setup {duration(self.setup_s)} apart), {step_text}, "
                 f"{self.tokens_per_s:.1f} tokens/s",
-                f"link ({self.link_name}): {gb(self.h2d_bytes)} to the device{link}{busy}, {gb(self.d2h_bytes)} back",
+                f"link ({self.link_name}): {gb(self.h2d_bytes)} to the device{weights}{link}{busy}, "
+                f"{gb(self.d2h_bytes)} back",
                 f"plan: {_moved(plan)}; {resident} of {counted(plan.num_blocks, 'block')} "
                 f"{'stays' if resident == 1 else 'stay'} on the device; host {gb(self.host_bytes)}; K/V "
                 + self._precision,

@@ -16,7 +16,7 @@ from kvoffload.profiler.drawing.terminal_tables import si
 
 # Okabe and Ito's palette, which colour-blind people can tell apart, a little darker where it is pale.
 BLUE, ORANGE, GREEN, PINK, PURPLE, GREY = "#2f81c7", "#d97a06", "#12936b", "#c2548c", "#7b6fd0", "#8a8f98"
-TEAL, GOLD = "#139aa8", "#b08900"
+TEAL, GOLD, BROWN = "#139aa8", "#b08900", "#8c5a3c"
 DENSE_RANGE = 150  # of the limits of a logarithmic axis, below which decades alone are too few
 
 

@@ -153,7 +153,7 @@ def _timeline(found: Study) -> Section:
             f"its simulation chunk by chunk with {counted(found.advice.plan.num_slots, 'slot')} "
             f"{seconds(found.simulated_step_s)}."
         )
-        if not found.planned.lane("h2d"):
+        if not (found.planned.lane("h2d") or found.planned.lane("weights")):
             lines.append("The whole cache stays on the device: nothing crosses the link.")
     else:
         notes.append(f"No plan: {found.problem}.")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from kvoffload.profiler.drawing.chart import (
     BLUE,
+    BROWN,
     GOLD,
     GREEN,
     GREY,
@@ -27,6 +28,7 @@ from kvoffload.units import counted
 
 COLOURS: dict[Lane, str] = {
     "h2d": BLUE,
+    "weights": BROWN,
     "draft": TEAL,
     "verification": GOLD,
     "recompute": ORANGE,
@@ -37,6 +39,7 @@ COLOURS: dict[Lane, str] = {
 }
 SHORT: dict[Lane, str] = {
     "h2d": "link",
+    "weights": "weights",
     "draft": "drafts",
     "verification": "verifying",
     "recompute": "recompute",
@@ -118,7 +121,10 @@ def _timelines_chart(
                     y=[SHORT[lane]] * len(spans),
                     base=[span.start_s * factor for span in spans],
                     x=[span.seconds * factor for span in spans],
-                    marker={"color": COLOURS[lane], "line": {"width": 0.4 * (lane == "h2d"), "color": "#ffffff"}},
+                    marker={
+                        "color": COLOURS[lane],
+                        "line": {"width": 0.4 * (lane in ("h2d", "weights")), "color": "#ffffff"},
+                    },
                     hovertemplate=hover,
                     showlegend=False,
                 )

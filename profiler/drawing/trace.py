@@ -19,6 +19,7 @@ from kvoffload.timeline import LANES, Lane, Span, Timeline
 
 LABELS: dict[Lane, str] = {
     "h2d": "link to the device",
+    "weights": "weights to the device",
     "recompute": "recompute",
     "draft": "drafting on what is on the device",
     "verification": "verifying drafts",

@@ -153,9 +153,9 @@ class Traffic:
         """Count meanwhile, from a reading at the begin on."""
         copy = self._session.backend.copy_to_device
 
-        def counted(dst: torch.Tensor, src: torch.Tensor, after: Sequence[Event]) -> Event:
+        def counted(dst: torch.Tensor, src: torch.Tensor, after: Sequence[Event], **lane: Any) -> Event:
             self._queued_bytes += src.numel() * src.element_size()
-            return copy(dst, src, after)
+            return copy(dst, src, after, **lane)
 
         self._read()
         with mock.patch.object(self._session.backend, "copy_to_device", counted):
