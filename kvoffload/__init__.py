@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvoffload.api import generate, measure_hardware, offload, plan
+    from kvoffload.api import generate, load, measure_hardware, offload, plan
     from kvoffload.config import EmulatedLink, OffloadConfig
     from kvoffload.errors import (
         ConfigError,
@@ -43,13 +43,14 @@ __all__ = [
     "UnsupportedModelError",
     "Workload",
     "generate",
+    "load",
     "measure_hardware",
     "model_shape",
     "offload",
     "plan",
 ]
 _HOME = {
-    "api": ("generate", "measure_hardware", "offload", "plan"),
+    "api": ("generate", "load", "measure_hardware", "offload", "plan"),
     "config": ("EmulatedLink", "OffloadConfig"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
     "machine.hardware_profile": ("HardwareProfile",),

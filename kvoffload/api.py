@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,14 @@ from kvoffload.advise import advice
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError
 from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.model.loading import load_model
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.workload import Workload
 from kvoffload.profiler.profile import measure_hardware
 from kvoffload.profiler.stored import resolve_profile
 from kvoffload.session.session import Session
 
-__all__ = ["generate", "measure_hardware", "offload", "plan"]
+__all__ = ["generate", "load", "measure_hardware", "offload", "plan"]
 
 
 def offload(model: Any, config: OffloadConfig | None = None) -> Session:
@@ -35,6 +38,43 @@ def offload(model: Any, config: OffloadConfig | None = None) -> Session:
         KVOffloadError: it is offloaded already.
     """
     return Session(model, _checked(config))
+
+
+def load(name_or_dir: str | Path, config: OffloadConfig | None = None, **kwargs: Any) -> Session:
+    """Load a checkpoint and offload the model: `with load(...) as session: session.model.generate(...)`.
+
+    It is loaded into host memory, which holds the weights once and one layer more at most. With
+    `OffloadConfig(device="cuda")` it may be larger than the device: layers that do not fit there are streamed.
+
+    Args:
+        name_or_dir: a folder with a checkpoint, or a name on the hub.
+        config: options; all "auto" by default.
+        kwargs: of transformers' `from_pretrained`; `dtype` is that of the checkpoint unless given.
+
+    Returns:
+        The session, whose `model` it is.
+
+    Raises:
+        ConfigError: there is no model, or transformers cannot load it.
+        HostMemoryError: it is larger than the host memory that is free.
+        as `offload`; nothing of the model is left in memory then.
+    """
+    config = _checked(config)
+    model: Any = load_model(name_or_dir, **kwargs)
+    try:
+        return Session(model, config)
+    except BaseException as error:
+        del model
+        _drop_frames(error)
+        raise
+
+
+def _drop_frames(error: BaseException | None) -> None:
+    """Take what a failed call held out of its traceback, which may be kept for as long as anybody looks at it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()  # a session and what it attached refer to each other
 
 
 def generate(model: Any, *args: Any, offload_config: OffloadConfig | None = None, **kwargs: Any) -> Any:

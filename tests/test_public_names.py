@@ -14,7 +14,8 @@ def test_every_promised_name_is_there() -> None:
     for name in kvoffload.__all__:
         assert getattr(kvoffload, name) is not None
         assert name in dir(kvoffload)
-    assert {"offload", "generate", "plan", "measure_hardware", "OffloadConfig", "Workload"} <= set(kvoffload.__all__)
+    promised = {"offload", "load", "generate", "plan", "measure_hardware", "OffloadConfig", "Workload"}
+    assert promised <= set(kvoffload.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -57,13 +57,17 @@ class ModelHooks:
                 stacklevel=4,
             )
         wrap: Callable[[Any], Any] = torch.compiler.disable if self.is_compiled else lambda function: function
-        for idx, module in self.modules.items():
-            names = list(inspect.signature(module.forward).parameters)
-            before, after = self._make_hooks(idx, names)
-            self._handles.append(module.register_forward_pre_hook(wrap(before), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(wrap(after), with_kwargs=True))
-        self._handles.append(model.register_forward_pre_hook(wrap(self._before_model), with_kwargs=True))
-        self._handles.append(model.register_forward_hook(wrap(self._after_model), always_call=True))
+        try:
+            for idx, module in self.modules.items():
+                names = list(inspect.signature(module.forward).parameters)
+                before, after = self._make_hooks(idx, names)
+                self._handles.append(module.register_forward_pre_hook(wrap(before), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(wrap(after), with_kwargs=True))
+            self._handles.append(model.register_forward_pre_hook(wrap(self._before_model), with_kwargs=True))
+            self._handles.append(model.register_forward_hook(wrap(self._after_model), always_call=True))
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Leave the model as it was."""

@@ -42,10 +42,10 @@ class SegmentAttention:
 
     def __init__(self, model: PreTrainedModel, hooks: ModelHooks, original: str) -> None:
         self._hooks, self._original = hooks, original
+        self._configs = _configs(model, original)
         self.name = _free_name(original)
         ALL_ATTENTION_FUNCTIONS.register(self.name, self)
         ALL_MASK_ATTENTION_FUNCTIONS.register(self.name, ALL_MASK_ATTENTION_FUNCTIONS[original])
-        self._configs = _configs(model, original)
         for config in self._configs:
             config._attn_implementation_internal = self.name
 

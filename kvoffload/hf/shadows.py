@@ -32,8 +32,7 @@ class Shadows:
         self._model, self._names = model, tuple(methods)
         self._before = {name: vars(model)[name] for name in methods if name in vars(model)}
         self.originals: dict[str, Callable[..., Any]] = {name: getattr(model, name) for name in methods}
-        for name, method in methods.items():
-            vars(model)[name] = _as(self.originals[name], method)
+        vars(model).update({name: _as(self.originals[name], method) for name, method in methods.items()})
 
     def remove(self) -> None:
         """Leave the object as it was."""

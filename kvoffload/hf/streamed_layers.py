@@ -49,9 +49,11 @@ class StreamedLayers:
         self._thread: int | None = None  # in the forward of a layer
         self._current: LayerWeights | None = None  # of which layer
         self._before = [vars(layer).get("forward") for layer in layers]
-        for layer, own in zip(layers, weights, strict=True):
-            stand_in = self._standing_in(layer.forward, own)
-            vars(layer)["forward"] = torch.compiler.disable(stand_in) if is_compiled else stand_in
+        stand_ins = [self._standing_in(layer.forward, own) for layer, own in zip(layers, weights, strict=True)]
+        if is_compiled:
+            stand_ins = [torch.compiler.disable(stand_in) for stand_in in stand_ins]
+        for layer, stand_in in zip(layers, stand_ins, strict=True):
+            vars(layer)["forward"] = stand_in
 
     def remove(self) -> None:
         """Give the layers their own forward back."""

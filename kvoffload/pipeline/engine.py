@@ -266,9 +266,11 @@ class TransferEngine:
             num_layers: of the decoder.
             layers: in order; none ends it.
         """
-        if self.weights is not None:
-            self.weights.close()
-        self.weights = WeightStream(self.backend, num_layers, layers, overlap=self.overlap) if layers else None
+        before, self.weights = self.weights, None  # also where there is no room for new ones
+        if before is not None:
+            before.close()
+        if layers:
+            self.weights = WeightStream(self.backend, num_layers, layers, overlap=self.overlap)
 
     def bring_weights(self, layer: WeightSource) -> torch.Tensor:
         """A layer's weights in device memory of their own, uint8."""

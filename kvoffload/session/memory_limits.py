@@ -109,15 +109,8 @@ class MemoryLimits:
         return room - self._prefill_peak_bytes(geometry, parts.tokens, parts.rows)
 
     def _free_device_bytes(self, held_bytes: int) -> int:
-        """What may be taken on the device: free in the driver's eyes, cached by PyTorch, or held by the session.
-
-        No more than a cap on the process allows (`torch.cuda.set_per_process_memory_fraction`).
-        """
-        device = self._backend.device
-        free, total = torch.cuda.mem_get_info(device)
-        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-        return int(DEVICE_SHARE * min(free + reserved - allocated, allowed - allocated)) + held_bytes
+        """What may be taken on the device, or is held by the session."""
+        return free_device_bytes(self._backend.device) + held_bytes
 
     def _prefill_peak_bytes(self, geometry: Geometry, tokens: int, at_once: int) -> int:
         rows = geometry.rows
@@ -154,6 +147,17 @@ class MemoryLimits:
         needed, cap = int(needed - on_device), self.host_cap_bytes(held_bytes)
         if needed > cap:
             raise _host_too_small(geometry, needed, cap)
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """What may be taken on a device: of what is free in the driver's eyes or cached by PyTorch.
+
+    No more than a cap on the process allows (`torch.cuda.set_per_process_memory_fraction`).
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return int(DEVICE_SHARE * min(free + reserved - allocated, allowed - allocated))
 
 
 def check_full_host(geometry: Geometry, prompt_tokens: int, needed_bytes: int, cap_bytes: int) -> None:

@@ -12,6 +12,7 @@ the model at most. Layers that stay have a copy on the device. With everything o
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Callable
@@ -22,11 +23,11 @@ import torch
 from kvoffload import hf
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import ConfigError, HostMemoryError, InfeasiblePlanError, UnsupportedModelError
-from kvoffload.machine import system_memory
+from kvoffload.machine import mapped_files, system_memory
 from kvoffload.model.decoder_layers import decoder_layers, own_tensors
 from kvoffload.pipeline.engine import TransferEngine
-from kvoffload.planning.memory import DEVICE_SHARE
 from kvoffload.planning.weights import WeightSizes
+from kvoffload.session.memory_limits import free_device_bytes
 from kvoffload.session.progress import AllocationProgress
 from kvoffload.store.layer_weights import LayerWeights, can_be_packed
 from kvoffload.units import gib
@@ -152,7 +153,7 @@ class ModelWeights:
         if asked == "all" or (asked == "auto" and not moves):
             return None
         if isinstance(asked, str):
-            room = self._free_bytes()
+            room = free_device_bytes(self._backend.device)
             if sizes.total <= COMFORTABLE_SHARE * room:
                 return None
             if sizes.least > room:
@@ -175,11 +176,6 @@ class ModelWeights:
                 f"{sizes.say_least()} on the device, {gib(sizes.least - room)} more"
             )
         return number
-
-    def _free_bytes(self) -> int:
-        free, _ = torch.cuda.mem_get_info(self._backend.device)
-        unused = torch.cuda.memory_reserved(self._backend.device) - torch.cuda.memory_allocated(self._backend.device)
-        return int(DEVICE_SHARE * (free + unused))
 
     def fit(self, room_bytes: Callable[[], int]) -> None:
         """Under "auto", before a cache is made: let as many layers stay as it leaves room for.
@@ -225,10 +221,13 @@ class ModelWeights:
         Raises:
             HostMemoryError: so it is, with the numbers.
         """
-        if self._backend.emulated:
-            needed = self.sizes.slab + self.sizes.device_bytes(num_resident) - self.sizes.outside
+        if planned[0].device.type == "cpu":  # what is mapped from files is in none that counts as taken
+            in_files = mapped_files.bytes_in_files(stretch for layer in planned for stretch in layer.stretches)
+            needed = min(in_files + self.sizes.slab, sum(self.sizes.layers))
         else:
-            needed = self.sizes.slab if planned[0].device.type == "cpu" else sum(self.sizes.layers)
+            needed = sum(self.sizes.layers)
+        if self._backend.emulated:
+            needed += self.sizes.device_bytes(num_resident) - self.sizes.outside
         available = system_memory.available_bytes()
         if needed > available:
             raise HostMemoryError(
@@ -277,20 +276,19 @@ class ModelWeights:
 
     def close(self) -> None:
         """Every parameter is where it was, with the values that it has now; nothing may use the model meanwhile."""
-        self._backend.synchronize()
-        if self._streamed is not None:
-            self._streamed.remove()
-            self._streamed = None
-        self._engine.stream_weights(self._num_decoder_layers, ())
-        while self._layers:
-            self._layers.pop().restore(self._backend)
-        while self._moved:
-            tensor, before = self._moved.pop()
-            tensor.data = before.copy_(tensor.data)
-        while self._moved_modules:
-            module, device = self._moved_modules.pop()
-            module._apply(lambda tensor, device=device: tensor.to(device), recurse=False)
-        self._by_idx = {}
+        with contextlib.ExitStack() as steps:  # the last first; whatever fails in one, the others are done
+            for tensor, before in self._moved:
+                steps.callback(_move_back, tensor, before)
+            for module, device in self._moved_modules:
+                steps.callback(module._apply, functools.partial(torch.Tensor.to, device=device), recurse=False)
+            for layer in self._layers:
+                steps.callback(layer.restore, self._backend)
+            steps.callback(self._engine.stream_weights, self._num_decoder_layers, ())
+            if self._streamed is not None:
+                steps.callback(self._streamed.remove)
+            steps.callback(self._backend.synchronize)
+        self._moved, self._moved_modules, self._layers = [], [], []
+        self._streamed, self._by_idx = None, {}
         self._engine.weight_device_bytes = 0
 
     # ---- for a layer outside its forward ---------------------------------------------------------------------------
@@ -315,3 +313,7 @@ class ModelWeights:
         """From now on so many rows of a prefill pass a layer at once; None: all."""
         if self._streamed is not None:
             self._streamed.rows_per_slice = rows
+
+def _move_back(tensor: torch.Tensor, before: torch.Tensor) -> None:
+    """Be where it was, with the values that it has now."""
+    tensor.data = before.copy_(tensor.data)

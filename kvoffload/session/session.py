@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any
+
+import torch
 
 from kvoffload import hf
 from kvoffload.backend import Backend, backend_for
@@ -50,13 +52,26 @@ class Session:
         # A named profile is looked up before anything is set up, also where nothing will be predicted with it.
         is_measured = config.profile == "auto"
         self._profile = None if is_measured else resolve_profile(config.profile, device=device, link=config.link)
+        self._attached = ExitStack()  # what is taken off again, the last first
+        try:
+            self._attach(device, backend)
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self, device: torch.device, backend: Backend | None) -> None:
+        """Set up all that a session has; whatever interrupts this, `close` takes off what is attached by then."""
+        config = self.config
         self.backend = backend or backend_for(device, config)
-        self.engine = TransferEngine(self.backend, overlap=config.overlap, schedule=config.schedule)
+        self._attached.callback(self.backend.close)
         self.planner = GenerationPlanner(
             config, shape_of_model(self.model), self.backend, self._load_profile, self._find_profile
         )
         self._allocation = AllocationProgress()
         self.pool = HostPool(self.backend, self.planner.limits.host_cap_bytes(), self._allocation.update)
+        self._attached.callback(self.pool.close)
+        self.engine = TransferEngine(self.backend, overlap=config.overlap, schedule=config.schedule)
+        self._attached.callback(self.engine.close)
         self._caches: weakref.WeakSet[hf.OffloadedHFCache] = weakref.WeakSet()
         self._abandoned: deque[CacheCore] = deque()  # of caches that nobody holds any more
         self._hooks = hf.ModelHooks(
@@ -65,14 +80,18 @@ class Session:
             on_forward=self._before_forward,
             on_layers=self._before_layers,
         )
+        self._attached.callback(self._hooks.remove)
         self._segment_attention: hf.SegmentAttention | None = None
         # An unpaced emulated link has no device behind it whose memory could be saved: there the model's own attention
         # is faster, and the same to the last bit.
         is_worth_it = self.backend.has_speed or bool(config.fixed_drafts)  # drafts attend to a part of the segments
         if config.attention == "auto" and config.schedule == "pipelined" and is_worth_it:
             self._segment_attention = hf.SegmentAttention.install(self.model, self._hooks)
+        if self._segment_attention is not None:
+            self._attached.callback(self._segment_attention.remove)
         self.engine.layer_indices = self._layer_indices
         self._weights = ModelWeights(self.model, config, self.engine, is_compiled=self._hooks.is_compiled)
+        self._attached.callback(self._weights.close)
         self._plans = CachePlans(
             self.planner,
             self.engine,
@@ -82,6 +101,8 @@ class Session:
             offers_segments=self.offers_segments,
             weights=self._weights,
         )
+        self._attached.callback(self._close_caches)
+        self._attached.callback(self._plans.close)
         self._calls = GenerateCalls(
             self.model,
             self,
@@ -95,12 +116,12 @@ class Session:
             reap=self._reap,
             are_hooks_alone=lambda: self._hooks.are_alone(self.model),
         )
+        self._attached.callback(self._calls.remove)
         vars(self.model)["_kvoffload_session"] = self
-        try:
-            self._weights.place()
-        except BaseException:
-            self.close()
-            raise
+        self._attached.callback(vars(self.model).pop, "_kvoffload_session", None)
+        self._weights.place()
+        if self._weights.is_streaming:  # what they take on the host is not the cache's
+            self.pool.cap_bytes = self.planner.limits.host_cap_bytes()
 
     @property
     def stats(self) -> GenerationStats | None:
@@ -127,21 +148,12 @@ class Session:
         if self.is_closed:
             return
         self.is_closed = True
-        self._hooks.remove()
-        if self._segment_attention is not None:
-            self._segment_attention.remove()
-        self._calls.remove()
-        del vars(self.model)["_kvoffload_session"]
-        try:
-            self._plans.close()
-            for cache in list(self._caches):
-                cache.close()
-            self._reap()
-            self._weights.close()
-            self.engine.close()
-        finally:  # whatever interrupts this, the threads and the pinned memory go
-            self.backend.close()
-            self.pool.close()
+        self._attached.close()  # whatever fails in one, the others go on: threads and pinned memory go in any case
+
+    def _close_caches(self) -> None:
+        for cache in list(self._caches):
+            cache.close()
+        self._reap()
 
     def new_cache(self) -> hf.OffloadedHFCache:
         """An empty cache for a custom loop or several turns; pass it as `cache` (`past_key_values` up to 5.23).

@@ -15,6 +15,7 @@ import torch
 from kvoffload.backend import Backend
 from kvoffload.backend.base import HostBuffer
 from kvoffload.errors import KVOffloadError
+from kvoffload.machine import mapped_files
 
 ALIGNMENT_BYTES = 256  # of each tensor, as kernels like it
 
@@ -75,12 +76,20 @@ class LayerWeights:
         """Whether there is a copy of them on the device that stays."""
         return self._resident is not None
 
+    @property
+    def stretches(self) -> list[tuple[int, int]]:
+        """Where their bytes lie now: address and number of each tensor."""
+        return [(one.data_ptr(), one.numel() * one.element_size()) for one in self._tensors]
+
     def move_to_host(self, backend: Backend) -> None:
         """Live on the host from now on, in memory the link can read; what held them before is given back."""
         self._host = backend.allocate_host(self.num_bytes)
         for tensor, view in zip(self._tensors, self._at(self._host.tensor), strict=True):
-            view.copy_(tensor.detach())
+            before, is_on_host = tensor.detach(), tensor.device.type == "cpu"
+            view.copy_(before)
             tensor.data = view
+            if is_on_host:  # of a mapped file pages count until the last tensor of the file is gone
+                mapped_files.let_go(before.data_ptr(), before.numel() * before.element_size())
 
     def absorb(self) -> None:
         """Take over what was put in the place of these weights since, as a merged adapter does.
