@@ -245,12 +245,25 @@ class _Index(TorchFunctionMode):
             return UNGUARDED[func](*args, **kwargs)
         if func is torch.Tensor.cuda:
             return args[0].to(DEVICE)
+        if func == SET_DATA and any(isinstance(one, CudaTensor) for one in args):
+            return _set_data(*args)
         device = _indexed(kwargs.pop("device", None))
         if func in (torch.tensor, torch.as_tensor) and device == DEVICE:
             return func(*args, **kwargs).to(DEVICE)
         if device is not None:
             kwargs["device"] = device
         return func(*(_indexed(one) for one in args), **kwargs)
+
+
+SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+def _set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """`tensor.data = data` from one device to the other, which C++ refuses for a wrapper and a plain tensor."""
+    moved = data.detach()
+    if isinstance(tensor, torch.nn.Parameter):
+        moved = torch.nn.Parameter(moved, requires_grad=tensor.requires_grad)
+    torch.utils.swap_tensors(tensor, moved)  # the same object is the other one now
 
 
 def _number(as_what: Callable[[Any], Any]) -> Callable[[torch.Tensor], Any]:

@@ -19,13 +19,34 @@ from kvoffload.errors import ConfigError
 def test_generate_says_what_it_loads_before_that_takes_its_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvoffload.cli import chat
 
-    def load(*args: object) -> None:
+    def load(*args: object, **options: object) -> None:
         raise ConfigError("not today")
 
     monkeypatch.setattr(chat, "load_model", load)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = run("generate", "hi", "--model", model)
     assert result.stderr.splitlines() == [f"loading {model} on cpu", "kvoffload: not today"]
+
+
+def test_a_device_that_is_not_there_is_told_before_anything_is_loaded(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "device='cuda': PyTorch sees no CUDA device" in run_badly(
+        "generate", "hi", "--model", model, "--device=cuda"
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert "sees 2 CUDA devices here" in run_badly("generate", "hi", "--model", model, "--device", "cuda:2")
+
+
+@pytest.mark.parametrize("command", ["generate", "custom-generate"])
+def test_help_shows_the_options_for_weights_within_80_columns(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run_well(command, "--help").splitlines()
+    assert max(map(len, lines)) <= 80
+    for option in ("--device", "--device-weights-gib", "--device-gib"):
+        assert sum(f" {option} " in line for line in lines) == 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "opt"])  # for which transformers fails, and makes an empty tokenizer
@@ -77,6 +98,15 @@ def test_custom_generate_writes_the_options_it_was_given(tmp_path: Path, monkeyp
     monkeypatch.chdir(RECORDED.parent)  # a call may come from another folder
     found = json.loads(run_well("custom-generate", tmp_path, "--hardware", RECORDED.name, "--force", "--json"))
     assert found["options"] == {"profile": str(RECORDED)}
+
+
+def test_custom_generate_writes_where_weights_are(tmp_path: Path) -> None:
+    found = json.loads(
+        run_well("custom-generate", tmp_path, "--device", "cuda:1", "--device-weights-gib", "all", "--json")
+    )
+    assert found["options"] == {"device": "cuda:1", "device_weights_gib": "all"}
+    again = ("custom-generate", tmp_path, "--device-weights-gib", "7.5", "--force", "--json")
+    assert json.loads(run_well(*again))["options"] == {"device_weights_gib": 7.5}
 
 
 def test_custom_generate_overwrites_what_a_user_edited_only_by_force(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from kvoffload.api import offload
 from kvoffload.cli.model_source import Source, find_model
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError
+from kvoffload.session.model_weights import named_device
 from kvoffload.session.stats import GenerationStats
 
 # One of these is in every folder that a tokenizer was saved to, whatever its kind.
@@ -30,12 +32,29 @@ class Reply(NamedTuple):
     stats: GenerationStats
 
 
-def load_model(model: Source | str | None, device: torch.device) -> tuple[PreTrainedModel, Any]:
-    """A model and its tokenizer, in float32 on the CPU and bfloat16 on a GPU.
+def device_for(config: OffloadConfig) -> tuple[torch.device, OffloadConfig]:
+    """Where a model shall run, and the options with that device where not all of it may be there.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    device = named_device(config.device)
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cuda" and not isinstance(config.device_weights_gib, str):
+            config = replace(config, device=str(device))
+    return device, config
+
+
+def load_model(
+    model: Source | str | None, device: torch.device, *, into_host: bool = False
+) -> tuple[PreTrainedModel, Any]:
+    """A model and its tokenizer, in float32 for the CPU and bfloat16 for a GPU.
 
     Args:
         model: as `find_model` takes it, or what it found.
-        device: where to put it.
+        device: where it runs.
+        into_host: leave it in host memory, from where it is offloaded to the device.
 
     Raises:
         ConfigError: as `find_model`, or what is there has no tokenizer or cannot be loaded.
@@ -53,7 +72,7 @@ def load_model(model: Source | str | None, device: torch.device) -> tuple[PreTra
         loaded = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"cannot load {source.name!r}: {' '.join(str(error).split())}") from error  # in one line
-    placed: PreTrainedModel = loaded.to(device)  # type: ignore[arg-type]
+    placed: PreTrainedModel = loaded if into_host else loaded.to(device)  # type: ignore[arg-type]
     return placed.eval(), tokenizer
 
 
@@ -89,13 +108,19 @@ def answer(
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = {name: value.to(model.device) for name, value in inputs.items() if name != "token_type_ids"}
+    inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
     kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    generating: Any = model
+
+    def generate(**options: Any) -> torch.Tensor:
+        given = {name: value.to(model.device) for name, value in inputs.items()}
+        generating: Any = model
+        tokens: torch.Tensor = generating.generate(**given, **kwargs, **options).cpu()
+        return tokens
+
     with offload(model, config) as session:
-        tokens = generating.generate(**inputs, **kwargs, streamer=streamer)
+        tokens = generate(streamer=streamer)
     assert session.stats is not None
-    expected = generating.generate(**inputs, **kwargs) if compare else None
+    expected = generate() if compare else None
     length = inputs["input_ids"].shape[1]
     return Reply(
         text=tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip(),

@@ -7,6 +7,7 @@ check again what they are given from Python.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -161,8 +162,24 @@ HostGib = Annotated[
         help="Cap in GiB on host memory for the cache, or 'auto'.",
     ),
 ]
-
-
+Device = Annotated[
+    str | None,
+    typer.Option(
+        callback=_checked(
+            lambda value: re.fullmatch(r"cpu|cuda(:\d+)?", value) is not None, "'cpu', 'cuda' or 'cuda:N'"
+        ),
+        help="Where the model runs, loaded into host memory: 'cuda' or 'cuda:N'; layers that do not fit are streamed.",
+    ),
+]
+DeviceWeightsGib = Annotated[
+    Any,
+    typer.Option(
+        parser=_number_or_word,
+        metavar="WORD|GIB",
+        callback=number_or("auto", "all", wanted="a number of GiB above zero", rule=lambda value: value > 0),
+        help="Device memory in GiB for weights, layers beyond it are streamed; 'auto', or 'all' for every weight.",
+    ),
+]
 DraftCache = Annotated[
     Any,
     typer.Option(

@@ -9,7 +9,9 @@ import typer
 
 from kvoffload.cli.options import (
     AsJson,
+    Device,
     DeviceGib,
+    DeviceWeightsGib,
     DraftCache,
     HostGib,
     KvDtype,
@@ -27,6 +29,8 @@ def generate(
     model: Annotated[str | None, typer.Option(help="Folder, hub id or GGUF file; default: the demo's model.")] = None,
     max_new_tokens: Annotated[int, typer.Option(callback=whole_number(), help="Length of the answer.")] = 64,
     split: Split = "auto",
+    device: Device = None,
+    device_weights_gib: DeviceWeightsGib = "auto",
     device_gib: DeviceGib = "auto",
     kv_dtype: KvDtype = "model",
     draft_cache: DraftCache = "auto",
@@ -39,6 +43,8 @@ def generate(
 
     config = OffloadConfig(
         split=split,
+        device=device,
+        device_weights_gib=device_weights_gib,
         device_gib=device_gib,
         kv_dtype=kv_dtype,
         draft_cache=draft_cache,
@@ -46,13 +52,12 @@ def generate(
     )
     source = find_model(model)
 
-    import torch
-
     from kvoffload.cli import chat
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    typer.echo(f"loading {source.gguf_file or source.name} on {device}", err=True)
-    loaded, tokenizer = chat.load_model(source, device)
+    runs_on, config = chat.device_for(config)
+    is_whole = config.device is None
+    typer.echo(f"loading {source.gguf_file or source.name} {_where(str(runs_on), is_whole=is_whole)}", err=True)
+    loaded, tokenizer = chat.load_model(source, runs_on, into_host=not is_whole)
     streamer = None if as_json else chat.streamer(tokenizer)
     answer = chat.answer(
         loaded, tokenizer, prompt, config=config, max_new_tokens=max_new_tokens, compare=compare, streamer=streamer
@@ -68,6 +73,8 @@ def generate(
 def custom_generate(
     folder: Annotated[Path, typer.Argument(help="Where custom_generate/ goes: a model's folder, or any other.")],
     split: Split = "auto",
+    device: Device = None,
+    device_weights_gib: DeviceWeightsGib = "auto",
     device_gib: DeviceGib = "auto",
     host_gib: HostGib = "auto",
     kv_dtype: KvDtype = "model",
@@ -85,6 +92,8 @@ def custom_generate(
         hardware = str(Path(hardware).absolute()) if Path(hardware).exists() else hardware
     config = OffloadConfig(
         split=split,
+        device=device,
+        device_weights_gib=device_weights_gib,
         device_gib=device_gib,
         host_gib=host_gib,
         kv_dtype=kv_dtype,
@@ -134,6 +143,10 @@ def demo(
     console.print(str(found.answer.stats), style="dim", markup=False, highlight=False, soft_wrap=True)
     console.print()
     console.print(bench.table(found.result))
+
+
+def _where(device: str, *, is_whole: bool) -> str:
+    return f"on {device}" if is_whole or device == "cpu" else f"into host memory for {device}"
 
 
 def _same_tokens(equal: bool) -> str:

@@ -103,6 +103,7 @@ class TransferEngine:
         self.last_h2d: Event | None = None
         self._in_forward: Callable[[], CacheSource | None] = lambda: None  # a weak reference
         self.weights: WeightStream | None = None  # which share the link with chunks
+        self._earlier_weight_bytes = 0  # delivered by streams that are closed
         self.weight_device_bytes = 0  # of layers that stay, and slabs
         self.layer_indices: Sequence[int] = ()  # in the decoder, of the offloaded layers; asked for beside weights
 
@@ -268,9 +269,15 @@ class TransferEngine:
         """
         before, self.weights = self.weights, None  # also where there is no room for new ones
         if before is not None:
+            self._earlier_weight_bytes += before.delivered_bytes
             before.close()
         if layers:
             self.weights = WeightStream(self.backend, num_layers, layers, overlap=self.overlap)
+
+    @property
+    def delivered_weight_bytes(self) -> int:
+        """Given to layers that asked for them, so far."""
+        return self._earlier_weight_bytes + (0 if self.weights is None else self.weights.delivered_bytes)
 
     def bring_weights(self, layer: WeightSource) -> torch.Tensor:
         """A layer's weights in device memory of their own, uint8."""

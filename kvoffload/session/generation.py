@@ -98,7 +98,7 @@ class Generation:
         self.setup_before_forward_s = 0.0
         self._backend, self._engine = backend, engine
         self._written_before = engine.write_back.queued_bytes
-        self._weights_before = 0 if engine.weights is None else engine.weights.delivered_bytes
+        self._weights_before = engine.delivered_weight_bytes
         self._began = time.perf_counter()
         self._start = _Readings.of(backend)
         self._decode: _Readings | None = None  # at the first decode step
@@ -228,7 +228,6 @@ class Generation:
         p50 = statistics.median(steps) if steps else None
         predicted = (statistics.median(self._predicted_s) if self._predicted_s else plan.predicted_step_s) or None
         others = self.cache.other_device_bytes
-        weights = self._engine.weights
         stored = core.count_blocks()
         lossy = core.lossy_forms
         packed = sum(n for form, n in stored.items() if FORMS[form].is_encoded and FORMS[form].is_exact)
@@ -253,7 +252,7 @@ class Generation:
             prediction_error_fraction=p50 / predicted - 1 if predicted and p50 else None,
             host_bytes=pool.used_bytes,
             pinned_bytes=pool.pinned_bytes,
-            weight_bytes=0 if weights is None else weights.delivered_bytes - self._weights_before,
+            weight_bytes=self._engine.delivered_weight_bytes - self._weights_before,
             device_weight_bytes=self._engine.weight_device_bytes,
             device_kv_peak_decode_bytes=self._engine.account.take_peak() + others,
             device_kv_peak_prefill_bytes=self._prefill_peak_bytes + others,

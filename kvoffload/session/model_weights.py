@@ -30,7 +30,7 @@ from kvoffload.planning.weights import WeightSizes
 from kvoffload.session.memory_limits import free_device_bytes
 from kvoffload.session.progress import AllocationProgress
 from kvoffload.store.layer_weights import LayerWeights, can_be_packed
-from kvoffload.units import gib
+from kvoffload.units import counted, gib
 
 logger = logging.getLogger(__name__)
 COMFORTABLE_SHARE = 0.6  # of the free device memory: weights that take less stay there under "auto"
@@ -50,19 +50,33 @@ def device_for(model: Any, config: OffloadConfig) -> torch.device:
             "load it into host memory without a device_map, or with kvoffload.load(name, config)"
         )
     here: torch.device = next(iter(devices))
-    if config.device is None:
+    wanted = named_device(config.device)
+    if wanted is None:
         return here
-    try:
-        wanted = torch.device(config.device)
-    except RuntimeError as error:
-        raise ConfigError(f"device={config.device!r} is no device: {str(error).splitlines()[0]}") from error
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={config.device!r}: PyTorch sees no CUDA device here; leave device out, or see docs")
     if here.type != "cpu" and (here.type != wanted.type or wanted.index not in (None, here.index)):
         raise ConfigError(f"the model is on {here}: move it to the host (model.cpu()) or leave out device={wanted!s}")
     if wanted.type == "cuda" and wanted.index is None:
         wanted = torch.device("cuda", here.index if here.type == "cuda" else torch.cuda.current_device())
     return wanted
+
+
+def named_device(name: str | None) -> torch.device | None:
+    """The device of a name; None for none.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} is no device: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r}: PyTorch sees no CUDA device here; leave device out, or see docs")
+    if device.type == "cuda" and (device.index or 0) >= (there := torch.cuda.device_count()):
+        raise ConfigError(f"device={name!r}: PyTorch sees {counted(there, 'CUDA device')} here, the first is cuda:0")
+    return device
 
 
 class ModelWeights:
@@ -191,11 +205,19 @@ class ModelWeights:
             self.keep(number)
 
     def keep(self, number: int) -> None:
-        """Let that many layers stay on the device; nothing may be in flight."""
+        """Let that many layers stay on the device, or after an error none; nothing may be in flight."""
+        try:
+            self._keep(number)
+        except BaseException:
+            self._keep(0)
+            raise
+
+    def _keep(self, number: int) -> None:
         wanted = set(self.sizes.resident(number))
         self._backend.synchronize()
         self._engine.stream_weights(self._num_decoder_layers, ())
         for position, layer in enumerate(self._layers):
+            layer.forget_slabs()
             if position not in wanted:
                 layer.leave()
         for position in sorted(wanted):

@@ -119,6 +119,11 @@ class LayerWeights:
         """Whoever reads these weights finds them where they live."""
         self.read_from(self.source)
 
+    def forget_slabs(self) -> None:
+        """Hold nothing of memory that these weights were read from in passing; nothing may read them meanwhile."""
+        stays = {one.data_ptr() for one in (self.source, self._resident) if one is not None}
+        self._views = {address: views for address, views in self._views.items() if address in stays}
+
     def stay_in(self, data: torch.Tensor) -> None:
         """Be read from a copy on the device from now on, which stays."""
         self._resident = data
