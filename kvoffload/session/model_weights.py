@@ -336,6 +336,7 @@ class ModelWeights:
         if self._streamed is not None:
             self._streamed.rows_per_slice = rows
 
+
 def _move_back(tensor: torch.Tensor, before: torch.Tensor) -> None:
     """Be where it was, with the values that it has now."""
     tensor.data = before.copy_(tensor.data)
