@@ -169,7 +169,8 @@ def _launch(
     if not q.numel():
         return
     groups = q_heads // kv_heads
-    tile = tiles.tile(head_dim, q.element_size(), q_tokens * groups, tiles.capability(q.device))
+    rows, capability = q_tokens * groups, tiles.capability(q.device)
+    tile = tiles.tile(head_dim, q.element_size(), rows, capability, is_decoded=read is not None)
     num_tiles = divided_up(q_tokens * groups, tile.rows)
     programs = batch * kv_heads * num_tiles
     parts, part_tokens = tiles.split(tokens, tile.block_tokens, programs, tiles.processors(q.device))

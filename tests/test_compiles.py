@@ -40,7 +40,7 @@ def _fits(row: dict[str, Any], capability: int) -> bool:
 
     Attention in float32 may spill: its products are no tensor core's, and no tile is smaller than 16 by 16.
     """
-    may_spill = row["what"].startswith("torch.float32") and row["kernel"] == "_segment_kernel"
+    may_spill = "torch.float32" in row["what"] and row["kernel"] == "_segment_kernel"
     return row["shared_bytes"] <= SHARED_KIB[capability] * 1024 and (may_spill or row["stack_bytes"] == 0)
 
 

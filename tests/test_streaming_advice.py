@@ -89,6 +89,12 @@ def test_recomputation_hides_under_the_weights_of_a_multi_head_model() -> None:
     assert ways["offload"].tokens_per_s >= 1.1 * ways["kvpr"].tokens_per_s
 
 
+def test_the_link_is_busy_with_weights() -> None:
+    ways = {row.name: row for row in compare_ways(task(MIXTRAL, "l4-24gb-pcie4", 64, speculate="off"))}
+    assert ways["offload"].link_utilization > 0.95
+    assert ways["offload"].host_bytes > 80e9
+
+
 def test_weights_that_fit_are_not_streamed() -> None:
     asked = task(config("llama-3.1-8b"), "rtx4090-24gb-pcie4", 4)
     assert not streams_weights(asked)

@@ -86,7 +86,7 @@ def _drafted(offloaded: WayFigures, task: Task, money: Economics) -> WayFigures 
     )
     return row._replace(
         host_bytes=chosen.host_bytes * chosen.num_blocks // max(1, chosen.count(tier="host")),  # of all blocks
-        link_utilization=min(1.0, (crossing.link_s - idle.link_s) / rounds.round_s),
+        link_utilization=min(1.0, (crossing.link_s - idle.link_s + _weights_s(mean_inputs)) / rounds.round_s),
         device_utilization=min(1.0, 1 - max(0.0, 1 - offloaded.device_utilization) * share),
         mbu=offloaded.mbu * share,
         tokens_per_pass=rounds.tokens,
@@ -152,7 +152,7 @@ def _figures(
         tpot_s=found.step_s,
         total_s=found.total_s,
         tokens_per_s=found.tokens_per_s,
-        link_utilization=min(1.0, (step.link_s - idle.link_s) / found.step_s),
+        link_utilization=min(1.0, (step.link_s - idle.link_s + _weights_s(inputs)) / found.step_s),
         device_utilization=min(1.0, (step.device_s + task.tail_s(inputs)) / found.step_s),
         device_bytes=found.device_bytes,
         mfu=found.runs * flops / (peak_flops_per_s(profile) * found.total_s),
@@ -165,6 +165,11 @@ def _figures(
         co2_g=co2_g,
         co2_g_per_million_new_tokens=decode_co2_g,
     )
+
+
+def _weights_s(inputs: PlanInputs) -> float:
+    """Of a step, in which streamed weights cross the link."""
+    return inputs.rates.weights_s(inputs.weight_bytes_per_step)
 
 
 def _price(money: Economics, seconds: float, tokens: int) -> float | None:

@@ -13,6 +13,7 @@ from kvoffload.cli.options import (
     AsJson,
     Batch,
     DeviceGib,
+    DeviceWeightsGib,
     DraftCache,
     Hardware,
     HostGib,
@@ -68,6 +69,7 @@ def plan(
     ] = None,
     acceptance: Acceptance = None,
     draft_cache: DraftCache = "auto",
+    device_weights_gib: DeviceWeightsGib = "auto",
     sweep: Annotated[str | None, typer.Option(help="Batches and prompts, such as 1,8,64:1024,8192.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -79,7 +81,12 @@ def plan(
     from kvoffload.machine.machine import what_if
 
     config = OffloadConfig(
-        split=split, device_gib=device_gib, host_gib=host_gib, kv_dtype=kv_dtype, draft_cache=draft_cache
+        split=split,
+        device_gib=device_gib,
+        host_gib=host_gib,
+        kv_dtype=kv_dtype,
+        draft_cache=draft_cache,
+        device_weights_gib=device_weights_gib,
     )
     workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens, num_beams=num_beams)
     emulated = emulated_link(link_gb_per_s)
@@ -156,6 +163,7 @@ def report(
     kv_dtype: KvDtype = "model",
     acceptance: Acceptance = None,
     draft_cache: DraftCache = "auto",
+    device_weights_gib: DeviceWeightsGib = "auto",
     measure: Annotated[
         bool, typer.Option("--measure", help="Also run decode steps on this machine, random weights.")
     ] = False,
@@ -172,7 +180,9 @@ def report(
     from kvoffload.profiler.drawing import chart, study
 
     chart.require_plotly()
-    options = OffloadConfig(device_gib=device_gib, kv_dtype=kv_dtype, draft_cache=draft_cache)
+    options = OffloadConfig(
+        device_gib=device_gib, kv_dtype=kv_dtype, draft_cache=draft_cache, device_weights_gib=device_weights_gib
+    )
     workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     dimensions, compared = facts_shown(config), study.compared_rows(rows) if rows else ()
     emulated = emulated_link(link_gb_per_s)
