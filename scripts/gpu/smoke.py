@@ -36,11 +36,13 @@ TINY = Preset(
     architecture="llama", hidden=256, heads=4, kv_heads=2, ffn=512, layers=4, batch=2, cached_tokens=96, vocab=512
 )
 NEW_TOKENS = 16
-# Recomputation; drafts in lock-step on the newest tokens; drafts of rows at their own pace on copies of all.
+# Recomputation; drafts in lock-step on the newest tokens; drafts of rows at their own pace on copies of all; a model in
+# host memory, all of whose layers are streamed.
 GENERATE: dict[str, dict[str, Any]] = {
     "generate": {"split": 0.5, "speculate": "off"},
     "generate with drafts": {"split": 0.5, "speculate": 4},
     "generate with drafts on 4-bit copies": {"split": "transfer", "speculate": 4, "draft_cache": "int4"},
+    "generate with streamed weights": {"split": 0.5, "speculate": "off", "device": "cuda"},
 }
 Tell = Callable[[str], None]
 
@@ -70,7 +72,7 @@ def run(path: Path, tell: Tell) -> None:
             tell(f"{case.name}: {time.perf_counter() - began_s:.1f} s with its compilation")
             wrong += [] if error <= TOLERANCE[case.dtype] else [f"{case.name} is off by {error:.2g}"]
     for what, options in GENERATE.items():
-        distance, tokens_equal, h2d_bytes = checked_generate(device, **options)
+        distance, tokens_equal, h2d_bytes = checked_generate(device, dict(options))
         config = {"tokens_equal": tokens_equal, "h2d_bytes": h2d_bytes, "new_tokens": NEW_TOKENS}
         save(what, "max_abs_logit_difference", "", "tiny llama, float32", distance, config, "none")
         if not (tokens_equal and distance <= LOGIT_TOLERANCE and h2d_bytes):
@@ -186,18 +188,21 @@ def _stored(name: str, device: torch.device, q: Tensor, kv: Tensor) -> Case:
     return Case(f"attention over {name}", q.dtype, ops.stored_attention, pieces.stored_attention, given, outputs)
 
 
-def checked_generate(device: torch.device, **options: Any) -> tuple[float, bool, int]:
+def checked_generate(device: torch.device, options: dict[str, Any]) -> tuple[float, bool, int]:
     """Largest difference of logits, whether all tokens are those of plain `generate`, and bytes that came back.
 
     Args:
         device: the GPU.
-        options: of `OffloadConfig`.
+        options: of `OffloadConfig`; a device in it stands for a model in host memory, which may be changed here.
     """
     model: Any = make_model(TINY, device)
     torch.manual_seed(1)
     ids = torch.randint(3, TINY.vocab, (TINY.batch, TINY.cached_tokens), device=device)
     asked = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), **asked)
+    if "device" in options:
+        model.cpu()
+        options["device_weights_gib"] = _least_weights_gib(model)
     config = kvoffload.OffloadConfig(block_tokens=8, chunk_blocks=2, device_gib="min", **options)
     with kvoffload.offload(model, config) as session:
         found = model.generate(ids, attention_mask=torch.ones_like(ids), **asked)
@@ -205,6 +210,13 @@ def checked_generate(device: torch.device, **options: Any) -> tuple[float, bool,
     pairs = zip(found.logits, expected.logits, strict=True)
     distance = max(float((one.float() - other.float()).abs().max()) for one, other in pairs)
     return distance, bool(torch.equal(found.sequences, expected.sequences)), session.stats.h2d_bytes
+
+
+def _least_weights_gib(model: Any) -> float:
+    """Device memory with which every decoder layer is streamed."""
+    layers = [sum(one.numel() * one.element_size() for one in layer.parameters()) for layer in model.model.layers]
+    everything = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
+    return float(everything - sum(layers) + 2.5 * max(layers)) / 2**30
 
 
 def _poison(shape: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
