@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 def tile(head_dim: int, element_bytes: int, rows: int, capability: int, *, is_decoded: bool = False) -> Tile:
     """The tile for `rows` query rows that share a head of K and V, on a device of that compute capability (as 89).
 
-    Where K and V are decoded from fewer bytes, and a mask hides what pads a head, registers hold half of the rows.
+    Where K and V are decoded from fewer bytes, and a mask hides what pads a head, registers hold the fewest rows.
     """
     block_dim = max(16, power_of_2(head_dim))
     most_rows = 16 if block_dim > 128 else _QUERY_ROWS[max(known for known in _QUERY_ROWS if known <= capability)]
@@ -45,7 +45,7 @@ def tile(head_dim: int, element_bytes: int, rows: int, capability: int, *, is_de
     if element_bytes == 4:
         most_rows, step_elements = min(64, max(16, _FLOAT32_ELEMENTS // block_dim)), _FLOAT32_ELEMENTS
     if is_decoded and block_dim != head_dim:
-        most_rows = max(16, most_rows // 2)
+        most_rows = 16
     block_tokens = min(64, max(16, step_elements // block_dim))
     stage_bytes = 2 * block_tokens * block_dim * element_bytes  # 2: K and V
     return Tile(
