@@ -186,29 +186,39 @@ def worthless_drafts() -> Iterator[None]:
         yield
 
 
-def measure_overhead(bench: Bench, ratio: float) -> list[rows.Row]:
-    """What drafts cost where none is right, or with a ratio of 0 where nothing crosses the link: over all steps."""
+def measure_overhead(bench: Bench, ratio: float, pairs: int) -> list[rows.Row]:
+    """What drafts cost where none is right, or with a ratio of 0 where nothing crosses the link: over all steps.
+
+    Runs with drafts and without take turns; a sample is of two that follow each other.
+    """
     ids = bench.prompts("summary", 1)
     around = worthless_drafts if ratio else contextlib.nullcontext
     bench.is_whole_on_device = not ratio
-    off = bench.offloaded(ids, bench.new_tokens, ratio or 1, "off")
-    with around():
-        drafted = bench.offloaded(ids, bench.new_tokens, ratio or 1, "auto")
-    total_s = [sum(found.stats.decode_step_s) for found in (drafted, off)]
-    steps_s = [statistics.median(found.stats.decode_step_s) for found in (drafted, off)]
-    found = {
-        "total_over_off": ("ratio", total_s[0] / total_s[1]),
-        "step_over_off": ("ratio", steps_s[0] / steps_s[1]),
-        "drafted_tokens": ("tokens", drafted.stats.drafted_tokens),
-        "same_tokens": ("fraction", float(torch.equal(drafted.tokens, off.tokens))),
+    found: dict[str, tuple[str, list[float]]] = {
+        "total_over_off": ("ratio", []),
+        "step_over_off": ("ratio", []),
+        "drafted_tokens": ("tokens", []),
+        "same_tokens": ("fraction", []),
     }
+    for idx in range(pairs):
+        runs = {}
+        for mode in ("off", "auto") if idx % 2 == 0 else ("auto", "off"):
+            with around() if mode == "auto" else contextlib.nullcontext():
+                runs[mode] = bench.offloaded(ids, bench.new_tokens, ratio or 1, mode)
+        drafted, off = runs["auto"], runs["off"]
+        total_s = [sum(run.stats.decode_step_s) for run in (drafted, off)]
+        steps_s = [statistics.median(run.stats.decode_step_s) for run in (drafted, off)]
+        found["total_over_off"][1].append(total_s[0] / total_s[1])
+        found["step_over_off"][1].append(steps_s[0] / steps_s[1])
+        found["drafted_tokens"][1].append(drafted.stats.drafted_tokens)
+        found["same_tokens"][1].append(float(torch.equal(drafted.tokens, off.tokens)))
     provider = "worthless drafts" if ratio else "all on the device"
     how = {"task": "summary", "batch": 1, "ratio": ratio, "new_tokens": bench.new_tokens}
-    told = ", ".join(f"{name} {value:.4g}" for name, (_, value) in found.items())
+    told = ", ".join(f"{name} {statistics.median(values):.4g}" for name, (_, values) in found.items())
     Console(width=160).print(f"{provider}, ratio {ratio}: {told}; {drafted.stats.drafts_off_reason}")
     return [
-        rows.row("drafts", provider, metric, unit, ratio, [value], how, drafted.stats.link_name)
-        for metric, (unit, value) in found.items()
+        rows.row("drafts", provider, metric, unit, ratio, values, how, drafted.stats.link_name)
+        for metric, (unit, values) in found.items()
     ]
 
 
@@ -287,6 +297,7 @@ def main(
     is_overhead: Annotated[
         bool, typer.Option("--overhead", help="what useless drafts cost; ratio 0: all on the device")
     ] = False,
+    pairs: Annotated[int, typer.Option(min=1, help="of runs with and without, for --overhead")] = 3,
     with_lookup: Annotated[bool, typer.Option("--lookup/--no-lookup", help="prompt lookup as well (batch 1)")] = True,
     caches: Annotated[str, typer.Option(help="what drafts read: auto, window, int4")] = "auto",
     csv_path: Annotated[Path, typer.Option("--csv", help="rows are added to this file")] = RESULTS / "drafts.csv",
@@ -300,7 +311,7 @@ def main(
         bench.draft_cache = caches
         for ratio in map(int, ratios.split(",")):
             torch.set_num_threads(decoding_threads())  # as rows name the device
-            rows.save(csv_path, measure_overhead(bench, ratio))
+            rows.save(csv_path, measure_overhead(bench, ratio, pairs))
         return
     cells = itertools.product(map(int, batches.split(",")), tasks.split(","), ratios.split(","), caches.split(","))
     for batch, task, ratio, bench.draft_cache in cells:
