@@ -33,9 +33,18 @@ def watched(model: Any, name: str) -> list[tuple[int, ...]]:
     return seen
 
 
-@pytest.mark.parametrize("split", ["transfer", "recompute", 0.5])
-@pytest.mark.parametrize("mode", ["greedy", "left_padding", "beams", "multi_turn", "return_sequences"])
-@pytest.mark.parametrize("kind", ["llama", "opt", "qwen3", "mixtral", "phi3"])
+SPLITS: tuple[Any, ...] = ("transfer", "recompute", 0.5)
+SLICED_KINDS = ("llama", "opt", "qwen3", "mixtral", "phi3")
+SLICED_MODES = ("greedy", "left_padding", "beams", "multi_turn", "return_sequences")
+CELLS = [  # a split for each model and mode by default, in rotation; the others are slow
+    pytest.param(kind, mode, split, marks=() if (i + j) % 3 == k else pytest.mark.slow)
+    for i, kind in enumerate(SLICED_KINDS)
+    for j, mode in enumerate(SLICED_MODES)
+    for k, split in enumerate(SPLITS)
+]
+
+
+@pytest.mark.parametrize(("kind", "mode", "split"), CELLS)
 def test_tokens_and_logits_are_those_of_plain_generate(kind: str, mode: str, split: Any) -> None:
     model, way = streamable(kind), KINDS[mode](Shape(rows=5, prompt_tokens=36))
     wanted = outcome(way.run(model, lambda: plain_cache(model)))
