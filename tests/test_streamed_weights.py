@@ -268,6 +268,63 @@ def test_an_interrupt_in_the_middle_of_a_step_leaves_the_model_usable(
         assert torch.equal(model.generate(ids, max_new_tokens=8), wanted)
 
 
+def test_an_interrupt_while_a_layer_waits_for_its_weights_leaves_the_session_usable(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, waits = checking_backend(), 0
+    wait = backend.inner.compute_waits
+
+    def interrupted(event: Any) -> None:
+        nonlocal waits
+        waits += 1
+        if waits == 9:
+            raise KeyboardInterrupt
+        wait(event)
+
+    wanted = model.generate(prompt(2, 20), max_new_tokens=8)
+    with weights_as_before(model), Session(model, config(model, 0, split="transfer"), backend):
+        monkeypatch.setattr(backend.inner, "compute_waits", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(prompt(2, 20), max_new_tokens=8)
+        assert torch.equal(model.generate(prompt(2, 20), max_new_tokens=8), wanted)
+
+
+@pytest.mark.parametrize("way", ["in place", "replaced"])
+def test_weights_that_change_between_forwards_of_ones_own_are_seen(model: PreTrainedModel, way: str) -> None:
+    ids = prompt(2, 9)
+    with torch.no_grad(), Session(model, config(model, 2), checking_backend()) as session:
+        model(ids)
+        for layer in model.model.layers:  # type: ignore[union-attr]
+            weight = layer.self_attn.q_proj.weight
+            if way == "in place":
+                weight.data.neg_()
+            else:
+                weight.data = -weight.data
+        found, cached = model(ids).logits, model(ids, **given(session.new_cache())).logits
+    with torch.no_grad():
+        wanted = model(ids).logits
+    assert torch.equal(found, wanted)
+    assert torch.equal(cached, wanted)
+
+
+def test_a_model_whose_dtype_changed_stays_as_it_was_changed(model: PreTrainedModel) -> None:
+    with Session(model, config(model, 2), checking_backend()):
+        model.half()
+        with pytest.raises(KVOffloadError, match=r"close\(\) the session before"):
+            model.generate(prompt(1, 4), max_new_tokens=2)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+
+
+def test_training_through_streamed_weights_is_refused(model: PreTrainedModel) -> None:
+    model.train()
+    with (
+        Session(model, config(model, 0), checking_backend()),
+        pytest.raises(KVOffloadError, match="gradients do not flow"),
+    ):
+        model(prompt(1, 4))
+    model.eval()
+
+
 def test_an_error_while_weights_are_moved_leaves_the_model_as_it_was(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

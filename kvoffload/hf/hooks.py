@@ -27,7 +27,8 @@ class ModelHooks:
     Args:
         model: the model.
         layer_indices: of its offloaded layers.
-        on_forward: called before each forward of the model with a cache of ours.
+        on_any: called before each forward of the model.
+        on_forward: called before each of them with a cache of ours.
         on_layers: called when such a forward, or one of the decoder alone, comes to the first offloaded layer.
     """
 
@@ -36,12 +37,13 @@ class ModelHooks:
         model: PreTrainedModel,
         layer_indices: Sequence[int],
         *,
+        on_any: Callable[[], None],
         on_forward: Callable[[OffloadedHFCache], None],
         on_layers: Callable[[], None],
     ) -> None:
         modules = attention_modules(model)
         self.modules = {idx: modules[idx] for idx in layer_indices if idx in modules}
-        self._on_forward = on_forward
+        self._on_any, self._on_forward = on_any, on_forward
         self._on_layers = on_layers
         self._handles: list[Any] = []
         self._model_names = list(inspect.signature(model.forward).parameters)
@@ -94,6 +96,7 @@ class ModelHooks:
         return None if reference is None else reference()
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._on_any()
         cache = given_cache(args, kwargs, self._model_names)
         if isinstance(cache, OffloadedHFCache):
             self._with_ours[threading.get_ident()] = weakref.ref(cache)

@@ -289,6 +289,7 @@ class OffloadedLayer(CacheLayerMixin):
         with torch.no_grad():
             self._prepare(whole, is_segmented=self._slices_are_segmented)
             self._append(whole)
+        self._embeddings, self._slice_embeddings = (), []  # each layer has its own, unlike those of a whole forward
 
     def finish(self) -> None:
         """The attention module is done: cache what its own attention did not come to us for, free the layer buffer."""

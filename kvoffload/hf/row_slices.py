@@ -19,6 +19,9 @@ from kvoffload.hf.arguments import given_cache
 from kvoffload.hf.offloaded_cache import OffloadedHFCache
 from kvoffload.hf.offloaded_layer import OffloadedLayer
 
+# whose first dimension is rows, unless it has one element; others, such as ALiBi, may have heads there
+_BY_ROWS = ("hidden_states", "attention_mask", "causal_mask", "position_ids", "position_embeddings")
+
 
 class _NotByRows(Exception):
     """An argument whose rows are not known."""
@@ -52,7 +55,8 @@ def through_in_slices(
         return forward(*args, **kwargs)
     starts = range(0, rows, rows_per_slice)
     try:
-        calls = [_cut((args, kwargs), slice(start, start + rows_per_slice), rows, tokens) for start in starts]
+        parts = [slice(start, start + rows_per_slice) for start in starts]
+        calls = [_cut_call(names, args, kwargs, part, rows, tokens) for part in parts]
     except _NotByRows:
         return forward(*args, **kwargs)
     whole: Any = None
@@ -73,18 +77,30 @@ def _empty_layer(cache: Any, layer_idx: int) -> OffloadedLayer | None:
     return layer if type(layer) is OffloadedLayer and not layer.core.num_tokens else None
 
 
-def _cut(value: Any, part: slice, rows: int, tokens: int) -> Any:
-    """An argument for some rows alone."""
+def _cut_call(
+    names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], part: slice, rows: int, tokens: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call for some rows alone."""
+    if len(args) > len(names):
+        raise _NotByRows
+    some = tuple(_cut(name, value, part, rows, tokens) for name, value in zip(names, args, strict=False))
+    return some, {name: _cut(name, value, part, rows, tokens) for name, value in kwargs.items()}
+
+
+def _cut(name: str, value: Any, part: slice, rows: int, tokens: int) -> Any:
+    """An argument for some rows alone; only of those in `_BY_ROWS` it is known which dimension has the rows."""
     if isinstance(value, torch.Tensor):
         if value.dim() < 2 or value.shape[0] == 1:
             return value
-        if value.shape[0] != rows or (value.dim() == 2 and rows == tokens):
+        if name not in _BY_ROWS or value.shape[0] != rows or (value.dim() == 2 and rows == tokens):
             raise _NotByRows
         return value[part]
     if isinstance(value, (tuple, list)):
-        return type(value)(_cut(one, part, rows, tokens) for one in value)
+        return type(value)(_cut(name, one, part, rows, tokens) for one in value)
     if isinstance(value, dict):
-        return {name: _cut(one, part, rows, tokens) for name, one in value.items()}
+        return {key: _cut(name, one, part, rows, tokens) for key, one in value.items()}
+    if name in _BY_ROWS and value is not None:  # a mask of another kind
+        raise _NotByRows
     return value
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvoffload.errors import KVOffloadError
+from kvoffload.errors import KVOffloadError, UnsupportedModelError
 from kvoffload.hf.row_slices import through_in_slices
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.store.layer_weights import LayerWeights
@@ -49,7 +49,7 @@ class StreamedLayers:
         self._thread: int | None = None  # in the forward of a layer
         self._current: LayerWeights | None = None  # of which layer
         self._before = [vars(layer).get("forward") for layer in layers]
-        stand_ins = [self._standing_in(layer.forward, own) for layer, own in zip(layers, weights, strict=True)]
+        stand_ins = [self._standing_in(layer, own) for layer, own in zip(layers, weights, strict=True)]
         if is_compiled:
             stand_ins = [torch.compiler.disable(stand_in) for stand_in in stand_ins]
         for layer, stand_in in zip(layers, stand_ins, strict=True):
@@ -62,7 +62,8 @@ class StreamedLayers:
             if before is not None:
                 vars(layer)["forward"] = before
 
-    def _standing_in(self, original: Any, weights: LayerWeights) -> Any:
+    def _standing_in(self, layer: nn.Module, weights: LayerWeights) -> Any:
+        original: Any = layer.forward
         names = list(inspect.signature(original).parameters)
 
         def pass_through(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -74,6 +75,11 @@ class StreamedLayers:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if weights.is_resident:
                 return pass_through(args, kwargs)
+            if torch.is_grad_enabled() and layer.training:
+                raise UnsupportedModelError(
+                    "gradients do not flow through streamed weights: use torch.no_grad() or model.eval(), or train "
+                    "outside the session"
+                )
             with Present(self, weights), torch.no_grad():
                 return pass_through(args, kwargs)
 
@@ -96,19 +102,24 @@ class StreamedLayers:
             )
         if self._current is weights or weights.is_resident:
             return False
-        assert self._current is None, "a layer within another one"
+        if self._current is not None:
+            raise KVOffloadError(
+                f"layer {self._current.layer_idx} is in its forward, and weights are streamed for one layer at a time: "
+                "read what is cached between two forwards"
+            )
         self._thread, self._current = thread, weights
         try:
             weights.read_from(self._engine.begin_weights(weights))
         except BaseException:
+            weights.read_from_host()
             self._thread = self._current = None
             raise
         return True
 
     def leave(self, weights: LayerWeights) -> None:
         """All that reads them has been issued."""
+        weights.read_from_host()  # first: an interrupt may come between any two of these
         self._thread = self._current = None
-        weights.read_from_host()
         self._engine.end_weights()
 
 

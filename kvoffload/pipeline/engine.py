@@ -104,6 +104,7 @@ class TransferEngine:
         self._in_forward: Callable[[], CacheSource | None] = lambda: None  # a weak reference
         self.weights: WeightStream | None = None  # which share the link with chunks
         self._earlier_weight_bytes = 0  # delivered by streams that are closed
+        self.is_generating = False  # forwards follow each other, and nobody changes weights between them
         self.weight_device_bytes = 0  # of layers that stay, and slabs
         self.layer_indices: Sequence[int] = ()  # in the decoder, of the offloaded layers; asked for beside weights
 
@@ -331,9 +332,12 @@ class TransferEngine:
                 return
 
     def _goes_on(self) -> bool:
-        """Whether another forward is expected to follow the one that was begun last."""
+        """Whether another forward is expected to follow the one that was begun last.
+
+        Outside `generate()` weights of the next one are not brought ahead: they may change until then.
+        """
         cache = self._in_forward()
-        return cache is None or cache.sources[0].goes_on
+        return self.is_generating and cache is not None and cache.sources[0].goes_on
 
     def _next_job(self) -> Job[Cargo] | None:
         """The first that has cargo to issue, begun ahead of need where that is possible; None where there is none."""

@@ -106,7 +106,8 @@ class WeightStream:
 
     def begin(self, layer: WeightSource) -> torch.Tensor:
         """The layer's weights, on the device: uint8, valid until `end`. Compute waits for them."""
-        assert self._current is None, "the layer before has not ended"
+        if self._current is not None:  # an interrupt ended the layer before
+            self.end()
         if not self._ahead or self._ahead[0].weights is not layer:
             self.drop()
             self._expected = self.layers.index(layer)
@@ -122,10 +123,10 @@ class WeightStream:
         return data
 
     def end(self) -> None:
-        """All compute that reads the weights begun last has been issued."""
+        """All compute that reads the weights begun last has been issued; nothing where none were."""
         passage, self._current = self._current, None
-        assert passage is not None
-        passage.slab.released = self._backend.release(passage.slab.bytes)
+        if passage is not None:
+            passage.slab.released = self._backend.release(passage.slab.bytes)
 
     def goes_first(self, layer_idx: int | None, fraction: float, *, goes_on: bool) -> bool:
         """Whether the next copy over the link is one of weights: they are needed sooner, or it is their turn.

@@ -44,8 +44,9 @@ def prefill_peak_bytes(shape: ModelShape, *, num_tokens: int, rows: int, rows_at
 def prefill_parts(shape: ModelShape, *, rows: int, prompt_tokens: int, room_bytes: int) -> PrefillParts:
     """The fewest passes over streamed weights in which a prefill fits in `room_bytes`.
 
-    In each, as few rows pass a layer at once as keep the device busy, so that more weights can stay there; all at once
-    where slices save nothing, or where layers cache something else than K and V of every token.
+    In one pass as few rows go through a layer at once as keep the device busy, so that more weights can stay there; all
+    where slices save nothing, where layers cache something else than K and V of every token, and in several passes, of
+    which the later ones read what the first has cached.
     """
     may_slice, tokens = shape.num_layers == shape.num_offloaded_layers, prompt_tokens
 
@@ -54,7 +55,7 @@ def prefill_parts(shape: ModelShape, *, rows: int, prompt_tokens: int, room_byte
 
     while True:
         at_once = min(rows, -(-BUSY_TOKENS // tokens))
-        if not may_slice or peak_bytes(at_once) >= peak_bytes(rows):
+        if not may_slice or tokens < prompt_tokens or peak_bytes(at_once) >= peak_bytes(rows):
             at_once = rows
         if tokens <= MIN_PREFILL_TOKENS or peak_bytes(at_once) <= room_bytes:
             return PrefillParts(tokens, at_once)

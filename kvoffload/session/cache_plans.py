@@ -22,6 +22,7 @@ from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.forms import wanted_forms
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.sizes import grown, widened, with_kv_rows
+from kvoffload.planning.sizing import LEAST_GAP_S
 from kvoffload.session.generation_plan import GenerationPlan
 from kvoffload.session.generation_planner import GenerationPlanner
 from kvoffload.session.later_plans import LaterPlans
@@ -392,9 +393,10 @@ class CachePlans:
             geometry = self._planner.with_room_ahead(geometry)
         held_bytes, others_bytes = self._device_bytes(cache)
         if first is None:  # else a forward is under way
+            ringed = replace(geometry, least_gap_s=LEAST_GAP_S)  # of a real link, as it will be planned
             self.weights.fit(
                 lambda: self._planner.limits.weights_room_bytes(
-                    geometry, prompt_tokens, held_bytes, self.weights.device_bytes
+                    ringed, prompt_tokens, held_bytes, self.weights.device_bytes
                 )
             )
         geometry = self._with_weights(geometry)

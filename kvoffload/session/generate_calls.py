@@ -114,6 +114,7 @@ class GenerateCalls:
             )
             self._engine.drop_weights()  # whoever holds the model may have changed them since
             self._plans.weights.absorb()
+            self._engine.is_generating = True
             self._drafts = DraftedCall(self._config, has_own_loop=bool(kwargs.get("custom_generate")))
             output = original(*args, **kwargs)
             self._drafts.settle()
@@ -131,6 +132,8 @@ class GenerateCalls:
             raise
         finally:
             ended, self.current = self.current, None
+            self._engine.is_generating = False
+            self._plans.weights.slice_rows(None)
             self._drafts.close()
             self._allocation.stop()
             try:
@@ -241,6 +244,8 @@ class GenerateCalls:
 
     def _shorten_prefill(self, generation_config: Any, cache: hf.OffloadedHFCache, prompt_tokens: int) -> None:
         chunk = self._plans.prefill_chunk_tokens(cache, prompt_tokens)
+        if generation_config.output_attentions or getattr(self._model.config, "output_router_logits", False):
+            self._plans.weights.slice_rows(None)  # what modules give by the way is collected once for all rows
         if chunk is not None and generation_config.prefill_chunk_size is None:
             logger.info("prefilling in chunks of %d tokens so that the prompt fits on the device", chunk)
             generation_config.prefill_chunk_size = chunk

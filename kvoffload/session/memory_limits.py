@@ -104,8 +104,8 @@ class MemoryLimits:
         cache_bytes = sizes.fixed_device_bytes
         if self._config.device_gib not in ("auto", "min"):
             cache_bytes = max(cache_bytes, int(float(self._config.device_gib) * GIB))
-        # the same share of what they take as of what is free, so that a second call leaves them as the first one did
-        room = self._free_device_bytes(held_bytes) + int(DEVICE_SHARE * weights_bytes) - cache_bytes
+        # the same share of what is held as of what is free, so that a second call leaves them as the first one did
+        room = self._free_device_bytes(int(DEVICE_SHARE * (held_bytes + weights_bytes))) - cache_bytes
         parts = prefill_parts(self._shape, rows=geometry.rows, prompt_tokens=prompt_tokens, room_bytes=room)
         return room - self._prefill_peak_bytes(geometry, parts.tokens, parts.rows)
 

@@ -339,4 +339,7 @@ class ModelWeights:
 
 def _move_back(tensor: torch.Tensor, before: torch.Tensor) -> None:
     """Be where it was, with the values that it has now."""
-    tensor.data = before.copy_(tensor.data)
+    if (tensor.shape, tensor.dtype) == (before.shape, before.dtype):
+        tensor.data = before.copy_(tensor.data)
+    else:  # changed meanwhile, as by model.half()
+        tensor.data = tensor.data.to(before.device)

@@ -77,6 +77,7 @@ class Session:
         self._hooks = hf.ModelHooks(
             self.model,
             self._layer_indices,
+            on_any=self._before_any_forward,
             on_forward=self._before_forward,
             on_layers=self._before_layers,
         )
@@ -282,6 +283,12 @@ class Session:
         return copied
 
     # ---- what the hooks tell -----------------------------------------------------------------------------------------
+
+    def _before_any_forward(self) -> None:
+        """A forward of the model begins, with whatever cache: outside `generate()` its weights may have changed."""
+        if self._calls.current is None:
+            self.engine.drop_weights()
+            self._weights.absorb()
 
     def _before_forward(self, cache: hf.OffloadedHFCache) -> None:
         """A forward of the model begins, with a cache of ours."""

@@ -7,7 +7,6 @@ points to its place in whichever run is in use. Does not own which tensors these
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -98,17 +97,28 @@ class LayerWeights:
             KVOffloadError: something of another shape or dtype.
         """
         where = self.source if self._resident is None else self._resident
-        for tensor, view in zip(self._tensors, self._at(where), strict=True):
-            if tensor.data_ptr() == view.data_ptr():
-                continue
-            if (tensor.shape, tensor.dtype) != (view.shape, view.dtype):
+        for idx, view in enumerate(self._at(where)):
+            if not self._absorbed(idx, view):
+                tensor = self._tensors[idx]
                 raise KVOffloadError(
                     f"weights of layer {self.layer_idx} were replaced by others of another shape or dtype "
                     f"({tuple(view.shape)} of {view.dtype} by {tuple(tensor.shape)} of {tensor.dtype}): close() the "
                     "session before changing the model, and offload it again"
                 )
+
+    def _absorbed(self, idx: int, view: torch.Tensor) -> bool:
+        """Have a tensor be that view, with the values it has; False where these do not fit."""
+        tensor = self._tensors[idx]
+        if tensor.data_ptr() == view.data_ptr():
+            return True
+        # an interrupt may have left it in a slab, whose bytes are nobody's any more
+        is_ours = any(tensor.data_ptr() == views[idx].data_ptr() for views in self._views.values())
+        if not is_ours:
+            if (tensor.shape, tensor.dtype) != (view.shape, view.dtype):
+                return False
             view.copy_(tensor.detach())
-            tensor.data = view
+        tensor.data = view
+        return True
 
     def read_from(self, data: torch.Tensor) -> None:
         """Whoever reads these weights finds them in other bytes, which were copied from `source`."""
@@ -141,8 +151,9 @@ class LayerWeights:
         """Be where they were, with the values that they have now; nothing may be in flight."""
         if self._host is None:
             return
-        with contextlib.suppress(KVOffloadError):  # what replaced them stays, then
-            self.absorb()
+        where = self.source if self._resident is None else self._resident
+        replaced = [idx for idx, view in enumerate(self._at(where)) if not self._absorbed(idx, view)]
+        stays = {idx: self._tensors[idx].data for idx in replaced}  # of another dtype, as after model.half()
         self.leave()
         if self.device.type == "cpu":  # the memory stays theirs, and is not pinned any more
             backend.release_host(self._host)
@@ -151,6 +162,8 @@ class LayerWeights:
                 moved = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype, device=self.device)
                 tensor.data = moved.copy_(view)
             backend.release_host(self._host)
+        for idx, data in stays.items():
+            self._tensors[idx].data = data
         self._views.clear()
         self._host = None
 
