@@ -38,10 +38,14 @@ def streams_weights(task: Task) -> bool:
     return task.kept_layers(task.workload.rows) is not None
 
 
-def best_batch(task: Task) -> StreamedBatch | None:
+def best_batch(task: Task, *, beside_quantised: bool = True) -> StreamedBatch | None:
     """The smallest batch that comes close to the most tokens per second, at the workload's lengths; None: none works.
 
     Batches are powers of two, as many as host memory holds beside the weights.
+
+    Args:
+        task: whose weights are streamed.
+        beside_quantised: whether weights in 4 bits are looked at as well, which takes as long again.
     """
     installed = task.profile.extra.get("host_memory_bytes")
     host_bytes = installed if isinstance(installed, int) else ASSUMED_HOST_BYTES
@@ -52,14 +56,16 @@ def best_batch(task: Task) -> StreamedBatch | None:
         if offload is None:
             break
         rates[sized.workload.batch] = offload
-        quantised = quantised_way(sized)
-        if beats_from is None and (quantised is None or offload.tokens_per_s >= LEAST_GAIN * quantised.tokens_per_s):
-            beats_from = sized.workload.batch
+        if beside_quantised and beats_from is None:
+            quantised = quantised_way(sized)
+            if quantised is None or offload.tokens_per_s >= LEAST_GAIN * quantised.tokens_per_s:
+                beats_from = sized.workload.batch
     if not rates:
         return None
     highest = max(one.tokens_per_s for one in rates.values())
     batch = min(size for size, one in rates.items() if one.tokens_per_s >= ENOUGH * highest)
-    return StreamedBatch(batch, rates[batch], host_bytes, quantised_way(task), beats_from)
+    quantised = quantised_way(task) if beside_quantised else None
+    return StreamedBatch(batch, rates[batch], host_bytes, quantised, beats_from)
 
 
 def quantised_way(task: Task) -> Alternative | None:

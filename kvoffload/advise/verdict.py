@@ -51,7 +51,7 @@ def judge(task: Task) -> Verdict:
     if found.answer not in ("faster", "only way") or not streams_weights(task):
         return found
     rate = max(row.tokens_per_s for row in rows if row.name in ("offload", "drafts"))
-    best = best_batch(task)
+    best = best_batch(task, beside_quantised=False)
     quantised = quantised_way(task)
     return found._replace(
         answer="stream",

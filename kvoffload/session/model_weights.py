@@ -259,7 +259,7 @@ class ModelWeights:
 
     def _take(self, planned: list[LayerWeights]) -> None:
         """Move layers to the host, one after the other."""
-        progress = AllocationProgress("moving weights to memory that the link reads")
+        progress = AllocationProgress(task="moving weights to memory that the link reads")
         progress.expect(sum(layer.num_bytes for layer in planned))
         done, is_pinned = 0, True
         try:

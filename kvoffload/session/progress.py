@@ -12,11 +12,11 @@ class AllocationProgress:
     """Follows memory that grows to an expected size.
 
     Args:
-        task: what is done, in words.
         console: where to draw; standard error where None.
+        task: what is done, in words.
     """
 
-    def __init__(self, task: str = "allocating host memory for the cache", console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, *, task: str = "allocating host memory for the cache") -> None:
         self._task = task
         self._console = console or Console(stderr=True)
         self._expected_bytes = 0

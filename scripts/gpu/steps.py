@@ -144,7 +144,7 @@ def tests(*arguments: str) -> Callable[[Suite], None]:
 
 
 STEPS = (
-    Step("smoke", 50, "smoke.csv", smoke),
+    Step("smoke", 60, "smoke.csv", smoke),
     Step("profile", 30, "profile.json", profile),
     Step("opt-6.7b", 80, "decode.csv", decode("opt-6.7b-512", "full_transfer", "planned", "sequential")),
     Step("llama-3.1-8b", 50, "decode.csv", decode("llama-3.1-8b", "full_transfer", "planned")),
