@@ -14,6 +14,7 @@ from modes import COMMON, KINDS, Shape, given, outcome, plain_cache, prompt
 from streaming import config, streamable, weights_as_before
 from torch import nn
 
+from kvoffload.hf.collected_rows import Collected, CollectedRows, Update
 from kvoffload.hf.row_slices import through_in_slices
 from kvoffload.model.model_shape import model_shape
 from kvoffload.planning.memory import MIN_PREFILL_TOKENS, prefill_parts, prefill_peak_bytes
@@ -54,6 +55,18 @@ def test_tokens_and_logits_are_those_of_plain_generate(kind: str, mode: str, spl
         found = outcome(way.run(model, session.new_cache))
         assert session.stats is not None
         assert session.stats.weight_bytes % session.stats.plan.weight_bytes_per_step == 0
+    assert distance(found, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2])
+def test_rows_with_padding_of_their_own_are_recomputed_with_their_own_positions(rows_at_once: int) -> None:
+    model, way = streamable("llama", num_key_value_heads=4), KINDS["left_padding"](Shape(rows=3, prompt_tokens=36))
+    wanted = outcome(way.run(model, lambda: plain_cache(model)))
+    with Session(model, config(model, 0, split="recompute"), checking_backend()) as session:
+        sliced(session, rows_at_once)
+        found = outcome(way.run(model, session.new_cache))
+        assert session.stats is not None
+        assert session.stats.recomputed_tokens > 0
     assert distance(found, wanted) <= 1e-5
 
 
@@ -135,6 +148,46 @@ def test_an_error_between_two_slices_leaves_the_model_usable() -> None:
             model.generate(prompt(5, 20), max_new_tokens=3)
         handle.remove()
         assert torch.equal(model.generate(prompt(5, 20), max_new_tokens=3), wanted)
+
+
+def test_rows_are_put_together_when_all_are_there() -> None:
+    def some(rows: int, *, is_segmented: bool = True, has_activation: bool = True, width: int = 1) -> Collected:
+        states = torch.rand(rows, 2, 3, 4)
+        activation = torch.rand(rows, 3, 8) if has_activation else None
+        return Collected(Update(states, -states, activation), (torch.rand(width, 3, 4),), is_segmented)
+
+    collected, slices = CollectedRows(5), [some(2, width=2), some(2, width=2), some(1)]
+    slices[2] = slices[2]._replace(embeddings=(torch.rand(2, 3, 4)[:1],))
+    assert [collected.add(one) for one in slices[:2]] == [None, None]
+    whole = collected.add(slices[2])
+    assert whole is not None
+    assert torch.equal(whole.update.keys, torch.cat([one.update.keys for one in slices]))
+    assert torch.equal(whole.update.values, -whole.update.keys)
+    assert whole.update.activation is not None
+    assert whole.update.activation.shape == (5, 3, 8)
+    assert whole.embeddings is not None
+    assert whole.embeddings[0].shape == (5, 3, 4)
+    assert whole.is_segmented
+    same, collected = torch.rand(1, 3, 4), CollectedRows(2)
+    collected.add(some(1)._replace(embeddings=(same,)))
+    shared = collected.add(some(1)._replace(embeddings=(same,)))
+    assert shared is not None
+    assert shared.embeddings == (same,)
+    own, collected = [some(1), some(1)], CollectedRows(2)
+    collected.add(own[0])
+    found = collected.add(own[1])
+    assert found is not None
+    assert found.embeddings is not None
+    assert torch.equal(found.embeddings[0], torch.cat([one.embeddings[0] for one in own if one.embeddings]))
+    for odd in (some(2, is_segmented=False), some(2, has_activation=False), some(2)._replace(embeddings=None)):
+        for pair in ([some(2), odd], [odd, some(2)]):
+            collected = CollectedRows(4)
+            assert collected.add(pair[0]) is None
+            found = collected.add(pair[1])
+            assert found is not None
+            assert found.is_segmented == odd.is_segmented
+            assert (found.update.activation is None) == (odd.update.activation is None)
+            assert (found.embeddings is None) == (odd.embeddings is None)
 
 
 def test_arguments_whose_rows_are_not_known_are_not_cut() -> None:

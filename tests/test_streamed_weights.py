@@ -289,6 +289,22 @@ def test_an_interrupt_while_a_layer_waits_for_its_weights_leaves_the_session_usa
         assert torch.equal(model.generate(prompt(2, 20), max_new_tokens=8), wanted)
 
 
+def test_what_a_forward_that_failed_brought_ahead_is_not_what_generate_reads(model: PreTrainedModel) -> None:
+    def fail(*args: Any) -> None:
+        raise _InTheMiddle
+
+    layers: Any = model.model.layers  # type: ignore[union-attr]
+    with torch.no_grad(), Session(model, config(model, 0), checking_backend()):
+        handle = layers[0].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(_InTheMiddle):
+            model(prompt(2, 9))  # the second layer is on its way by then
+        handle.remove()
+        layers[0].self_attn.q_proj.weight.data.neg_()
+        layers[1].self_attn.q_proj.weight.data.neg_()
+        found = model.generate(prompt(2, 20), max_new_tokens=8)
+    assert torch.equal(found, model.generate(prompt(2, 20), max_new_tokens=8))
+
+
 @pytest.mark.parametrize("way", ["in place", "replaced"])
 def test_weights_that_change_between_forwards_of_ones_own_are_seen(model: PreTrainedModel, way: str) -> None:
     ids = prompt(2, 9)

@@ -11,7 +11,7 @@ from comparing import SPLITS, compare, config
 from matrix import TOLERANCE, FixedRates, checking_backend, distance, row_bytes
 from models import make_model
 from modes import MODES, outcome
-from torch import nn
+from streaming import Int8Linear
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kvoffload.session.session import Session
@@ -41,20 +41,6 @@ def test_an_unmerged_lora_adapter_takes_part_in_recomputation(split: Any, mode: 
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     compare(model, lambda: MODES[mode].run(adapted, None)[0], split, wraps=adapted)
     assert distance(outcome(MODES[mode].run(adapted, None)), without) > 1e-2
-
-
-class Int8Linear(nn.Module):
-    """Weight-only int8: one scale per output, dequantised when it is used."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
-        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.bias = linear.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
 
 
 @pytest.mark.parametrize("split", SPLITS)

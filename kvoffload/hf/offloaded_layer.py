@@ -10,7 +10,7 @@ import functools
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,19 +20,12 @@ from kvoffload.cache import attention, whole_layer
 from kvoffload.cache.layer import CacheLayer
 from kvoffload.errors import KVOffloadError, UnsupportedModelError
 from kvoffload.hf.attention_call import asks_for_own_attention, can_segment, question, wants_contiguous
+from kvoffload.hf.collected_rows import Collected, CollectedRows, Update
 from kvoffload.hf.first_tokens import FirstTokens
 from kvoffload.hf.layer_owner import OwningCache
 from kvoffload.hf.masks import Padding
 from kvoffload.store.forms import activation as activations
 from kvoffload.store.tail import KVShape
-
-
-class _Update(NamedTuple):
-    """What an attention module handed over in one forward."""
-
-    keys: torch.Tensor  # [rows, heads, tokens, head_dim]
-    values: torch.Tensor
-    activation: torch.Tensor | None  # [rows, tokens, hidden]
 
 
 class OffloadedLayer(CacheLayerMixin):
@@ -54,10 +47,9 @@ class OffloadedLayer(CacheLayerMixin):
         self._embeddings: tuple[torch.Tensor, ...] | None = ()  # None: of a kind that cannot be stored
         self._mask: Any = None  # that the attention module was called with
         self._is_in_module = False
-        self._slices: list[_Update] | None = None  # of a forward whose rows come in slices
-        self._slice_rows = 0  # of all of these together
+        self._collected: CollectedRows | None = None  # of a forward whose rows come in slices
         self._generation = 0  # number of the `generate()` that cached the newest tokens
-        self._pending: _Update | None = None  # to be cached once its attention has run
+        self._pending: Update | None = None  # to be cached once its attention has run
         self._was_attended: Literal["", "without", "with cached tokens"] = ""  # in this forward
 
     @property
@@ -145,17 +137,17 @@ class OffloadedLayer(CacheLayerMixin):
         """Cache new tokens and return all of K and V, [rows, heads, tokens, head_dim]."""
         owner, core = self._owner(), self.core
         assert owner is not None
-        owner.claim(key_states.shape[0] if self._slices is None else self._slice_rows)
+        owner.claim(key_states.shape[0] if self._collected is None else self._collected.num_rows)
         if torch.is_grad_enabled() and key_states.requires_grad:
             raise UnsupportedModelError("gradients do not flow through an offloaded cache: use torch.no_grad()")
         activation, self._activation = self._activation, None
         if activation is not None and activation.shape[:2] != key_states.permute(0, 2, 1, 3).shape[:2]:
             activation = None
-        update = _Update(key_states, value_states, activation)
+        update = Update(key_states, value_states, activation)
         if self._is_in_module and owner.offers_segments and (core.shape is None or core.is_segmented):
             self._pending = update
             return key_states, value_states
-        if self._slices is not None:
+        if self._collected is not None:
             self._collect(update, is_segmented=False)
             return key_states, value_states
         with torch.no_grad():
@@ -221,7 +213,7 @@ class OffloadedLayer(CacheLayerMixin):
                 is_segmented = untouched and is_known and _is_mask(mask, given_mask)
                 if not is_segmented and not asks_for_own_attention(module, kwargs, query.device):
                     owner.warn_whole_layer(module)
-                if self._slices is not None:
+                if self._collected is not None:
                     self._collect(update, is_segmented=is_segmented)
                     return output
                 self._prepare(update, is_segmented=is_segmented)
@@ -232,7 +224,7 @@ class OffloadedLayer(CacheLayerMixin):
                 )
             elif not core.num_tokens:
                 output = original(module, query, key, value, mask, **kwargs)
-                if self._slices is not None:
+                if self._collected is not None:
                     self._collect(update, is_segmented=core.is_segmented)
                     return output
                 self._prepare(update, is_segmented=core.is_segmented)
@@ -263,33 +255,23 @@ class OffloadedLayer(CacheLayerMixin):
 
     def begin_slices(self, rows: int) -> None:
         """The module is called several times in this forward, each time for the next of so many rows."""
-        self._slices, self._slice_rows = [], rows
+        self._collected = CollectedRows(rows)
 
     def end_slices(self) -> None:
         """That is over; what was collected of an incomplete forward is lost."""
-        self._slices, self._slice_rows = None, 0
+        self._collected = None
 
-    def _collect(self, update: _Update, *, is_segmented: bool) -> None:
+    def _collect(self, update: Update, *, is_segmented: bool) -> None:
         """Keep a slice; with the last one all rows are cached."""
-        assert self._slices is not None
-        if not self._slices:
-            self._slice_embeddings: list[tuple[torch.Tensor, ...] | None] = []
-            self._slices_are_segmented = True
-        self._slices.append(update)
-        self._slice_embeddings.append(self._embeddings)
-        self._slices_are_segmented &= is_segmented
-        if sum(one.keys.shape[0] for one in self._slices) < self._slice_rows:
+        assert self._collected is not None
+        whole = self._collected.add(Collected(update, self._embeddings, is_segmented))
+        if whole is None:
             return
-        whole = _Update(
-            torch.cat([one.keys for one in self._slices]),
-            torch.cat([one.values for one in self._slices]),
-            None if update.activation is None else torch.cat([one.activation for one in self._slices]),  # type: ignore[misc]
-        )
-        self._embeddings = _of_all_rows(self._slice_embeddings, whole.keys.shape[0])
+        self._embeddings = whole.embeddings
         with torch.no_grad():
-            self._prepare(whole, is_segmented=self._slices_are_segmented)
-            self._append(whole)
-        self._embeddings, self._slice_embeddings = (), []  # each layer has its own, unlike those of a whole forward
+            self._prepare(whole.update, is_segmented=whole.is_segmented)
+            self._append(whole.update)
+        self._embeddings = ()  # each layer has its own, unlike those of a whole forward
 
     def finish(self) -> None:
         """The attention module is done: cache what its own attention did not come to us for, free the layer buffer."""
@@ -301,7 +283,7 @@ class OffloadedLayer(CacheLayerMixin):
                     f"layer {self.core.position} attended without its cached tokens; "
                     "use OffloadConfig(attention='whole_layer')"
                 )
-            if self._slices is not None:
+            if self._collected is not None:
                 self._collect(update, is_segmented=False)
             else:
                 with torch.no_grad():
@@ -313,7 +295,7 @@ class OffloadedLayer(CacheLayerMixin):
         """An exception ended the forward of the attention module: what it handed over is not cached."""
         self._is_in_module, self._pending = False, None
 
-    def _prepare(self, update: _Update, *, is_segmented: bool) -> None:
+    def _prepare(self, update: Update, *, is_segmented: bool) -> None:
         """Make ready for the tokens of an update: the first ones settle how, all bring their position embeddings."""
         owner, core = self._owner(), self.core
         assert owner is not None
@@ -335,12 +317,12 @@ class OffloadedLayer(CacheLayerMixin):
             if self._embeddings:
                 form.capture(owner.progress.forwards, core.position, self._embeddings, core.num_tokens)
 
-    def _begins_turn(self, owner: OwningCache, update: _Update) -> bool:
+    def _begins_turn(self, owner: OwningCache, update: Update) -> bool:
         """Whether these may be the first tokens of a further turn; several that a crop follows are a step's."""
         several = update.keys.shape[2] > 1 and not self.record_past
         return self.core.num_tokens > 0 and (several or self._generation != owner.progress.generations)
 
-    def _append(self, update: _Update) -> None:
+    def _append(self, update: Update) -> None:
         owner, core = self._owner(), self.core
         assert owner is not None
         core.append(update.keys, update.values, update.activation)
@@ -399,17 +381,6 @@ class OffloadedLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Nothing: the engine does that."""
-
-
-def _of_all_rows(slices: list[tuple[torch.Tensor, ...] | None], rows: int) -> tuple[torch.Tensor, ...] | None:
-    """Position embeddings of all rows, where each slice has those of its own or the same."""
-    if any(one is None for one in slices):
-        return None
-    found = [one for one in slices if one is not None]
-    return tuple(
-        parts[0] if parts[0].shape[0] == 1 else torch.cat(parts)[:rows]
-        for parts in (list(same) for same in zip(*found, strict=True))
-    )
 
 
 def _is_mask(mask: Any, given: Any) -> bool:

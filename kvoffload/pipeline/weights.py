@@ -22,6 +22,7 @@ import torch
 
 from kvoffload.backend import Backend, Event
 from kvoffload.planning.rates import WEIGHT_PIECE_BYTES
+from kvoffload.planning.weights import NUM_SLABS
 
 
 class WeightSource(Protocol):
@@ -96,13 +97,18 @@ class WeightStream:
         self.layers = tuple(layers)
         self._overlap = overlap
         self._piece_bytes = piece_bytes
-        self.slab_bytes = max(layer.num_bytes for layer in layers)
-        self._slabs = [_Slab(backend.allocate_device(self.slab_bytes), backend.release()) for _ in range(2)]
+        slab_bytes = max(layer.num_bytes for layer in layers)
+        self._slabs = [_Slab(backend.allocate_device(slab_bytes), backend.release()) for _ in range(NUM_SLABS)]
         self._ahead: deque[_Passage] = deque()  # issued, or begun, for layers to come
         self._current: _Passage | None = None  # of the layer that computes
         self._expected = 0  # the layer whose passage begins next
         self._at = self._num_layers - 1  # the decoder layer begun last
         self.delivered_bytes = 0  # so far, to layers that asked for them
+
+    @property
+    def device_bytes(self) -> int:
+        """Of the slabs."""
+        return sum(slab.bytes.numel() for slab in self._slabs)
 
     def begin(self, layer: WeightSource) -> torch.Tensor:
         """The layer's weights, on the device: uint8, valid until `end`. Compute waits for them."""

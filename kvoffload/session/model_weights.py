@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +72,7 @@ def named_device(name: str | None) -> torch.device | None:
     except RuntimeError as error:
         raise ConfigError(f"device={name!r} is no device: {str(error).splitlines()[0]}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={name!r}: PyTorch sees no CUDA device here; leave device out, or see docs")
+        raise ConfigError(f"device={name!r}: PyTorch sees no CUDA device here; leave device out")
     if device.type == "cuda" and (device.index or 0) >= (there := torch.cuda.device_count()):
         raise ConfigError(f"device={name!r}: PyTorch sees {counted(there, 'CUDA device')} here, the first is cuda:0")
     return device
@@ -153,7 +152,7 @@ class ModelWeights:
     def device_bytes(self) -> int:
         """On the device, of layers that stay and slabs for those that do not; without what is outside the layers."""
         resident = sum(layer.num_bytes for layer in self._layers if layer.is_resident)
-        return resident + (2 * self._engine.weights.slab_bytes if self._engine.weights is not None else 0)
+        return resident + (0 if self._engine.weights is None else self._engine.weights.device_bytes)
 
     def _first_choice(self, model: Any) -> int | None:
         """How many layers stay before anything is generated; None: all weights do, and none is ever streamed.
@@ -261,23 +260,16 @@ class ModelWeights:
         """Move layers to the host, one after the other."""
         progress = AllocationProgress(task="moving weights to memory that the link reads")
         progress.expect(sum(layer.num_bytes for layer in planned))
-        done, is_pinned = 0, True
+        done = 0
         try:
             for layer in planned:
                 self._layers.append(layer)
                 layer.move_to_host(self._backend)
                 done += layer.num_bytes
-                is_pinned &= layer.is_pinned
                 progress.update(done)
         finally:
             progress.stop()
         self._by_idx = {layer.layer_idx: layer for layer in planned}
-        if not is_pinned and not self._backend.emulated:
-            warnings.warn(
-                "not all weights could be pinned, so that they cross the link more slowly: raise the limit on locked "
-                "memory (ulimit -l)",
-                stacklevel=2,
-            )
 
     def _move_outside(self, model: Any, tensors: list[torch.Tensor]) -> None:
         """Have these on the device."""
