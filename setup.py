@@ -53,6 +53,7 @@ setup(
     package_data={
         "kvoffload": ["py.typed"],
         "kvoffload.machine": ["presets.json"],
+        "kvoffload.model": ["known_models.json"],
         "kvoffload.profiler.drawing": ["page.css", "page.js"],
     },
     include_package_data=False,

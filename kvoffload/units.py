@@ -30,6 +30,11 @@ def duration(value_s: float) -> str:
     return f"{value_s * 1e9:.0f} ns" if value_s else "0 s"
 
 
+def rate(per_s: float) -> str:
+    """Of things per second, with three digits: "0.295", "38.2", "1,005"."""
+    return count(round(per_s)) if per_s >= 99.95 else f"{per_s:.3g}"
+
+
 def count(number: int) -> str:
     """A number of things, grouped where it is long: "4096", "16,777,216"."""
     return f"{number:,}" if abs(number) >= 10_000 else str(number)

@@ -14,7 +14,8 @@ import torch
 from configs import CONFIGS, LLAMA_2_7B
 from models import make_model
 
-from kvoffload.advise.advice import _describe_plan, advise, advised_plan
+from kvoffload.advise.advice import advise, advised_plan
+from kvoffload.advise.answer import placement
 from kvoffload.advise.task import Task
 from kvoffload.config import GIB, EmulatedLink, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError, ProfileError, UnsupportedModelError
@@ -58,7 +59,7 @@ def test_more_tokens_than_the_model_has_positions_for_are_told(name: str, limit:
     assert "positions" not in advised_plan(config, fits, A100, OffloadConfig()).recommendation
     text = advised_plan(config, beyond, A100, OffloadConfig()).recommendation
     assert text.endswith(
-        f" But prompt and new tokens make {count(limit + 1)}, and the model's configuration has positions for "
+        f"But prompt and new tokens make {count(limit + 1)}, and the model's configuration has positions for "
         f"{count(limit)}."
     )
 
@@ -90,7 +91,8 @@ def test_a_batch_that_does_not_fit_is_better_run_in_parts_that_do() -> None:
     assert advice.best.runs * advice.best.batch >= LARGE_BATCH.batch
     assert (advice.best.runs - 1) * advice.best.batch < LARGE_BATCH.batch
     assert "unless the batch must stay together" in advice.plan.recommendation
-    assert f"{advice.best.runs} runs of {advice.best.batch}" in advice.plan.recommendation
+    assert f"{advice.best.runs} runs of {advice.best.batch}" in advice.answer.details
+    assert f"but batches of {advice.best.batch} fit" in advice.answer.verdict
 
 
 def test_sub_batches_are_the_fewest_runs_that_fit_in_equal_parts() -> None:
@@ -106,9 +108,9 @@ def test_sub_batches_are_the_fewest_runs_that_fit_in_equal_parts() -> None:
 def test_blocks_and_sequences_are_told_in_their_number() -> None:
     advice = advise(LLAMA_2_7B, LONG, A100, OffloadConfig())
     places = {"resident_kv": 0, "resident_activation": 1, "kv": 1, "activation": 1}
-    text = _describe_plan(dataclasses.replace(advice.plan, blocks=places), advice.best)
+    text = placement(dataclasses.replace(advice.plan, blocks=places), advice.best)
     assert "1 stays on the device as activations, 1 is transferred as K/V, 1 is transferred as activations and" in text
-    text = _describe_plan(dataclasses.replace(advice.plan, blocks=dict.fromkeys(places, 2)), advice.best)
+    text = placement(dataclasses.replace(advice.plan, blocks=dict.fromkeys(places, 2)), advice.best)
     assert "2 stay on the device as K/V, 2 stay on the device as activations, 2 are transferred as K/V" in text
     one = Workload(batch=2, prompt_tokens=32768, new_tokens=128)
     assert "but one sequence alone fits." in advise(LLAMA_2_7B, one, A100, OffloadConfig()).plan.recommendation
@@ -133,7 +135,7 @@ def test_sub_batches_are_not_recommended_where_offloading_ends_first() -> None:
     advice = advise(LLAMA_3_8B, workload, profile, OffloadConfig(device_gib=gib))
     assert [one.way for one in advice.alternatives] == ["offload", "sub_batches"]
     assert advice.plan.recommendation.startswith("Offload: ")
-    assert "2 runs of 2" in advice.plan.recommendation
+    assert "2 runs of 2" in advice.answer.verdict
 
 
 @pytest.mark.parametrize("workload", [SMALL, LONG, LARGE_BATCH], ids=["small", "long", "large batch"])
@@ -153,8 +155,8 @@ def test_steps_on_average_and_at_full_length_are_told_apart() -> None:
     on_device, offload = advice.alternatives
     mean, last = duration(offload.step_s), duration(advice.plan.predicted_step_s)
     assert offload.step_s < advice.plan.predicted_step_s
-    assert f"a step takes {mean} on average, {last} at full length" in advice.plan.recommendation
-    assert f"a step takes {duration(on_device.step_s)} on average" in advice.plan.recommendation
+    assert f"a step takes {mean} on average, {last} at full length" in advice.answer.details
+    assert f"a step takes {duration(on_device.step_s)} on average" in advice.answer.details
 
 
 def test_the_plan_is_the_planners_for_the_full_length() -> None:
@@ -220,8 +222,9 @@ def test_weights_larger_than_the_device_are_a_clear_error() -> None:
 @pytest.mark.parametrize(("memory_bytes", "batch"), [(8 * 10**9, 64), (13_490 * 10**6, 1), (13_490 * 10**6, 64)])
 def test_a_smaller_batch_is_no_way_out_where_one_sequence_does_not_fit_either(memory_bytes: int, batch: int) -> None:
     small = dataclasses.replace(A100, device_memory_bytes=memory_bytes)
-    with pytest.raises(InfeasiblePlanError, match=r": use a larger device or quantised weights$"):
+    with pytest.raises(InfeasiblePlanError, match=r": use a larger device or quantised weights\. What") as caught:
         advised_plan(LLAMA_2_7B, dataclasses.replace(SMALL, batch=batch), small, WHOLE)
+    assert "weights in 4 bits with prompts of any length" in str(caught.value)
 
 
 def test_a_smaller_batch_is_a_way_out_where_one_sequence_fits() -> None:

@@ -46,6 +46,10 @@ def test_a_mistake_is_told_before_anything_large_is_loaded(tmp_path: Path, model
     kvoffload.model_shape(model)  # the facts of a model are learned once, with transformers
     mistakes = {
         "plan --config nowhere": "nowhere",
+        "plan --config lama-3.1-8b": "(near: llama-3.1-8b)",
+        "plan --config nobody/nothing-like-it": "the hub is switched off (HF_HUB_OFFLINE)",
+        f"plan --config {model} --seq 5q": "--seq must be a whole number from 1 to 1,000,000,000, got 5q",
+        f"plan --config {model} --hardware ,": "--hardware names no device",
         f"plan --config {model} --hardware a100-40": "near: a100-40gb-pcie4",
         f"plan --config {model} --sweep 1": "sweep",
         f"roofline --config {model} --hardware t4 --batch 0": "--batch",

@@ -11,15 +11,15 @@ from typing import Any
 import llmcompass
 import pytest
 from commands import run
-from configs import CONFIGS
+from configs import CONFIGS, LLAMA_2_7B
 from typer.testing import Result
 
 from kvoffload.advise.advice import advise, task_of
 from kvoffload.advise.capacity import MAX_SEARCHED, limits
 from kvoffload.advise.comparison import WayFigures, compare_ways
 from kvoffload.advise.economics import Economics
-from kvoffload.advise.overview import overview
-from kvoffload.advise.sweep import Grid, grid
+from kvoffload.advise.overview import Overview, overview
+from kvoffload.advise.sweep import BestAtSize, Grid, grid
 from kvoffload.advise.task import Task
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import ConfigError, InfeasiblePlanError
@@ -244,7 +244,7 @@ def test_absurd_prices_are_refused(wrong: float) -> None:
 
 
 def test_limits_are_the_last_sizes_that_work() -> None:
-    one = task(host_gib=64.0)
+    one = task(host_gib=64.0)._replace(facts=None)  # no end of positions
     found = limits(one)
 
     def sized(batch: int, prompt: int) -> Task:
@@ -268,14 +268,43 @@ def test_limits_are_the_last_sizes_that_work() -> None:
         assert not works(sized(batch + 1, 1024))
         assert works(sized(64, prompt))
         assert not works(sized(64, prompt + 64))
+    assert (found.host_bytes, found.host_is_known) == (64 * GIB, True)
     assert found.largest_batch_offloaded > 2 * found.largest_batch_on_device > 0
 
 
+def test_limits_end_where_the_models_positions_do_and_where_host_memory_does() -> None:
+    config = LLAMA_2_7B | {"max_position_embeddings": 4096}
+    found = limits(task_of(config, BATCH, A100, OffloadConfig()))
+    assert found.most_positions == found.longest_prompt_offloaded == 4096 - BATCH.new_tokens
+    assert (found.host_bytes, found.host_is_known) == (256 * 10**9, False)
+    row_bytes = 32 * 2 * 4096 * 2 * BATCH.cached_tokens  # layers, keys and values, two bytes each
+    on_host = (found.largest_batch_offloaded - found.largest_batch_on_device) * row_bytes
+    assert 200e9 < on_host < 2 * 256e9  # as activations it is half
+    by_bits = {one.weight_bits: one.longest_prompt for one in found.on_device_by_bits}
+    assert by_bits.keys() == {8, 4}
+    assert found.longest_prompt_on_device < by_bits[8] < by_bits[4]
+    narrow = limits(task_of(config, BATCH, A100, OffloadConfig(), w_bits=4.5))
+    assert narrow.longest_prompt_on_device == by_bits[4]
+    assert narrow.on_device_by_bits == ()
+
+
 def test_limits_without_end_are_the_largest_searched_and_impossible_ones_zero() -> None:
-    assert limits(task()).longest_prompt_offloaded == MAX_SEARCHED
+    endless = {name: value for name, value in LLAMA_2_7B.items() if name != "max_position_embeddings"}
+    one = task_of(endless, dataclasses.replace(BATCH, batch=1), A100, OffloadConfig(host_gib=1e7))
+    found = limits(one._replace(facts=dataclasses.replace(one.facts, position_limit=None)))
+    assert found.longest_prompt_offloaded == MAX_SEARCHED
     small = what_if(A100, device_memory_bytes=14.5e9)
     found = limits(task(profile=small, workload=dataclasses.replace(BATCH, batch=400)))
     assert found.longest_prompt_on_device == 0
+
+
+def test_a_size_at_which_nothing_works_has_no_figures_in_json() -> None:
+    cells = (BestAtSize(1, 128, None, 0.0, 0.0, 0.0), BestAtSize(1, 64, "on_device", 1.0, 2.0, 3.0))
+    told = Overview((), limits(task()), cells).to_json()["sweep"]
+    assert told[0] == {"batch": 1, "prompt_tokens": 128} | dict.fromkeys(
+        ("name", "tpot_s", "tokens_per_s", "offload_tokens_per_s")
+    )
+    assert told[1] == cells[1]._asdict()
 
 
 def test_a_sweep_names_the_fastest_way_at_every_size() -> None:
@@ -344,10 +373,12 @@ def test_the_command_shows_ways_limits_and_a_sweep() -> None:
     options = ("--price-per-hour", 1.5, "--grid-g-per-kwh", 400, "--sweep", "1,64:1024,4096", "--link", "pcie5")
     result = run_plan(*options)
     assert result.exit_code == 0, result.output
-    assert "PCIe 5.0 x16" in result.output
-    assert "largest batch with these prompts: " in result.output
     assert "4096 tokens" in result.output
-    assert "no offload: the cache needs" in result.output
+    assert "Largest batch" not in result.output  # the sweep alone
+    whole = run_plan(*options[:4], "--link", "pcie5").output
+    assert "PCIe 5.0 x16" in whole
+    assert "Largest batch with these prompts: " in whole
+    assert "no offload: the cache needs" in whole
     data = json.loads(run_plan(*options, "--json").output)
     assert [row["name"] for row in data["forecast"]][2] == "offload"
     assert data["forecast"][1]["price_per_million_new_tokens"] > 0

@@ -147,18 +147,31 @@ def test_a_users_file_may_be_like_a_preset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "near"),
     [
-        ("a100", "near: a100-40gb-pcie4, a100-40gb-sxm4, a100-80gb-pcie4, a100-80gb-sxm4; known: "),
-        ("H100", "near: h100-80gb-pcie5, h100-80gb-sxm5; known: "),
-        ("rtx4090", "near: rtx4090-24gb-pcie4"),
-        ("h200-pcie4", "near: h200-pcie5"),
+        ("a100", "near: a100-40gb-pcie4, a100-40gb-sxm4, a100-80gb-pcie4, a100-80gb-sxm4: name one of these"),
+        ("H100", "near: h100-80gb-pcie5, h100-80gb-sxm5: name"),
+        ("h200-pcie4", "near: h200-pcie5, h100-80gb-pcie5, a100-80gb-pcie4; `kvoffload hardware` lists them all; or"),
         ("xyz", "preset 'xyz'; known: a100-40gb-pcie4"),
+        ("", "preset ''; known: a100-40gb-pcie4"),
     ],
 )
 def test_an_unknown_preset_lists_the_near_ones(name: str, near: str) -> None:
     with pytest.raises(ProfileError) as caught:
         find_machine(name)
     assert near in str(caught.value)
-    assert "path of a file" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("4090", "rtx4090-24gb-pcie4"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090-24gb-pcie4"),
+        ("l4", "l4-24gb-pcie4"),  # not the L40S
+        ("A100 40GB PCIe", "a100-40gb-pcie4"),
+        ("h200", "h200-pcie5"),
+    ],
+)
+def test_a_part_of_a_name_that_no_other_preset_has_is_enough(name: str, preset: str) -> None:
+    assert find_machine(name) == find_machine(preset)
 
 
 @pytest.mark.parametrize(

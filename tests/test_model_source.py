@@ -9,8 +9,9 @@ import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from kvoffload.cli import model_source
-from kvoffload.cli.model_source import HUB_TIMEOUT_S, Source, find_model
+from kvoffload.cli.model_source import Source, find_model
 from kvoffload.errors import ConfigError
+from kvoffload.model.hub import HUB_TIMEOUT_S
 
 
 class Hub:

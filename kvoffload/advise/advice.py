@@ -1,7 +1,7 @@
 """What to do with a workload on a machine: offload, run it on the device as it is, or in smaller batches there.
 
-Owns the comparison and the recommendation in words. Does not own the numbers of each way (`task`), the split
-(`planner`) or any measurement.
+Owns the comparison. Does not own the numbers of each way (`task`), the split (`planner`), the answer in words
+(`answer`) or any measurement.
 
     whole batch on the device   if weights, prefill peak and the whole cache fit
     sub-batches on the device   the largest batch that fits, run as often as needed, in equal parts
@@ -16,7 +16,8 @@ import dataclasses
 import logging
 from typing import Any, NamedTuple
 
-from kvoffload.advise.streaming import best_batch, streams_weights
+from kvoffload.advise.answer import Answer, Found, answer
+from kvoffload.advise.capacity import what_would_fit
 from kvoffload.advise.task import Alternative, Task
 from kvoffload.advise.ways import AS_THEY_ARE, best_of
 from kvoffload.config import OffloadConfig
@@ -26,12 +27,9 @@ from kvoffload.model.facts import Facts
 from kvoffload.model.model_shape import is_model, model_shape
 from kvoffload.model.stored_facts import facts_of
 from kvoffload.planning import planner
-from kvoffload.planning.drafts import ExpectedRounds
-from kvoffload.planning.forms import FORMS
-from kvoffload.planning.placement import Kind
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.workload import Workload
-from kvoffload.units import count, counted, duration, gb
+from kvoffload.units import counted, duration
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +39,8 @@ class Advice(NamedTuple):
 
     plan: Plan
     alternatives: tuple[Alternative, ...]
-    doubt: str = ""  # why the sizes of the model are a guess; "" where they are the model's own
+    doubt: str  # why the sizes of the model are a guess; "" where they are the model's own
+    answer: Answer
 
     @property
     def best(self) -> Alternative:
@@ -51,7 +50,8 @@ class Advice(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         """Plain data: the plan's, with `alternatives`, and whether the model's sizes are its own."""
         model = {"is_exact": not self.doubt, "doubt": self.doubt}
-        return self.plan.to_json() | {"alternatives": [one._asdict() for one in self.alternatives]} | model
+        said = {"alternatives": [one._asdict() for one in self.alternatives], "answer": self.answer.to_json()}
+        return self.plan.to_json() | said | model
 
 
 def advised_plan(model_or_config: Any, workload: Workload, profile: HardwareProfile, config: OffloadConfig) -> Plan:
@@ -83,9 +83,10 @@ def advise(
     config: OffloadConfig,
     *,
     acceptance: float | None = None,
+    w_bits: float | None = None,
 ) -> Advice:
-    """As `advised_plan`, with the numbers of every way; `acceptance` is assumed of drafts, None by what these read."""
-    task = task_of(model_or_config, workload, profile, config, acceptance=acceptance).settled()
+    """As `advised_plan`, with the numbers of every way; further arguments as of `task_of`."""
+    task = task_of(model_or_config, workload, profile, config, acceptance=acceptance, w_bits=w_bits).settled()
     facts = _facts(model_or_config)
     _warn_of_unknown_weights(facts)
     on_device = task.on_device()
@@ -95,19 +96,19 @@ def advise(
         chosen = _beside_full_transfer(task, chosen)
     except InfeasiblePlanError as error:
         if on_device is None:
-            raise
-        raise InfeasiblePlanError(f"{error}. Without offloading: {_describe(on_device)}") from error
+            raise InfeasiblePlanError(f"{error}{what_would_fit(task)}") from error
+        raise InfeasiblePlanError(
+            f"{error}. Without offloading: on the device in {counted(on_device.runs, 'run')} of "
+            f"{counted(on_device.batch, 'sequence')}, which take {duration(on_device.total_s)}"
+        ) from error
     rounds = task.rounds()
     drafts = None if rounds is None else task.drafted(offload, rounds)
     ways = [one for one in (offload, drafts, on_device) if one is not None]
     best = best_of({one.way: one.total_s for one in ways})
     ways.sort(key=lambda one: (one.way != best, one.total_s))
-    text = (
-        _recommend(task, chosen, offload, on_device, drafts, rounds, is_best=best in ("offload", "drafts"))
-        + _beyond_positions(facts, workload)
-        + _doubted(facts)
-    )
-    return Advice(dataclasses.replace(chosen, recommendation=text), tuple(ways), facts.doubt)
+    found = Found(chosen, offload, on_device, drafts, rounds, is_best=best in ("offload", "drafts"))
+    said = answer(task, found, facts)
+    return Advice(dataclasses.replace(chosen, recommendation=said.text), tuple(ways), facts.doubt, said)
 
 
 def _beside_full_transfer(task: Task, chosen: Plan) -> Plan:
@@ -127,14 +128,21 @@ def task_of(
     config: OffloadConfig,
     *,
     acceptance: float | None = None,
+    w_bits: float | None = None,
 ) -> Task:
-    """One workload of one model on one machine; arguments and errors as of `advised_plan`."""
+    """One workload of one model on one machine; arguments and errors as of `advised_plan`.
+
+    Args:
+        acceptance: assumed of drafts; None: by what they read.
+        w_bits: of a weight of the decoder layers, scales included; None: as the model has them.
+    """
     shape = model_shape(model_or_config)
     if shape.num_offloaded_layers < 1:
         raise UnsupportedModelError(
             "no layer of this model has a cache that grows without bound: there is nothing to offload, use generate()"
         )
-    return Task(shape, workload, profile, config, acceptance)
+    task = Task(shape, workload, profile, config, acceptance, _facts(model_or_config))
+    return task if w_bits is None else task.in_weight_bits(w_bits)
 
 
 def _facts(model_or_config: Any) -> Facts:
@@ -152,112 +160,3 @@ def _warn_of_unknown_weights(facts: Facts) -> None:
             "the quantization_config names %r, which is not known here: weights are counted as not quantised",
             facts.quantized.method,
         )
-
-
-def _recommend(
-    task: Task,
-    chosen: Plan,
-    offload: Alternative,
-    on_device: Alternative | None,
-    drafts: Alternative | None,
-    rounds: ExpectedRounds | None,
-    *,
-    is_best: bool,
-) -> str:
-    """What to do, and the numbers that say so."""
-    cache_bytes = task.resident_bytes(task.workload.batch)
-    room = (
-        f"weights take {gb(task.shape.weight_bytes)} and the whole cache {gb(cache_bytes)} of the "
-        f"device's {gb(task.profile.device_memory_bytes)}"
-    )
-    ours = _describe_plan(chosen, offload)
-    if drafts is not None and rounds is not None:
-        seen = "4-bit copies of all tokens" if rounds.reads_all else "the newest tokens"
-        ours += (
-            f"; with verified drafts from {seen}, {rounds.acceptance:.2f} of which are assumed to be right, a token "
-            f"takes {duration(drafts.step_s)} and everything {duration(drafts.total_s)}"
-        )
-    if streams_weights(task):
-        return f"Stream the weights: {_room_for_weights(task)}. Predicted: {ours}.{_other_batches(task)}"
-    if on_device is None:
-        return f"Offload: {room}, and not even one sequence fits there whole. Predicted: {ours}."
-    if is_best:
-        return f"Offload: {room}. Predicted: {ours}; {_describe(on_device)}."
-    if on_device.way == "on_device":
-        return f"Do not offload: {room}, so it fits. Predicted: {_describe(on_device)}; {ours}."
-    fitting = "one sequence alone fits" if on_device.batch == 1 else f"batches of {on_device.batch} fit"
-    return (
-        f"Do not offload, unless the batch must stay together: {room}, but {fitting}. "
-        f"Predicted: {_describe(on_device)}; {ours}."
-    )
-
-
-def _room_for_weights(task: Task) -> str:
-    """How much of the weights stays on the device."""
-    kept = task.kept_layers(task.workload.rows) or 0
-    return (
-        f"weights take {gb(task.shape.weight_bytes)} of the device's {gb(task.profile.device_memory_bytes)}, so that "
-        f"{counted(kept, 'decoder layer')} of {task.shape.num_layers} "
-        f"{'stays' if kept == 1 else 'stay'} there and {gb(task.streamed_bytes)} of the others cross the link in every "
-        "forward (OffloadConfig(device='cuda') with the model in host memory)"
-    )
-
-
-def _other_batches(task: Task) -> str:
-    """Which batch pays for streaming, and what 4-bit weights would do instead."""
-    found = best_batch(task)
-    if found is None:
-        return ""
-    said = (
-        f" Every forward reads them once, whatever the batch: {counted(found.batch, 'sequence')} of this length "
-        f"make {found.found.tokens_per_s:.3g} tokens/s (with {gb(found.host_bytes)} of host memory)."
-    )
-    if found.quantised is None:
-        return said + " Weights in 4 bits do not fit either."
-    rate = f"weights in 4 bits fit, and this batch makes {found.quantised.tokens_per_s:.3g} tokens/s with them"
-    if found.beats_from is None:
-        return said + f" If that loss of accuracy is acceptable: {rate}, more than streaming with any batch."
-    return (
-        said + f" If that loss of accuracy is acceptable: {rate}; streaming is faster from "
-        f"{counted(found.beats_from, 'sequence')} on."
-    )
-
-
-def _beyond_positions(facts: Facts, workload: Workload) -> str:
-    """A sentence where a sequence becomes longer than the model's positions; it is planned for all the same."""
-    limit, num_tokens = facts.position_limit, workload.prompt_tokens + workload.new_tokens
-    if limit is None or num_tokens <= limit:
-        return ""
-    return (
-        f" But prompt and new tokens make {count(num_tokens)}, and the model's configuration has positions for "
-        f"{count(limit)}."
-    )
-
-
-def _doubted(facts: Facts) -> str:
-    """A sentence where the sizes of the model are guessed."""
-    return f" All this is a guess: {facts.doubt}." if facts.doubt else ""
-
-
-def _describe_plan(chosen: Plan, offload: Alternative) -> str:
-    placed = ", ".join(_in_words(kind, n) for kind, n in chosen.placed.items() if n)
-    limit = chosen.binding_constraint.replace("_", " ")
-    return (
-        f"offloaded (of {counted(chosen.num_blocks, 'block')} per layer {placed or 'none leaves the tail'}) a step "
-        f"takes {duration(offload.step_s)} on average, {duration(chosen.predicted_step_s)} at full length, limited by "
-        f"the {limit} there ({duration(chosen.full_transfer_step_s)} with full transfer), and everything "
-        f"{duration(offload.total_s)}"
-    )
-
-
-def _in_words(kind: Kind, num_blocks: int) -> str:
-    form = FORMS[kind.form]
-    if kind.tier == "device":
-        return f"{counted(num_blocks, 'stays', 'stay')} on the device as {form.label}"
-    also = " and recomputed" if form.is_recomputed else ""
-    return f"{counted(num_blocks, 'is', 'are')} transferred as {form.label}{also}"
-
-
-def _describe(one: Alternative) -> str:
-    how = "on the device" if one.runs == 1 else f"on the device in {one.runs} runs of {counted(one.batch, 'sequence')}"
-    return f"{how} a step takes {duration(one.step_s)} on average and everything {duration(one.total_s)}"

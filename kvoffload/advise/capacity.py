@@ -1,4 +1,8 @@
-"""What still fits: the largest batch and the longest prompt, on the device and offloaded."""
+"""What still fits: the largest batch and the longest prompt, on the device and offloaded, and with narrower weights.
+
+A prompt ends where the model's positions do, and what is offloaded where host memory ends: as it is known, or as much
+as `ASSUMED_HOST_BYTES`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
+from kvoffload.advise.streaming import ASSUMED_HOST_BYTES
 from kvoffload.advise.task import Task
+from kvoffload.config import GIB
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.planning import planner
+from kvoffload.units import counted
 
 MAX_SEARCHED = 2**24  # batches and prompts larger than this are not looked for
+WORTH_TELLING = 8  # a prompt this many times shorter than the one that was asked for
+WIDTHS = ((8, 8.5), (4, 4.5))  # bits of a quantised weight by name, and with scales as common formats have them
+
+
+class FittingPrompt(NamedTuple):
+    """The longest prompt that fits on the device whole, with weights in so many bits; 0: not even one token."""
+
+    weight_bits: int
+    longest_prompt: int
 
 
 class Limits(NamedTuple):
@@ -23,21 +39,63 @@ class Limits(NamedTuple):
     longest_prompt_on_device: int
     largest_batch_offloaded: int
     longest_prompt_offloaded: int
+    host_bytes: int = ASSUMED_HOST_BYTES  # that were looked in
+    host_is_known: bool = False
+    most_positions: int | None = None  # of a prompt beside the new tokens, by the model's configuration
+    on_device_by_bits: tuple[FittingPrompt, ...] = ()  # with quantised weights; widths that the model has not already
 
 
 def limits(task: Task) -> Limits:
     """What still fits, on the device and offloaded."""
-
-    def sized(batch: int, prompt_tokens: int) -> Task:
-        return task._replace(workload=replace(task.workload, batch=batch, prompt_tokens=prompt_tokens))
-
+    installed, asked = task.profile.extra.get("host_memory_bytes"), task.config.host_gib
+    host_bytes = installed if isinstance(installed, int) else ASSUMED_HOST_BYTES
+    on_host = task._replace(profile=replace(task.profile, extra=task.profile.extra | {"host_memory_bytes": host_bytes}))
     batch, prompt = task.workload.batch, task.workload.prompt_tokens
+    most_tokens = MAX_SEARCHED
+    most_positions = None
+    if task.facts is not None and task.facts.position_limit is not None:
+        most_tokens = most_positions = max(0, task.facts.position_limit - task.workload.new_tokens)
+
+    def prompts(of: Task, works: Callable[[Task], bool]) -> int:
+        return _largest(lambda n: works(_sized(of, batch, n)), most_tokens)
+
+    def batches(of: Task, works: Callable[[Task], bool]) -> int:
+        return _largest(lambda n: works(_sized(of, n, prompt)), MAX_SEARCHED)
+
+    narrower = [(name, bits) for name, bits in WIDTHS if bits < task.shape.layer_bits]
     return Limits(
-        _largest(lambda n: _fits_on_device(sized(n, prompt))),
-        _largest(lambda n: _fits_on_device(sized(batch, n))),
-        _largest(lambda n: _can_be_offloaded(sized(n, prompt))),
-        _largest(lambda n: _can_be_offloaded(sized(batch, n))),
+        batches(task, _fits_on_device),
+        prompts(task, _fits_on_device),
+        batches(on_host, _can_be_offloaded),
+        prompts(on_host, _can_be_offloaded),
+        host_bytes if isinstance(asked, str) else int(asked * GIB),
+        isinstance(installed, int) or not isinstance(asked, str),
+        most_positions,
+        tuple(FittingPrompt(name, prompts(task.in_weight_bits(bits), _fits_on_device)) for name, bits in narrower),
     )
+
+
+def what_would_fit(task: Task) -> str:
+    """For the message where nothing does: shorter prompts, and quantised weights with how long a prompt they leave."""
+    limits = task.facts.position_limit if task.facts is not None else None
+    most = max(0, limits - task.workload.new_tokens) if limits is not None else MAX_SEARCHED
+    most = max(most, task.workload.prompt_tokens)
+
+    def longest(of: Task) -> int:
+        return _largest(lambda n: _can_be_offloaded(_sized(of, of.workload.batch, n)), most)
+
+    widths = [(f"weights in {name} bits with ", bits) for name, bits in WIDTHS if bits < task.shape.layer_bits]
+    found = []
+    for name, bits in (("", task.shape.layer_bits), *widths):
+        number = longest(task.in_weight_bits(bits))
+        if WORTH_TELLING * number >= task.workload.prompt_tokens:
+            long = "prompts of any length" if number >= MAX_SEARCHED else f"prompts of up to {counted(number, 'token')}"
+            found.append(name + long)
+    return f". What would fit: {', '.join(found)}" if found else ""
+
+
+def _sized(task: Task, batch: int, prompt_tokens: int) -> Task:
+    return task._replace(workload=replace(task.workload, batch=batch, prompt_tokens=prompt_tokens))
 
 
 def _fits_on_device(task: Task) -> bool:
@@ -52,13 +110,12 @@ def _can_be_offloaded(task: Task) -> bool:
     return True
 
 
-def _largest(works: Callable[[int], bool]) -> int:
-    """The largest number up to `MAX_SEARCHED` that works, if all smaller ones do."""
+def _largest(works: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that works, if all smaller ones do."""
     low, high = 0, 1
-    while high <= MAX_SEARCHED and works(high):
+    while high <= most and works(high):
         low, high = high, 2 * high
-    if high > MAX_SEARCHED:
-        return low
+    high = min(high, most + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if works(middle) else (low, middle)

@@ -8,8 +8,9 @@ from kvoffload.advise.capacity import Limits, limits
 from kvoffload.advise.comparison import WayFigures, compare_ways
 from kvoffload.advise.economics import Economics
 from kvoffload.advise.precisions import Precision, precisions
+from kvoffload.advise.streaming import quantised_way
 from kvoffload.advise.sweep import BestAtSize, Grid, sweep
-from kvoffload.advise.task import Task
+from kvoffload.advise.task import Alternative, Task
 
 
 class Overview(NamedTuple):
@@ -19,17 +20,38 @@ class Overview(NamedTuple):
     limits: Limits
     cells: tuple[BestAtSize, ...]
     precisions: tuple[Precision, ...] = ()
+    quantised: Alternative | None = None  # the best way in 4-bit weights; None: none works, or they are as narrow now
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Plain data; figures of what cannot be done are None."""
+        limits = self.limits._asdict()
+        limits["on_device_by_bits"] = [one._asdict() for one in self.limits.on_device_by_bits]
         return {
-            "forecast": [row._asdict() for row in self.rows],
-            "limits": self.limits._asdict(),
-            "sweep": [cell._asdict() for cell in self.cells],
+            "forecast": [_row_json(row) for row in self.rows],
+            "limits": limits,
+            "sweep": [_cell_json(cell) for cell in self.cells],
             "precisions": [one._asdict() for one in self.precisions],
+            "quantised": None if self.quantised is None else self.quantised._asdict(),
         }
 
 
 def overview(task: Task, money: Economics, over: Grid) -> Overview:
     """The ways of `task`, its limits, a sweep over `over`, and what fewer bytes of K and V would give."""
-    return Overview(compare_ways(task, money), limits(task), sweep(task, over.batches, over.prompts), precisions(task))
+    return Overview(
+        compare_ways(task, money),
+        limits(task),
+        sweep(task, over.batches, over.prompts),
+        precisions(task),
+        quantised_way(task),
+    )
+
+
+def _row_json(row: WayFigures) -> dict[str, Any]:
+    data = row._asdict()
+    return dict.fromkeys(data) | {"name": row.name, "problem": row.problem} if row.problem else data
+
+
+def _cell_json(cell: BestAtSize) -> dict[str, Any]:
+    data = cell._asdict()
+    figures = ("tpot_s", "tokens_per_s", "offload_tokens_per_s")
+    return data | dict.fromkeys(figures) if cell.name is None else data

@@ -71,4 +71,4 @@ def in_words(found: tuple[Precision, ...]) -> str:
     if len(found) < 2:
         return ""
     parts = [f"{one.label} {one.speedup:.2f}x{'' if one.is_exact else ' (not exact)'}" for one in found[1:]]
-    return f"a step with fewer bytes of K/V, over K/V as they are: {', '.join(parts)}"
+    return f"A step with fewer bytes of K/V, over K/V as they are: {', '.join(parts)}."

@@ -195,6 +195,16 @@ def evaluate(dims: Facts, machine: Machine, setting: RooflineSetting) -> Rooflin
     )
 
 
+def prefill_s(dims: Facts, machine: Machine, *, batch: int, tokens: int) -> float:
+    """Seconds of a prefill alone, as `evaluate` has them; 0 where what some layers compute is not known."""
+    if dims.unknown_layers or not dims.num_attention_layers:
+        return 0.0
+    setting = setting_of(dims, bits=(None, None, None), convention="fused", batch=batch, seq=tokens)
+    timer = Timer(machine, setting, reads_cache=False)
+    operations = forward(dims, setting.precision, batch=batch, queries=tokens, context=tokens)
+    return sum(timer.time(one).seconds * one.layers for one in operations)
+
+
 def weight_bytes(dims: Facts, precision: Precision) -> int:
     """Bytes of all weights: matrices at their precision, embedding, norms and biases in the model's own dtype."""
     if precision.weight_bits is None:

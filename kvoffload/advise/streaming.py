@@ -71,13 +71,12 @@ def best_batch(task: Task, *, beside_quantised: bool = True) -> StreamedBatch | 
 def quantised_way(task: Task) -> Alternative | None:
     """The same work with decoder layers in 4 bits, on the device or with its cache offloaded; None: neither works.
 
-    Bound by bytes: what it costs to dequantise is not counted. Nothing is said of accuracy.
+    None as well where they have no more bits than that already. Bound by bytes: what it costs to dequantise is not
+    counted. Nothing is said of accuracy.
     """
-    shape = task.shape
-    bits = 8 * shape.activation_itemsize_bytes
-    in_layers = round(shape.layers_weight_bytes * min(1.0, QUANTISED_BITS / bits))
-    outside = shape.weight_bytes - shape.layers_weight_bytes
-    smaller = task._replace(shape=replace(shape, weight_bytes=outside + in_layers, layers_weight_bytes=in_layers))
+    if task.shape.layer_bits <= QUANTISED_BITS:
+        return None
+    smaller = task.in_weight_bits(QUANTISED_BITS)
     if streams_weights(smaller):
         return None
     found = [smaller.on_device()]

@@ -16,10 +16,13 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
+from kvoffload.advise.roofline import prefill_s
 from kvoffload.advise.ways import Way
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
+from kvoffload.machine.machine import machine_of
+from kvoffload.model.facts import Facts
 from kvoffload.model.shape import ModelShape
 from kvoffload.planning import planner, step_time
 from kvoffload.planning.drafts import (
@@ -80,6 +83,12 @@ class Task(NamedTuple):
     profile: HardwareProfile
     config: OffloadConfig
     acceptance: float | None = None  # assumed of each draft of a sequence; None: by what drafts read
+    facts: Facts | None = None  # of the model, where they are known; a prefill takes no less than its roofline then
+
+    def in_weight_bits(self, bits: float) -> Task:
+        """This task with the weights of decoder layers in so many bits each, scales included."""
+        facts = None if self.facts is None else self.facts.in_weight_bits(bits)
+        return self._replace(shape=self.shape.with_layer_bytes(bits / self.shape.layer_bits), facts=facts)
 
     def inputs(self, cached_tokens: int, batch: int | None = None, *, has_shadow: bool = False) -> PlanInputs:
         """The planning problem with `cached_tokens` in the cache of all sequences.
@@ -253,7 +262,14 @@ class Task(NamedTuple):
         shape = self.shape
         rows = min(batch * self.workload.prompt_tokens, PREFILL_TOKENS)
         flops_per_s = self.profile.gemm_flops_per_s(rows, shape.dense_width, shape.hidden_size)
-        return self.prefill_flops(batch) / flops_per_s
+        return max(self.prefill_flops(batch) / flops_per_s, self._least_prefill_s(batch))
+
+    def _least_prefill_s(self, batch: int) -> float:
+        """By the roofline of a datasheet; a measured machine's rates are achieved ones, and need no such bound."""
+        if self.facts is None or "datasheet" not in self.profile.extra:
+            return 0.0
+        tokens = self.workload.prompt_tokens
+        return prefill_s(self.facts, machine_of(self.profile), batch=batch, tokens=tokens)
 
     def free_bytes(self, rows: int) -> int:
         """Device memory that weights and the prefill peak of `rows` sequences leave; at most the configured cap.

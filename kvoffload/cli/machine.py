@@ -74,6 +74,20 @@ def profile(
     typer.echo(f"stored in {output}", err=True)
 
 
+def devices_named(hardware: str) -> list[str]:
+    """The names in a list such as "l4,4090", or of all presets for "all"; a file's name is one whatever it holds."""
+    if hardware == "all":
+        from kvoffload.machine.datasheet import preset_names
+
+        return preset_names()
+    if Path(hardware).exists():
+        return [hardware]
+    names = [name.strip() for name in hardware.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--hardware names no device: give one such as 4090, or several as l4,4090")
+    return names
+
+
 def machine_named(hardware: str, link: EmulatedLink | None, *, needs_speed: bool = True) -> HardwareProfile:
     """What `--hardware` and `--link-gb-per-s` stand for; this machine ("auto") is measured where it has not been.
 

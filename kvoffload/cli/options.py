@@ -40,7 +40,10 @@ def _is_number(value: Any) -> bool:
 
 def whole_number(least: int = 1) -> Callable[[typer.CallbackParam, Any], Any]:
     """A count."""
-    return _checked(lambda value: least <= value <= LARGEST, f"a whole number from {least} to {count(LARGEST)}")
+    return _checked(
+        lambda value: isinstance(value, int) and least <= value <= LARGEST,
+        f"a whole number from {least} to {count(LARGEST)}",
+    )
 
 
 def within(low: float, high: float, what: str) -> Callable[[typer.CallbackParam, Any], Any]:
@@ -94,6 +97,14 @@ def _listed(words: tuple[str, ...]) -> str:
     return " or ".join(f"'{word}'" for word in words)
 
 
+def _tokens(text: str | int) -> Any:
+    """A count of tokens: 4096, "128k", "1m"; else the text, which the callback refuses."""
+    match = re.fullmatch(r"(-?\d+)\s*([km]?)", str(text).strip().lower())
+    if match is None:
+        return text
+    return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]]
+
+
 def _number_or_word(text: str) -> Any:
     try:
         return float(text)
@@ -102,16 +113,45 @@ def _number_or_word(text: str) -> Any:
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-ModelConfig = Annotated[str, typer.Option("--config", "--model", help="A config.json, or the folder it is in.")]
+ModelConfig = Annotated[
+    str,
+    typer.Option(
+        "--config",
+        "--model",
+        help="A config.json or its folder, OWNER/NAME on the hub, or a size by name such as llama-3.1-8b.",
+    ),
+]
 Hardware = Annotated[
-    str, typer.Option(help="A preset, a profile file, a file like a preset, or 'auto' for this machine.")
+    str,
+    typer.Option(
+        help="A device by name such as 4090 (kvoffload hardware lists them), a profile, or 'auto': this machine."
+    ),
+]
+ManyHardware = Annotated[
+    str,
+    typer.Option(
+        help="A device by name such as 4090, several as l4,4090,h200, 'all' (kvoffload hardware lists them), a "
+        "profile, or 'auto' for this machine."
+    ),
 ]
 Batch = Annotated[int, typer.Option(callback=whole_number(), help="Sequences.")]
 PromptTokens = Annotated[
     int,
-    typer.Option("--prompt-tokens", "--seq", callback=whole_number(), help="Tokens of each prompt; --seq is the same."),
+    typer.Option(
+        "--prompt-tokens",
+        "--seq",
+        parser=_tokens,
+        metavar="TOKENS",
+        callback=whole_number(),
+        help="Tokens of each prompt, such as 4096 or 128k (of 1024); --seq is the same.",
+    ),
 ]
-NumNewTokens = Annotated[int, typer.Option(callback=whole_number(), help="Tokens to generate for each sequence.")]
+NumNewTokens = Annotated[
+    int,
+    typer.Option(
+        parser=_tokens, metavar="TOKENS", callback=whole_number(), help="Tokens to generate for each sequence."
+    ),
+]
 LinkSpeed = Annotated[
     float | None,
     typer.Option(
@@ -199,6 +239,11 @@ KvDtype = Annotated[
 def bits(of: str) -> Any:
     """An option for a width in bits."""
     return typer.Option(callback=within(1, 64, "a number of bits"), help=of)
+
+
+WeightBits = Annotated[
+    float | None, bits("Bits per weight of the layers, such as 8 or 4.5 with scales; default: the model's own.")
+]
 
 
 def share(of: str) -> Any:

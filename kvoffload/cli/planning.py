@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from kvoffload.cli.machine import machine_named
+from kvoffload.cli.machine import devices_named, machine_named
 from kvoffload.cli.options import (
     Acceptance,
     AsJson,
@@ -19,10 +20,12 @@ from kvoffload.cli.options import (
     HostGib,
     KvDtype,
     LinkSpeed,
+    ManyHardware,
     ModelConfig,
     NumNewTokens,
     PromptTokens,
     Split,
+    WeightBits,
     a_file_to_write,
     a_link,
     bits,
@@ -34,6 +37,7 @@ from kvoffload.cli.options import (
 )
 from kvoffload.cli.terminal import print_json, progress, waiting
 from kvoffload.config import OffloadConfig
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.facts import Facts
 from kvoffload.model.stored_facts import facts_of, is_known
 from kvoffload.planning.workload import Workload
@@ -45,10 +49,11 @@ def plan(
     prompt_tokens: PromptTokens = 1024,
     new_tokens: NumNewTokens = 128,
     num_beams: Annotated[int, typer.Option(callback=whole_number(), help="Beams of each sequence.")] = 1,
-    hardware: Hardware = "auto",
+    hardware: ManyHardware = "auto",
     link_gb_per_s: LinkSpeed = None,
     device_gib: DeviceGib = "auto",
     host_gib: HostGib = "auto",
+    w_bits: WeightBits = None,
     split: Split = "auto",
     kv_dtype: KvDtype = "model",
     link: Annotated[
@@ -75,10 +80,13 @@ def plan(
 ) -> None:
     """Say whether offloading pays for a workload, how fast it will be, what it costs and what limits it."""
     from kvoffload.advise.advice import advise, task_of
+    from kvoffload.advise.cards import card
     from kvoffload.advise.economics import Economics
     from kvoffload.advise.overview import overview
     from kvoffload.advise.sweep import grid
+    from kvoffload.advise.sweep import sweep as swept
     from kvoffload.machine.machine import what_if
+    from kvoffload.profiler.drawing import terminal_tables as tables
 
     config = OffloadConfig(
         split=split,
@@ -92,19 +100,42 @@ def plan(
     emulated = emulated_link(link_gb_per_s)
     cells = grid(sweep)
     facts_shown(model)  # what is wrong with it is told before this machine is measured
-    machine = machine_named(hardware, emulated, needs_speed=link is None)
-    machine = what_if(machine, link=link, device_memory_bytes=None if device_memory is None else device_memory * 1e9)
+    memory_bytes = None if device_memory is None else device_memory * 1e9
+    chosen: dict[str, Any] = {"acceptance": acceptance, "w_bits": w_bits}
+
+    def machine_of(name: str) -> HardwareProfile:
+        found = machine_named(name, emulated, needs_speed=link is None)
+        return what_if(found, link=link, device_memory_bytes=memory_bytes)
+
+    names = devices_named(hardware)
+    if len(names) > 1:
+        with progress("planning for") as tell:
+            cards = []
+            for idx, name in enumerate(names):
+                if tell is not None:
+                    tell(name, idx / len(names))
+                one = machine_of(name)
+                task = task_of(model, workload, one, config, **chosen)
+                cards.append(card(one, task, partial(advise, model, workload, one, config, **chosen)))
+        if as_json:
+            print_json({"cards": [one.to_json() for one in cards]})
+        else:
+            tables.print_cards(cards)
+        return
+    machine = machine_of(names[0])
     money = Economics.of(machine, price_per_hour, grid_g_per_kwh)
-    advice = advise(model, workload, machine, config, acceptance=acceptance)
-    seen = overview(task_of(model, workload, machine, config, acceptance=acceptance), money, cells)
+    task = task_of(model, workload, machine, config, **chosen)
+    if sweep is not None and not as_json:
+        tables.print_sweep(swept(task, cells.batches, cells.prompts))
+        return
+    with waiting("planning"):
+        advice = advise(model, workload, machine, config, **chosen)
+        seen = overview(task, money, cells)
     if as_json:
         print_json(advice.to_json() | seen.to_json())
-        return
-    from kvoffload.profiler.drawing.terminal_tables import print_forecast
-
-    typer.echo(advice.plan.recommendation)
-    typer.echo(f"On {machine.device_name}, {machine.link_name}:")
-    print_forecast(seen)
+    else:
+        tables.print_answer(advice.answer, machine)
+        tables.print_forecast(seen)
 
 
 def roofline(
@@ -113,7 +144,7 @@ def roofline(
     batch: Batch = 1,
     prompt_tokens: PromptTokens = 1024,
     new_tokens: NumNewTokens = 128,
-    w_bits: Annotated[float | None, bits("Bits per weight; default: the model's own.")] = None,
+    w_bits: WeightBits = None,
     a_bits: Annotated[float | None, bits("Bits per activation.")] = None,
     kv_bits: Annotated[float | None, bits("Bits per value of K and V.")] = None,
     attention: Annotated[

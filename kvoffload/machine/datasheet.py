@@ -130,21 +130,48 @@ def preset_names() -> list[str]:
 
 
 def preset(name: str) -> Datasheet:
-    """A preset by its name.
+    """A preset by its name, or by a part of it that no other has: "4090", "RTX 4090", "a100-80gb-sxm4".
 
     Raises:
-        ProfileError: there is none of that name; lists the near ones, then all.
+        ProfileError: there is none of that name, or there are several; lists the near ones, else all.
     """
     presets = _presets()
     if name not in presets:
-        near = [known for known in sorted(presets) if name.lower() in known]
-        near += [known for known in difflib.get_close_matches(name.lower(), presets, cutoff=0.5) if known not in near]
-        hint = f"; near: {', '.join(near)}" if near else ""
+        near = _presets_like(name)
+        if len(near) == 1:
+            return preset(near[0])
+        if near:
+            raise ProfileError(f"there are several presets like {name!r}; near: {', '.join(near)}: name one of these")
+        near = difflib.get_close_matches(_plain(name), presets, cutoff=0.5)
+        hint = f"near: {', '.join(near)}" if near else f"known: {', '.join(preset_names())}"
         raise ProfileError(
-            f"unknown hardware preset {name!r}{hint}; known: {', '.join(preset_names())}; "
-            "or the path of a file with the fields of a preset"
+            f"unknown hardware preset {name!r}; {hint}; `kvoffload hardware` lists them all; or the path of a file "
+            "with the fields of a preset"
         )
     return Datasheet.from_json(presets[name], source=f"preset {name}")
+
+
+def _presets_like(name: str) -> list[str]:
+    """Presets that a part of a name may mean, the best kind of match alone: "l4" is not the L40S."""
+    plain = _plain(name)
+    if not plain:
+        return []
+    models = {known: known.split("-")[0] for known in preset_names()}  # "rtx4090" of "rtx4090-24gb-pcie4"
+    for matches in (
+        lambda known: models[known] == plain,
+        lambda known: re.fullmatch(rf"[a-z]+{re.escape(plain)}", models[known]),
+        lambda known: known.replace("-", "").startswith(plain),
+        lambda known: plain in known.replace("-", ""),
+    ):
+        if found := [known for known in models if matches(known)]:
+            return found
+    return []
+
+
+def _plain(name: str) -> str:
+    """Without the maker and what is no letter or digit: "rtx4090" of "NVIDIA GeForce RTX 4090"."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return "".join(word for word in words if word not in ("nvidia", "geforce", "tesla", "amd", "instinct"))
 
 
 class LinkSpec(NamedTuple):

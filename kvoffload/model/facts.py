@@ -159,6 +159,14 @@ class Facts:
         matrices = tuple(one._replace(bits=8.0 * itemsize_bytes) if one.bits == plain else one for one in self.matrices)
         return dataclasses.replace(self, itemsize_bytes=itemsize_bytes, matrices=matrices, dtype=dtype)
 
+    def in_weight_bits(self, bits: float) -> Facts:
+        """The same model with the matrices of its decoder layers in so many bits for each weight, scales included."""
+        matrices = tuple(one if one.part == "head" else one._replace(bits=bits) for one in self.matrices)
+        num_weights = sum(one.num_values for one in matrices if one.part != "head")
+        num_bytes = sum(one.num_values * one.bits / 8 for one in matrices if one.part != "head")
+        quantized = QuantizedWeights(f"{bits:g} bits", True, num_weights, round(num_bytes))
+        return dataclasses.replace(self, matrices=matrices, quantized=quantized)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; layers that are alike in a row are told once."""
         data = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}

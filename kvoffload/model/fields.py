@@ -5,13 +5,13 @@ Owns the lookup and its errors. Does not own what the numbers mean (`guess`), no
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from kvoffload.errors import ConfigError, UnsupportedModelError
 from kvoffload.machine.dtypes import ITEMSIZE_BYTES
+from kvoffload.model.config_files import read_configuration
 
 _NAMES = {
     "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
@@ -34,14 +34,14 @@ def contents(config: Any) -> dict[str, Any]:
     """A whole configuration as plain data.
 
     Args:
-        config: a transformers configuration object, the dict of a `config.json`, or a path to such a file or to the
-            folder it is in.
+        config: a transformers configuration object, the dict of a `config.json`, or a text that names one: a path to
+            such a file or to the folder it is in, a well-known name or a hub id (`config_files`).
 
     Raises:
         ConfigError: there is no such file, or it holds no configuration.
     """
     if isinstance(config, (str, Path)):
-        return dict(_read(Path(config)))
+        return dict(read_configuration(config))
     if isinstance(config, Mapping):
         return dict(config)
     if hasattr(config, "to_dict"):
@@ -63,25 +63,6 @@ def reader(said: Mapping[str, Any]) -> Get:
 
 def _without_none(said: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in said.items() if value is not None or name not in names}
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    if path.is_dir():
-        path = path / "config.json"
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"cannot read the model configuration {path}: there is no such file; name a config.json or the folder it "
-            "is in (`hf download OWNER/NAME config.json --local-dir FOLDER` gets that of a model on the hub)"
-        ) from error
-    except OSError as error:
-        raise ConfigError(f"cannot read the model configuration {path}: {error}") from error
-    except ValueError as error:  # no text, or text that is something else
-        raise ConfigError(f"cannot read the model configuration {path}: it is no JSON ({error})") from error
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{path} is not a model configuration: it holds a {type(data).__name__}, not an object")
-    return data
 
 
 def whole(get: Get, field: str, default: int | None = None) -> int:

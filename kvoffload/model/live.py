@@ -38,8 +38,8 @@ def shape_of_model(model: Any) -> ModelShape:
         )
     weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     shape = shape_of(facts_of_live(model))
-    in_layers = round(shape.layers_weight_bytes * weight_bytes / max(1, shape.weight_bytes))
-    return dataclasses.replace(shape, weight_bytes=weight_bytes, layers_weight_bytes=in_layers)
+    shape = shape.with_layer_bytes(weight_bytes / max(1, shape.weight_bytes))
+    return dataclasses.replace(shape, weight_bytes=weight_bytes)
 
 
 def facts_of_live(model: Any) -> Facts:

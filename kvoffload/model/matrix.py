@@ -47,6 +47,16 @@ class Matrix(NamedTuple):
         """All copies in all layers, without biases."""
         return self.layers * self.stored * self.inputs * self.outputs
 
+    def read_copies(self, tokens: int) -> float:
+        """Copies of one layer that a forward of so many tokens reads; experts as expected if all are as likely."""
+        if self.stored == 1:
+            return 1.0
+        return self.stored * (1 - (1 - self.active / self.stored) ** tokens)  # those that a token is sent to
+
+    def read_bytes(self, tokens: int) -> float:
+        """Bytes of weights, as they are stored, that a forward of so many tokens reads in all layers."""
+        return self.layers * self.read_copies(tokens) * self.inputs * self.outputs * self.bits / 8
+
 
 class Group(NamedTuple):
     """A matrix, and the parameters it stands for."""

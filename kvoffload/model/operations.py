@@ -139,9 +139,6 @@ def attending(
 def _product(dims: Facts, matrix: Matrix, precision: Precision, tokens: int) -> Operation:
     """One weight matrix with the activations of all tokens."""
     activation_bytes, weight_bits = precision.activation_bits / 8, precision.bits_of(matrix)
-    copies = 1.0
-    if matrix.stored > 1:  # experts: those that at least one token is expected to be sent to, if all are as likely
-        copies = matrix.stored * (1 - (1 - matrix.active / matrix.stored) ** tokens)
     rows = tokens * matrix.active
     return Operation(
         name=matrix.name,
@@ -149,7 +146,7 @@ def _product(dims: Facts, matrix: Matrix, precision: Precision, tokens: int) -> 
         layers=matrix.layers,
         flops=2.0 * rows * matrix.inputs * matrix.outputs,  # multiply-add
         bits=max(weight_bits, precision.activation_bits),  # that of the wider operand
-        weight_bytes=copies * matrix.inputs * matrix.outputs * weight_bits / 8,
+        weight_bytes=matrix._replace(bits=weight_bits).read_bytes(tokens) / matrix.layers,
         read_bytes=rows * matrix.inputs * activation_bytes,
         written_bytes=rows * (matrix.outputs - matrix.cached) * activation_bytes,
         kv_written_bytes=rows * matrix.cached * precision.kv_bits / 8,

@@ -61,7 +61,7 @@ def quantization_of(data: Any, model_type: str, names: Names) -> Quantization | 
         ConfigError: a known method with a width or group that makes no sense.
     """
     if hasattr(data, "to_dict"):
-        data = data.toas_dict()
+        data = data.to_dict()
     if not isinstance(data, Mapping) or not data:
         return None
     method = str(getattr(data.get("quant_method"), "value", data.get("quant_method")) or "").lower()

@@ -6,9 +6,10 @@ behind the fields.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvoffload.model.facts import KV, Facts
+from kvoffload.model.matrix import Matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,7 @@ class ModelShape:
     window_tokens: int = 0  # tokens that a layer with a bounded cache holds, the most of any
     window_row_bytes: int = 0  # K and V of one of these tokens in all layers with a bounded cache together
     held_row_bytes: int = 0  # the same of layers whose cache grows but stays on the device
+    matrices: tuple[Matrix, ...] = ()  # of the decoder, in the bits they are stored in; (): those of the dimensions
     is_exact: bool = True  # False: guessed by the keys of a configuration that transformers does not know
 
     @property
@@ -92,6 +94,32 @@ class ModelShape:
         """Weights of the language model's head."""
         return self.hidden_size * self.vocab_size
 
+    def layer_read_bytes(self, tokens: int) -> float:
+        """Bytes of weights, as they are stored, that one layer reads on average in a forward of so many tokens."""
+        read = sum(one.read_bytes(tokens) for one in self.matrices if one.part != "head")
+        return read / self.num_layers if read else float(self.layer_weights * self.activation_itemsize_bytes)
+
+    @property
+    def head_read_bytes(self) -> float:
+        """Bytes of the language model's head, as they are stored."""
+        read = sum(one.read_bytes(1) for one in self.matrices if one.part == "head")
+        return read or float(self.head_weights * self.activation_itemsize_bytes)
+
+    @property
+    def layer_bits(self) -> float:
+        """Mean bits of a weight of the decoder layers, as they are stored."""
+        counts = [(one.num_values, one.bits) for one in self.matrices if one.part != "head"]
+        if not counts:
+            return 8.0 * self.activation_itemsize_bytes
+        return sum(count * bits for count, bits in counts) / sum(count for count, _ in counts)
+
+    def with_layer_bytes(self, share: float) -> ModelShape:
+        """The same model with so many times the bytes in the weights of its decoder layers: 0.25 for a quarter."""
+        in_layers = round(self.layers_weight_bytes * share)
+        matrices = tuple(one if one.part == "head" else one._replace(bits=one.bits * share) for one in self.matrices)
+        outside = self.weight_bytes - self.layers_weight_bytes
+        return replace(self, weight_bytes=outside + in_layers, layers_weight_bytes=in_layers, matrices=matrices)
+
     def prefill_flops(self, rows: int, prompt_tokens: int) -> float:
         """Operations for the prompts: projections and MLP, and causal attention (half of all pairs)."""
         attention = self._attention_flops * rows * prompt_tokens * prompt_tokens / 2
@@ -103,10 +131,10 @@ class ModelShape:
         return rows * (self.num_layers * layer + 2 * self.head_weights)  # multiply-add
 
     def step_bytes(self, rows: int, context_tokens: int) -> float:
-        """Bytes of device memory that such a step cannot do without: active weights and the cache."""
-        weights = self.num_layers * self.layer_weights + self.head_weights
+        """Bytes of device memory that such a step cannot do without: the weights it reads and the cache."""
+        weights = self.num_layers * self.layer_read_bytes(rows) + self.head_read_bytes
         cached = rows * self.num_offloaded_layers * context_tokens * self.kv_row_bytes
-        return weights * self.activation_itemsize_bytes + cached + self.other_layers_bytes(rows, context_tokens)
+        return weights + cached + self.other_layers_bytes(rows, context_tokens)
 
     @property
     def _attention_flops(self) -> int:
@@ -144,5 +172,6 @@ def shape_of(facts: Facts) -> ModelShape:
         window_row_bytes=sum(layer.cached_values for layer in windows) * facts.itemsize_bytes,
         held_row_bytes=sum(layer.cached_values for layer in others if layer.cache.kind == "grows")
         * facts.itemsize_bytes,
+        matrices=facts.matrices,
         is_exact=facts.is_exact,
     )

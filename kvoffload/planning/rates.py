@@ -21,6 +21,7 @@ from kvoffload.planning.placement import PLAIN, FormName
 CHUNK_SPEED_FRACTION = 0.95
 HOST_TIME_FRACTION = 0.25  # of a chunk's copy, that the host may take to issue the chunk
 LARGEST_CHUNK_BYTES = 32 * 2**20
+MANY_ROWS = 4096  # of a product that is bound by computing
 WEIGHT_PIECE_BYTES = 16 * 2**20  # in one copy, so that chunks of a cache never wait long behind weights
 
 
@@ -89,8 +90,9 @@ def rates_from_profile(
     """The rates of one model at one batch on the profiled machine.
 
     Every curve is read at the size the runtime will use: copies and recomputation at a full chunk, the dense part at
-    the batch. The dense part and the head take the longer of computing and of reading their weights. Where the device
-    is the CPU the host's time is its own, and part of both.
+    the batch. The dense part and the head take the longer of computing and of reading their weights, in the bits they
+    are stored in; what it costs to make quantised weights wider is not known and not counted. Where the device is the
+    CPU the host's time is its own, and part of both.
 
     Args:
         profile: the machine; GEMM and attention curves are taken as measured, whatever their dtype.
@@ -120,15 +122,17 @@ def rates_from_profile(
     if cached_tokens is not None:
         attended_bytes = cached_tokens * kv_token_bytes
 
-    layer_weights, head_weights = shape.layer_weights, shape.head_weights
-    weight_itemsize_bytes = shape.weight_bytes / (shape.num_layers * layer_weights + head_weights)
+    def product_s(num_weights: int, n: int, read_bytes: float) -> float:
+        """Seconds of products with so many weights for each token, of which so many bytes are read."""
+        k, flops = shape.hidden_size, 2 * batch * num_weights  # multiply-add
+        measured_s = flops / profile.gemm_flops_per_s(batch, n, k)  # which reads them once, not quantised
+        spared_bytes = num_weights * shape.activation_itemsize_bytes - read_bytes
+        computing_s = flops / profile.gemm_flops_per_s(MANY_ROWS, n, k)
+        read_s = read_bytes / profile.device_copy_bytes_per_s
+        return max(min(computing_s, measured_s), read_s, measured_s - spared_bytes / profile.device_copy_bytes_per_s)
 
-    def gemm_s(num_weights: int, n: int) -> float:
-        flops_per_s = profile.gemm_flops_per_s(batch, n, shape.hidden_size)
-        read_s = num_weights * weight_itemsize_bytes / profile.device_copy_bytes_per_s
-        return max(2 * batch * num_weights / flops_per_s, read_s)
-
-    dense_s, head_s = gemm_s(layer_weights, shape.dense_width), gemm_s(head_weights, shape.vocab_size)
+    dense_s = product_s(shape.layer_weights, shape.dense_width, shape.layer_read_bytes(batch))
+    head_s = product_s(shape.head_weights, shape.vocab_size, shape.head_read_bytes)
     if profile.emulated_link:  # nothing is issued ahead of a CPU
         num_chunks = max(1, math.ceil((cached_tokens or 0) / (chunk_blocks * block_tokens)))
         dense_s += profile.host_s_per_layer + num_chunks * profile.host_s_per_chunk

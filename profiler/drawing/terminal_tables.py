@@ -5,61 +5,129 @@ Owns columns and units. Does not own the numbers (`roofline`, `kvoffload/advise/
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 
 from kvoffload.advise import capacity, comparison
+from kvoffload.advise.answer import CODE, Answer
 from kvoffload.advise.capacity import Limits
+from kvoffload.advise.cards import Card
 from kvoffload.advise.overview import Overview
 from kvoffload.advise.precisions import in_words
 from kvoffload.advise.roofline import OperationTime, Phase, Roofline, remedy_text
 from kvoffload.advise.sweep import BestAtSize
 from kvoffload.advise.ways import LABELS
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.profiler.drawing.figures import Figures
-from kvoffload.units import count, counted
+from kvoffload.units import count, counted, gb, rate
 
-WIDTH = 160  # where the output is no terminal
+WIDTH = 160  # where the output is no terminal, and COLUMNS says nothing
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+
+
+def _console() -> Console:
+    """Of the terminal's width, or what COLUMNS says, else a wide one."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH)
 
 
 def print_roofline(found: Roofline) -> None:
     """Every phase with its operations, then what it all comes to."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = _console()
     for phase in found.phases:
         console.print(*_phase_figures(found, phase).tables(console.width))
     console.print("\n".join(summary(found)), highlight=False, markup=False)
 
 
+def print_answer(said: Answer, machine: HardwareProfile) -> None:
+    """What to do, the code for it, how fast that is; prose at the width of the terminal, code as it is."""
+    console = _console()
+    for line in said.text.splitlines():
+        console.print(line, highlight=False, markup=False, soft_wrap=line.startswith(CODE))
+    console.print(f"\nOn {machine.device_name}, {machine.link_name}. {said.details}", highlight=False, markup=False)
+
+
 def print_forecast(seen: Overview) -> None:
-    """Every way to do a workload, what still fits, and the sweep if there is one."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    """Every way to do a workload, then what still fits and what other precisions would give."""
+    console = _console()
     console.print(*_forecast_figures(seen.rows).tables(console.width))
     for row in seen.rows:
         if row.problem:
             console.print(f"{LABELS[row.name]}: {row.problem}", highlight=False, markup=False)
-    console.print("\n".join(limit_lines(seen.limits)), highlight=False, markup=False)
-    if line := in_words(seen.precisions):
+    for line in [*limit_lines(seen.limits), *what_if_lines(seen)]:
         console.print(line, highlight=False, markup=False)
-    if seen.cells:
-        console.print(*_sweep_figures(seen.cells).tables(console.width))
+
+
+def print_sweep(cells: Sequence[BestAtSize]) -> None:
+    """The best way at every size."""
+    console = _console()
+    console.print(*_sweep_figures(cells).tables(console.width))
+
+
+def print_cards(cards: Sequence[Card]) -> None:
+    """One line for each device, then why nothing works where nothing does."""
+    console = _console()
+    has_quantised = any(one.quantised is not None for one in cards)
+    rows = []
+    for one in cards:
+        best = one.best
+        cells = ["", "", ""]
+        if best is not None:
+            cells = [rate(best.tokens_per_s), seconds(best.runs * best.prefill_s), seconds(best.step_s)]
+        quantised = "" if one.quantised is None else rate(one.quantised.tokens_per_s)
+        rows.append([_short(one.name), one.way, *cells, *[quantised] * has_quantised])
+    names = ["device", "best way", "tokens/s", "prompts", "step", *["4-bit tokens/s"] * has_quantised]
+    console.print(*Figures("Predicted, not measured; 4-bit: with such weights", names, rows).tables(console.width))
+    for one in cards:
+        if one.problem:
+            console.print(f"{one.name}: {one.problem}", highlight=False, markup=False)
+
+
+def _short(device_name: str) -> str:
+    """Without its maker."""
+    return re.sub(r"^(NVIDIA (GeForce )?|AMD (Instinct )?)", "", device_name)
 
 
 def limit_lines(limits: Limits) -> list[str]:
     """What still fits, in words."""
 
-    def number(value: int, of: str = "") -> str:
-        if not value:
-            return "none"
-        return count(value) + of + " or more" * (value >= capacity.MAX_SEARCHED)
+    def batch(value: int) -> str:
+        return "none" if not value else count(value) + " or more" * (value >= capacity.MAX_SEARCHED)
 
-    return [
-        f"largest batch with these prompts: {number(limits.largest_batch_on_device)} on the device, "
-        f"{number(limits.largest_batch_offloaded)} offloaded",
-        f"longest prompt with this batch: {number(limits.longest_prompt_on_device, ' tokens')} on the device, "
-        f"{number(limits.longest_prompt_offloaded)} offloaded (host memory is taken as enough unless it is known)",
+    def prompt(value: int) -> str:
+        if limits.most_positions is not None and 0 < value >= limits.most_positions:
+            return f"{count(value)} (all of the model's positions)"
+        return batch(value)
+
+    known = "" if limits.host_is_known else " (assumed)"
+    lines = [
+        f"Largest batch with these prompts: {batch(limits.largest_batch_on_device)} on the device, "
+        f"{batch(limits.largest_batch_offloaded)} offloaded.",
+        f"Longest prompt with this batch, in tokens: {prompt(limits.longest_prompt_on_device)} on the device, "
+        f"{prompt(limits.longest_prompt_offloaded)} offloaded.",
+        f"Offloaded: in {gb(limits.host_bytes)} of host memory{known}.",
     ]
+    if limits.on_device_by_bits:
+        fitting = [f"{prompt(one.longest_prompt)} in {one.weight_bits} bits" for one in limits.on_device_by_bits]
+        lines.append(f"Longest prompt on the device with quantised weights: {', '.join(fitting)}.")
+    return lines
+
+
+def what_if_lines(seen: Overview) -> list[str]:
+    """What K and V in fewer bytes would give, and weights in fewer bits."""
+    lines = []
+    if line := in_words(seen.precisions):
+        lines.append(line)
+    if seen.quantised is not None:
+        how = "offloaded" if seen.quantised.way == "offload" else "on the device"
+        lines.append(
+            f"With weights in 4 bits, {how}: {rate(seen.quantised.tokens_per_s)} tokens/s (byte-bound: what it costs "
+            "to dequantise is not known and not counted)."
+        )
+    return lines
 
 
 def _forecast_figures(rows: Sequence[comparison.WayFigures]) -> Figures:
