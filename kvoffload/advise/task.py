@@ -46,8 +46,8 @@ from kvoffload.planning.memory import (
     prefill_peak_bytes,
 )
 from kvoffload.planning.plan import Plan
-from kvoffload.planning.problem import does_without, may_do_without, mean_tokens, pose
-from kvoffload.planning.sizing import planned_forms, smallest_sizes, uncapped_sizes
+from kvoffload.planning.problem import does_without, may_do_without, mean_tokens, pose, with_chunk_sizes
+from kvoffload.planning.sizing import LEAST_GAP_S, planned_forms, smallest_sizes, uncapped_sizes
 from kvoffload.planning.weights import WeightSizes
 from kvoffload.planning.workload import Workload
 from kvoffload.units import gb
@@ -303,7 +303,8 @@ class Task(NamedTuple):
             return None if number == len(sizes.layers) else max(0, number)
         if self._has_room(rows, None):
             return None
-        comfortable = uncapped_sizes(self._geometry(rows), self.config).fixed_device_bytes
+        ringed = replace(self._geometry(rows), least_gap_s=0.0 if self.profile.emulated_link else LEAST_GAP_S)
+        comfortable = uncapped_sizes(ringed, self.config).fixed_device_bytes  # as the runtime has it
         left = self._usable_with(0) - comfortable - self._peak_bytes(rows, self._prefill_parts(rows, 0))
         resident = sizes.num_resident(sizes.device_bytes(0) + int(left / DEVICE_SHARE))
         return max(0, min(resident, len(sizes.layers) - 1))
@@ -333,7 +334,10 @@ class Task(NamedTuple):
 
     def _prefill_parts(self, rows: int, kept: int | None) -> PrefillParts:
         """In which parts a prompt goes through the model, as the runtime has it."""
-        room = self._usable_with(kept) - uncapped_sizes(self._geometry(rows), self.config).fixed_device_bytes
+        geometry = with_chunk_sizes(
+            self.shape, self._geometry(rows), self.config, self.profile, is_emulated=self.profile.emulated_link
+        )
+        room = self._usable_with(kept) - uncapped_sizes(geometry, self.config).fixed_device_bytes
         prompt_tokens = self.workload.prompt_tokens
         if kept is not None:
             return prefill_parts(self.shape, rows=rows, prompt_tokens=prompt_tokens, room_bytes=room)

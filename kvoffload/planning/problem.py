@@ -99,7 +99,7 @@ def pose(
         ProfileError: a prediction must be made, and the link has no bandwidth.
     """
     fixed_split = split_to_plan(config, geometry) if can_recompute else 0.0
-    geometry = _with_chunk_sizes(shape, geometry, config, profile, is_emulated, fixed_split)
+    geometry = with_chunk_sizes(shape, geometry, config, profile, is_emulated=is_emulated, can_recompute=can_recompute)
     rates: Rates | None = None
     if profile is not None and (must_predict or profile.h2d is not None):
         rates = correct(_rates(shape, geometry, config, profile))
@@ -239,15 +239,17 @@ def does_without(free_step_s: float, plain_step_s: float) -> bool:
     return plain_step_s < (1 - MIN_GAIN_FRACTION) * free_step_s
 
 
-def _with_chunk_sizes(
+def with_chunk_sizes(
     shape: ModelShape,
     geometry: Geometry,
     config: OffloadConfig,
     profile: HardwareProfile | None,
+    *,
     is_emulated: bool,
-    fixed_split: float | None,
+    can_recompute: bool = True,
 ) -> Geometry:
-    recomputes = fixed_split != 0
+    """The same with the sizes of chunks and of the ring that the link asks for; arguments as of `pose`."""
+    recomputes = can_recompute and split_to_plan(config, geometry) != 0
     if not is_emulated:
         geometry = replace(geometry, least_gap_s=LEAST_GAP_S)
         recomputes = chunks_may_be_recomputed(config, geometry)
