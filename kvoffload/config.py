@@ -4,19 +4,48 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from kvoffload.errors import ConfigError
+from kvoffload.errors import ConfigError, UnknownOptionError
 from kvoffload.machine.hardware_profile import HardwareProfile
 
 GIB = 2**30
 MOST_DRAFTS = 15  # in a round: 16 tokens are checked together
 Auto = Literal["auto"]
 Schedule = Literal["pipelined", "kvpr"]
+KindT = TypeVar("KindT")
+
+
+def check_options(kind: type[Any], values: Mapping[str, Any], *, says: str = "has no option") -> None:
+    """Every key is a field of the dataclass.
+
+    Raises:
+        UnknownOptionError: one is not; with the nearest name.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+            raise UnknownOptionError(f"{kind.__name__} {says} {key!r}; {hint}")
+
+
+def _names_the_nearest(kind: type[KindT]) -> type[KindT]:
+    """The dataclass, which refuses an unknown argument with the nearest name."""
+    made = kind.__init__
+
+    @functools.wraps(made)
+    def checked(self: KindT, *args: Any, **options: Any) -> None:
+        check_options(kind, options, says="got an unexpected keyword argument")
+        made(self, *args, **options)
+
+    kind.__init__ = checked  # type: ignore[assignment, method-assign]
+    return kind
 
 
 def _positive(name: str, value: float, unit: str) -> None:
@@ -24,6 +53,7 @@ def _positive(name: str, value: float, unit: str) -> None:
         raise ConfigError(f"{name} must be a number above zero ({unit}), got {value!r}")
 
 
+@_names_the_nearest
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmulatedLink:
     """A host-device link emulated by a paced copy thread, for machines without a GPU.
@@ -47,6 +77,7 @@ class EmulatedLink:
             raise ConfigError(f"EmulatedLink.latency_s must be zero or more seconds, got {self.latency_s!r}")
 
 
+@_names_the_nearest
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OffloadConfig:
     """Options of `kvoffload.offload`. Every "auto" is decided from the machine, the model and the call.
@@ -179,9 +210,9 @@ class OffloadConfig:
         values = dict(options)
         link = values.get("link")
         if isinstance(link, Mapping):
-            _check_names("EmulatedLink", link, EmulatedLink)
+            check_options(EmulatedLink, link)
             values["link"] = EmulatedLink(**link)
-        _check_names("OffloadConfig", values, cls)
+        check_options(cls, values)
         return cls(**values)
 
     @property
@@ -200,13 +231,3 @@ class OffloadConfig:
 
 
 _DEFAULTS = OffloadConfig()
-
-
-def _check_names(owner: str, values: Mapping[str, Any], kind: type[Any]) -> None:
-    """Every key is a field of the dataclass."""
-    names = [field.name for field in dataclasses.fields(kind)]
-    for key in values:
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-            raise ConfigError(f"{owner} has no option {key!r}; {hint}")
