@@ -25,11 +25,12 @@ from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.facts import Facts
 from kvoffload.model.model_shape import is_model, model_shape
 from kvoffload.model.stored_facts import facts_of
-from kvoffload.planning import planner
+from kvoffload.planning import planner, step_time
 from kvoffload.planning.drafts import ExpectedRounds
 from kvoffload.planning.forms import FORMS
 from kvoffload.planning.placement import Kind
 from kvoffload.planning.plan import Plan
+from kvoffload.planning.verdicts import beside_plain
 from kvoffload.planning.workload import Workload
 from kvoffload.units import count, counted, duration, gb
 
@@ -107,7 +108,10 @@ def advise(
         + _beyond_positions(facts, workload)
         + _doubted(facts)
     )
-    return Advice(dataclasses.replace(chosen, recommendation=text), tuple(ways), facts.doubt)
+    plain_s = 0.0
+    if on_device is not None and on_device.way == "on_device":
+        plain_s = step_time.plain_step_s(task.inputs(workload.cached_tokens))
+    return Advice(dataclasses.replace(chosen, recommendation=text, plain_step_s=plain_s), tuple(ways), facts.doubt)
 
 
 def _beside_full_transfer(task: Task, chosen: Plan) -> Plan:
@@ -184,7 +188,9 @@ def _recommend(
     if is_best:
         return f"Offload: {room}. Predicted: {ours}; {_describe(on_device)}."
     if on_device.way == "on_device":
-        return f"Do not offload: {room}, so it fits. Predicted: {_describe(on_device)}; {ours}."
+        ours_s = min(one.total_s for one in (offload, drafts) if one is not None)
+        said = beside_plain(ours_s, on_device.total_s).removeprefix("do")
+        return f"Do{said}. W{room.removeprefix('w')}, so it fits. Predicted: {_describe(on_device)}; {ours}."
     fitting = "one sequence alone fits" if on_device.batch == 1 else f"batches of {on_device.batch} fit"
     return (
         f"Do not offload, unless the batch must stay together: {room}, but {fitting}. "

@@ -42,6 +42,12 @@ class Session:
 
     def __init__(self, model: Any, config: OffloadConfig, backend: Backend | None = None) -> None:
         self._offloaded = offloaded = OffloadedModel(model, config, backend)
+        if config.fixed_drafts == 0 and config.draft_cache != "auto":
+            warnings.warn(
+                f"draft_cache={config.draft_cache!r} has no effect with speculate={config.speculate!r}, which makes no "
+                "drafts: leave one of them out",
+                stacklevel=3,
+            )
         self.model, self.config = offloaded.model, config
         self.backend, self.engine, self.pool = offloaded.backend, offloaded.engine, offloaded.pool
         self.planner, self.progress = offloaded.planner, offloaded.progress
