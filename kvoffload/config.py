@@ -62,6 +62,9 @@ class EmulatedLink:
         h2d_gb_per_s: host to device bandwidth in GB/s (1e9 bytes); None copies unpaced.
         d2h_gb_per_s: device to host bandwidth in GB/s; None means the same as `h2d_gb_per_s`.
         latency_s: seconds added to each copy.
+
+    Raises:
+        ConfigError: a value outside its range, or an argument that does not exist (with the nearest one).
     """
 
     h2d_gb_per_s: float | None = None
@@ -113,7 +116,8 @@ class OffloadConfig:
         link: "auto" (CUDA, else an unpaced emulated link) or an EmulatedLink.
 
     Raises:
-        ConfigError: a value outside its range, naming the option and what it accepts.
+        ConfigError: a value outside its range, naming the option and what it accepts, or an option that does not exist
+            (with the nearest one; a TypeError as well).
     """
 
     split: Literal["auto", "transfer", "recompute"] | float = "auto"
@@ -188,6 +192,9 @@ class OffloadConfig:
     def to_json(self) -> dict[str, Any]:
         """The options that differ from their defaults, as JSON can hold them; `from_json` reads them back.
 
+        Returns:
+            Names and values.
+
         Raises:
             ConfigError: a profile that is not a name or a path.
         """
@@ -202,7 +209,10 @@ class OffloadConfig:
 
     @classmethod
     def from_json(cls, options: Mapping[str, Any]) -> OffloadConfig:
-        """A configuration from option names and values; `link` may be a mapping with those of `EmulatedLink`.
+        """A configuration from option names and values, as `to_json` gives them.
+
+        Args:
+            options: by name; `link` may be a mapping with those of `EmulatedLink`.
 
         Raises:
             ConfigError: an unknown option (with the nearest one), or a value outside its range.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import gc
 import inspect
 import pickle
+import pydoc
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -160,6 +163,14 @@ def test_every_public_name_of_a_public_class_is_documented(name: str) -> None:
     fields = getattr(kind, "__dataclass_fields__", {})
     for one in public(kind):
         assert one in fields or inspect.getdoc(getattr(kind, one)), f"{name}.{one}"
+
+
+@pytest.mark.parametrize("name", ["GenerationStats", "Plan", "OffloadConfig", "EmulatedLink", "Workload"])
+def test_every_field_of_a_public_class_is_in_its_help(name: str) -> None:
+    kind = getattr(kvoffload, name)
+    text = pydoc.render_doc(kind, renderer=pydoc.plaintext)
+    for field in dataclasses.fields(kind):
+        assert re.search(rf"^ \|      {field.name}: \S", text, re.MULTILINE), field.name
 
 
 # ---- options in the wrong place --------------------------------------------------------------------------------------

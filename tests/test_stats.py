@@ -19,6 +19,7 @@ import kvoffload
 from kvoffload.backend import EmulatedBackend
 from kvoffload.backend.base import HostBuffer
 from kvoffload.planning.drafts import RoundTimes, why_none
+from kvoffload.planning.plan import paragraphs as printed_paragraphs
 from kvoffload.planning.verdicts import times
 from kvoffload.session.session import Session
 from kvoffload.units import duration, gb
@@ -83,6 +84,8 @@ def test_the_verdict_says_why_there_is_none_and_what_would_change_that() -> None
     assert _verdict(slow) == "verdict: this is full transfer itself, a step took 1.50 times the predicted 2.00 s"
     faster = replace(stats, plan=replace(stats.plan, full_transfer_step_s=0.05), decode_step_s=[0.025])
     assert _verdict(faster) == "verdict: 2.00x as fast as the predicted full transfer (50.00 ms a step)"
+    slower = replace(stats, plan=replace(stats.plan, full_transfer_step_s=0.05), decode_step_s=[0.5])
+    assert _verdict(slower) == "verdict: 10.0x slower than the predicted full transfer (50.00 ms a step)"
     fitting = replace(stats, plan=unknown, fits_on_device=True)
     assert _verdict(fitting).endswith("weights and cache fit on the device: try it without offloading")
 
@@ -256,13 +259,22 @@ def test_a_plan_prints_where_blocks_are_what_a_step_takes_and_the_same_verdict()
     assert [text.partition(":")[0] for text in found] == ["plan", "step", "memory", "verdict"]
     assert found[0].startswith(f"plan: {stats.plan.in_words} (blocks of ")
     assert f"{duration(stats.plan.predicted_step_s)} predicted, limited by the link" in found[1]
-    assert found[-1].startswith(_verdict(stats).partition(";")[0])
+    assert found[-1] == _verdict(stats).partition(";")[0] + "; this is full transfer itself"
+    half = replace(stats.plan, blocks={"kv": 3, "activation": 3}, full_transfer_step_s=3 * stats.plan.predicted_step_s)
+    assert "; 3.00x as fast as the predicted full transfer" in paragraphs(half)[-1]
     advised = replace(stats.plan, recommendation="Offload: it is so.")
     assert paragraphs(advised)[-1] == "verdict: Offload: it is so."
     unknown = replace(stats.plan, predicted_step_s=0.0)
     assert "verdict: none, the link has no known speed" in said(unknown)
     streamed = replace(stats.plan, weight_bytes_per_step=3_000_000, weight_device_bytes=5_000_000)
     assert "weights of layers take 5.00 MB on the device, and 3.00 MB cross the link" in said(streamed)
+
+
+def test_a_number_is_not_parted_from_its_unit_at_the_end_of_a_line() -> None:
+    for filler in range(60, 80):
+        lines = printed_paragraphs("x" * filler + " takes 12.50 ms and 3.25 GB").splitlines()
+        assert not [line for line in lines if line[-1].isdigit()]
+        assert "\N{NO-BREAK SPACE}" not in "".join(lines)
 
 
 def test_streamed_weights_are_shown_where_there_are_any() -> None:

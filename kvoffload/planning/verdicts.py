@@ -32,7 +32,8 @@ def beside_plain(step_s: float, plain_s: float, *, is_measured: bool = False, fi
 
 def beside_full_transfer(step_s: float, full_s: float) -> str:
     """Offloading beside full transfer, whose step is predicted; seconds as of `beside_plain`."""
-    return f"{full_s / step_s:.2f}x as fast as the predicted full transfer ({duration(full_s)} a step)"
+    ratio, full = full_s / step_s, f"the predicted full transfer ({duration(full_s)} a step)"
+    return f"{ratio:.2f}x as fast as {full}" if ratio >= 0.995 else f"{times(1 / ratio)} slower than {full}"
 
 
 def times(ratio: float) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 from kvoffload.errors import ConfigError
 from kvoffload.planning.drafts import RoundTimes
 from kvoffload.planning.forms import FORMS
-from kvoffload.planning.placement import PLAIN
 from kvoffload.planning.plan import Plan, paragraphs
 from kvoffload.planning.verdicts import beside_full_transfer, beside_plain
 from kvoffload.units import count, counted, duration, gb
@@ -23,56 +22,98 @@ class GenerationStats:
 
     `print(session.stats)` says them in words, with a verdict in the last paragraph: beside generation without
     offloading where weights and cache fit on the device (predicted, or measured by `compared_with`), and beside full
-    transfer. In a chat they are of the last turn. docs/figures.md explains every field.
+    transfer. In a chat they are of the last turn. Times are in seconds of the wall clock.
 
-    `exact` is True when the K/V that attention saw were the model's own bit for bit, or recomputed in float32;
-    False when K/V were recomputed in half precision, where the last bit may differ, or stored with loss.
+    Attributes:
+        setup_s: allocating and pinning memory, measuring; in no other figure.
+        prefill_s: the forwards over the prompt; in a later turn of a chat over its new tokens.
+        ttft_s: time to first token.
+        tpot_s: time per output token after the first; None without a decode step.
+        decode_step_s: each decode step, in order; with drafts each round.
+        tokens_per_s: new tokens of all sequences, decode only.
+        h2d_bytes: to the device, over the whole call; `weight_bytes` among them.
+        d2h_bytes: from the device, over the whole call.
+        h2d_gb_per_s: GB/s while the link was copying, decode only; None where it was not.
+        link_utilization: share of the decode time in which the link was copying to the device, 0..1.
+        recompute_s: on the device, recomputing K and V.
+        recomputed_tokens: sum over steps, layers and rows.
+        exposed_wait_s: time compute waited for the link.
+        device_busy_fraction: share of the decode time in which compute waited for neither link nor host, 0..1.
+        plan: that it ran with; with `plain_step_s`, a predicted step without offloading.
+        predicted_step_s: the median step, or round, that the plan predicted; None without a prediction.
+        fraction_of_bound: predicted over measured median step: 1 is the bound of the cost model.
+        prediction_error_fraction: measured median over predicted step, minus 1: above 0 is slower.
+        host_bytes: of all caches of the session on the host.
+        pinned_bytes: of all memory of the session on the host.
+        device_kv_peak_decode_bytes: most that caches and buffers held on the device while decoding.
+        device_kv_peak_prefill_bytes: the same before.
+        exact: K and V that attention saw were the model's own bit for bit, or recomputed in float32. False: recomputed
+            in half precision, where the last bit may differ, or stored with loss.
+        lossy_form: the coarsest form with loss that blocks were stored in, such as "int4"; None without.
+        kept_exact_blocks: that such a form could not hold: not finite. Over all layers.
+        weight_bytes: of streamed layers, over the link; among `h2d_bytes`.
+        device_weight_bytes: of decoder layers that stay on the device, and slabs for those that do not.
+        packed_fraction: of the stored blocks, those that are packed without loss, 0..1.
+        tokens_per_pass: over the link; 1 without drafts, None without decode steps.
+        draft_acceptance: of the tokens drafted, the share that was asked for, 0..1; None without drafts.
+        draft_survivals: share of the rounds in which the first draft was accepted, the first two, ...
+        drafted_tokens: of each sequence.
+        round_times: what rounds of drafts were planned to take; None without a prediction.
+        draft_s: spent on drafts, in the decode steps.
+        draft_cache: what drafts read beside residents: "window", or "int4" for copies of all blocks; None without.
+        drafts_off_reason: why tokens were decoded one by one; None where drafts were made.
+        prompt_tokens: of each sequence, cached when the first new token is decoded; those of earlier turns among them.
+        cached_before_tokens: of these, by earlier turns in the same cache.
+        cache_host_bytes: of the cache of this call; `host_bytes` counts those of other chats as well.
+        fits_on_device: weights and the whole cache would, without offloading; None: not known.
+        measured_plain_step_s: a step without offloading, as of `compared_with`; None without.
+        link_name: such as "PCIe 4.0 x16", or "emulated 0.2 GB/s" where there is no GPU.
+        link_has_speed: False: an emulated link that copies as fast as it can, of which nothing can be predicted.
     """
 
-    setup_s: float  # allocating and pinning memory, measuring; in no other figure
+    setup_s: float
     prefill_s: float
-    ttft_s: float  # time to first token
-    tpot_s: float | None  # time per output token after the first
+    ttft_s: float
+    tpot_s: float | None
     decode_step_s: list[float]
-    tokens_per_s: float  # of all sequences, decode only
+    tokens_per_s: float
     h2d_bytes: int
     d2h_bytes: int
-    h2d_gb_per_s: float | None  # while the link was copying, decode only
-    link_utilization: float | None  # share of the decode time in which the link was copying to the device
+    h2d_gb_per_s: float | None
+    link_utilization: float | None
     recompute_s: float
-    recomputed_tokens: int  # sum over steps, layers and rows
-    exposed_wait_s: float  # time compute waited for the link
-    device_busy_fraction: float | None  # share of the decode time in which compute waited for neither link nor host
+    recomputed_tokens: int
+    exposed_wait_s: float
+    device_busy_fraction: float | None
     plan: Plan
     predicted_step_s: float | None
-    fraction_of_bound: float | None  # predicted over measured median step: 1 is the bound of the cost model
-    prediction_error_fraction: float | None  # measured median over predicted step, minus 1: above 0 is slower
-    host_bytes: int  # of all caches of the session
-    pinned_bytes: int  # of all memory of the session on the host
+    fraction_of_bound: float | None
+    prediction_error_fraction: float | None
+    host_bytes: int
+    pinned_bytes: int
     device_kv_peak_decode_bytes: int
     device_kv_peak_prefill_bytes: int
     exact: bool
-    lossy_form: str | None = None  # the coarsest form with loss that blocks were stored in, such as "int4"
-    kept_exact_blocks: int = 0  # that such a form could not hold: not finite. Over all layers
-    weight_bytes: int = 0  # of streamed layers, over the link; among `h2d_bytes`
-    device_weight_bytes: int = 0  # of decoder layers that stay on the device, and slabs for those that do not
-    packed_fraction: float = 0.0  # of the stored blocks, those that are packed without loss
-    tokens_per_pass: float | None = None  # over the link; 1 without drafts, None without decode steps
-    draft_acceptance: float | None = None  # of the tokens drafted, the share that was asked for
-    # the share of rounds in which the first draft was accepted, the first two, ...
+    lossy_form: str | None = None
+    kept_exact_blocks: int = 0
+    weight_bytes: int = 0
+    device_weight_bytes: int = 0
+    packed_fraction: float = 0.0
+    tokens_per_pass: float | None = None
+    draft_acceptance: float | None = None
     draft_survivals: list[float] = field(default_factory=list)
-    drafted_tokens: int = 0  # of each sequence
-    round_times: RoundTimes | None = None  # what rounds of drafts were planned to take; None without a prediction
-    draft_s: float = 0.0  # spent on drafts, in the decode steps
-    draft_cache: str | None = None  # what drafts read beside residents: "window", or "int4" for copies of all blocks
-    drafts_off_reason: str | None = None  # why tokens were decoded one by one; None where drafts were made
-    prompt_tokens: int = 0  # of each sequence, cached when the first new token is decoded; earlier turns among them
-    cached_before_tokens: int = 0  # of these, by earlier turns in the same cache
-    cache_host_bytes: int = 0  # of the cache of this call; `host_bytes` counts those of other chats as well
-    fits_on_device: bool | None = None  # weights and the whole cache, without offloading; None: not known
-    measured_plain_step_s: float | None = None  # of generation without offloading, as of `compared_with`
+    drafted_tokens: int = 0
+    round_times: RoundTimes | None = None
+    draft_s: float = 0.0
+    draft_cache: str | None = None
+    drafts_off_reason: str | None = None
+    prompt_tokens: int = 0
+    cached_before_tokens: int = 0
+    cache_host_bytes: int = 0
+    fits_on_device: bool | None = None
+    measured_plain_step_s: float | None = None
     link_name: str = ""
-    link_has_speed: bool = True  # False: an emulated link that copies as fast as it can
+    link_has_speed: bool = True
 
     @property
     def decode_step_s_p50(self) -> float | None:
@@ -216,7 +257,7 @@ class GenerationStats:
                 "none, a given split needs no prediction and none was made: split='auto' makes one, or name a "
                 f"profile=...{fits}"
             )
-        if not many and self.plan.count(tier="host", form=PLAIN) == self.plan.num_blocks:
+        if not many and self.plan.is_full_transfer:
             return (
                 f"this is full transfer itself, a step took {token_s / full:.2f} times the predicted {duration(full)}"
             )
