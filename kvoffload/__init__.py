@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvoffload.api import generate, load, measure_hardware, offload, plan
+    from kvoffload.api import generate, load, measure_hardware, offload, plan, release
     from kvoffload.config import EmulatedLink, OffloadConfig
     from kvoffload.errors import (
         ConfigError,
@@ -48,9 +48,10 @@ __all__ = [
     "model_shape",
     "offload",
     "plan",
+    "release",
 ]
 _HOME = {
-    "api": ("generate", "load", "measure_hardware", "offload", "plan"),
+    "api": ("generate", "load", "measure_hardware", "offload", "plan", "release"),
     "config": ("EmulatedLink", "OffloadConfig"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
     "machine.hardware_profile": ("HardwareProfile",),

@@ -4,19 +4,48 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from kvoffload.errors import ConfigError
+from kvoffload.errors import ConfigError, UnknownOptionError
 from kvoffload.machine.hardware_profile import HardwareProfile
 
 GIB = 2**30
 MOST_DRAFTS = 15  # in a round: 16 tokens are checked together
 Auto = Literal["auto"]
 Schedule = Literal["pipelined", "kvpr"]
+KindT = TypeVar("KindT")
+
+
+def check_options(kind: type[Any], values: Mapping[str, Any], *, says: str = "has no option") -> None:
+    """Every key is a field of the dataclass.
+
+    Raises:
+        UnknownOptionError: one is not; with the nearest name.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+            raise UnknownOptionError(f"{kind.__name__} {says} {key!r}; {hint}")
+
+
+def _names_the_nearest(kind: type[KindT]) -> type[KindT]:
+    """The dataclass, which refuses an unknown argument with the nearest name."""
+    made = kind.__init__
+
+    @functools.wraps(made)
+    def checked(self: KindT, *args: Any, **options: Any) -> None:
+        check_options(kind, options, says="got an unexpected keyword argument")
+        made(self, *args, **options)
+
+    kind.__init__ = checked  # type: ignore[assignment, method-assign]
+    return kind
 
 
 def _positive(name: str, value: float, unit: str) -> None:
@@ -24,6 +53,7 @@ def _positive(name: str, value: float, unit: str) -> None:
         raise ConfigError(f"{name} must be a number above zero ({unit}), got {value!r}")
 
 
+@_names_the_nearest
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmulatedLink:
     """A host-device link emulated by a paced copy thread, for machines without a GPU.
@@ -32,6 +62,9 @@ class EmulatedLink:
         h2d_gb_per_s: host to device bandwidth in GB/s (1e9 bytes); None copies unpaced.
         d2h_gb_per_s: device to host bandwidth in GB/s; None means the same as `h2d_gb_per_s`.
         latency_s: seconds added to each copy.
+
+    Raises:
+        ConfigError: a value outside its range, or an argument that does not exist (with the nearest one).
     """
 
     h2d_gb_per_s: float | None = None
@@ -47,6 +80,7 @@ class EmulatedLink:
             raise ConfigError(f"EmulatedLink.latency_s must be zero or more seconds, got {self.latency_s!r}")
 
 
+@_names_the_nearest
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OffloadConfig:
     """Options of `kvoffload.offload`. Every "auto" is decided from the machine, the model and the call.
@@ -82,7 +116,8 @@ class OffloadConfig:
         link: "auto" (CUDA, else an unpaced emulated link) or an EmulatedLink.
 
     Raises:
-        ConfigError: a value outside its range, naming the option and what it accepts.
+        ConfigError: a value outside its range, naming the option and what it accepts, or an option that does not exist
+            (with the nearest one; a TypeError as well).
     """
 
     split: Literal["auto", "transfer", "recompute"] | float = "auto"
@@ -157,6 +192,9 @@ class OffloadConfig:
     def to_json(self) -> dict[str, Any]:
         """The options that differ from their defaults, as JSON can hold them; `from_json` reads them back.
 
+        Returns:
+            Names and values.
+
         Raises:
             ConfigError: a profile that is not a name or a path.
         """
@@ -171,7 +209,10 @@ class OffloadConfig:
 
     @classmethod
     def from_json(cls, options: Mapping[str, Any]) -> OffloadConfig:
-        """A configuration from option names and values; `link` may be a mapping with those of `EmulatedLink`.
+        """A configuration from option names and values, as `to_json` gives them.
+
+        Args:
+            options: by name; `link` may be a mapping with those of `EmulatedLink`.
 
         Raises:
             ConfigError: an unknown option (with the nearest one), or a value outside its range.
@@ -179,9 +220,9 @@ class OffloadConfig:
         values = dict(options)
         link = values.get("link")
         if isinstance(link, Mapping):
-            _check_names("EmulatedLink", link, EmulatedLink)
+            check_options(EmulatedLink, link)
             values["link"] = EmulatedLink(**link)
-        _check_names("OffloadConfig", values, cls)
+        check_options(cls, values)
         return cls(**values)
 
     @property
@@ -200,13 +241,3 @@ class OffloadConfig:
 
 
 _DEFAULTS = OffloadConfig()
-
-
-def _check_names(owner: str, values: Mapping[str, Any], kind: type[Any]) -> None:
-    """Every key is a field of the dataclass."""
-    names = [field.name for field in dataclasses.fields(kind)]
-    for key in values:
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-            raise ConfigError(f"{owner} has no option {key!r}; {hint}")

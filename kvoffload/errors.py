@@ -2,6 +2,7 @@
 
 KVOffloadError
 ├── ConfigError (also a ValueError)     an option that makes no sense
+│   └── UnknownOptionError (a TypeError)  one that does not exist
 ├── ProfileError                        a hardware profile that is missing, corrupt or from another machine
 ├── InfeasiblePlanError                 no plan fits the device or host memory
 ├── HostMemoryError                     the host cannot hold the cache
@@ -15,6 +16,10 @@ class KVOffloadError(Exception):
 
 class ConfigError(KVOffloadError, ValueError):
     """An option or argument is wrong; the message says which values are accepted."""
+
+
+class UnknownOptionError(ConfigError, TypeError):
+    """There is no option of that name; the message says the nearest one. A TypeError as of any unknown argument."""
 
 
 class ProfileError(KVOffloadError):

@@ -300,7 +300,7 @@ def test_without_drafts_there_are_none_in_the_statistics(model: PreTrainedModel)
     stats = session.stats
     assert stats is not None
     assert (stats.tokens_per_pass, stats.draft_acceptance, stats.draft_s, stats.drafted_tokens) == (1.0, None, 0.0, 0)
-    assert stats.drafts_off_reason is None
+    assert stats.drafts_off_reason == "speculate='off'"
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_tokens_are_those_of_the_cpu_and_everything_comes_back(kind: str, kept: 
             if streams:
                 number = {"slabs": 0, "some": 2}[kept]
                 assert session.stats.device_weight_bytes == sizes.device_bytes(number) - sizes.outside
-                layers: Any = session._weights._layers
+                layers: Any = session._offloaded._weights._layers
                 pinned = sum(-(-layer.num_bytes // 4096) * 4096 for layer in layers)
                 assert sum(device.registered.values()) == session.stats.pinned_bytes + pinned
         assert device.registered == {}
@@ -163,7 +163,7 @@ def test_under_auto_a_generate_says_how_many_layers_stay(device: FakeCuda, monke
 
     monkeypatch.setattr(ModelWeights, "keep", noted)
     with weights_as_before(model), kvoffload.offload(model, config()) as session:
-        weights = session._weights
+        weights = session._offloaded._weights
         assert weights.num_resident == 0  # nobody knows yet what a cache takes
         kept: list[int] = []
         held: list[int] = []
@@ -191,18 +191,18 @@ def test_a_device_that_fills_up_between_two_calls_costs_one_of_them(device: Fake
     _limit(device, int(1.2 * sizes.total))
     with weights_as_before(model), kvoffload.offload(model, config()) as session:
         assert torch.equal(_generate(model, _ids(1)), wanted)
-        session._weights.keep(1)
+        session._offloaded._weights.keep(1)
         free = device.memory.free_bytes
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(memory_limits, "free_device_bytes", lambda _: free)
             _limit(device, 2 * sizes.slab)
             with pytest.raises(torch.OutOfMemoryError):
                 _generate(model, _ids(1))
-        assert session._weights.num_resident == 0
+        assert session._offloaded._weights.num_resident == 0
         assert torch.equal(_generate(model, _ids(1)), wanted)
         device.memory.others_bytes = 0
         assert torch.equal(_generate(model, _ids(1)), wanted)
-        assert session._weights.num_resident == 8
+        assert session._offloaded._weights.num_resident == 8
     gc.collect()
     assert device.memory.allocated_bytes == 0
 
@@ -210,7 +210,7 @@ def test_a_device_that_fills_up_between_two_calls_costs_one_of_them(device: Fake
 def test_a_little_more_room_moves_no_layer(model: PreTrainedModel, device: FakeCuda) -> None:
     model = streamable("llama", 32)
     with kvoffload.offload(model, config(kept_gib(model, 5))) as session:
-        weights = session._weights
+        weights = session._offloaded._weights
         weights._config = config("auto")
         stays = [layer for layer in weights._layers if layer.is_resident]
         for number, kept in ((6, 5), (7, 5), (8, 8), (7, 7), (9, 7)):
@@ -228,7 +228,7 @@ def test_a_cap_on_the_process_is_kept(device: FakeCuda) -> None:
     with kvoffload.offload(model, config()) as session:
         assert session.engine.weights is not None
         _generate(model, _ids(1))
-        assert session._weights.num_resident > 0
+        assert session._offloaded._weights.num_resident > 0
 
 
 def test_a_device_that_is_too_small_for_two_slabs_is_refused(model: PreTrainedModel, device: FakeCuda) -> None:
@@ -263,7 +263,7 @@ def test_memory_of_weights_is_unpinned_and_not_kept_for_other_sessions(
     with fake_cuda.fake_cuda("lazy", keeps_pinned=True) as fake:
         with kvoffload.offload(model, config(kept_gib(model, 0), device_gib="min")) as session:
             _generate(model, _ids())
-            slabs = {layer.source.data_ptr() for layer in session._weights._layers}
+            slabs = {layer.source.data_ptr() for layer in session._offloaded._weights._layers}
             assert slabs <= set(fake.registered)
             of_the_cache = set(fake.registered) - slabs
             assert of_the_cache

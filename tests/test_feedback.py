@@ -54,7 +54,7 @@ def play(at_step: int, new_speed_gb_per_s: float, split: Any = "auto") -> tuple[
             do_sample=False,
             stopping_criteria=[after_each_token],
         )
-        return session, session._plans[cache]
+        return session, session._offloaded._plans[cache]
 
 
 @pytest.mark.parametrize("factor", [0.5, 3.0])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from form_matrix import FACTORS, FORMS, ROUNDED, TOLERANCE, Cell, check, error_of, full_product, model_of, run
 from matrix import pairwise
+from printed import said
 
 from kvoffload.hf import OffloadedHFCache
 from kvoffload.planning import forms as planned
@@ -39,8 +40,8 @@ def test_on_a_slow_link_all_blocks_have_the_coarsest_form(form: str) -> None:
     assert set(seen.forms.values()) == {form}
     assert seen.stats[0].lossy_form == form
     assert not seen.stats[0].kept_exact_blocks
-    assert "not exact" in str(seen.stats[0])
-    assert f"with {planned.FORMS[form].label} (not exact)" in str(seen.stats[0])
+    assert "not exact" in said(seen.stats[0])
+    assert f"with {planned.FORMS[form].label} (not exact)" in said(seen.stats[0])
 
 
 # ---- the matrix bites ------------------------------------------------------------------------------------------------
@@ -135,4 +136,4 @@ def test_blocks_that_are_not_finite_stay_exact_and_are_counted(form: str) -> Non
     assert seen.forms[1, 0] == "kv"
     assert {form_ for (layer, block), form_ in seen.forms.items() if (layer, block) != (1, 0)} <= {form, "kv"}
     assert seen.stats[0].kept_exact_blocks >= 1
-    assert "kept exact" in str(seen.stats[0])
+    assert "kept exact" in said(seen.stats[0])

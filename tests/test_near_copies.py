@@ -194,7 +194,7 @@ def test_a_window_of_another_size_leaves_nothing_of_the_one_before(model: PreTra
         before = [reference(layer._near[0]._data) for layer in cache.core.layers if layer._near]
         assert len(before) == 3
         longer = torch.cat([text, prompt(2, 120, seed=4)], 1)
-        session._plans.prolong(cache, longer.shape[1], longer.shape[1] + 12, drafts=True)
+        session._offloaded._plans.prolong(cache, longer.shape[1], longer.shape[1] + 12, drafts=True)
         now = [layer._near[0]._data.numel() for layer in cache.core.layers if layer._near]
         assert now[0] > before[0][1], "the window did not grow"
         assert all(storage.expired() for storage, _ in before), "before any forward"

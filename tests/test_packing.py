@@ -13,6 +13,7 @@ from form_matrix import SLOW_LINK
 from matrix import FAST_LINK, checking_backend, distance, leaves_no_trace, noted_statistics, profile
 from models import WIDE, make_model
 from modes import COMMON, MODES, given, outcome, prompt
+from printed import said
 from transformers import PreTrainedModel
 
 from kvoffload import HardwareProfile, OffloadConfig
@@ -108,7 +109,7 @@ def test_every_bit_is_kept_in_every_way_to_generate(
     assert stats.exact
     assert stats.lossy_form is None
     assert stats.packed_fraction > 0.5
-    assert "of the blocks packed" in str(stats)
+    assert "of the blocks packed" in said(stats)
 
 
 def test_what_is_cached_can_be_read_back_bit_by_bit(model: PreTrainedModel) -> None:

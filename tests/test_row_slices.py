@@ -23,7 +23,7 @@ from kvoffload.session.session import Session
 
 def sliced(session: Session, rows: int) -> None:
     """From now on so many rows pass a layer at once."""
-    session._weights.slice_rows(rows)
+    session._offloaded._weights.slice_rows(rows)
 
 
 def watched(model: Any, name: str) -> list[tuple[int, ...]]:

@@ -23,17 +23,17 @@ class _Interrupt(BaseException):
 
 # what a session makes or calls, in this order, and how often each is called before it fails
 POINTS = [
-    ("kvoffload.session.session.shape_of_model", 0),
-    ("kvoffload.session.session.HostPool.__init__", 0),
-    ("kvoffload.session.session.TransferEngine.__init__", 0),
+    ("kvoffload.session.offloaded_model.shape_of_model", 0),
+    ("kvoffload.session.offloaded_model.HostPool.__init__", 0),
+    ("kvoffload.session.offloaded_model.TransferEngine.__init__", 0),
     ("kvoffload.hf.hooks.ModelHooks._make_hooks", 0),
     ("kvoffload.hf.hooks.ModelHooks._make_hooks", 3),
     ("kvoffload.hf.interface._configs", 0),
-    ("kvoffload.session.session.ModelWeights.__init__", 0),
-    ("kvoffload.session.session.CachePlans.__init__", 0),
-    ("kvoffload.session.session.GenerateCalls.__init__", 0),
+    ("kvoffload.session.offloaded_model.ModelWeights.__init__", 0),
+    ("kvoffload.session.offloaded_model.CachePlans.__init__", 0),
+    ("kvoffload.session.offloaded_model.GenerateCalls.__init__", 0),
     ("kvoffload.hf.shadows._as", 2),
-    ("kvoffload.session.session.ModelWeights.place", 0),
+    ("kvoffload.session.offloaded_model.ModelWeights.place", 0),
     ("kvoffload.session.model_weights.own_tensors", 0),
     ("kvoffload.store.layer_weights.LayerWeights.__init__", 2),
     ("kvoffload.store.layer_weights.LayerWeights.move_to_host", 3),
@@ -82,7 +82,7 @@ def test_a_session_that_fails_at_any_point_leaves_the_model_as_it_was() -> None:
 def test_the_model_can_be_offloaded_after_a_session_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = streamable("llama")
     with monkeypatch.context() as patch:
-        patch.setattr("kvoffload.session.session.ModelWeights.place", lambda self: 1 / 0)
+        patch.setattr("kvoffload.session.offloaded_model.ModelWeights.place", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             kvoffload.offload(model, OffloadConfig(link=FAST_LINK))
     with kvoffload.offload(model, config(model, 2, split="transfer")):
@@ -93,6 +93,6 @@ def test_what_fails_while_a_session_ends_keeps_nothing_else_from_ending(monkeypa
     model = streamable("llama")
     with leaves_no_trace(model), weights_as_before(model):
         session = kvoffload.offload(model, config(model, 2))
-        monkeypatch.setattr("kvoffload.session.session.Session._reap", lambda self: 1 / 0)
+        monkeypatch.setattr("kvoffload.session.offloaded_model.OffloadedModel._reap", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             session.close()

@@ -242,8 +242,8 @@ def test_a_cap_near_what_copies_take_is_planned_or_told(model: PreTrainedModel) 
             warnings.simplefilter("ignore")
             cache = session.new_cache()
             with contextlib.suppress(InfeasiblePlanError):
-                session._plans.lay_out_as_before(cache, 2, 1, 380, 420, drafts=True)
-                found.add(session._plans[cache].geometry.shadow_form)
+                session._offloaded._plans.lay_out_as_before(cache, 2, 1, 380, 420, drafts=True)
+                found.add(session._offloaded._plans[cache].geometry.shadow_form)
     assert found == {"int4", None}
 
 

@@ -26,7 +26,7 @@ from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.facts import Facts
 from kvoffload.model.model_shape import is_model, model_shape
 from kvoffload.model.stored_facts import facts_of
-from kvoffload.planning import planner
+from kvoffload.planning import planner, step_time
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.workload import Workload
 from kvoffload.units import counted, duration
@@ -108,7 +108,11 @@ def advise(
     ways.sort(key=lambda one: (one.way != best, one.total_s))
     found = Found(chosen, offload, on_device, drafts, rounds, is_best=best in ("offload", "drafts"))
     said = answer(task, found, facts)
-    return Advice(dataclasses.replace(chosen, recommendation=said.text), tuple(ways), facts.doubt, said)
+    plain_s = 0.0
+    if on_device is not None and on_device.way == "on_device":
+        plain_s = step_time.plain_step_s(task.inputs(workload.cached_tokens))
+    plan = dataclasses.replace(chosen, recommendation=said.text, plain_step_s=plain_s)
+    return Advice(plan, tuple(ways), facts.doubt, said)
 
 
 def _beside_full_transfer(task: Task, chosen: Plan) -> Plan:

@@ -20,6 +20,7 @@ from kvoffload.planning.drafts import ExpectedRounds
 from kvoffload.planning.forms import FORMS
 from kvoffload.planning.placement import Kind
 from kvoffload.planning.plan import Plan
+from kvoffload.planning.verdicts import times
 from kvoffload.units import count, counted, duration, gb, rate
 
 CODE = "    "  # what code stands behind
@@ -64,13 +65,15 @@ def answer(task: Task, found: Found, facts: Facts) -> Answer:
     elif found.is_best or found.on_device is None:
         said = _offload(task, found)
     else:
-        said = _on_device(task, found.on_device)
+        said = _on_device(task, found.on_device, found.drafts or found.offload)
     return said._replace(notes=(*said.notes, *notes), details=_details(task, found))
 
 
-def _on_device(task: Task, one: Alternative) -> Answer:
+def _on_device(task: Task, one: Alternative, offload: Alternative) -> Answer:
     """Plain generate(), whole or in parts."""
-    speed = f"Predicted: {_speed(task, one)}, bound by {_device_bound(task, one)}."
+    slower = offload.total_s / one.total_s
+    beside = f"; offloaded {times(slower)} slower" if slower >= LEAST_GAIN else ""
+    speed = f"Predicted: {_speed(task, one)}, bound by {_device_bound(task, one)}{beside}."
     if one.runs == 1:
         return Answer(f"Do not offload: {_room(task)}, so it fits.", f"out = {_run(task)}", speed)
     fitting = "one sequence alone fits" if one.batch == 1 else f"batches of {one.batch} fit"

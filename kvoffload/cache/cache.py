@@ -56,6 +56,11 @@ class CacheCore(CacheState):
         """Stored blocks of all layers, by form."""
         return Counter(block.form for layer in self.layers for block in layer.blocks)
 
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of all layers; what copies of a cache share counts for each of them."""
+        return sum(layer.host_bytes for layer in self.layers)
+
     def account_all(self) -> None:
         """Tell the engine how much device memory each layer holds."""
         for layer in self.layers:

@@ -110,6 +110,11 @@ class CacheLayer(CopiedBlocks):
             self._memory.reserve(self.cache.placement, self.forms, self.cache.rows, self.cache.prompt_copies)
 
     @property
+    def host_bytes(self) -> int:
+        """Host memory there is for its blocks, used or not."""
+        return sum(self._memory.reserved_bytes.values())
+
+    @property
     def device_bytes(self) -> int:
         """Device memory of the tail, the resident blocks and the copies of others."""
         near_bytes = sum(near.num_bytes for near in self._near)

@@ -140,6 +140,26 @@ def expected_rounds(
     return ExpectedRounds(length, tokens, times.round_s(length), acceptance, times.reads_all)
 
 
+def why_none(times: RoundTimes, rows: int, *, num_on_host: int) -> str:
+    """Why no drafts are planned, in words.
+
+    Args:
+        times: that rounds would take.
+        rows: sequences.
+        num_on_host: blocks that cross the link in a step.
+    """
+    if not num_on_host:
+        return "the cache is on the device: there are no passes over the link to save"
+    if times.window_tokens < LEAST_WINDOW_TOKENS:
+        return (
+            f"not expected to gain, with only {times.window_tokens} tokens of a sequence on the device to draft from "
+            f"(at least {LEAST_WINDOW_TOKENS})"
+        )
+    survivals = survival(times.acceptance, rows if times.paced_rows == 1 else 1)
+    gain = max(speedup(survivals, times, drafts) for drafts in range(1, MOST_DRAFTS + 1))
+    return f"not expected to gain: {gain:.2f}x as fast with them (at least {1 + MIN_GAIN_FRACTION:.2f}x)"
+
+
 def token_s_usually(times: RoundTimes, rows: int, drafts: int | None = None) -> float:
     """Seconds for the next token of each sequence at the usual acceptance of such drafts; arguments as of the above."""
     acceptance = SHADOW_USUAL_ACCEPTANCE if times.reads_all else USUAL_ACCEPTANCE

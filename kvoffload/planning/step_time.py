@@ -11,6 +11,7 @@ differ from the paper's formula by having no barrier between layers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -138,3 +139,13 @@ def full_transfer_step_s(inputs: PlanInputs) -> float:
     resident = min(inputs.num_blocks, max(0, room_bytes) // max(1, block_bytes))
     blocks = {option_name(PLAIN, "device"): resident, option_name(PLAIN, "host"): inputs.num_blocks - resident}
     return predict(inputs, blocks).step_s
+
+
+def plain_step_s(inputs: PlanInputs) -> float:
+    """Predicted seconds of a step of plain generation, with weights and the whole cache on the device.
+
+    Whether they fit there is left out of account.
+    """
+    whole = replace(inputs, schedule="pipelined", weight_bytes_per_step=0)
+    found = predict(whole, {option_name(PLAIN, "device"): inputs.num_blocks})
+    return max(found.device_s, found.issue_s)

@@ -9,7 +9,17 @@ from kvoffload.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What one `generate()` call is asked to do."""
+    """What one `generate()` call is asked to do.
+
+    Args:
+        batch: prompts, at least 1.
+        prompt_tokens: of each prompt, at least 1.
+        new_tokens: for each sequence, at least 1; the first of them comes from the prefill.
+        num_beams: of beam search; 1 without.
+
+    Raises:
+        ConfigError: a number below 1, or none.
+    """
 
     batch: int
     prompt_tokens: int

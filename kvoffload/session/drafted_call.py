@@ -53,6 +53,7 @@ class DraftedCall:
         """
         number = self._config.fixed_drafts
         if number == 0:
+            self._reason = f"speculate={self._config.speculate!r}"
             return False
         reason = self._reason
         if generation_mode not in hf.ONE_BY_ONE:
@@ -114,7 +115,7 @@ class DraftedCall:
             self._reason = "nothing is known that predicts what drafts gain (a link without a speed, or a fixed split)"
             return None
         if chosen.round_times is None:
-            self._reason = "drafts are not expected to gain anything here"
+            self._reason = chosen.no_drafts_reason or "not expected to gain anything here"
             return None
         if self._config.deterministic:
             return FixedLength(chosen.expected_drafts)
@@ -138,7 +139,7 @@ class DraftedCall:
     def figures(self, chosen: GenerationPlan) -> DraftFigures:
         """What drafts did, before `close`."""
         if self._drafting is None or self._drafting.rounds is None:
-            return DraftFigures(reason=self._reason if self._config.fixed_drafts is None else None)
+            return DraftFigures(reason=self._reason)
         rounds = self._drafting.rounds
         return DraftFigures(
             rounds.num_asked,
@@ -147,7 +148,7 @@ class DraftedCall:
             rounds.acceptance,
             tuple(rounds.survivals),
             chosen.round_times,
-            self._drafting.reason,
+            self._drafting.why_none_yet,
             chosen.geometry.shadow_form or "window",
         )
 

@@ -49,6 +49,7 @@ class Drafting:
     ) -> None:
         self.reason: str | None = None  # why tokens were decoded one by one
         self.lengths = lengths
+        self._could_draft = False  # more than one token was left to decode, in some round
         self._cache, self._is_asked_for, self._switch = cache, is_asked_for, switch
         self._rotations = hf.changing_rotations(model.config)
         self._is_settled = False
@@ -101,7 +102,15 @@ class Drafting:
             for rotation in self._rotations:
                 together = rotation.most_together(first)
                 most = most if together is None else min(most, together - 1)
+        self._could_draft |= most > 0
         return self.lengths.next(max(0, most))
+
+    @property
+    def why_none_yet(self) -> str | None:
+        """Why no token was drafted so far, or from some round on none; None where nothing kept it."""
+        if self.reason is not None or self.rounds is None or self.rounds.num_drafted:
+            return self.reason
+        return "a plain step was never expected to be slower" if self._could_draft else "too few tokens were left"
 
     def _refuse(self, reason: str) -> None:
         """This call is not served by drafts.

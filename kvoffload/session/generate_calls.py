@@ -23,6 +23,7 @@ from kvoffload.session.cache_plans import CachePlans
 from kvoffload.session.drafted_call import DraftedCall
 from kvoffload.session.generation import Generation
 from kvoffload.session.generation_planner import GenerationPlanner
+from kvoffload.session.plain_generation import plain_generation
 from kvoffload.session.progress import AllocationProgress
 from kvoffload.session.stats import GenerationStats
 from kvoffload.store.pool import HostPool
@@ -121,8 +122,13 @@ class GenerateCalls:
             if generation.cache is not None:
                 plan = self._plans[generation.cache]
                 self._planner.note_gap(plan, generation.between_steps_s)
+                held_bytes = self._engine.account.total_bytes + generation.cache.other_device_bytes
                 self.stats = generation.finish(
-                    plan.plan, self._pool, self._planner.measured.gap_s, drafts=self._drafts.figures(plan)
+                    plan.plan,
+                    self._pool,
+                    self._planner.measured.gap_s,
+                    drafts=self._drafts.figures(plan),
+                    plain=plain_generation(self._planner, plan, self._plans.weights, held_bytes),
                 )
             if hf.returned_cache(output) is generation.cache:
                 generation.owns_cache = False  # the caller has it now

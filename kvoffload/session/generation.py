@@ -10,6 +10,7 @@ import itertools
 import statistics
 import threading
 import time
+from dataclasses import replace
 from typing import NamedTuple
 
 from kvoffload import hf
@@ -18,6 +19,7 @@ from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.drafts import RoundTimes
 from kvoffload.planning.forms import FORMS
 from kvoffload.planning.plan import Plan
+from kvoffload.session.plain_generation import PlainGeneration
 from kvoffload.session.stats import GenerationStats
 from kvoffload.store.pool import HostPool
 
@@ -108,6 +110,8 @@ class Generation:
         self._forwards: list[float] = []  # start of each forward
         self._predicted_s: list[float] = []  # for each decode step, by the plan that held
         self._num_prefill_forwards = 0
+        self._cached_before = 0  # tokens of each sequence, when the first forward began
+        self._cached_at_decode: int | None = None  # the same of the first decode step
         self._prefill_peak_bytes = 0
 
     def use(self, cache: hf.OffloadedHFCache) -> None:
@@ -148,6 +152,8 @@ class Generation:
         self._forwards.append(time.perf_counter())
         is_first = len(self._forwards) == 1
         cached = self.cache.core.layers[0].num_tokens
+        if is_first:
+            self._cached_before = cached
         is_prefill = self._num_prefill_forwards == len(self._forwards) - 1
         is_prefill &= is_first or cached < self.prompt_tokens
         self._backend.mark("prefill" if is_prefill else "step")
@@ -157,6 +163,7 @@ class Generation:
         self._predicted_s.append(predicted_step_s)
         if self._decode is None:
             self._decode = _Readings.of(self._backend)
+            self._cached_at_decode = cached
             self._engine.release_stages()
             self._prefill_peak_bytes = self._engine.account.take_peak()
         elif self._window is None and len(self._forwards) > self._num_prefill_forwards + SETTLING_STEPS:
@@ -198,7 +205,13 @@ class Generation:
         return gaps.since(before) if gaps.amount - before.amount >= MIN_WINDOW_STEPS else None
 
     def finish(
-        self, plan: Plan, pool: HostPool, gap_s: float | None = None, drafts: DraftFigures = NO_DRAFTS
+        self,
+        plan: Plan,
+        pool: HostPool,
+        gap_s: float | None = None,
+        *,
+        drafts: DraftFigures = NO_DRAFTS,
+        plain: PlainGeneration,
     ) -> GenerationStats:
         """The statistics, once `generate()` has returned.
 
@@ -207,6 +220,7 @@ class Generation:
             pool: of the session.
             gap_s: that a device waited for its host between two steps; None where that is not known.
             drafts: what they did.
+            plain: what generation without offloading would have done.
         """
         assert self.cache is not None
         self._backend.mark("end")
@@ -224,7 +238,8 @@ class Generation:
         if decode_start is not None:
             idle_s = end.wait_s - decode_start.wait_s + end.starved_s - decode_start.starved_s
             idle_s += (gap_s or 0.0) * (end.gaps.amount - decode_start.gaps.amount)
-        new_tokens = core.layers[0].num_tokens + 1 - self.prompt_tokens
+        cached = core.layers[0].num_tokens
+        prompt_tokens = cached if self._cached_at_decode is None else self._cached_at_decode
         p50 = statistics.median(steps) if steps else None
         predicted = (statistics.median(self._predicted_s) if self._predicted_s else plan.predicted_step_s) or None
         others = self.cache.other_device_bytes
@@ -237,7 +252,7 @@ class Generation:
             ttft_s=decode[0] - self._began - self.setup_s,
             tpot_s=wall_s / (drafts.asked or len(steps)) if steps else None,
             decode_step_s=steps,
-            tokens_per_s=core.rows * max(0, new_tokens - 1) / wall_s if wall_s > 0 else 0.0,
+            tokens_per_s=core.rows * (cached - prompt_tokens) / wall_s if wall_s > 0 else 0.0,
             h2d_bytes=end.h2d.since(self._start.h2d).copied_bytes,
             d2h_bytes=self._engine.write_back.queued_bytes - self._written_before,
             h2d_gb_per_s=link.copied_bytes / link.busy_s / 1e9 if link and link.busy_s > 0 else None,
@@ -246,11 +261,15 @@ class Generation:
             recomputed_tokens=self.recomputed_tokens,
             exposed_wait_s=end.wait_s - self._start.wait_s,
             device_busy_fraction=1 - min(1.0, idle_s / wall_s) if wall_s > 0 else None,
-            plan=plan,
+            plan=replace(plan, plain_step_s=plain.step_s),
+            fits_on_device=plain.fits,
+            prompt_tokens=prompt_tokens,
+            cached_before_tokens=self._cached_before,
             predicted_step_s=predicted,
             fraction_of_bound=predicted / p50 if predicted and p50 else None,
             prediction_error_fraction=p50 / predicted - 1 if predicted and p50 else None,
             host_bytes=pool.used_bytes,
+            cache_host_bytes=core.host_bytes,
             pinned_bytes=pool.pinned_bytes,
             weight_bytes=self._engine.delivered_weight_bytes - self._weights_before,
             device_weight_bytes=self._engine.weight_device_bytes,

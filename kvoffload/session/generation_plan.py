@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from kvoffload.planning.drafts import ExpectedRounds, RoundTimes, expected_rounds
+from kvoffload.planning.drafts import ExpectedRounds, RoundTimes, expected_rounds, why_none
 from kvoffload.planning.forms import FORMS, option_name
 from kvoffload.planning.geometry import Geometry
 from kvoffload.planning.inputs import PlanInputs
@@ -30,6 +30,7 @@ class GenerationPlan:
     reserved_shares: Mapping[FormName, float]  # that room on the host was made for
     round_times: RoundTimes | None = None  # of verified drafts; None where there are none, or no prediction
     other: GenerationPlan | None = None  # for drafts that read the other near cache, where that can follow
+    no_drafts_reason: str = ""  # why tokens are not drafted, though they might have been
 
     @property
     def drafts(self) -> bool:
@@ -47,6 +48,13 @@ class GenerationPlan:
         """Tokens that rounds are expected to draft; 0 where that gains too little, or cannot be predicted."""
         rounds = self.expected_rounds()
         return 0 if rounds is None else rounds.drafts
+
+    @property
+    def why_no_drafts(self) -> str:
+        """Why rounds are not expected to draft, in words; "" where nothing can be predicted."""
+        if self.round_times is None:
+            return ""
+        return why_none(self.round_times, self.geometry.rows, num_on_host=self.plan.count(tier="host"))
 
     @property
     def device_budget_bytes(self) -> int:

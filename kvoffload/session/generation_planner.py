@@ -96,10 +96,12 @@ class GenerationPlanner:
             drafted = self.with_best_near_cache(geometry, lambda settled: self._plan_for(settled, **known))
             if number is not None or drafted.expected_drafts:
                 return self._beside_undrafted(drafted, geometry, **known)
-        except (InfeasiblePlanError, HostMemoryError):  # it may fit without
+            reason = drafted.why_no_drafts
+        except (InfeasiblePlanError, HostMemoryError) as error:  # it may fit without
             if number is not None:
                 raise
-        return self._plan_for(replace(geometry, ahead_tokens=0), **known)
+            reason = f"there is no room for them: {error}"
+        return replace(self._plan_for(replace(geometry, ahead_tokens=0), **known), no_drafts_reason=reason)
 
     def _beside_undrafted(self, drafted: GenerationPlan, geometry: Geometry, **known: Any) -> GenerationPlan:
         """The same beside full transfer as it would be set up without drafts, whose memory has more room for blocks."""

@@ -57,7 +57,9 @@ class LaterPlans:
         self, chosen: GenerationPlan, max_tokens: int, *, drafts: bool, **known: Any
     ) -> GenerationPlan:
         """`prolong`, packed as before."""
-        undrafted = replace(chosen, geometry=replace(chosen.geometry, shadow_form=None), round_times=None)
+        undrafted = replace(
+            chosen, geometry=replace(chosen.geometry, shadow_form=None), round_times=None, no_drafts_reason=""
+        )
         if not drafts:
             return replace(self._prolong(undrafted, max_tokens, **known), round_times=None)
         ahead = self._planner.with_room_ahead(chosen.geometry)
@@ -65,8 +67,9 @@ class LaterPlans:
             ahead, lambda settled: self._prolong(replace(chosen, geometry=settled), max_tokens, **known)
         )
         if self._planner.config.fixed_drafts is not None or drafted.expected_drafts:
-            return drafted
-        return replace(self._prolong(undrafted, max_tokens, **known), round_times=None)
+            return replace(drafted, no_drafts_reason="")
+        found = self._prolong(undrafted, max_tokens, **known)
+        return replace(found, round_times=None, no_drafts_reason=drafted.why_no_drafts)
 
     def _prolong(
         self,

@@ -1,196 +1,102 @@
-"""A session: one model, offloaded, until it is closed.
+"""A session: what a user holds of an offloaded model.
 
-Owns the life cycle: what is attached to the model, the pools, the caches, and that all of it goes again; and answers
-what its caches ask. The calls of `generate()` belong to `generate_calls`; what is planned for each cache, and the
-engine's buffers for it, to `cache_plans`.
+Owns what is public of it, and noticing that it was lost before it was closed. All that is attached to the model belongs
+to `offloaded_model`, which does not refer to the session.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections import deque
-from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from kvoffload import hf
-from kvoffload.backend import Backend, backend_for
-from kvoffload.cache.cache import CacheCore
+from kvoffload.backend import Backend
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import KVOffloadError
-from kvoffload.machine.hardware_profile import HardwareProfile
-from kvoffload.model.live import shape_of_model
-from kvoffload.pipeline.engine import TransferEngine
-from kvoffload.planning.placement import Placement
-from kvoffload.profiler.stored import find_stored, resolve_profile
-from kvoffload.session.cache_plans import CachePlans
-from kvoffload.session.generate_calls import GenerateCalls
-from kvoffload.session.generation_planner import GenerationPlanner
-from kvoffload.session.model_weights import ModelWeights, device_for
-from kvoffload.session.progress import AllocationProgress
+from kvoffload.session.offloaded_model import OffloadedModel, offloaded_model
 from kvoffload.session.stats import GenerationStats
-from kvoffload.store.pool import HostPool
 from kvoffload.timeline import Timeline
 
 
 class Session:
-    """See `kvoffload.offload`."""
+    """One offloaded model, from `kvoffload.offload` or `kvoffload.load` until `close()`.
+
+    A context manager: `with kvoffload.offload(model) as session:` closes it at the end. One that is lost without
+    being closed gives a `ResourceWarning`; its model stays offloaded, and works, until `kvoffload.release(model)`.
+
+    Attributes:
+        model: the transformers model, without wrappers.
+        config: the options it was offloaded with.
+
+    Args:
+        model: a decoder-only transformers model on one device (also inside PEFT or torch.compile wrappers).
+        config: options.
+        backend: for tests: in the place of the one that `config.link` names.
+
+    Raises:
+        UnsupportedModelError: the model cannot be offloaded correctly.
+        KVOffloadError: it is offloaded already.
+    """
 
     def __init__(self, model: Any, config: OffloadConfig, backend: Backend | None = None) -> None:
-        hf.check_release()
-        self.model = hf.unwrap(model)
-        hf.check_supported(self.model)
-        if "_kvoffload_session" in vars(self.model):
-            raise KVOffloadError("this model is offloaded already: use that session, or close() it first")
-        self.config = config
-        self.progress = hf.Progress()
-        self.is_closed = False
-        self._layer_indices = hf.offloadable_layers(self.model)
-        device = device_for(self.model, config)
-        # A named profile is looked up before anything is set up, also where nothing will be predicted with it.
-        is_measured = config.profile == "auto"
-        self._profile = None if is_measured else resolve_profile(config.profile, device=device, link=config.link)
-        self._attached = ExitStack()  # what is taken off again, the last first
-        try:
-            self._attach(device, backend)
-        except BaseException:
-            self.close()
-            raise
-
-    def _attach(self, device: torch.device, backend: Backend | None) -> None:
-        """Set up all that a session has; whatever interrupts this, `close` takes off what is attached by then."""
-        config = self.config
-        self.backend = backend or backend_for(device, config)
-        self._attached.callback(self.backend.close)
-        self.planner = GenerationPlanner(
-            config, shape_of_model(self.model), self.backend, self._load_profile, self._find_profile
-        )
-        self._allocation = AllocationProgress()
-        self.pool = HostPool(self.backend, self.planner.limits.host_cap_bytes(), self._allocation.update)
-        self._attached.callback(self.pool.close)
-        self.engine = TransferEngine(self.backend, overlap=config.overlap, schedule=config.schedule)
-        self._attached.callback(self.engine.close)
-        self._caches: weakref.WeakSet[hf.OffloadedHFCache] = weakref.WeakSet()
-        self._abandoned: deque[CacheCore] = deque()  # of caches that nobody holds any more
-        self._hooks = hf.ModelHooks(
-            self.model,
-            self._layer_indices,
-            on_any=self._before_any_forward,
-            on_forward=self._before_forward,
-            on_layers=self._before_layers,
-        )
-        self._attached.callback(self._hooks.remove)
-        self._segment_attention: hf.SegmentAttention | None = None
-        # An unpaced emulated link has no device behind it whose memory could be saved: there the model's own attention
-        # is faster, and the same to the last bit.
-        is_worth_it = self.backend.has_speed or bool(config.fixed_drafts)  # drafts attend to a part of the segments
-        if config.attention == "auto" and config.schedule == "pipelined" and is_worth_it:
-            self._segment_attention = hf.SegmentAttention.install(self.model, self._hooks)
-        if self._segment_attention is not None:
-            self._attached.callback(self._segment_attention.remove)
-        self.engine.layer_indices = self._layer_indices
-        self._weights = ModelWeights(self.model, config, self.engine, is_compiled=self._hooks.is_compiled)
-        self._attached.callback(self._weights.close)
-        self._plans = CachePlans(
-            self.planner,
-            self.engine,
-            self.pool,
-            self._allocation,
-            num_layers=len(self._layer_indices),
-            offers_segments=self.offers_segments,
-            weights=self._weights,
-        )
-        self._attached.callback(self._close_caches)
-        self._attached.callback(self._plans.close)
-        self._calls = GenerateCalls(
-            self.model,
-            self,
-            engine=self.engine,
-            pool=self.pool,
-            planner=self.planner,
-            plans=self._plans,
-            allocation=self._allocation,
-            progress=self.progress,
-            new_cache=self.new_cache,
-            reap=self._reap,
-            are_hooks_alone=lambda: self._hooks.are_alone(self.model),
-        )
-        self._attached.callback(self._calls.remove)
-        vars(self.model)["_kvoffload_session"] = self
-        self._attached.callback(vars(self.model).pop, "_kvoffload_session", None)
-        self._weights.place()
-        if self._weights.is_streaming:  # what they take on the host is not the cache's
-            self.pool.cap_bytes = self.planner.limits.host_cap_bytes()
+        self._offloaded = offloaded = OffloadedModel(model, config, backend)
+        if config.fixed_drafts == 0 and config.draft_cache != "auto":
+            warnings.warn(
+                f"draft_cache={config.draft_cache!r} has no effect with speculate={config.speculate!r}, which makes no "
+                "drafts: leave one of them out",
+                stacklevel=3,
+            )
+        self.model, self.config = offloaded.model, config
+        self.backend, self.engine, self.pool = offloaded.backend, offloaded.engine, offloaded.pool
+        self.planner, self.progress = offloaded.planner, offloaded.progress
+        lost = weakref.finalize(self, _warn_of_lost, type(self.model).__name__)
+        lost.atexit = False  # at the end of the interpreter everything goes
+        offloaded.on_close(lost.detach)
 
     @property
     def stats(self) -> GenerationStats | None:
-        """What the last `generate()` took and moved; None before the first."""
-        return self._calls.stats
+        """What the last `generate()` took and moved; None before the first one has ended."""
+        return self._offloaded.stats
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the model is as before again."""
+        return self._offloaded.is_closed
 
     @property
     def num_forwards(self) -> int:
         """Forwards of the model that came to the first offloaded layer so far."""
         return self.progress.forwards
 
-    # ---- life cycle ----------------------------------------------------------------------------------------------
-
     def __enter__(self) -> Session:
+        """The session itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """As `close`."""
         self.close()
 
     def close(self) -> None:
-        """Leave the model as it was before, and give back all memory. Caches of this session are dead afterwards."""
-        if self.is_closed:
-            return
-        self.is_closed = True
-        self._attached.close()  # whatever fails in one, the others go on: threads and pinned memory go in any case
+        """Leave the model as it was before, and give back all memory. A second call does nothing.
 
-    def _close_caches(self) -> None:
-        for cache in list(self._caches):
-            cache.close()
-        self._reap()
+        Caches of this session cannot be used afterwards; `stats` can be read.
+        """
+        self._offloaded.close()
 
     def new_cache(self) -> hf.OffloadedHFCache:
         """An empty cache for a custom loop or several turns; pass it as `cache` (`past_key_values` up to 5.23).
 
+        Returns:
+            A transformers `Cache`. Its memory is given back when nobody holds it any more, or with the session.
+
         Raises:
             KVOffloadError: the session is closed.
         """
-        if self.is_closed:
-            raise KVOffloadError("this session is closed: call kvoffload.offload(model) again")
-        self._reap()
-        core = CacheCore(
-            self.engine,
-            self.pool,
-            Placement(block_tokens=1, chunk_blocks=1),
-            num_layers=len(self._layer_indices),
-            rows=0,
-        )
-        return self._cache_of(core)
-
-    def _cache_of(self, core: CacheCore) -> hf.OffloadedHFCache:
-        """The cache of these layers, which goes with it."""
-        modules = {idx: self._hooks.modules.get(idx) for idx in self._layer_indices}
-        cache = hf.OffloadedHFCache(
-            self.model,
-            self,
-            core,
-            modules,
-            self.progress,
-            offers_segments=self.offers_segments,
-            is_compiled=self._hooks.is_compiled,
-            presence=self._presence,
-        )
-        # Python may collect a cache in the middle of a step of another, or in another thread: only take a note then.
-        weakref.finalize(cache, self._abandoned.append, core)
-        self._caches.add(cache)
-        return cache
+        return self._offloaded.new_cache()
 
     def record_timeline(self, is_wanted: bool = True) -> None:
         """From the next `generate()` on, keep what ran when, for `timeline`. Off by default; costs nothing then.
@@ -201,7 +107,7 @@ class Session:
         Args:
             is_wanted: False ends it, and frees what is kept.
         """
-        self._calls.record_timeline(is_wanted)
+        self._offloaded.record_timeline(is_wanted)
 
     def timeline(self) -> Timeline:
         """What ran when in the last `generate()`, if `record_timeline` was called before; waits for the device.
@@ -213,88 +119,42 @@ class Session:
         Raises:
             KVOffloadError: nothing is recorded.
         """
-        return self._calls.timeline()
+        return self._offloaded.timeline()
 
-    def _presence(self, position: int) -> AbstractContextManager[None]:
-        """A context in which the weights of an offloaded layer can be read outside its forward."""
-        return self._weights.present(self._layer_indices[position])
+    def __repr__(self) -> str:
+        if self.is_closed:
+            state = "closed, the model is as before"
+        elif self.stats is None:
+            state = "open, no generate() has ended yet: print(session.stats) after the first"
+        else:
+            state = "open, print(session.stats) says what the last generate() did"
+        model, link = type(self.model).__name__, self.backend.link_name
+        return f"<kvoffload.Session of {model} on {self.backend.device}, link {link}: {state}>"
 
-    def _load_profile(self) -> HardwareProfile:
-        if self._profile is None:
-            self._profile = resolve_profile(self.config.profile, device=self.backend.device, link=self.config.link)
-        return self._profile
 
-    def _find_profile(self) -> HardwareProfile | None:
-        if self._profile is None:
-            self._profile = find_stored(self.backend.device)
-        return self._profile
+def release(model: Any) -> None:
+    """Undo the `offload` of a model whose session is lost, or was not closed: the model is as before.
 
-    def _reap(self) -> None:
-        """Take back the memory of caches that nobody holds any more."""
-        while self._abandoned:
-            self._abandoned.popleft().reset()
+    As `session.close()` of that session, which is closed then. Not for a model that is not offloaded: that is an error,
+    also at a second call, while `close()` may be called any number of times.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        raise KVOffloadError("a model cannot be copied while it is offloaded: close() the session first")
+    Args:
+        model: as it was given to `kvoffload.offload`, or without its PEFT or torch.compile wrapper.
 
-    # ---- what a cache asks -------------------------------------------------------------------------------------------
+    Raises:
+        KVOffloadError: the model is not offloaded.
+    """
+    offloaded = offloaded_model(model)
+    if offloaded is None:
+        way_out = "it is a session: close() it" if isinstance(model, Session) else "there is nothing to undo"
+        raise KVOffloadError(f"this {type(model).__name__} is not offloaded: {way_out}")
+    offloaded.close()
 
-    @property
-    def offers_segments(self) -> bool:
-        """Whether attention over segments is installed on the model."""
-        return self._segment_attention is not None
 
-    def claim(self, cache: hf.OffloadedHFCache) -> None:
-        """Called with each update: the cache is alive, and the engine's buffers are made for it."""
-        if self.is_closed or cache.is_closed:
-            raise KVOffloadError(
-                "this cache belongs to a session or a generate() that failed or is over: take a new_cache()"
-            )
-        self._calls.refuse_other_threads()
-        self._reap()
-        self._plans.keep_buffers(cache)
-
-    def settle(self, cache: hf.OffloadedHFCache, position: int, first: hf.FirstTokens) -> None:
-        """A layer got its first tokens and stores them next: settle its forms; with the first layer also the plan."""
-        was_measured = self._plans.settle(cache, position, first, self._calls.prompt_tokens)
-        if was_measured and self._calls.current is not None:
-            self._calls.current.leave_out(self.planner.measured.take_copied())
-
-    def use_whole_layers(self, cache: hf.OffloadedHFCache) -> None:
-        """A layer of a cache that was planned without layer buffers needs them."""
-        self._plans.use_whole_layers(cache)
-
-    def end_forward(self, cache: hf.OffloadedHFCache) -> None:
-        """All layers have cached a forward's tokens; what they do with the next ones may change now."""
-        self._calls.end_forward(cache)
-
-    def forget(self, cache: hf.OffloadedHFCache) -> None:
-        """What was decided for a cache that starts anew, perhaps with other rows."""
-        self._plans.forget(cache)
-
-    def copy_of(self, cache: hf.OffloadedHFCache) -> hf.OffloadedHFCache:
-        """A copy of a cache, which shares the blocks stored so far; see `OffloadedHFCache.__deepcopy__`."""
-        self.claim(cache)
-        cache.check_copyable()
-        self.engine.drop()  # nothing is in flight for either
-        copied = self._cache_of(cache.core.fork())
-        copied.copy_from(cache)
-        self._plans.copy(cache, copied)
-        return copied
-
-    # ---- what the hooks tell -----------------------------------------------------------------------------------------
-
-    def _before_any_forward(self) -> None:
-        """A forward of the model begins, with whatever cache: outside `generate()` its weights may have changed."""
-        if self._calls.current is None:
-            self.engine.drop_weights()
-            self._weights.absorb()
-
-    def _before_forward(self, cache: hf.OffloadedHFCache) -> None:
-        """A forward of the model begins, with a cache of ours."""
-        self.engine.note_forward(cache.core)
-        self._calls.before_forward(cache)
-
-    def _before_layers(self) -> None:
-        """A forward comes to the first offloaded layer."""
-        self.progress.forwards += 1
+def _warn_of_lost(model_name: str) -> None:
+    warnings.warn(
+        f"a kvoffload session of a {model_name} was lost without close(): the model stays offloaded until "
+        "kvoffload.release(model); `with kvoffload.offload(model):` closes by itself",
+        ResourceWarning,
+        stacklevel=2,
+    )
