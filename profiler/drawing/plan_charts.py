@@ -59,10 +59,11 @@ def split_chart(found: Study) -> Chart:
             f"the plan: %{{x}} blocks, %{{y:.4g}} {unit}",
         ),
     ]
+    room = 0.03 * max(1, plan.num_blocks)  # for a star at an end
     if len(points) <= plan.num_blocks:
         data.append(no_fit_line(sorted(set(range(plan.num_blocks + 1)) - set(x)), 0.0))
     layout = layout_of(
-        {"title": {"text": f"blocks as activations, of {plan.num_blocks}"}, "range": [0, max(1, plan.num_blocks)]},
+        {"title": {"text": f"blocks as activations, of {plan.num_blocks}"}, "range": [-room, plan.num_blocks + room]},
         {"title": {"text": f"step, {unit}"}, "rangemode": "tozero"},
     )
     return Chart(

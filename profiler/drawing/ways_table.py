@@ -123,8 +123,12 @@ def _why_step(found: Study) -> str:
     forms = _forms_on_link(found)
     if forms:
         context += f", with what crosses the link as plain K/V, where the plan has {forms}"
-    if task.streamed_bytes:
-        context += ". Of layers whose weights are streamed the plan moves all, the roofline what a step reads"
+    read, all_bytes = found.roofline.decode.total("weight_bytes"), task.shape.weight_bytes
+    if read < all_bytes * (1 - CLOSE_FRACTION):
+        context += (
+            f". The plan reads every weight in a step, {si(all_bytes, 'B')}; the roofline the "
+            f"{si(read, 'B')} that a step computes with (of the embedding a few rows, of experts those that are chosen)"
+        )
     return f"{context}. The plan's is the longest of link, device and host, the roofline's of link and device."
 
 
