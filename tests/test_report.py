@@ -350,25 +350,15 @@ def test_a_measured_run_stands_beside_what_was_planned_for_it() -> None:
     assert min(found.predicted_range_s) <= found.predicted_step_s <= max(found.predicted_range_s)
 
 
-@pytest.mark.parametrize(("name", "preset"), [("opt-6.7b", "cpu-balanced"), ("llama-3.1-8b", "cpu-gqa")])
-def test_on_a_cpu_a_small_shape_of_the_same_attention_is_measured(
-    name: str, preset: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    dims = facts_of(CONFIGS / f"{name}.json")
-    workload = Workload(batch=8, prompt_tokens=1024, new_tokens=8)
-    assert measured_run._preset(dims, workload) is bench.PRESETS[preset]
-
-
 def test_on_a_gpu_few_layers_of_the_models_shape_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     workload = Workload(batch=8, prompt_tokens=1024, new_tokens=8)
     dims = facts_of(CONFIGS / "llama-3.1-8b.json")
-    preset = measured_run._preset(dims, workload)
+    preset = measured_run.scaled_preset(dims, workload)
     assert (preset.hidden, preset.heads, preset.kv_heads, preset.ffn) == (4096, 32, 8, 14336)
     assert (preset.layers, preset.batch, preset.cached_tokens, preset.dtype) == (4, 8, 1024, torch.bfloat16)
     with pytest.raises(ConfigError, match=r"has heads of 256 at a hidden size of 4096: leave it out"):
-        measured_run._preset(dataclasses.replace(dims, head_dim=256), workload)
+        measured_run.scaled_preset(dataclasses.replace(dims, head_dim=256), workload)
 
 
 # ---- command ---------------------------------------------------------------------------------------------------------

@@ -193,6 +193,86 @@ def test_words_are_large_enough_to_read_on_a_narrow_screen(browser: Browser, pag
     assert min(sizes) >= 12
 
 
+OVERLAPPING = """const touch = (one, other) => one.left < other.right && other.left < one.right
+        && one.top < other.bottom && other.top < one.bottom;
+    return [...document.querySelectorAll('.chart')].flatMap(chart => {
+        const shown = [...chart.querySelectorAll(arguments[0])].filter(one => one.style.visibility !== 'hidden');
+        const boxes = shown.map(one => [one.textContent, one.getBoundingClientRect()]);
+        return boxes.flatMap(([name, box], idx) => boxes.slice(idx + 1).filter(([, other]) => touch(box, other))
+            .map(([other]) => `${chart.id}: ${name}, ${other}`));
+    })"""
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("words", [".xtick text", ".ytick text", ".textpoint text"])
+def test_no_two_ticks_or_names_of_dots_overlap(browser: Browser, page: Path, words: str, width: int) -> None:
+    browser.open(page, width)
+    assert browser.run(OVERLAPPING, words) == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_names_of_dots_are_shown_where_no_dot_is_and_inside_the_chart(browser: Browser, page: Path, width: int) -> None:
+    browser.open(page, width)
+    shown, covered = browser.run(
+        """const chart = document.getElementById('roofline-chart'), edge = chart.getBoundingClientRect();
+        const labels = [...chart.querySelectorAll('.textpoint text')].filter(one => one.style.visibility !== 'hidden');
+        const dots = [...chart.querySelectorAll('.point')].map(one => one.getBoundingClientRect());
+        const isCovered = (box) => box.right > edge.right || dots.some(dot => {
+            const [x, y] = [(dot.left + dot.right) / 2, (dot.top + dot.bottom) / 2];
+            return box.left < x && x < box.right && box.top < y && y < box.bottom;
+        });
+        return [labels.length, labels.filter(one => isCovered(one.getBoundingClientRect())).map(one => one.textContent)]
+        """
+    )
+    assert shown >= 4
+    assert covered == []
+
+
+def test_legends_are_no_piles_on_a_narrow_screen(browser: Browser, page: Path) -> None:
+    browser.open(page, WIDTHS[1])
+    legends = browser.run(
+        """return [...document.querySelectorAll('.legend')].map(list => [list.getBoundingClientRect().height,
+            [...list.children].map(one => one.textContent.length)])"""
+    )
+    short = [(height, len(names)) for height, names in legends if max(names) <= 26]
+    assert len(short) >= 5
+    for height_px, entries in short:
+        assert height_px <= 24 * -(-(entries + 1) // 2)
+
+
+@pytest.mark.parametrize("width", [1280, 1920])
+def test_a_wide_screen_is_used(browser: Browser, page: Path, width: int) -> None:
+    browser.open(page, width)
+    words, table, chart, pair = browser.run(
+        """const box = (name) => document.querySelector(name).getBoundingClientRect();
+        return [box('#roofline .words'), box('#ways table'), box('#memory-chart'), [box('#batch-chart').bottom,
+            box('#context-chart').top]]"""
+    )
+    for box in (words, table, chart):
+        assert box["width"] >= 0.94 * width
+    assert (pair[0] > pair[1]) == (width == 1920), "side by side where both are still wide"
+
+
+def test_an_old_browser_is_told_what_the_charts_need(browser: Browser, page: Path) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    script = browser.driver.execute_cdp_cmd(
+        "Page.addScriptToEvaluateOnNewDocument", {"source": "delete window.DecompressionStream"}
+    )
+    try:
+        browser.driver.get(page.as_uri())
+        WebDriverWait(browser.driver, DEADLINE_S).until(
+            lambda _: browser.run("return document.getElementById('old-browser').offsetHeight > 0")
+        )
+        assert "later one; the tables hold the same numbers" in browser.run(
+            "return document.getElementById('old-browser').innerText.replace(/[()]/g, '')"
+        )
+    finally:
+        browser.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+    browser.open(page, WIDTHS[0])
+    assert browser.run("return document.getElementById('old-browser').offsetHeight") == 0
+
+
 WHOLE = OffloadConfig(device_weights_gib="all")  # weights are not streamed
 
 

@@ -17,7 +17,10 @@ from kvoffload.profiler.drawing.terminal_tables import si
 # Okabe and Ito's palette, which colour-blind people can tell apart, a little darker where it is pale.
 BLUE, ORANGE, GREEN, PINK, PURPLE, GREY = "#2f81c7", "#d97a06", "#12936b", "#c2548c", "#7b6fd0", "#8a8f98"
 TEAL, GOLD, BROWN = "#139aa8", "#b08900", "#8c5a3c"
-DENSE_RANGE = 150  # of the limits of a logarithmic axis, below which decades alone are too few
+NO_FIT = "#d4002a"  # of nothing else: what does not fit
+# tens of a logarithmic axis over limits so far apart at most, and where it has ticks besides
+TICKS = ((10, (1, 1.5, 2, 3, 4, 5, 7)), (150, (1, 2, 5)), (math.inf, (1,)))
+NARROWEST_TICKS = 1.2  # ticks nearer to the workload's than that are left out
 
 
 class Chart(NamedTuple):
@@ -70,23 +73,24 @@ def figure(go: Any, data: list[Any], layout: dict[str, Any]) -> dict[str, Any]:
     return {"data": figure["data"], "layout": figure["layout"]}
 
 
-def layout_of(x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any]:
-    """Axes that make room for their labels, and a legend above, where narrow screens have room for it."""
+def layout_of(x: dict[str, Any], y: dict[str, Any], own: float | None = None) -> dict[str, Any]:
+    """Axes that make room for their labels; the tick at `own` is shown where others have to make room."""
     shared = {"automargin": True}
     return {
         "xaxis": shared | x,
         "yaxis": shared | y,
-        "margin": {"l": 10, "r": 10, "t": 10, "b": 10},
-        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
+        "margin": {"l": 10, "r": 16, "t": 10, "b": 10},
+        "showlegend": False,  # it is a list of the page (`legend`)
         "hovermode": "closest",
+        "meta": {"own": own},
     }
 
 
 def log_axis(title: str, values: Iterable[float | None], beyond: float = 1.25) -> dict[str, Any]:
-    """A logarithmic axis over some values, `beyond` times as far at both ends; over short ranges at 1, 2 and 5 too."""
+    """A logarithmic axis over some values, `beyond` times as far at both ends; the shorter, the more ticks."""
     known = [value for value in values if value]
     low, high = min(known) / beyond, max(known) * beyond
-    steps = (1, 2, 5) if high / low < DENSE_RANGE else (1,)
+    steps = next(steps for most, steps in TICKS if high / low < most)
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     at = [step * 10.0**exponent for exponent in exponents for step in steps if low <= step * 10.0**exponent <= high]
     return {
@@ -99,9 +103,18 @@ def log_axis(title: str, values: Iterable[float | None], beyond: float = 1.25) -
     }
 
 
-def ticks(sizes: Sequence[int]) -> dict[str, Any]:
-    """Ticks of `log_axis` at the sizes themselves."""
-    return {"tickvals": list(sizes), "ticktext": [str(size) for size in sizes]}
+def ticks(sizes: Sequence[int], own: int) -> dict[str, Any]:
+    """Ticks of `log_axis` at the sizes themselves, in few letters; none so near to `own` that they would touch."""
+    shown = [size for size in sizes if size == own or max(size, own) / min(size, own) >= NARROWEST_TICKS]
+    texts = [str(size) if size < 10_000 else si(size).replace(" ", "") for size in shown]
+    return {"tickvals": shown, "ticktext": texts, "tickangle": 0}
+
+
+def end_of_axis(sizes: Sequence[int], most: int | None) -> dict[str, Any]:
+    """A logarithmic axis over sizes that ends at the largest the model takes, or at a larger one that is shown."""
+    if most is None or max(sizes) < most / 1.25:
+        return {}
+    return {"range": [math.log10(min(sizes) / 1.25), math.log10(max(most, *sizes))]}
 
 
 def time_unit(longest_s: float) -> tuple[float, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from kvoffload.advise.roofline import OperationTime, Phase, Roofline
 from kvoffload.profiler.drawing.chart import (
@@ -17,10 +18,27 @@ from kvoffload.profiler.drawing.chart import (
     log_axis,
     require_plotly,
 )
+from kvoffload.profiler.drawing.marks import WORKLOAD, workload_star
 from kvoffload.profiler.drawing.terminal_tables import seconds, si
 from kvoffload.units import counted
 
 POINTS_OF_A_ROOF = 60
+CLOSE = 0.06  # of a decade: dots nearer than that in both directions are drawn as one
+
+
+class Dot(NamedTuple):
+    """Operations that stand at one place of a roofline."""
+
+    intensity: float  # FLOP per byte
+    flops_per_s: float
+    names: tuple[str, ...]
+    hover: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """In few letters."""
+        more = f" +{len(self.names) - 1}" if len(self.names) > 1 else ""
+        return f"{self.names[0].replace('_', ' ')}{more}"
 
 
 def roofline_chart(found: Roofline) -> Chart:
@@ -40,30 +58,25 @@ def roofline_chart(found: Roofline) -> Chart:
         data.append(_roof(go, "link", machine.link_bytes_per_s, peak, low, high, "dash"))
     for phase, colour, symbol in zip(phases, (ORANGE, BLUE), ("circle", "diamond"), strict=True):
         shown = [row for row in phase.rows if row.intensity and row.seconds]
-        data.append(
-            go.Scatter(
-                name=phase.name,
-                mode="markers",
-                x=[row.intensity for row in shown],
-                y=[row.flops / row.seconds for row in shown],
-                text=[f"{row.name}: {seconds(row.seconds)}, bound by {row.bound}" for row in shown],
-                hovertemplate="%{text}<br>%{x:.3s} FLOP/byte<br>%{y:.3s}FLOP/s<extra>" + phase.name + "</extra>",
-                marker={"color": colour, "symbol": symbol, "size": 10, "opacity": 0.85},
-            )
+        dots = dots_of(
+            shown,
+            lambda row: row.intensity,
+            lambda row: row.flops / row.seconds,
+            lambda row: f"{row.name}: {seconds(row.seconds)}, bound by {row.bound}",
         )
+        data.append(_dots(go, phase.name, dots, {"color": colour, "symbol": symbol, "size": 10}))
     if crossing:
-        data.append(
-            go.Scatter(
-                name="decode, over the link",
-                mode="markers",
-                x=[row.flops / row.link_bytes for row in crossing],
-                y=[row.flops / max(row.seconds, row.link_s) for row in crossing],
-                text=[f"{row.name}: {seconds(row.link_s)} of the link" for row in crossing],
-                hovertemplate="%{text}<br>%{x:.3s} FLOP/byte of the link<br>%{y:.3s}FLOP/s<extra></extra>",
-                marker={"color": PINK, "symbol": "x", "size": 11},
-            )
+        dots = dots_of(
+            crossing,
+            lambda row: row.flops / row.link_bytes,
+            lambda row: row.flops / max(row.seconds, row.link_s),
+            lambda row: f"{row.name}: {seconds(row.link_s)} of the link",
         )
+        data.append(_dots(go, "decode, over the link", dots, {"color": PINK, "symbol": "hexagon", "size": 11}))
+    for phase, colour in zip(phases, (ORANGE, BLUE), strict=True):
+        data += _whole(phase, colour)
     attained = [row.flops / max(row.seconds, row.link_s) for phase in phases for row in phase.rows if row.seconds]
+    attained += [phase.total("flops") / phase.seconds for phase in phases if phase.seconds]
     layout = layout_of(
         log_axis("FLOP per byte moved", (low, high), beyond=1.0),
         log_axis("FLOP/s", (*attained, peak), beyond=3.0),
@@ -95,6 +108,55 @@ def _roof(go: Any, name: str, bytes_per_s: float, peak: float, low: float, high:
         line={"color": GREY, "dash": dash, "width": 2},
         hoverinfo="skip",
     )
+
+
+def dots_of(
+    rows: Sequence[OperationTime],
+    x: Callable[[OperationTime], float],
+    y: Callable[[OperationTime], float],
+    hover: Callable[[OperationTime], str],
+) -> list[Dot]:
+    """Operations as dots, those at nearly the same place together; the first of each, which takes longest, names it."""
+    found: list[Dot] = []
+    for row in sorted(rows, key=lambda row: -max(row.seconds, row.link_s)):
+        one = Dot(x(row), y(row), (row.name,), (hover(row),))
+        near = next((idx for idx, dot in enumerate(found) if _is_near(dot, one)), None)
+        if near is None:
+            found.append(one)
+        else:
+            dot = found[near]
+            found[near] = dot._replace(names=dot.names + one.names, hover=dot.hover + one.hover)
+    return found
+
+
+def _is_near(one: Dot, other: Dot) -> bool:
+    ratios = (one.intensity / other.intensity, one.flops_per_s / other.flops_per_s)
+    return max(abs(math.log10(ratio)) for ratio in ratios) < CLOSE
+
+
+def _dots(go: Any, name: str, dots: Sequence[Dot], marker: dict[str, Any]) -> Any:
+    """Dots with their names beside them; `page.js` takes away names that would overlap."""
+    return go.Scatter(
+        name=name,
+        mode="markers+text",
+        x=[dot.intensity for dot in dots],
+        y=[dot.flops_per_s for dot in dots],
+        text=[dot.label for dot in dots],
+        textposition="bottom right",
+        textfont={"size": 12},
+        customdata=["<br>".join(dot.hover) for dot in dots],
+        hovertemplate="%{customdata}<br>%{x:.3s} FLOP/byte<br>%{y:.3s}FLOP/s<extra>" + name + "</extra>",
+        marker=marker | {"opacity": 0.85},
+    )
+
+
+def _whole(phase: Phase, colour: str) -> list[Any]:
+    """A star for all operations of a phase together: where the workload stands."""
+    num_bytes, flops = phase.total("memory_bytes"), phase.total("flops")
+    if not (num_bytes and flops and phase.seconds):
+        return []
+    hover = f"whole {phase.name}: {seconds(phase.seconds)}<br>%{{x:.3s}} FLOP/byte<br>%{{y:.3s}}FLOP/s"
+    return [workload_star(flops / num_bytes, flops / phase.seconds, colour, f"{WORKLOAD}: {phase.name}", hover)]
 
 
 def _operation_cells(phase: Phase, row: OperationTime) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """A page in one file: headings, charts with their tables, and nothing that is fetched from anywhere.
 
 Owns the markup, the way to every part by keyboard, and the promise of no request: a content security policy forbids
-them all. Does not own what is told (`sections`) nor the charts (`chart`); style and script lie beside this file.
+them all. Does not own what is told (`sections`), the charts (`chart`) nor how their library travels (`library`); style
+and script lie beside this file.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from kvoffload.profiler.drawing.chart import Chart, plotly_javascript, plotly_version
+from kvoffload.profiler.drawing.chart import Chart, plotly_version
+from kvoffload.profiler.drawing.legend import legend
+from kvoffload.profiler.drawing.library import packed_library
 
 FOLDER = Path(__file__).parent
+SAME_NUMBERS = "the tables hold the same numbers"
+NO_FIT_WORDS = "does not fit"  # cells with these words have its colour
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
@@ -24,7 +29,10 @@ class Table(NamedTuple):
 
     title: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[str, ...], ...]  # the last cell of a shorter row is as wide as what is left
+    marked: int | None = None  # a row that stands out
+    notes: tuple[str, ...] = ()  # below it
+    style: str = "text"  # "text", or "numbers": to the right, and never broken
 
 
 class Section(NamedTuple):
@@ -36,6 +44,7 @@ class Section(NamedTuple):
     charts: tuple[Chart, ...] = ()
     tables: tuple[Table, ...] = ()
     note: str = ""  # what is missing, and why
+    facts: tuple[tuple[str, str], ...] = ()  # shown last
 
 
 class Page(NamedTuple):
@@ -43,7 +52,6 @@ class Page(NamedTuple):
 
     title: str
     advice: tuple[str, ...]  # what to do first, then the reasons
-    facts: tuple[tuple[str, str], ...]
     sections: tuple[Section, ...]
     footer: str
 
@@ -70,12 +78,13 @@ def html(page: Page) -> str:
     return "\n".join(
         [
             head,
+            *_navigation(page),
             *_header(page),
             '<main id="main" tabindex="-1">',
             *(line for section in page.sections for line in _section(section)),
             "</main>",
             f"<footer><p>{escape(page.footer)} Charts: plotly {escape(plotly_version())} (MIT licence).</p></footer>",
-            f"<script>{plotly_javascript()}</script>",
+            f'<script type="text/plain" id="library">{packed_library()}</script>',
             f'<script type="application/json" id="figures">{figures}</script>',
             f"<script>\n{_beside('page.js')}</script>",
             "</body>",
@@ -85,56 +94,83 @@ def html(page: Page) -> str:
     )
 
 
+def _navigation(page: Page) -> Iterator[str]:
+    yield '<nav aria-label="Parts of the report"><ul class="scroll">'
+    yield from (f'<li><a href="#{one.name}">{escape(one.title)}</a></li>' for one in page.sections)
+    yield "</ul></nav>"
+
+
 def _header(page: Page) -> Iterator[str]:
     yield f"<header>\n<h1>{escape(page.title)}</h1>"
     yield '<div class="advice">'
     yield from (f"<p>{escape(line)}</p>" for line in page.advice)
-    yield "</div>\n<dl>"
-    yield from (f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in page.facts)
-    yield "</dl>\n<noscript><p>The charts need JavaScript; the tables hold the same numbers.</p></noscript>\n</header>"
-    yield '<nav aria-label="Parts of the report"><ul>'
-    yield from (f'<li><a href="#{one.name}">{escape(one.title)}</a></li>' for one in page.sections)
-    yield "</ul></nav>"
+    yield f"</div>\n<noscript><p>The charts need JavaScript; {SAME_NUMBERS}.</p></noscript>"
+    yield '<p class="note" id="old-browser" hidden>The charts need a browser with DecompressionStream (Chrome 80, '
+    yield f"Firefox 113, Safari 16.4 or a later one); {SAME_NUMBERS}.</p>\n</header>"
 
 
 def _section(section: Section) -> Iterator[str]:
     heading = f"{section.name}-heading"
     yield f'<section id="{section.name}" aria-labelledby="{heading}" tabindex="-1">'
     yield f'<h2 id="{heading}">{escape(section.title)}</h2>'
-    yield from (f"<p>{_prose(text)}</p>" for text in section.paragraphs)
+    yield from _words(section.paragraphs)
     if section.note:
         yield f'<p class="note">{_prose(section.note)}</p>'
-    for chart in section.charts:
-        yield from _chart(chart)
     for table in section.tables:
-        yield f"<h3>{escape(table.title)}</h3>"
-        yield from _table(table, style="text")
+        if table.title != section.title:
+            yield f"<h3>{escape(table.title)}</h3>"
+        yield from _table(table)
+        yield from _words(table.notes)
+    if section.charts:
+        yield f'<div class="charts of-{len(section.charts)}">'
+        for chart in section.charts:
+            yield from _chart(chart)
+        yield "</div>"
+    if section.facts:
+        yield "<dl>"
+        yield from (f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in section.facts)
+        yield "</dl>"
     yield "</section>"
+
+
+def _words(paragraphs: Sequence[str]) -> Iterator[str]:
+    if paragraphs:
+        yield '<div class="words">'
+        yield from (f"<p>{_prose(text)}</p>" for text in paragraphs)
+        yield "</div>"
 
 
 def _chart(chart: Chart) -> Iterator[str]:
     title, name = escape(chart.title), chart.name
     yield f'<figure aria-labelledby="{name}-title">\n<h3 id="{name}-title">{title}</h3>'
+    yield from legend(chart.figure)
     yield f'<div class="chart" id="{name}" role="img" aria-labelledby="{name}-title" aria-describedby="{name}-words"'
-    yield f' data-height="{chart.height_px}" style="height: {chart.height_px}px"></div>'
+    yield f' style="height: {chart.height_px}px"></div>'
     yield f'<figcaption id="{name}-words">{escape(chart.alternative)}</figcaption>'
     yield f"<details><summary>Numbers: {title}</summary>"
-    yield from _table(Table(chart.title, chart.columns, chart.rows), style="numbers")
+    yield from _table(Table(chart.title, chart.columns, chart.rows, style="numbers"))
     yield "</details>\n</figure>"
 
 
-def _table(table: Table, style: str) -> Iterator[str]:
+def _table(table: Table) -> Iterator[str]:
     """A table that scrolls by itself where the screen is narrower."""
-    title = escape(table.title)
-    yield f'<div class="scroll" role="region" tabindex="0" aria-label="Table: {title}"><table class="{style}">'
-    yield f"<thead><tr>{_cells('th', table.columns)}</tr></thead>\n<tbody>"
-    yield from (f"<tr>{_cells('td', row)}</tr>" for row in table.rows)
+    title, width = escape(table.title), len(table.columns)
+    yield f'<div class="scroll" role="region" tabindex="0" aria-label="Table: {title}"><table class="{table.style}">'
+    yield f"<thead><tr>{_cells('th', table.columns, width)}</tr></thead>\n<tbody>"
+    mark = ' class="marked"'
+    for idx, row in enumerate(table.rows):
+        yield f"<tr{mark if idx == table.marked else ''}>{_cells('td', row, width)}</tr>"
     yield "</tbody></table></div>"
 
 
-def _cells(tag: str, values: Sequence[str]) -> str:
-    scope = ' scope="col"' if tag == "th" else ""
-    return "".join(f"<{tag}{scope}>{escape(value)}</{tag}>" for value in values)
+def _cells(tag: str, values: Sequence[str], width: int) -> str:
+    scope, missing = ' scope="col"' if tag == "th" else "", width - len(values)
+    cells = []
+    for idx, value in enumerate(values):
+        spans = f' colspan="{missing + 1}"' if missing and idx == len(values) - 1 else ""
+        style = ' class="no-fit"' if NO_FIT_WORDS in value else ""
+        cells.append(f"<{tag}{scope}{spans}{style}>{escape(value)}</{tag}>")
+    return "".join(cells)
 
 
 def _prose(text: str) -> str:

@@ -14,10 +14,12 @@ from kvoffload.machine.quantities import Quantity
 from kvoffload.model.shape import shape_of
 from kvoffload.profiler.drawing.operation_chart import roofline_chart
 from kvoffload.profiler.drawing.page import Page, Section, Table
-from kvoffload.profiler.drawing.plan_charts import compared_chart, memory_chart, sizes_chart, split_chart
+from kvoffload.profiler.drawing.plan_charts import compared_chart, split_chart
+from kvoffload.profiler.drawing.sizes_charts import batch_chart, context_chart, memory_chart
 from kvoffload.profiler.drawing.study import Study
 from kvoffload.profiler.drawing.terminal_tables import seconds, si
 from kvoffload.profiler.drawing.timeline_chart import measured_chart, planned_chart
+from kvoffload.profiler.drawing.ways_table import TITLE, beside_roofline, ways_table
 from kvoffload.units import counted
 
 NOT_MEASURED = (
@@ -46,6 +48,7 @@ def page(found: Study, model: str, made: str) -> Page:
         ("Measured here", _measured_fact(found)),
     )
     sections = (
+        _ways(found, facts),
         _roofline(found),
         _timeline(found),
         _split(found),
@@ -54,7 +57,7 @@ def page(found: Study, model: str, made: str) -> Page:
         _compared(found),
         _origins(found),
     )
-    return Page(f"{model} on {profile.device_name}", tuple(_advice(found)), facts, sections, made)
+    return Page(f"{model} on {profile.device_name}", tuple(_advice(found)), sections, made)
 
 
 def _advice(found: Study) -> Iterator[str]:
@@ -114,6 +117,11 @@ def _measured_fact(found: Study) -> str:
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
+def _ways(found: Study, facts: tuple[tuple[str, str], ...]) -> Section:
+    """The table under the verdict, and what was asked for."""
+    return Section("ways", TITLE, (), tables=(ways_table(found),), facts=facts)
+
+
 def _roofline(found: Study) -> Section:
     shown = found.roofline
     lines = [
@@ -132,9 +140,11 @@ def _roofline(found: Study) -> Section:
     if shown.setting.kv_on_host:
         lines.append(
             f"In decode, {shown.setting.kv_on_host:.2f} of the cached tokens come over the link, as the plan places "
-            "them; the cross is attention by the bytes that cross it, all of them taken as K and V."
+            "them; the hexagon is attention by the bytes that cross it, all of them taken as K and V."
         )
-    return Section("roofline", "Roofline", tuple(lines), (roofline_chart(shown),))
+    lines.append("A star is all operations of a phase together: where the workload stands.")
+    table = beside_roofline(found)
+    return Section("roofline", "Roofline", tuple(lines), (roofline_chart(shown),), (table,) if table else ())
 
 
 def _timeline(found: Study) -> Section:
@@ -191,31 +201,26 @@ def _split(found: Study) -> Section:
 
 
 def _sizes(found: Study) -> Section:
-    workload = found.task.workload
     lines = (
         "New tokens per second of all sequences over the whole task, each way it can be done; a way that does not fit "
-        "has no point. Sub-batches are the largest part of the batch that fits on the device, run as often as needed.",
+        "has no point, and a cross stands where the whole batch does not fit on the device. Sub-batches are the "
+        "largest part of the batch that fits on the device, run as often as needed.",
+        *_positions(found),
     )
-    names = [("batch-chart", "batch", found.over_batch), ("context-chart", "prompt tokens", found.over_context)]
-    if not any(row for _, _, points in names for point in points for row in point.rows if not row.problem):
+    points = (*found.over_batch, *found.over_context)
+    if not any(row for point in points for row in point.rows if not row.problem):
         return Section(
             "sizes", "Batch and context", lines, note=f"Nothing fits at any of these sizes: {found.problem}."
         )
-    over_batch = sizes_chart(
-        "batch-chart",
-        f"Over batch, prompts of {counted(workload.prompt_tokens, 'token')}",
-        "batch",
-        found.over_batch,
-        lambda point: point.batch,
-    )
-    over_context = sizes_chart(
-        "context-chart",
-        f"Over context, batch {workload.batch}",
-        "prompt tokens",
-        found.over_context,
-        lambda point: point.prompt_tokens,
-    )
-    return Section("sizes", "Batch and context", lines, (over_batch, over_context))
+    return Section("sizes", "Batch and context", lines, (batch_chart(found), context_chart(found)))
+
+
+def _positions(found: Study) -> tuple[str, ...]:
+    """Where the axes of the context end."""
+    limit = found.dims.position_limit
+    if limit is None:
+        return ()
+    return (f"The model has positions for {counted(limit, 'token')}, prompt and new ones together.",)
 
 
 def _memory(found: Study) -> Section:
@@ -236,10 +241,11 @@ def _compared(found: Study) -> Section:
     if not found.compared:
         note = f"{NOT_MEASURED} `--rows FILE` shows those of a results file."
         return Section("compared", "Measured and predicted", tuple(lines), note=note)
+    own_step_s = found.advice.plan.predicted_step_s if found.advice else None
     emulated = sum("emulated" in one.where for one in found.compared)
     if emulated:
         lines.append(f"{emulated} of {counted(len(found.compared), 'step')} ran over an emulated link.")
-    return Section("compared", "Measured and predicted", tuple(lines), (compared_chart(found.compared),))
+    return Section("compared", "Measured and predicted", tuple(lines), (compared_chart(found.compared, own_step_s),))
 
 
 def _seconds_of(one: Quantity) -> tuple[str, str]:

@@ -9,21 +9,17 @@ Measures nothing.
 from __future__ import annotations
 
 import csv
-import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from kvoffload.advise.advice import Advice, advise, task_of
-from kvoffload.advise.comparison import WayFigures, compare_ways
 from kvoffload.advise.precisions import Precision, precisions
 from kvoffload.advise.roofline import Roofline, evaluate, setting_of
 from kvoffload.advise.task import Task
-from kvoffload.advise.ways import Way, best_of
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
@@ -38,9 +34,9 @@ from kvoffload.planning.placement import PLAIN
 from kvoffload.planning.plan import Plan
 from kvoffload.planning.simulation import simulate
 from kvoffload.planning.workload import Workload
+from kvoffload.profiler.drawing.sizes import SizePoint, sized, sizes_around
 from kvoffload.timeline import Span, Timeline, assemble
 
-SIZE_FACTORS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the workload's batch and prompt
 MAX_SPREAD_FRACTION = 0.1  # of measured steps that are worth comparing
 SIMULATED_STEPS = 6  # the pipeline fills in the first half; the last has no step behind it to copy for
 ROW_METRICS = ("decode_step", "bound_step")  # of a results file: measured, predicted
@@ -56,20 +52,6 @@ class SplitPoint(NamedTuple):
     host_s: float
     step_s: float
     paper_step_s: float  # the fastest with the paper's schedule
-
-
-class SizePoint(NamedTuple):
-    """All ways to do the work at one size."""
-
-    batch: int
-    prompt_tokens: int
-    rows: tuple[WayFigures, ...]
-    whole_bytes: int  # weights and the whole cache on the device
-    usable_bytes: int  # of the device, beside what the prefill needs and what is kept free; 0: not even the weights fit
-
-    def row(self, name: Way) -> WayFigures | None:
-        """One way, None where it cannot be done."""
-        return next((row for row in self.rows if row.name == name and not row.problem), None)
 
 
 class Compared(NamedTuple):
@@ -147,6 +129,11 @@ class Study(NamedTuple):
     precisions: tuple[Precision, ...] = ()  # offloading with K and V in fewer bytes
 
     @property
+    def own(self) -> SizePoint:
+        """The ways at the workload's own size."""
+        return next(point for point in self.over_batch if point.batch == self.task.workload.batch)
+
+    @property
     def recommendation(self) -> str:
         """What to do, or why nothing works."""
         return self.advice.plan.recommendation if self.advice else f"It does not fit: {self.problem}."
@@ -200,6 +187,7 @@ def study(
         seq=workload.prompt_tokens,
         new_tokens=workload.new_tokens,
         kv_on_host=offloaded,
+        weights_on_host=min(1.0, task.streamed_bytes / task.shape.weight_bytes),
     )
     planned: Timeline | None = None
     simulated_step_s = 0.0
@@ -209,9 +197,10 @@ def study(
         planned, simulated_step_s = simulated(plan, inputs)
         splits = tuple(split_points(inputs))
     tell("batches", 0.3)
-    batches = tuple(_sized(task, batch, workload.prompt_tokens) for batch in _around(workload.batch))
+    batches = tuple(sized(task, batch, workload.prompt_tokens) for batch in sizes_around(workload.batch))
     tell("contexts", 0.6)
-    contexts = tuple(_sized(task, workload.batch, prompt) for prompt in _around(workload.prompt_tokens))
+    prompts = sizes_around(workload.prompt_tokens, longest_prompt(dims, workload))
+    contexts = tuple(sized(task, workload.batch, prompt) for prompt in prompts)
     if measured is not None:
         ours = Compared("this machine", measured.where, measured.predicted_step_s, measured.median_step_s)
         compared = (*compared, ours)
@@ -232,6 +221,11 @@ def study(
         measured=measured,
         precisions=precisions(task),
     )
+
+
+def longest_prompt(dims: Facts, workload: Workload) -> int | None:
+    """Tokens of a prompt behind which the new tokens still have positions; None where no limit is known."""
+    return None if dims.position_limit is None else max(1, dims.position_limit - workload.new_tokens)
 
 
 def simulated(plan: Plan, inputs: PlanInputs, num_steps: int = 1) -> tuple[Timeline, float]:
@@ -305,29 +299,6 @@ def compared_rows(path: Path) -> tuple[Compared, ...]:
         Compared(f"{provider}, {shape}", f"{device}, link: {link}", values[predicted], values[measured])
         for (provider, shape, device, link, _), values in pairs.items()
     )
-
-
-def _sized(task: Task, batch: int, prompt_tokens: int) -> SizePoint:
-    sized = task._replace(workload=replace(task.workload, batch=batch, prompt_tokens=prompt_tokens))
-    whole_bytes = task.shape.weight_bytes + sized.resident_bytes(batch)
-    free_bytes = sized.free_bytes(sized.workload.rows)
-    usable_bytes = task.shape.weight_bytes + free_bytes if free_bytes > 0 else 0
-    return SizePoint(batch, prompt_tokens, compare_ways(sized), whole_bytes, usable_bytes)
-
-
-def _around(size: int) -> list[int]:
-    """Sizes on both sides of one, itself among them."""
-    wanted = {max(1, math.ceil(factor * size)) for factor in SIZE_FACTORS}
-    if size < 16:  # too few below: go further up instead
-        wanted |= {size * 2**exponent for exponent in range(7)}
-    return sorted(wanted)
-
-
-def best_row(point: SizePoint) -> WayFigures | None:
-    """The best way at a size, None where nothing works."""
-    possible = {row.name: row for row in point.rows if not row.problem}
-    best = best_of({name: row.total_s for name, row in possible.items()})
-    return None if best is None else possible[best]
 
 
 def typical_steps(found: Timeline, step_s: float, count: int, after: int) -> Timeline:
