@@ -16,7 +16,7 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from kvoffload.advise.roofline import prefill_s
+from kvoffload.advise import roofline
 from kvoffload.advise.ways import Way
 from kvoffload.config import GIB, OffloadConfig
 from kvoffload.errors import InfeasiblePlanError
@@ -160,7 +160,7 @@ class Task(NamedTuple):
         if chosen.host_bytes and self.profile.d2h is not None:
             written = chosen.host_bytes / self.profile.d2h.rate(chosen.host_bytes)
         read_s = self.prefill_passes() * inputs.rates.weights_s(self.streamed_bytes)
-        prefill_s = max(self._prefill_s(self.workload.batch), written, read_s)
+        prefill_s = max(self.prefill_s(self.workload.batch), written, read_s)
         used = self.device_weight_bytes + chosen.device_bytes
         return self._alternative("offload", self.workload.batch, 1, prefill_s, step_s, used)
 
@@ -221,7 +221,7 @@ class Task(NamedTuple):
         step_s = max(found.device_s + self.tail_s(inputs), found.issue_s)
         used = self.shape.weight_bytes + self.resident_bytes(batch)
         way: Way = "on_device" if runs == 1 else "sub_batches"
-        return self._alternative(way, batch, runs, self._prefill_s(batch), step_s, used)
+        return self._alternative(way, batch, runs, self.prefill_s(batch), step_s, used)
 
     def resident_bytes(self, batch: int) -> int:
         """The whole cache of `batch` sequences, plus one layer's, which plain generate() copies to append a token."""
@@ -258,18 +258,19 @@ class Task(NamedTuple):
         tail_tokens = self.mean_tokens() - inputs.num_blocks * inputs.block_tokens
         return inputs.num_offloaded_layers * tail_tokens * inputs.rates.attention_s_per_token
 
-    def _prefill_s(self, batch: int) -> float:
+    def prefill_s(self, batch: int) -> float:
+        """Seconds of computing the prompts of `batch` sequences."""
         shape = self.shape
         rows = min(batch * self.workload.prompt_tokens, PREFILL_TOKENS)
         flops_per_s = self.profile.gemm_flops_per_s(rows, shape.dense_width, shape.hidden_size)
-        return max(self.prefill_flops(batch) / flops_per_s, self._least_prefill_s(batch))
+        return max(self.prefill_flops(batch) / flops_per_s, self.least_prefill_s(batch))
 
-    def _least_prefill_s(self, batch: int) -> float:
+    def least_prefill_s(self, batch: int) -> float:
         """By the roofline of a datasheet; a measured machine's rates are achieved ones, and need no such bound."""
         if self.facts is None or "datasheet" not in self.profile.extra:
             return 0.0
         tokens = self.workload.prompt_tokens
-        return prefill_s(self.facts, machine_of(self.profile), batch=batch, tokens=tokens)
+        return roofline.prefill_s(self.facts, machine_of(self.profile), batch=batch, tokens=tokens)
 
     def free_bytes(self, rows: int) -> int:
         """Device memory that weights and the prefill peak of `rows` sequences leave; at most the configured cap.

@@ -52,6 +52,7 @@ class Page(NamedTuple):
 
     title: str
     advice: tuple[str, ...]  # what to do first, then the reasons
+    code: str  # to do it with; "" where nothing works
     sections: tuple[Section, ...]
     footer: str
 
@@ -103,7 +104,10 @@ def _navigation(page: Page) -> Iterator[str]:
 def _header(page: Page) -> Iterator[str]:
     yield f"<header>\n<h1>{escape(page.title)}</h1>"
     yield '<div class="advice">'
-    yield from (f"<p>{escape(line)}</p>" for line in page.advice)
+    for number, line in enumerate(page.advice):
+        yield f"<p>{escape(line)}</p>"
+        if number == 0 and page.code:
+            yield f"<pre><code>{escape(page.code)}</code></pre>"
     yield f"</div>\n<noscript><p>The charts need JavaScript; {SAME_NUMBERS}.</p></noscript>"
     yield '<p class="note" id="old-browser" hidden>The charts need a browser with DecompressionStream (Chrome 80, '
     yield f"Firefox 113, Safari 16.4 or a later one); {SAME_NUMBERS}.</p>\n</header>"

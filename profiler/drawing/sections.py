@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from kvoffload.advise.answer import CODE
 from kvoffload.advise.precisions import in_words
 from kvoffload.machine.quantities import Quantity
 from kvoffload.model.shape import shape_of
@@ -57,15 +58,19 @@ def page(found: Study, model: str, made: str) -> Page:
         _compared(found),
         _origins(found),
     )
-    return Page(f"{model} on {profile.device_name}", tuple(_advice(found)), sections, made)
+    code = found.advice.answer.code if found.advice else ""
+    return Page(f"{model} on {profile.device_name}", tuple(_advice(found)), code, sections, made)
 
 
 def _advice(found: Study) -> Iterator[str]:
-    """The verdict, then its reasons."""
-    verdict, colon, reasons = found.recommendation.partition(": ")
+    """The verdict, its reasons, how fast it is, and what else has to be known."""
+    said = found.advice.answer if found.advice else None
+    verdict, colon, reasons = (said.verdict if said else found.recommendation).partition(": ")
     yield f"{verdict}." if colon else verdict
     if colon:
         yield reasons[0].upper() + reasons[1:]
+    if said is not None:
+        yield from (said.speed, *(note for note in said.notes if not note.startswith(CODE)), said.details)
     yield f"These are predictions {_basis(found)}, not measurements of this workload."
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvoffload.advise.comparison import WayFigures
-from kvoffload.advise.task import PREFILL_TOKENS
 from kvoffload.advise.ways import LABELS, Way
 from kvoffload.planning.forms import FORMS
 from kvoffload.planning.placement import PLAIN
@@ -104,14 +103,17 @@ def _difference(plan_s: float, roof_s: float) -> str:
 
 def _why_prefill(found: Study, ours: WayFigures) -> str:
     task = found.task
-    tokens = min(task.workload.batch * task.workload.prompt_tokens, PREFILL_TOKENS)
-    rate = task.profile.gemm_flops_per_s(tokens, task.shape.dense_width, task.shape.hidden_size)
-    computed_s = task.prefill_flops(task.workload.batch) / rate
-    plan = f"the plan divides all operations by the rate of matrix products, {si(rate, 'FLOP/s')}"
+    computed_s = task.prefill_s(task.workload.batch)
+    said = "the roofline adds up each operation by itself, those too that memory bounds"
+    plan = (
+        "the plan takes the same"
+        if computed_s == task.least_prefill_s(task.workload.batch)
+        else ("the plan divides all operations by the measured rate of matrix products")
+    )
     if ours.prefill_s > computed_s * (1 + CLOSE_FRACTION):
         what = "the weights have come over the link" if task.streamed_bytes else "the cache is written to the host"
         plan += f" ({seconds(computed_s)}), and waits until {what}"
-    return f"{plan}; the roofline adds up each operation by itself, those too that memory bounds."
+    return f"{said}; {plan}."
 
 
 def _why_step(found: Study) -> str:
@@ -123,12 +125,6 @@ def _why_step(found: Study) -> str:
     forms = _forms_on_link(found)
     if forms:
         context += f", with what crosses the link as plain K/V, where the plan has {forms}"
-    read, all_bytes = found.roofline.decode.total("weight_bytes"), task.shape.weight_bytes
-    if read < all_bytes * (1 - CLOSE_FRACTION):
-        context += (
-            f". The plan reads every weight in a step, {si(all_bytes, 'B')}; the roofline the "
-            f"{si(read, 'B')} that a step computes with (of the embedding a few rows, of experts those that are chosen)"
-        )
     return f"{context}. The plan's is the longest of link, device and host, the roofline's of link and device."
 
 
