@@ -9,7 +9,17 @@ from kvoffload.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What one `generate()` call is asked to do."""
+    """What one `generate()` call is asked to do.
+
+    Args:
+        batch: sequences.
+        prompt_tokens: tokens of each prompt.
+        new_tokens: tokens to generate for each.
+        num_beams: beams of each sequence.
+
+    Raises:
+        ConfigError: one of them is no whole number of at least 1.
+    """
 
     batch: int
     prompt_tokens: int

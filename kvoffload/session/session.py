@@ -36,7 +36,11 @@ from kvoffload.timeline import Timeline
 
 
 class Session:
-    """See `kvoffload.offload`."""
+    """One model, offloaded until it is closed: what `kvoffload.offload` and `kvoffload.load` return.
+
+    A context manager. `session.model` is the model itself, `session.config` the options; while the session is open
+    every `model.generate(...)` goes through it.
+    """
 
     def __init__(self, model: Any, config: OffloadConfig, backend: Backend | None = None) -> None:
         hf.check_release()
