@@ -57,7 +57,8 @@ def wrong(code: str, session: Session) -> list[str]:
         if isinstance(node, ast.Attribute):
             owner = ast.unparse(node.value)
             holder = {"kvoffload": kvoffload, "session": session}.get(owner)
-            if holder is not None and not hasattr(holder, node.attr):
+            is_module = owner == "kvoffload" and importlib.util.find_spec(f"kvoffload.{node.attr}") is not None
+            if holder is not None and not is_module and not hasattr(holder, node.attr):
                 found.append(f"{owner}.{node.attr}")
             if owner in ("session.stats", "stats") and node.attr not in dir(kvoffload.GenerationStats):
                 found.append(f"{owner}.{node.attr}")

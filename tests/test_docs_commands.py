@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer
 from documents import GUIDES, ROOT, blocks, inline_code
@@ -48,7 +47,7 @@ def test_a_command_parses_and_runs_if_it_is_quick(line: str, place: Path) -> Non
     _, name, *arguments = shlex.split(line, comments=True)
     command = COMMANDS.commands.get(name)
     assert command is not None, f"there is no command {name}"
-    with click.Context(COMMANDS) as parent:
+    with COMMANDS.context_class(COMMANDS) as parent:
         command.make_context(name, list(arguments), parent=parent)
     if name in QUICK:
         done = CliRunner().invoke(app, [name, *arguments])
