@@ -1,7 +1,7 @@
 # `make demo`, `make test` and `make check` work on a fresh clone: each first builds .venv if it is not there.
 #
 #   PYTHON=...       interpreter for .venv, 3.11 or newer; default: the first one found on PATH
-#   TORCH_INDEX=...  package index to take torch from, e.g. PyTorch's own index of CPU-only wheels (see README.md);
+#   TORCH_INDEX=...  package index to take torch from, e.g. PyTorch's own index of CPU-only wheels (see docs/developing.md);
 #                    default: whatever pip finds, on Linux the build with CUDA
 #   ARGS=...         passed on: make test ARGS='-m slow', make -s demo ARGS=--json, make bench ARGS=--quick
 
@@ -14,7 +14,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.kvoffload-installed
 DEMO_INSTALLED := $(VENV)/.kvoffload-demo-installed
 
-.PHONY: help setup setup-demo demo test check bench clean
+.PHONY: help setup setup-demo demo test check bench docs clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1:\2/p' Makefile | column -t -s:
@@ -34,6 +34,9 @@ check: $(INSTALLED) ## format, lint, types, import layers
 
 bench: $(INSTALLED) ## compare all ways to decode, then take parts away (some 6 minutes on two cores, ARGS=--quick less)
 	@scripts/bench $(ARGS)
+
+docs: $(INSTALLED) ## the reference of all public names, into build/docs
+	@$(VENV)/bin/python scripts/api_reference.py $(ARGS)
 
 clean: ## remove .venv and everything built
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

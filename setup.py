@@ -29,6 +29,8 @@ DEV = [
     "pre-commit>=4.0",
     "peft>=0.17",
     "matplotlib>=3.9",
+    "pdoc>=15",  # the reference of public names
+    "markdown-it-py>=3",  # reads the documents in tests; rich requires it as well
     "selenium>=4.30",  # the report in a real browser
 ]
 ROOT = Path(__file__).parent

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Write what README says of measurements, and its figure, from the rows in scripts/results/.
+"""Write the tables of docs/performance.md, and its figure, from the rows in scripts/results/.
 
 scripts/report.py            write
-scripts/report.py --check    fail where README or the figure disagrees with the rows
+scripts/report.py --check    fail where the page or the figure disagrees with the rows
 """
 
 from __future__ import annotations
@@ -20,40 +20,42 @@ from kvoffload.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results"
-FIGURE = "docs/figures/share_of_bound.svg"
+PAGE, FIGURE = "docs/performance.md", "docs/figures/share_of_bound.svg"
 
 
 def main(
     check: Annotated[bool, typer.Option("--check", help="change nothing, fail where something is out of date")] = False,
     results: Annotated[Path, typer.Option(exists=True, file_okay=False, help="folder with the rows")] = RESULTS,
-    root: Annotated[Path, typer.Option(exists=True, file_okay=False, help="folder of README.md and docs/")] = ROOT,
+    root: Annotated[Path, typer.Option(exists=True, file_okay=False, help="folder of docs/")] = ROOT,
 ) -> None:
     """Tables and pictures from rows."""
     found = {name: rows.load(results / f"{name}.csv") for name in ("decode", "campaign", "ablation")}
     if not any(found.values()):
-        raise ConfigError(f"no rows in {results}: README's tables would be empty; --results names the folder with them")
+        raise ConfigError(
+            f"no rows in {results}: the page's tables would be empty; --results names the folder with them"
+        )
     sections = {
         "performance": published.performance(found["decode"]),
         "comparison": published.comparison(found["campaign"]),
         "parts": published.parts(found["ablation"]),
     }
-    readme, figure = root / "README.md", root / FIGURE
-    if not readme.is_file():
-        raise ConfigError(f"there is no {readme}: --root names the folder of README.md and docs/")
-    before = readme.read_text(encoding="utf-8")
+    page, figure = root / PAGE, root / FIGURE
+    if not page.is_file():
+        raise ConfigError(f"there is no {page}: --root names the folder of docs/")
+    before = page.read_text(encoding="utf-8")
     after = before
     for name, text in sections.items():
         after = replaced(after, name, text)
     bars = published.bars(found["decode"])
     key = hashlib.sha256(repr(bars).encode()).hexdigest()[:16]
-    stale = ["README.md"] if after != before else []
+    stale = [PAGE] if after != before else []
     stale += [] if figure.exists() and f"rows {key}" in figure.read_text(encoding="utf-8") else [FIGURE]
     if check:
         if stale:
             typer.echo(f"{', '.join(stale)} disagree with scripts/results: run scripts/report.py", err=True)
             raise typer.Exit(1)
         return
-    readme.write_text(after, encoding="utf-8")
+    page.write_text(after, encoding="utf-8")
     if FIGURE in stale:
         draw(bars, figure, f"rows {key}")
     typer.echo(f"written: {', '.join(stale) or 'nothing, all is up to date'}")
@@ -64,7 +66,7 @@ def replaced(text: str, name: str, section: str) -> str:
     begin, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     if len(pattern.findall(text)) != 1:
-        raise typer.BadParameter(f"README.md needs {begin} and {end} once")
+        raise typer.BadParameter(f"{PAGE} needs {begin} and {end} once")
     return pattern.sub(lambda _: f"{begin}\n{section}\n{end}", text)
 
 

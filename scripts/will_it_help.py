@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""README's section "Will it help me?": models x devices x workloads, as `kvoffload.plan` predicts them.
+"""The page "Will it help me?": models x devices x workloads, as `kvoffload.plan` predicts them, in README five of them.
 
 scripts/will_it_help.py            every cell in words
-scripts/will_it_help.py --write    put the table between the markers of README.md
-scripts/will_it_help.py --check    fail if it differs from what stands there
+scripts/will_it_help.py --write    put the table into docs/will-it-help.md and five of its cells into README.md
+scripts/will_it_help.py --check    fail if either differs from what stands there
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -26,7 +26,7 @@ from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.planning.workload import Workload
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGE, README = "docs/will-it-help.md", "README.md"
 DEVICES = {
     "L4": "l4-24gb-pcie4",
     "RTX 3090": "rtx3090-24gb-pcie4",
@@ -56,7 +56,7 @@ KEY = """
 Read it so: **1.5x** means offload, predicted so many times as fast as the best alternative, which is full transfer
 where no part of the work fits on the device; `=` offload, nothing else works, but planning gains nothing over full
 transfer of K and V as they are. Where verified drafts gain, they are in it, and it is *assumed* that 0.7 of those from
-the newest tokens are right, and 0.9 of those from 4-bit copies of all ([docs/drafts.md](docs/drafts.md) has measured
+the newest tokens are right, and 0.9 of those from 4-bit copies of all ([drafts.md](drafts.md) has measured
 shares); beams have none. bfloat16 caches (of Llama-3.1 and Qwen3 here) are packed without loss, at an *assumed* cost on
 the device. The others:
 
@@ -67,7 +67,7 @@ the device. The others:
   every forward, which makes so many new tokens a second with this batch, and so many with one that comes close to the
   most (a host of 256 GB is assumed, and the same lengths). "or 4-bit 95/s" is what weights of 4 bits, which fit, make
   of this batch: take these where that loss of accuracy is acceptable.
-- `weights`: not even two layers and what is outside of them fit.
+- `none`: not even two layers and what is outside of them fit.
 
 Predicted from the figures of datasheets and the achievable speed of each link, with weights in 16 bits and enough host
 memory; **not measured**. OPT and Llama-2 stand for multi-head attention at their size, and themselves end at 2k and 4k
@@ -83,6 +83,15 @@ ALTERNATIVES = """
 **Or fewer bits.** Where that loss of accuracy is acceptable, one context of 128k tokens also fits with so many bits of
 weights *and* cache, and then nothing has to cross a link. `none`: not even in 4 and 4.
 """
+
+
+IN_SHORT = {
+    "fits": ("Llama-3.1-8B", "one context of 32k tokens", "RTX 4090"),
+    "parts": ("Llama-2-7B", "64 sequences of 1k tokens", "RTX 4090"),
+    "stream": ("Mixtral-8x7B", "64 sequences of 1k tokens", "A100 40GB"),
+    "multi-head": ("Llama-2-7B", "one context of 32k tokens", "RTX 4090"),
+    "grouped": ("Llama-3.1-8B", LONGEST, "RTX 4090"),
+}
 
 
 class Cell(NamedTuple):
@@ -114,10 +123,9 @@ def models() -> dict[str, dict[str, Any]]:
     return found
 
 
-def table() -> str:
+def table(found: Sequence[Cell]) -> str:
     """The section as Markdown; models that are the same in all cells of a workload share a line."""
     lines = ["| Workload | Model | " + " | ".join(DEVICES) + " |", "|---|---|" + "---|" * len(DEVICES)]
-    found = list(cells())
     for workload in WORKLOADS:
         rows: dict[str, list[str]] = {}
         for model in models():
@@ -127,6 +135,66 @@ def table() -> str:
         for idx, (row, names) in enumerate(rows.items()):
             lines.append(f"| {workload if idx == 0 else ''} | {', '.join(names)} | {row} |")
     return "\n".join([*lines, KEY.rstrip(), *_alternatives()])
+
+
+def in_short(found: Sequence[Cell]) -> str:
+    """README's five lines, one for each answer.
+
+    Raises:
+        ValueError: a cell has another answer by now, so that its line would be wrong.
+    """
+    named = {(cell.model, cell.workload, cell.device): cell.verdict for cell in found}
+    lines = []
+    for kind, (model, workload, device) in IN_SHORT.items():
+        verdict = named[model, workload, device]
+        expected = "faster" if kind in ("multi-head", "grouped") else kind
+        if verdict.answer != expected or (kind == "stream" and not verdict.quantised_tokens_per_s):
+            raise ValueError(f"{model}, {workload}, {device} is {verdict.answer!r} now: choose another cell for {kind}")
+        lines.append(f"- {_line(kind, verdict, f'{model}, {workload}, {device}')}")
+    return "\n".join(lines)
+
+
+def _line(kind: str, verdict: Verdict, example: str) -> str:
+    if kind == "fits":
+        return f"**Weights and cache fit.** {example}: use plain `generate()`."
+    if kind == "parts":
+        return f"**The batch fits in parts.** {example}: run {verdict.parts} parts in turn, without offloading."
+    if kind == "stream":
+        streamed, quantised = (
+            _rate(rate).replace("/s", " new tokens/s")
+            for rate in (verdict.tokens_per_s, verdict.quantised_tokens_per_s)
+        )
+        return (
+            f"**The weights do not fit.** {example}: streamed they make {streamed}; in 4 bits they fit, and make "
+            f"{quantised}. **Quantise instead**, if that loss of accuracy is acceptable."
+        )
+    gain = f"offload, **{verdict.gain:.1f}x** as fast as full transfer, {_without_drafts(kind):.1f}x without drafts"
+    if kind == "multi-head":
+        return f"**One cache is too large, multi-head attention** (OPT, Llama 2). {example}: {gain}."
+    weight_bits, cache_bits = _bits_that_fit(kind)
+    bits = f"a cache in {cache_bits} bits" + ("" if weight_bits == "16" else f" and weights in {weight_bits}")
+    title = "**One cache is too large, grouped-query attention** (Llama 3, Mistral, Qwen)."
+    return f"{title} {example}: {gain}. With {bits} it fits, with loss."
+
+
+def _without_drafts(kind: str) -> float:
+    """What offloading alone gains in a cell."""
+    model, workload, device = IN_SHORT[kind]
+    config, profile = OffloadConfig(speculate="off"), HardwareProfile.preset(DEVICES[device])
+    return judge(task_of(models()[model], WORKLOADS[workload], profile, config)).gain
+
+
+def _bits_that_fit(kind: str) -> tuple[str, str]:
+    """Of weights and cache, the most with which the longest context fits in a cell.
+
+    Raises:
+        ValueError: it fits as it is, or not at all.
+    """
+    model, _, device = IN_SHORT[kind]
+    found = _fewest_changes(models()[model], HardwareProfile.preset(DEVICES[device])).split(" and ")
+    if len(found) != 2:
+        raise ValueError(f"{model} on {device} is {found[0]!r} in fewer bits: choose another cell for {kind}")
+    return found[0], found[1]
 
 
 def _alternatives() -> Iterator[str]:
@@ -204,17 +272,19 @@ def sentence(cell: Cell) -> str:
 
 
 def main(
-    write: Annotated[bool, typer.Option("--write", help="Put the table into the file.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Fail if the file says something else.")] = False,
-    file: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Which has the markers.")] = README,
+    write: Annotated[bool, typer.Option("--write", help="Put table and lines into their pages.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Fail if a page says something else.")] = False,
+    root: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of README.md and docs/.")] = ROOT,
 ) -> None:
     """Print, write or check the table."""
+    found = list(cells())
     if not write and not check:
-        for cell in cells():
+        for cell in found:
             print(sentence(cell))
         return
-    command = "scripts/will_it_help.py --write"
-    write_or_check(file, "will-it-help", table(), check=not write, command=command)
+    for page, section in ((PAGE, table(found)), (README, in_short(found))):
+        command = "scripts/will_it_help.py --write"
+        write_or_check(root / page, "will-it-help", section, check=not write, command=command)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def test_what_benchmarks_write_does_not_make_the_commit_dirty_and_other_changes_
         who = ("-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "core.hooksPath=/dev/null")
         subprocess.run(["git", *who, *args], cwd=tmp_path, check=True, capture_output=True)
 
-    written = ("scripts/results/a.csv", "README.md", "docs/figures/f.svg")
+    written = ("scripts/results/a.csv", "docs/performance.md", "docs/figures/f.svg")
     for name in (*written, "code/a.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("before\n")

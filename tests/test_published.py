@@ -1,4 +1,4 @@
-"""What README says of measurements is what the rows say."""
+"""What docs/performance.md says of measurements is what the rows say."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def _report(*args: str) -> Result:
     return run_script("report", *args)
 
 
-def test_readme_and_its_figure_agree_with_the_rows() -> None:
+def test_the_page_and_its_figure_agree_with_the_rows() -> None:
     done = _report("--check")
     assert done.exit_code == 0, done.stderr
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """README, figure and rows in another folder."""
+    """Page, figure and rows in another folder."""
     shutil.copytree(ROOT / "scripts" / "results", tmp_path / "results")
     shutil.copytree(ROOT / "docs" / "figures", tmp_path / "docs" / "figures")
-    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copy(ROOT / "docs" / "performance.md", tmp_path / "docs")
     return tmp_path
 
 
@@ -41,21 +41,21 @@ def test_a_changed_row_fails_the_check_and_writing_mends_it(copy: Path) -> None:
     rows.save(path, [row | ({"p50": "0.123"} if row is changed else {}) for row in found])
     done = _report("--check", *where)
     assert done.exit_code == 1
-    assert "README.md, docs/figures/share_of_bound.svg disagree" in done.stderr
+    assert "docs/performance.md, docs/figures/share_of_bound.svg disagree" in done.stderr
     assert _report(*where).exit_code == 0
     assert _report("--check", *where).exit_code == 0
-    assert "0.123" in (copy / "README.md").read_text()
+    assert "0.123" in (copy / "docs" / "performance.md").read_text()
 
 
-def test_an_edited_number_in_readme_fails_the_check(copy: Path) -> None:
-    readme = copy / "README.md"
-    text = readme.read_text()
+def test_an_edited_number_of_the_page_fails_the_check(copy: Path) -> None:
+    page = copy / "docs" / "performance.md"
+    text = page.read_text()
     begin = text.index("<!-- results:performance -->")
     end = text.index("<!-- /results:performance -->")
-    readme.write_text(text[:begin] + text[begin:end].replace("of the bound", "of the bounds", 1) + text[end:])
+    page.write_text(text[:begin] + text[begin:end].replace("of the bound", "of the bounds", 1) + text[end:])
     done = _report("--check", "--root", str(copy))
     assert done.exit_code == 1
-    assert "README.md disagree" in done.stderr
+    assert "docs/performance.md disagree" in done.stderr
 
 
 def _decode(link: str, device: str) -> list[rows.Row]:

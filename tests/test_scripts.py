@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[1]
         ("sweep_models --types llama --csv file/a.csv", "cannot add rows to file/a.csv: "),
         ("sweep_models --docs --csv nowhere.csv", "no rows in nowhere.csv: run scripts/sweep_models.py first"),
         ("report --results .", "no rows in .: "),
-        (f"report --results {ROOT}/scripts/results --root .", "there is no README.md: --root names the folder"),
+        (f"report --results {ROOT}/scripts/results --root .", "there is no docs/performance.md: --root names"),
     ],
 )
 def test_an_error_of_ours_is_one_line(line: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,8 +61,8 @@ def test_an_error_of_ours_is_one_line(line: str, message: str, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("will_it_help --file nowhere.md", "nowhere.md"),
-        ("will_it_help --check --file .", "directory"),
+        ("will_it_help --root nowhere", "nowhere"),
+        (f"will_it_help --check --root {ROOT}/README.md", "is a file"),
         ("report --results nowhere", "--results"),
         ("report --root nowhere", "--root"),
         ("bench_campaign --cells cpu,nowhere", "matches 'nowhere'"),

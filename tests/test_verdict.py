@@ -1,8 +1,9 @@
-"""Whether offloading helps: the judgement itself, and the table in the README that is made of it."""
+"""Whether offloading helps: the judgement itself, and the pages that are made of it."""
 
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -83,18 +84,28 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_readme_says_what_plan_predicts_now(tmp_path: Path) -> None:
+def test_the_pages_say_what_plan_predicts_now(tmp_path: Path) -> None:
     done = run("--check")
     assert done.returncode == 0, done.stderr
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    changed = tmp_path / "README.md"
-    changed.write_text(text.replace("**1.3x**", "**9.3x**", 1))
-    assert "run scripts/will_it_help.py --write" in run("--check", "--file", changed).stderr
-    assert run("--write", "--file", changed).returncode == 0
-    assert changed.read_text(encoding="utf-8") == text
-    changed.write_text("no markers")
-    assert "has no markers" in run("--write", "--file", changed).stderr
-    section = text.partition("<!-- will-it-help:begin -->")[2].partition("<!-- will-it-help:end -->")[0]
-    assert "**not measured**" in section
-    assert section.count("\n| ") <= 30  # tables that can be read
+    (tmp_path / "docs").mkdir()
+    pages = [tmp_path / "README.md", tmp_path / "docs" / "will-it-help.md"]
+    texts = [(ROOT / page.relative_to(tmp_path)).read_text(encoding="utf-8") for page in pages]
+    for changed, text in zip(pages, texts, strict=True):
+        for page, original in zip(pages, texts, strict=True):
+            page.write_text(original, encoding="utf-8")
+        changed.write_text(re.sub(r"\*\*\d\.\dx\*\*", "**9.9x**", text, count=1), encoding="utf-8")
+        assert changed.read_text(encoding="utf-8") != text
+        assert f"{changed} differs from what plan predicts now: run scripts/will_it_help.py --write" in (
+            run("--check", "--root", tmp_path).stderr
+        )
+        assert run("--write", "--root", tmp_path).returncode == 0
+        assert changed.read_text(encoding="utf-8") == text
+    pages[1].write_text("no markers")
+    assert "has no markers" in run("--write", "--root", tmp_path).stderr
+    in_short, table = (
+        text.partition("<!-- will-it-help:begin -->")[2].partition("<!-- will-it-help:end -->")[0] for text in texts
+    )
+    assert in_short.count("\n- ") == 5
+    assert "**not measured**" in table
+    assert table.count("\n| ") <= 30  # tables that can be read
     assert len(run().stdout.splitlines()) == 7 * (7 * 3 + 2)

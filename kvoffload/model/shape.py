@@ -16,17 +16,17 @@ from kvoffload.model.matrix import Matrix
 class ModelShape:
     """The dimensions of a decoder that the cost model needs."""
 
-    num_layers: int  # N
+    num_layers: int  # N: of the decoder
     num_offloaded_layers: int  # L: layers with an unbounded cache
-    hidden_size: int  # h
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int  # n_kv
-    head_dim: int  # d
-    vocab_size: int
-    kv_itemsize_bytes: int  # p_kv
-    activation_itemsize_bytes: int  # p_x
-    weight_bytes: int
+    hidden_size: int  # h: values of an activation
+    intermediate_size: int  # width of the MLP that a token meets
+    num_heads: int  # of queries
+    num_kv_heads: int  # n_kv: heads of K and V
+    head_dim: int  # d: values of a head
+    vocab_size: int  # outputs of the head
+    kv_itemsize_bytes: int  # p_kv: of one value of K or V
+    activation_itemsize_bytes: int  # p_x: of one value of an activation
+    weight_bytes: int  # of all parameters as they are stored
     layers_weight_bytes: int = 0  # of these, in decoder layers; 0: not known
     mlp_matrices: int = 2  # 3 where the MLP is gated
     dtype: str = ""  # of K and V; "": as their size says

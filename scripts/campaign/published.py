@@ -1,6 +1,6 @@
-"""What README says of the rows in `scripts/results/`: tables in Markdown, and the data of its figure.
+"""What docs/performance.md says of the rows in `scripts/results/`: tables in Markdown, and the data of its figure.
 
-Owns the selection and the wording. Does not own the rows (`rows`) or where they stand in README (`scripts/report.py`).
+Owns the selection and the wording. Does not own the rows (`rows`) or their places there (`scripts/report.py`).
 The headline is the share of the bound that this machine allows; a speed-up stands only beside it.
 """
 

@@ -35,7 +35,7 @@ COLUMNS = (
 )
 SUBJECT = ("bench", "provider", "x", "config_json", "device")  # and whether the link is emulated
 SKIPPED = "skipped"
-WRITTEN = ("scripts/results", "README.md", "docs/figures", "docs/models.md")  # by benchmarks and `scripts/report.py`
+WRITTEN = ("scripts/results", "docs/performance.md", "docs/figures", "docs/models.md")  # by benchmarks and their pages
 Row = dict[str, str]
 
 
