@@ -5,8 +5,14 @@ Not a test module. Its fixtures `model` and `cache` are those of the test module
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
+import pty
+import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -50,8 +56,47 @@ def cache_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "kvoffload"
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+def run(*arguments: object, given: str | None = None) -> Result:
+    """A command with a text on standard input, which is no terminal."""
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=given)
+
+
+def run_in_terminal(*arguments: object, columns: int = 80) -> tuple[int, list[str]]:
+    """The exit code of a command in a terminal of its own, and the lines it leaves there, without colours."""
+    ours, theirs = pty.openpty()
+    code = (
+        f"import fcntl, termios, struct; fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack('HHHH', 40, {columns}, 0, 0))"
+    )
+    code += "; from kvoffload.cli import main; main()"
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    os.close(theirs)
+    written = b""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+        while part := os.read(ours, 4096):
+            written += part
+    os.close(ours)
+    return process.wait(timeout=60), on_screen(written.decode())
+
+
+def on_screen(text: str) -> list[str]:
+    """What is left on a screen of any width: carriage returns, backspaces and erasing done, colours left out."""
+    lines, column = [""], 0
+    for part in re.findall(r"\x1b\[[0-9;?]*[a-zA-Z]|[\s\S]", text):
+        if part == "\n":
+            lines.append("")
+            column = 0
+        elif part == "\r":
+            column = 0
+        elif part == "\b":
+            column -= 1
+        elif part == "\x1b[K":
+            lines[-1] = lines[-1][:column]
+        elif not part.startswith("\x1b"):
+            lines[-1] = lines[-1][:column].ljust(column) + part + lines[-1][column + 1 :]
+            column += 1
+    return lines
 
 
 def run_well(*arguments: object) -> str:
@@ -60,9 +105,9 @@ def run_well(*arguments: object) -> str:
     return result.stdout
 
 
-def run_badly(*arguments: object) -> str:
+def run_badly(*arguments: object, given: str | None = None) -> str:
     """The one line on stderr of a command that ends with our error."""
-    result = run(*arguments)
+    result = run(*arguments, given=given)
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr.startswith("kvoffload: ")

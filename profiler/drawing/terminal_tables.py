@@ -5,6 +5,7 @@ Owns columns and units. Does not own the numbers (`roofline`, `kvoffload/advise/
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -24,9 +25,14 @@ WIDTH = 160  # where the output is no terminal
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
+def _console() -> Console:
+    """As wide as the terminal or COLUMNS says."""
+    return Console(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else WIDTH)
+
+
 def print_roofline(found: Roofline) -> None:
     """Every phase with its operations, then what it all comes to."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = _console()
     for phase in found.phases:
         console.print(*_phase_figures(found, phase).tables(console.width))
     console.print("\n".join(summary(found)), highlight=False, markup=False)
@@ -34,7 +40,7 @@ def print_roofline(found: Roofline) -> None:
 
 def print_forecast(seen: Overview) -> None:
     """Every way to do a workload, what still fits, and the sweep if there is one."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = _console()
     console.print(*_forecast_figures(seen.rows).tables(console.width))
     for row in seen.rows:
         if row.problem:
