@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -63,11 +66,13 @@ def run(*arguments: object, given: str | None = None) -> Result:
 
 def run_in_terminal(*arguments: object, columns: int = 80) -> tuple[int, list[str]]:
     """The exit code of a command in a terminal of its own, and the lines it leaves there, without colours."""
+    return code_in_terminal("from kvoffload.cli import main; main()", *arguments, columns=columns)
+
+
+def code_in_terminal(code: str, *arguments: object, columns: int = 80) -> tuple[int, list[str]]:
+    """As `run_in_terminal`, of a piece of Python."""
     ours, theirs = pty.openpty()
-    code = (
-        f"import fcntl, termios, struct; fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack('HHHH', 40, {columns}, 0, 0))"
-    )
-    code += "; from kvoffload.cli import main; main()"
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     env = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
@@ -81,20 +86,25 @@ def run_in_terminal(*arguments: object, columns: int = 80) -> tuple[int, list[st
 
 
 def on_screen(text: str) -> list[str]:
-    """What is left on a screen of any width: carriage returns, backspaces and erasing done, colours left out."""
-    lines, column = [""], 0
+    """What is left on a screen of any size: the cursor moved, text erased, colours left out."""
+    lines, row, column = [""], 0, 0
     for part in re.findall(r"\x1b\[[0-9;?]*[a-zA-Z]|[\s\S]", text):
         if part == "\n":
-            lines.append("")
-            column = 0
+            row, column = row + 1, 0
+            if row == len(lines):
+                lines.append("")
         elif part == "\r":
             column = 0
         elif part == "\b":
             column -= 1
         elif part == "\x1b[K":
-            lines[-1] = lines[-1][:column]
+            lines[row] = lines[row][:column]
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif up := re.fullmatch(r"\x1b\[(\d+)A", part):
+            row -= int(up[1])
         elif not part.startswith("\x1b"):
-            lines[-1] = lines[-1][:column].ljust(column) + part + lines[-1][column + 1 :]
+            lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + 1 :]
             column += 1
     return lines
 

@@ -236,6 +236,17 @@ def test_a_turn_is_followed_by_a_line_about_it(model: Path) -> None:
     assert line.endswith(f" {len('<u>hello~<a>') + 2} cached")
 
 
+@pytest.mark.usefixtures("loads")
+def test_a_space_makes_text_of_a_command_and_the_end_of_the_model_is_told(tiny: Any, model: Path) -> None:
+    (expected,) = expected_turns(tiny, TEMPLATE, ("/stats",))
+    arguments = ("chat", "--model", model, "--max-new-tokens", NEW_TOKENS, "--no-stats")
+    result = run(*arguments, given=" /stats\n")
+    assert result.stdout.strip() == expected.strip()
+    assert "may exceed" not in result.stderr
+    long = run(*arguments, given="x" * (256 - NEW_TOKENS - 8) + "\n")
+    assert "tokens: another answer may exceed what this model was made for; /reset begins anew" in long.stderr
+
+
 def test_a_model_without_a_template_is_told_once(tiny: Any, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvoffload.cli import chat
 

@@ -86,27 +86,31 @@ def converse(
                     break
                 _obey(text, talk)
             elif text:
-                _turn(text, talk, shows_stats=stats, as_json=as_json)
+                _turn(text.strip(), talk, shows_stats=stats, as_json=as_json)
 
 
 def _read() -> str | None:
     """The next line; "" after Ctrl-C, None at the end."""
     if not sys.stdin.isatty():
-        line = sys.stdin.readline()
-        return line.strip() if line else None
+        return _line()
     import readline  # noqa: F401  lines can be edited, and earlier ones taken back
 
     try:
         if sys.stdout.isatty():
-            return input(PROMPT).strip()
+            return input(PROMPT).rstrip()
         typer.echo(PROMPT, nl=False, err=True)
-        return sys.stdin.readline().strip() or None
+        return _line()
     except KeyboardInterrupt:
         typer.echo("\n(Ctrl-D or /quit ends)", err=True)
         return ""
     except EOFError:
         typer.echo(err=True)
         return None
+
+
+def _line() -> str | None:
+    line = sys.stdin.readline()
+    return line.rstrip() if line else None
 
 
 def _obey(text: str, talk: Conversation) -> None:
@@ -120,7 +124,10 @@ def _obey(text: str, talk: Conversation) -> None:
     elif text == "/help":
         print_text("\n".join(f"{name:8}{what}" for name, what in COMMANDS.items()), err=True)
     else:
-        print_text(f"unknown command {text.split()[0]}; known: {', '.join(COMMANDS)}", err=True)
+        print_text(
+            f"unknown command {text.split()[0]}; known: {', '.join(COMMANDS)}; a space before it makes it text",
+            err=True,
+        )
 
 
 def _turn(text: str, talk: Conversation, *, shows_stats: bool, as_json: bool) -> None:
@@ -151,5 +158,10 @@ def _turn(text: str, talk: Conversation, *, shows_stats: bool, as_json: bool) ->
         typer.echo(json.dumps({"prompt": text, **turn._asdict()}))
     if shows_stats:
         print_text(str(turn), err=True, style="dim")
+    if talk.is_near_its_end:
+        print_text(
+            f"{talk.num_tokens} tokens: another answer may exceed what this model was made for; /reset begins anew",
+            err=True,
+        )
     if not as_json and sys.stdin.isatty():
         typer.echo(err=True)

@@ -81,6 +81,12 @@ class Conversation:
         self._renew_cache()
 
     @property
+    def is_near_its_end(self) -> bool:
+        """Whether another answer may go beyond the tokens that the model was made for, as far as it says."""
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return isinstance(limit, int) and self.num_tokens + int(self._options["max_new_tokens"]) > limit
+
+    @property
     def num_tokens(self) -> int:
         """Of the conversation so far."""
         return len(self._ids)

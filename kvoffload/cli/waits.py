@@ -53,7 +53,8 @@ def waiting(text: str, *, otherwise: bool = False) -> Iterator[None]:
 def steps() -> Iterator[Callable[[str], None]]:
     """Tells what is done now; on a terminal the step in hand moves and shows its seconds, and what is said stays.
 
-    Only the steps before the last stay; of a `waiting` none does.
+    Only the steps before the last stay; of a `waiting` none does. A text that is indented is what came of the step in
+    hand so far, which goes on.
     """
     if not sys.stderr.isatty():
         yield lambda text: typer.echo(text, err=True)
@@ -71,14 +72,20 @@ def steps() -> Iterator[Callable[[str], None]]:
     )
     with Progress(*columns, console=console, transient=True, expand=True) as bar:
         task = bar.add_task("", total=None, visible=False)
-        said, began = "", 0.0
+        said, began = "", 0.0  # the step in hand, until it is printed
 
         def tell(text: str) -> None:
             nonlocal said, began
+            took_s = time.perf_counter() - began
+            is_result = text.startswith(" ")
             if said:
-                took_s = time.perf_counter() - began
-                console.print(Text(said + (f" ({duration(took_s)})" if took_s >= LEAST_S else ""), style="dim"))
-            said, began = text, time.perf_counter()
-            bar.reset(task, description=text, visible=True)
+                is_long = took_s >= LEAST_S and not is_result
+                console.print(Text(said + f" ({duration(took_s)})" * is_long, style="dim"))
+            if is_result:
+                console.print(Text(text, style="dim"))
+                said = ""
+            else:
+                said, began = text, time.perf_counter()
+                bar.reset(task, description=text, visible=True)
 
         yield tell
