@@ -81,6 +81,20 @@ def test_no_token_goes_through_the_model_twice(tiny: Any, forwards: Forwards, sp
         assert sum(one.prefilled_tokens + one.new_tokens for one in turns) == talk.num_tokens + len(SAID) - 1
 
 
+def test_what_was_generated_is_not_split_into_tokens_again(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with kvoffload.offload(tiny) as session:
+        talk = talk_with(session)
+        encoded: list[str] = []
+        encode = talk._encoded
+        monkeypatch.setattr(talk, "_encoded", lambda text: encoded.append(text) or encode(text))
+        first, second = talk.say("hello"), talk.say("and now?")
+        assert encoded[0] == "<u>hello~<a>"
+        assert encoded[1].endswith("<u>and now?~<a>")
+        assert len(encoded[1]) <= len("~<u>and now?~<a>")
+        assert second.prefilled_tokens <= len(encoded[1]) + 1
+        assert first.text
+
+
 def test_a_template_that_changes_what_was_said_is_followed(tiny: Any, forwards: Forwards) -> None:
     expected = expected_turns(tiny, TRIMMING, SAID)
     forwards.clear()
