@@ -69,14 +69,15 @@ def run_in_terminal(*arguments: object, columns: int = 80) -> tuple[int, list[st
     return code_in_terminal("from kvoffload.cli import main; main()", *arguments, columns=columns)
 
 
-def code_in_terminal(code: str, *arguments: object, columns: int = 80) -> tuple[int, list[str]]:
-    """As `run_in_terminal`, of a piece of Python."""
+def code_in_terminal(code: str, *arguments: object, columns: int = 80, typed: str = "") -> tuple[int, list[str]]:
+    """As `run_in_terminal`, of a piece of Python, for which somebody has typed ahead."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     env = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
     os.close(theirs)
+    os.write(ours, typed.encode())
     written = b""
     with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
         while part := os.read(ours, 4096):

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from commands import code_in_terminal, on_screen, run
 from commands import model_fixture as model_fixture
-from commands import on_screen, run
 from models import make_model
 from tokenizing import CHARACTERS, TEMPLATE, TRIMMING, make_tokenizer
 
@@ -268,6 +268,33 @@ def test_a_model_without_a_template_is_told_once(tiny: Any, model: Path, monkeyp
     result = run("chat", "--model", model, "--max-new-tokens", 3, given="a\nb\n")
     assert result.exit_code == 0, result.stderr
     assert result.stderr.count("no chat template: what you write is continued as plain text") == 1
+
+
+IN_TERMINAL = """
+import sys
+sys.path.insert(0, TESTS)
+from models import make_model
+from tokenizing import CHARACTERS, make_tokenizer
+from kvoffload import cli
+from kvoffload.cli import chat
+tiny = make_model("llama", vocab_size=len(CHARACTERS), num_hidden_layers=2)
+chat.load_model = lambda *args, **options: (tiny, make_tokenizer())
+cli.main()
+"""
+
+
+def test_a_conversation_in_a_terminal_fits_it(tiny: Any, model: Path) -> None:
+    code = IN_TERMINAL.replace("TESTS", repr(str(Path(__file__).parent)))
+    arguments = ("chat", "--model", model, "--max-new-tokens", 200, "--split", "transfer")
+    status, lines = code_in_terminal(code, *arguments, typed="hello\n/stats\n/reset\n/quit\n")
+    assert status == 0, lines
+    assert sum(len(line) > 80 for line in lines) <= 1  # the answer of random weights, which may be a single word
+    shown = "\n".join(line.rstrip() for line in lines)
+    for said in ("> hello", "> /stats", "forgotten: the conversation begins anew", "Ctrl-C stops an answer"):
+        assert said in shown
+    assert " 200 new at " in shown
+    assert "reading ..." not in shown
+    assert "verdict: none, this link copies as fast as it can" in shown
 
 
 # ---- printing and stopping -------------------------------------------------------------------------------------------

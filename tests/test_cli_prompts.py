@@ -183,7 +183,7 @@ def test_what_was_not_asked_for_is_off_whatever_the_model_says() -> None:
         (["--prompt", "hi", "--prompts", "ok"], None, "--prompt and --prompts both give prompts"),
         (["--prompt-file", "empty"], None, "--prompt-file: empty is empty: give it some text to answer"),
         (["--prompts", "empty"], None, "--prompts: empty is empty: write one prompt a line, or JSON lines"),
-        (["--prompts", "bad.jsonl"], None, "--prompts: line 3 of bad.jsonl is no JSON (Expecting"),
+        (["--prompts", "bad.jsonl"], None, "--prompts: line 3 of bad.jsonl is no JSON (Expecting value, column 12)"),
         (["--prompts", "other.jsonl"], None, '--prompts: line 2 of other.jsonl has no text "prompt": write {"prompt"'),
         (["--prompts", "binary"], None, "--prompts: binary is no text in UTF-8 (byte 2): convert it"),
         (["--prompts", "missing"], None, "--prompts: cannot read missing: No such file or directory"),

@@ -36,7 +36,7 @@ from kvoffload.cli.options import (
     whole_number,
     within,
 )
-from kvoffload.cli.terminal import print_json, progress, waiting
+from kvoffload.cli.terminal import print_json, print_text, progress, waiting
 from kvoffload.config import OffloadConfig
 from kvoffload.model.facts import Facts
 from kvoffload.model.stored_facts import facts_of, is_known
@@ -126,8 +126,8 @@ def plan(
         return
     from kvoffload.profiler.drawing.terminal_tables import print_forecast
 
-    typer.echo(advice.plan.recommendation)
-    typer.echo(f"On {machine.device_name}, {machine.link_name}:")
+    print_text(advice.plan.recommendation)
+    print_text(f"On {machine.device_name}, {machine.link_name}:")
     print_forecast(seen)
 
 
@@ -231,12 +231,12 @@ def report(
     if as_json:
         print_json(written)
     else:
-        typer.echo(found.recommendation)
+        print_text(found.recommendation)
     for path in (output, trace):
         if path is not None:
             typer.echo(f"wrote {path}", err=True)
     if run is not None and run.doubt:
-        typer.echo(run.doubt, err=True)
+        print_text(run.doubt, err=True)
 
 
 def facts_shown(config: str) -> Facts:

@@ -81,8 +81,9 @@ def _records(text: str, source: str) -> list[Record]:
 def _record(line: str, where: str) -> Record:
     try:
         record = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{where} is no JSON ({error}): correct it, or write all lines as plain text") from error
+    except json.JSONDecodeError as error:
+        what = f"{error.msg}, column {error.colno}"
+        raise ConfigError(f"{where} is no JSON ({what}): correct it, or write all lines as plain text") from error
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise ConfigError(f'{where} has no text "prompt": write {{"prompt": "..."}}')
