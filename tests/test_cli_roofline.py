@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,18 @@ def test_no_figure_is_cut_on_a_narrow_terminal(width: int, kv_on_host: float, mo
     assert "1.99e+03" in table_words(wide)
     assert table_words(wide) <= table_words(narrow)
     assert max(map(len, narrow.splitlines())) <= width
+
+
+@pytest.mark.parametrize("command", ["plan", "roofline"])
+def test_a_pipe_is_as_wide_as_columns_says(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [command, "--config", CONFIGS / "llama-2-7b.json", "--hardware", "a100-40gb-pcie4", "--batch", 64]
+    wide = run_well(*arguments)
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = run_well(*arguments)
+    assert max(map(len, wide.splitlines())) > 100
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert "…" not in narrow
+    assert set(re.findall(r"[a-z]{4,}", narrow)) == set(re.findall(r"[a-z]{4,}", wide))  # no word is broken
 
 
 def test_the_command_takes_bits_and_a_host_share(tmp_path: Path) -> None:

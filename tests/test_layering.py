@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": _FACTS | {"planning", "session", "api"},
     "custom_generate": {"errors", "config", "api"},
     "bench": _DECODING | {"advise", "profiler", "hf", "session", "api"},
-    "cli": _FACTS | {"planning", "advise", "profiler", "session", "api", "__init__", "custom_generate", "bench"},
+    "cli": _FACTS | {"planning", "advise", "profiler", "hf", "session", "api", "__init__", "custom_generate", "bench"},
 }
 
 # third-party package -> the only rooms that may import it

@@ -11,16 +11,19 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from kvoffload.cli.chatting import converse
+from kvoffload.cli.hardware import hardware
 from kvoffload.cli.machine import env, profile
 from kvoffload.cli.planning import plan, report, roofline
 from kvoffload.cli.quality import quality
 from kvoffload.cli.running import custom_generate, demo, generate
-from kvoffload.cli.terminal import errors_in_one_line
+from kvoffload.cli.terminal import LogLines, errors_in_one_line
 
 
 class _Commands(TyperGroup):
@@ -35,7 +38,6 @@ app = typer.Typer(
     cls=_Commands,
     help="Decode with the KV cache in host memory: what this machine can do, and whether it pays.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -57,13 +59,35 @@ def _before_commands(
     """What comes before the name of a command."""
 
 
-for command in (env, profile, plan, roofline, report, generate, custom_generate, demo, quality):
-    app.command(command.__name__.replace("_", "-"))(command)
+# What each is called, and what its help ends with.
+COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "demo": (demo, "kvoffload demo"),
+    "generate": (generate, "kvoffload generate 'Why is the sky blue?' --temperature 0.7"),
+    "chat": (converse, "kvoffload chat --model DIR --system 'Answer briefly.'"),
+    "plan": (plan, "kvoffload plan --config DIR --hardware l4-24gb-pcie4 --batch 64"),
+    "roofline": (roofline, "kvoffload roofline --config DIR --hardware h100-80gb-sxm5 --batch 8"),
+    "report": (report, "kvoffload report --config DIR --hardware a100-40gb-pcie4 --batch 64"),
+    "hardware": (hardware, "kvoffload hardware l4-24gb-pcie4"),
+    "env": (env, "kvoffload env"),
+    "profile": (profile, "kvoffload profile --quick"),
+    "quality": (quality, "kvoffload quality --model DIR --kv-dtype int4"),
+    "custom-generate": (custom_generate, "kvoffload custom-generate DIR --split auto"),
+}
+PANELS = {
+    "Answers": ("demo", "generate", "chat"),
+    "Predictions": ("plan", "roofline", "report"),
+    "Machines": ("hardware", "env", "profile"),
+    "More": ("quality", "custom-generate"),
+}
+for panel, names in PANELS.items():
+    for name in names:
+        command, example = COMMANDS[name]
+        app.command(name, epilog=f"Example: {example}", rich_help_panel=panel)(command)
 
 
 def main() -> None:
     """The entry point of the `kvoffload` command."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogLines()])
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the progress bars of what we load
     app()

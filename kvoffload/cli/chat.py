@@ -1,4 +1,8 @@
-"""Answering a prompt from the command line: `kvoffload generate`, and the first half of `kvoffload demo`."""
+"""The model of a command and its first answer: what `generate`, `chat` and `demo` have in common.
+
+Owns loading onto a device, and the text of an answer on its way to the terminal. Does not own where the model is
+(`model_source`) nor batches and what is compared (`answering`).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer
 from transformers.utils import logging as hf_logging
 
-from kvoffload.api import offload
+from kvoffload.cli.answering import answer_all
 from kvoffload.cli.model_source import Source, find_model
 from kvoffload.config import OffloadConfig
 from kvoffload.errors import ConfigError
@@ -64,7 +68,7 @@ def load_model(
     kwargs: dict[str, Any] = {"local_files_only": source.is_local}
     if source.gguf_file is not None:
         kwargs["gguf_file"] = source.gguf_file
-    if not sys.stderr.isatty():
+    if source.is_local or not sys.stderr.isatty():  # of what is local the command itself says that it loads
         hf_logging.disable_progress_bar()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
@@ -102,33 +106,17 @@ def answer(
         compare: also generate without offloading and compare the tokens.
         streamer: gets the tokens as they come.
     """
-    if getattr(tokenizer, "chat_template", None):
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
-    kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
-
-    def generate(**options: Any) -> torch.Tensor:
-        given = {name: value.to(model.device) for name, value in inputs.items()}
-        generating: Any = model
-        tokens: torch.Tensor = generating.generate(**given, **kwargs, **options).cpu()
-        return tokens
-
-    with offload(model, config) as session:
-        tokens = generate(streamer=streamer)
-    assert session.stats is not None
-    expected = generate() if compare else None
-    length = inputs["input_ids"].shape[1]
-    return Reply(
-        text=tokenizer.decode(tokens[0, length:], skip_special_tokens=True).strip(),
-        tokens_equal=None if expected is None else bool(torch.equal(tokens, expected)),
-        prompt_tokens=length,
-        new_tokens=tokens.shape[1] - length,
-        stats=session.stats,
+    (found,) = answer_all(
+        model,
+        tokenizer,
+        [prompt],
+        config=config,
+        max_new_tokens=max_new_tokens,
+        compare=compare,
+        streamer=streamer,
     )
+    (one,) = found.answers
+    return Reply(one.text, found.tokens_equal, one.prompt_tokens, one.new_tokens, found.stats)
 
 
 def streamer(tokenizer: Any) -> TextStreamer:

@@ -10,6 +10,10 @@ import typer
 
 from kvoffload.cli.machine import devices_named, machine_named
 from kvoffload.cli.options import (
+    COST,
+    MACHINE,
+    PRECISION,
+    WORKLOAD,
     Acceptance,
     AsJson,
     Batch,
@@ -35,7 +39,7 @@ from kvoffload.cli.options import (
     whole_number,
     within,
 )
-from kvoffload.cli.terminal import print_json, progress, waiting
+from kvoffload.cli.terminal import print_json, print_text, progress, waiting
 from kvoffload.config import OffloadConfig
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.facts import Facts
@@ -48,7 +52,9 @@ def plan(
     batch: Batch = 1,
     prompt_tokens: PromptTokens = 1024,
     new_tokens: NumNewTokens = 128,
-    num_beams: Annotated[int, typer.Option(callback=whole_number(), help="Beams of each sequence.")] = 1,
+    num_beams: Annotated[
+        int, typer.Option(callback=whole_number(), rich_help_panel=WORKLOAD, help="Beams of each sequence.")
+    ] = 1,
     hardware: ManyHardware = "auto",
     link_gb_per_s: LinkSpeed = None,
     device_gib: DeviceGib = "auto",
@@ -58,24 +64,42 @@ def plan(
     kv_dtype: KvDtype = "model",
     link: Annotated[
         str | None,
-        typer.Option(callback=a_link, help="What if: pcie3 to pcie6, pcie5x8, nvlink-c2c, cxl, or 3GB/s+100us."),
+        typer.Option(
+            callback=a_link,
+            rich_help_panel=MACHINE,
+            help="What if: pcie3 to pcie6, pcie5x8, nvlink-c2c, cxl, or 3GB/s+100us.",
+        ),
     ] = None,
     device_memory: Annotated[
         float | None,
-        typer.Option(callback=within(0.1, 1e5, "a number of GB"), help="What if the device had so many GB."),
+        typer.Option(
+            callback=within(0.1, 1e5, "a number of GB"),
+            rich_help_panel=MACHINE,
+            help="What if the device had so many GB.",
+        ),
     ] = None,
     price_per_hour: Annotated[
         float | None,
-        typer.Option(callback=within(0, 1e6, "a price"), help="Of the device; default: that of its file."),
+        typer.Option(
+            callback=within(0, 1e6, "a price"),
+            rich_help_panel=COST,
+            help="Of the device; default: that of its file.",
+        ),
     ] = None,
     grid_g_per_kwh: Annotated[
         float | None,
-        typer.Option(callback=within(0, 5000, "grams"), help="Grams of CO2 per kWh of your electricity."),
+        typer.Option(
+            callback=within(0, 5000, "grams"),
+            rich_help_panel=COST,
+            help="Grams of CO2 per kWh of your electricity.",
+        ),
     ] = None,
     acceptance: Acceptance = None,
     draft_cache: DraftCache = "auto",
     device_weights_gib: DeviceWeightsGib = "auto",
-    sweep: Annotated[str | None, typer.Option(help="Batches and prompts, such as 1,8,64:1024,8192.")] = None,
+    sweep: Annotated[
+        str | None, typer.Option(rich_help_panel=WORKLOAD, help="Batches and prompts, such as 1,8,64:1024,8192.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say whether offloading pays for a workload, how fast it will be, what it costs and what limits it."""
@@ -148,7 +172,13 @@ def roofline(
     a_bits: Annotated[float | None, bits("Bits per activation.")] = None,
     kv_bits: Annotated[float | None, bits("Bits per value of K and V.")] = None,
     attention: Annotated[
-        str, typer.Option(callback=one_of("fused", "unfused"), help="'fused', or 'unfused': as LLM-Viewer counts it.")
+        str,
+        typer.Option(
+            metavar="fused|unfused",
+            callback=one_of("fused", "unfused"),
+            rich_help_panel=PRECISION,
+            help="'unfused': as LLM-Viewer counts it.",
+        ),
     ] = "fused",
     kv_on_host: Annotated[float, share("Share 0..1 of the K/V that lives on the host.")] = 0.0,
     weights_on_host: Annotated[float, share("Share 0..1 of the weights that is streamed.")] = 0.0,
@@ -232,12 +262,12 @@ def report(
     if as_json:
         print_json(written)
     else:
-        typer.echo(found.recommendation)
+        print_text(found.recommendation)
     for path in (output, trace):
         if path is not None:
             typer.echo(f"wrote {path}", err=True)
     if run is not None and run.doubt:
-        typer.echo(run.doubt, err=True)
+        print_text(run.doubt, err=True)
 
 
 def facts_shown(config: str) -> Facts:

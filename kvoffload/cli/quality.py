@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvoffload.cli.options import AsJson, one_of, whole_number
-from kvoffload.cli.terminal import print_json, progress
+from kvoffload.cli.loading import loading, without_bars_of_others
+from kvoffload.cli.options import AsJson, Model
+from kvoffload.cli.rules import one_of, whole_number
+from kvoffload.cli.terminal import print_json, print_text
+from kvoffload.cli.waits import progress, waiting
 from kvoffload.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def quality(
-    model: Annotated[str | None, typer.Option(help="Folder, hub id or GGUF file; default: the packaged one.")] = None,
+    model: Model = None,
     kv_dtype: Annotated[
         str, typer.Option(callback=one_of("int8", "int4", "int2", "all"), help="'int8', 'int4', 'int2', or 'all'.")
     ] = "all",
@@ -34,15 +37,16 @@ def quality(
     from kvoffload.cli.model_source import find_model
 
     source = find_model(model)
+    without_bars_of_others(source)
+    with waiting("starting PyTorch and transformers"):
+        import torch
 
-    import torch
-
-    from kvoffload.bench.quality import measure_quality, text_of_python
-    from kvoffload.cli import chat
+        from kvoffload.bench.quality import measure_quality, text_of_python
+        from kvoffload.cli import chat
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    typer.echo(f"loading {source.gguf_file or source.name} on {device}", err=True)
-    loaded, tokenizer = chat.load_model(source, device)
+    with loading(source, f"on {device}"):
+        loaded, tokenizer = chat.load_model(source, device)
     ids = tokenizer(text_of_python() if words is None else words, return_tensors="pt", verbose=False)["input_ids"]
     kv_dtypes = ["int8", "int4", "int2"] if kv_dtype == "all" else [kv_dtype]
     with progress("measuring") as tell:
@@ -87,13 +91,12 @@ def _print(found: list[Quality], dtype: str) -> None:
             f"{one.perplexity_change:+.2%}",
             f"{one.bytes_ratio:.2f}x",
         )
-    console = Console()
-    console.print(table)
+    Console().print(table)
     kept = sum(one.kept_exact_blocks for one in found)
     if kept:
-        console.print(f"{kept} blocks are not finite and were kept exact", highlight=False)
-    console.print(
+        print_text(f"{kept} blocks are not finite and were kept exact", is_below_table=True)
+    print_text(
         f"{found[0].positions} predictions each. KLD: Kullback-Leibler divergence of the next token's distribution, in "
         "nats; same top: how often its likeliest token is the same; perplexity: its change.",
-        highlight=False,
+        is_below_table=True,
     )

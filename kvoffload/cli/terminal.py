@@ -1,6 +1,8 @@
-"""What commands and scripts write besides their results: errors in one line, progress, JSON and rows of text.
+"""What commands and scripts write besides their results: errors in one line, text in whole words, JSON, rows of text.
 
-Owns the rule that an error of ours is one line on standard error and exit code 2, for `kvoffload` and for `scripts/`.
+Owns the rule that an error of ours is one line on standard error and exit code 2, for `kvoffload` and for `scripts/`,
+and where lines end: at the width of the terminal or of COLUMNS, never in a word; in a file or a pipe without COLUMNS a
+line is as long as it is. Does not own what moves on a terminal while something is done (`waits`).
 """
 
 from __future__ import annotations
@@ -8,7 +10,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import logging
+import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +22,13 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from kvoffload.cli.waits import progress, waiting
 from kvoffload.errors import KVOffloadError
+
+__all__ = ["errors_in_one_line", "print_json", "print_rows", "print_text", "progress", "script", "waiting", "width"]
+
+TABLE_WIDTH = 80  # of rich, where neither a terminal nor COLUMNS says how wide one may be
+CLEAR_LINE = "\r\x1b[K"
 
 
 @contextlib.contextmanager
@@ -25,7 +37,7 @@ def errors_in_one_line(program: str) -> Iterator[None]:
     try:
         yield
     except KVOffloadError as error:
-        typer.echo(f"{program}: {error}", err=True)
+        print_text(f"{program}: {error}", err=True)
         raise typer.Exit(2) from error
 
 
@@ -47,30 +59,45 @@ def script(main: Callable[..., None]) -> typer.Typer:
     return app
 
 
-@contextlib.contextmanager
-def progress(title: str) -> Iterator[Callable[[str, float], None] | None]:
-    """A progress bar on stderr, only on a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
+class LogLines(logging.Handler):
+    """Log messages as lines on standard error, above whatever moves there."""
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=1.0)
-        yield lambda what, share: bar.update(task, completed=share, description=f"{title} {what}")
+    def emit(self, record: logging.LogRecord) -> None:
+        """One message, in whole words."""
+        clear = CLEAR_LINE if sys.stderr.isatty() else ""
+        print_text(self.format(record), err=True, before=clear)
 
 
-@contextlib.contextmanager
-def waiting(text: str) -> Iterator[None]:
-    """A line on stderr that says what is being done, while it is being done; only on a terminal."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
+def width(*, err: bool = False) -> int | None:
+    """Columns that a line may have; None where it may be of any length."""
+    stream = sys.stderr if err else sys.stdout
+    given = os.environ.get("COLUMNS", "")
+    if not stream.isatty():
+        return int(given) if given.isdigit() and int(given) else None
+    return shutil.get_terminal_size().columns
 
-    with Console(stderr=True).status(text):
-        yield
+
+def print_text(
+    text: str, *, err: bool = False, style: str = "", before: str = "", is_below_table: bool = False
+) -> None:
+    """Text in whole words.
+
+    Args:
+        text: lines; each is wrapped by itself.
+        err: to standard error.
+        style: "dim", "bold" or a colour, on a terminal.
+        before: written first, as it is.
+        is_below_table: also where a line may be of any length it is as wide as a table there.
+    """
+    columns = width(err=err) or (TABLE_WIDTH if is_below_table else None)
+    if columns is not None:
+        wrap = textwrap.TextWrapper(width=columns, break_long_words=False, break_on_hyphens=False)
+        text = "\n".join(part for line in text.split("\n") for part in wrap.wrap(line) or [""])
+    if style in ("dim", "bold"):
+        text = typer.style(text, dim=style == "dim" or None, bold=style == "bold" or None)
+    elif style:
+        text = typer.style(text, fg=style)
+    typer.echo(before + text, err=err)
 
 
 def print_json(data: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 def _console() -> Console:
     """Of the terminal's width, or what COLUMNS says, else a wide one."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH)
+    return Console(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else WIDTH)
 
 
 def print_roofline(found: Roofline) -> None:
