@@ -47,7 +47,7 @@ def test_the_page_of_figures_names_every_field_of_the_statistics_and_every_key_o
     arguments = ["plan", "--config", str(config), "--hardware", "a100-40gb-pcie4", "--sweep", "1:128", "--json"]
     data = json.loads(CliRunner().invoke(app, arguments).stdout)
     listed = [key for key, value in data.items() if isinstance(value, (list, dict))]
-    assert listed == ["blocks", "alternatives", "forecast", "limits", "sweep", "precisions"]
+    assert listed == [*("blocks", "alternatives", "answer", "forecast", "limits", "sweep", "precisions", "quantised")]
     assert names_in("Plan") == sorted(set(data) - set(listed))
     for key in listed:
         one = data[key][0] if isinstance(data[key], list) else data[key]

@@ -64,7 +64,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "demo": (demo, "kvoffload demo"),
     "generate": (generate, "kvoffload generate 'Why is the sky blue?' --temperature 0.7"),
     "chat": (converse, "kvoffload chat --model DIR --system 'Answer briefly.'"),
-    "plan": (plan, "kvoffload plan --config DIR --hardware l4-24gb-pcie4 --batch 64"),
+    "plan": (plan, "kvoffload plan --config llama-3.1-8b --hardware 4090 --seq 128k"),
     "roofline": (roofline, "kvoffload roofline --config DIR --hardware h100-80gb-sxm5 --batch 8"),
     "report": (report, "kvoffload report --config DIR --hardware a100-40gb-pcie4 --batch 64"),
     "hardware": (hardware, "kvoffload hardware l4-24gb-pcie4"),
