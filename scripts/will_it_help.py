@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -45,6 +44,8 @@ FILES = {
     "Qwen2.5-32B, 4-bit weights": "qwen2.5-32b-awq",
 }
 CHANGES = tuple(itertools.product((16, 8, 4), (16, 8, 4)))  # bits of weights and of the cache, the best first
+WEIGHT_BITS = {8: 8.5, 4: 4.5}  # with scales, as common formats have them
+CACHE_BITS = {16: 16.0, 8: 8.5, 4: 5.3}  # with scales and ranges, as our forms have them
 LARGER_OPT = {"OPT-13B": (5120, 40, 40), "OPT-30B": (7168, 56, 48)}  # hidden size, heads, layers
 WORKLOADS = {
     "one context of 128k tokens": Workload(batch=1, prompt_tokens=131072 - 512, new_tokens=512),
@@ -81,7 +82,7 @@ WITH_POSITIONS = ("Llama-3.1-8B", *LONG_MODELS)
 LONGEST = "one context of 128k tokens"
 ALTERNATIVES = """
 **Or fewer bits.** Where that loss of accuracy is acceptable, one context of 128k tokens also fits with so many bits of
-weights *and* cache, and then nothing has to cross a link. `none`: not even in 4 and 4.
+weights *and* cache, scales included, and then nothing has to cross a link. `none`: not even in 4 and 4.
 """
 
 
@@ -219,8 +220,8 @@ def _fewest_changes(config: dict[str, Any], profile: HardwareProfile) -> str:
     for weight_bits, cache_bits in CHANGES:
         if weight_bits > own_bits:
             continue
-        shape = replace(task.shape, weight_bytes=task.shape.weight_bytes * weight_bits // own_bits)
-        if task.resident_bytes(1) * cache_bits / 16 <= task._replace(shape=shape).free_bytes(1):
+        changed = task if weight_bits == own_bits else task.in_weight_bits(WEIGHT_BITS[weight_bits])
+        if task.resident_bytes(1) * CACHE_BITS[cache_bits] / 16 <= changed.free_bytes(1):
             return "fits" if (weight_bits, cache_bits) == (own_bits, 16) else f"{weight_bits} and {cache_bits}"
     return "none"
 

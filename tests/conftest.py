@@ -10,6 +10,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("COLUMNS", None)  # of the terminal that tests run in: pytest-xdist sets it in its workers
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when triton is imported
 torch.set_num_threads(1)  # tiny models are fastest so, and wall-clock tests steadiest

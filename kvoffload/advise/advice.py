@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvoffload.advise.answer import Answer, Found, answer
@@ -93,7 +94,7 @@ def advise(
     try:
         chosen = planner.solve(task.inputs(workload.cached_tokens))
         offload = task.offload(chosen)
-        chosen = _beside_full_transfer(task, chosen)
+        chosen, full = _beside_full_transfer(task, chosen)
     except InfeasiblePlanError as error:
         if on_device is None:
             raise InfeasiblePlanError(f"{error}{what_would_fit(task)}") from error
@@ -103,11 +104,13 @@ def advise(
         ) from error
     rounds = task.rounds()
     drafts = None if rounds is None else task.drafted(offload, rounds)
+    if drafts is not None and drafts.total_s >= offload.total_s:
+        drafts = None
     ways = [one for one in (offload, drafts, on_device) if one is not None]
     best = best_of({one.way: one.total_s for one in ways})
     ways.sort(key=lambda one: (one.way != best, one.total_s))
-    found = Found(chosen, offload, on_device, drafts, rounds, is_best=best in ("offload", "drafts"))
-    said = answer(task, found, facts)
+    found = Found(chosen, offload, on_device, drafts, rounds, full, _loaded_by(model_or_config))
+    said = answer(task, found, facts, is_best=best in ("offload", "drafts"))
     plain_s = 0.0
     if on_device is not None and on_device.way == "on_device":
         plain_s = step_time.plain_step_s(task.inputs(workload.cached_tokens))
@@ -115,14 +118,15 @@ def advise(
     return Advice(plan, tuple(ways), facts.doubt, said)
 
 
-def _beside_full_transfer(task: Task, chosen: Plan) -> Plan:
-    """The plan with the step of full transfer as it would be set up by itself."""
+def _beside_full_transfer(task: Task, chosen: Plan) -> tuple[Plan, Alternative | None]:
+    """The plan with the step of full transfer as it would be set up by itself, and that way; None: it does not work."""
     plain = task._replace(config=dataclasses.replace(task.config, split="transfer", **AS_THEY_ARE))
     try:
-        full_s = planner.solve(plain.inputs(task.workload.cached_tokens)).predicted_step_s
+        whole = planner.solve(plain.inputs(task.workload.cached_tokens))
+        full = plain.offload(whole)
     except InfeasiblePlanError:
-        return chosen
-    return dataclasses.replace(chosen, full_transfer_step_s=full_s)
+        return chosen, None
+    return dataclasses.replace(chosen, full_transfer_step_s=whole.predicted_step_s), full
 
 
 def task_of(
@@ -147,6 +151,17 @@ def task_of(
         )
     task = Task(shape, workload, profile, config, acceptance, _facts(model_or_config))
     return task if w_bits is None else task.in_weight_bits(w_bits)
+
+
+def _loaded_by(model_or_config: Any) -> str:
+    """What `from_pretrained` takes for this model; OWNER/NAME where that is not known."""
+    if not isinstance(model_or_config, (str, Path)):
+        return "OWNER/NAME"
+    path = Path(model_or_config)
+    if path.is_dir():
+        return str(path)
+    is_hub_id = not path.exists() and str(model_or_config).count("/") == 1
+    return str(model_or_config) if is_hub_id else "OWNER/NAME"
 
 
 def _facts(model_or_config: Any) -> Facts:

@@ -1,21 +1,23 @@
-"""The answer of a plan in three lines: whether it fits, what to run, and how fast that is and why.
+"""The answer of a plan: whether it fits, what to run, how fast that is and why; then what else has to be known.
 
-Owns the words. Does not own the figures of the ways (`task`) nor which of them is best (`advice`).
+Owns the words. Does not own the figures of the ways (`task`), which of them is best (`advice`), nor the code to paste
+(`snippets`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from textwrap import indent
 from typing import Any, NamedTuple
 
-from kvoffload.advise.streaming import QUANTISED_BITS, StreamedBatch, best_batch
+from kvoffload.advise import snippets
+from kvoffload.advise.snippets import CODE
+from kvoffload.advise.streaming import QUANTISED_BITS, StreamedBatch, best_batch, quantised_way
 from kvoffload.advise.task import Alternative, Task
 from kvoffload.advise.utilization import decode_mbu, decode_mfu
 from kvoffload.advise.ways import LEAST_GAIN
-from kvoffload.config import OffloadConfig
 from kvoffload.model.facts import Facts
+from kvoffload.planning import step_time
 from kvoffload.planning.drafts import ExpectedRounds
 from kvoffload.planning.forms import FORMS
 from kvoffload.planning.placement import Kind
@@ -23,8 +25,8 @@ from kvoffload.planning.plan import Plan
 from kvoffload.planning.verdicts import times
 from kvoffload.units import count, counted, duration, gb, rate
 
-CODE = "    "  # what code stands behind
-_RUN = "model.generate(**{inputs}, max_new_tokens={new_tokens}{beams})"
+CLOSE_FRACTION = 0.08  # of a device's memory, by which drivers report more than datasheets, in units of 1e9 bytes
+_FOUR_BITS = f"weights in 4 bits ({QUANTISED_BITS} with scales)"
 
 
 class Answer(NamedTuple):
@@ -54,67 +56,90 @@ class Found(NamedTuple):
     on_device: Alternative | None  # whole or in parts
     drafts: Alternative | None
     rounds: ExpectedRounds | None
-    is_best: bool  # offloading is
+    full: Alternative | None  # full transfer, which offloading is compared with
+    name: str  # what `from_pretrained` takes for the model
+
+    @property
+    def ours(self) -> Alternative:
+        """Offloading in the faster of its two ways."""
+        return self.drafts or self.offload
 
 
-def answer(task: Task, found: Found, facts: Facts) -> Answer:
-    """The answer for `task`."""
-    notes = tuple(note for note in (_beyond_positions(task, facts), _doubted(facts)) if note)
-    if found.plan.weight_bytes_per_step:
+def answer(task: Task, found: Found, facts: Facts, *, is_best: bool) -> Answer:
+    """The answer for `task`; `is_best`: offloading is."""
+    if found.on_device is not None and not is_best:
+        said = _on_device(task, found.on_device, found.ours)
+    elif found.plan.weight_bytes_per_step:
         said = _stream(task, found)
-    elif found.is_best or found.on_device is None:
-        said = _offload(task, found)
     else:
-        said = _on_device(task, found.on_device, found.drafts or found.offload)
-    return said._replace(notes=(*said.notes, *notes), details=_details(task, found))
+        said = _offload(task, found)
+    notes = (*said.notes, *_beyond_positions(task, facts), *_close(task), *_doubted(facts))
+    return said._replace(notes=notes, details=_details(task, found))
 
 
-def _on_device(task: Task, one: Alternative, offload: Alternative) -> Answer:
+def _on_device(task: Task, one: Alternative, ours: Alternative) -> Answer:
     """Plain generate(), whole or in parts."""
-    slower = offload.total_s / one.total_s
+    slower = ours.total_s / one.total_s
     beside = f"; offloaded {times(slower)} slower" if slower >= LEAST_GAIN else ""
-    speed = f"Predicted: {_speed(task, one)}, bound by {_device_bound(task, one)}{beside}."
+    speed = f"Predicted: {_speed(task, one)}. {_bounds(task, one, _device_bound(task, one))}{beside}."
     if one.runs == 1:
-        return Answer(f"Do not offload: {_room(task)}, so it fits.", f"out = {_run(task)}", speed)
+        return Answer(f"Do not offload: {_room(task)}, so it fits.", snippets.plain(task), speed)
     fitting = "one sequence alone fits" if one.batch == 1 else f"batches of {one.batch} fit"
-    return Answer(
-        f"Do not offload, unless the batch must stay together: {_room(task)}, but {fitting}.",
-        f"for i in range(0, {task.workload.batch}, {one.batch}):\n"
-        f"    part = {{k: v[i : i + {one.batch}] for k, v in inputs.items()}}\n"
-        f"    out = {_run(task, 'part')}",
-        speed,
-    )
+    verdict = f"Do not offload, unless the batch must stay together: {_room(task)}, but {fitting}."
+    return Answer(verdict, snippets.in_parts(task, one.batch), speed)
 
 
 def _offload(task: Task, found: Found) -> Answer:
-    one = found.drafts or found.offload
+    one = found.ours
     also = "not even one sequence fits there whole"
     if found.on_device is not None:
-        parts = f"{_runs(found.on_device)} take {duration(found.on_device.total_s)}"
-        also = f"{parts}, offloading {duration(one.total_s)}"
+        also = f"{_runs(found.on_device)} take {duration(found.on_device.total_s)}, offloading {duration(one.total_s)}"
+    is_greedy = found.drafts is not None
+    if found.on_device is None and not found.plan.count(tier="host"):
+        kinds = " and ".join(sorted({FORMS[kind.form].label for kind, n in found.plan.placed.items() if n}))
+        also = f"as {kinds} all of it stays there"
     return Answer(
         f"Offload: {_room(task)}; {also}.",
-        f"{_options(task.config)}:\n    out = {_run(task)}",
-        f"Predicted: {_speed(task, one)}{_over_full(found)}{_drafted(found)}, bound by "
-        f"{_bound(found.plan)}.{_why_no_recomputation(task, found.plan)}",
+        snippets.offloaded(task, is_greedy=is_greedy),
+        f"Predicted: {_speed(task, one)}{_over_full(found)}{_drafted(found)}. "
+        f"{_bounds(task, one, _plan_bound(found.plan))}.",
+        tuple(_grouped(task, found.plan)),
     )
 
 
 def _stream(task: Task, found: Found) -> Answer:
-    one = found.drafts or found.offload
-    best = best_batch(task)
+    """Weights cross the link in every forward; or in fewer bits they do not."""
+    one, shape = found.ours, task.shape
     kept = task.kept_layers(task.workload.rows) or 0
-    bits = _in_bits(task)
-    instead = "" if best is None else _quantised(best, one)
-    return Answer(
-        f"Stream the weights{instead}: {gb(task.shape.weight_bytes)} of weights{bits} do not fit in "
-        f"{gb(task.profile.device_memory_bytes)}; {counted(kept, 'decoder layer')} of {task.shape.num_layers} "
-        f"{'stays' if kept == 1 else 'stay'} there, {gb(task.streamed_bytes)} cross the link in every forward.",
-        f"config = {_config(dataclasses.replace(task.config, device='cuda'))}\n"
-        f'with kvoffload.load("OWNER/NAME", config) as session:\n    out = session.{_run(task)}',
-        f"Predicted: {_speed(task, one)}{_drafted(found)}, bound by {_bound(found.plan)}.",
-        () if best is None else tuple(_with_other_batches(task, best)),
+    beside = " beside what this batch needs" if shape.weight_bytes < task.profile.device_memory_bytes else ""
+    memory = gb(task.profile.device_memory_bytes)
+    reason = f"{gb(shape.weight_bytes)} of weights{_in_bits(task)} do not fit in {memory}{beside}"
+    streamed = (
+        f"{counted(kept, 'decoder layer')} of {shape.num_layers} {'stays' if kept == 1 else 'stay'} there, "
+        f"{gb(task.streamed_bytes)} cross the link in every forward"
     )
+    speed = f"{_speed(task, one)}{_drafted(found)}. {_bounds(task, one, _plan_bound(found.plan))}"
+    code = snippets.streamed(task, found.name, is_greedy=found.drafts is not None)
+    best, quantised = best_batch(task), quantised_way(task)
+    more = tuple(_larger_batches(task, best))
+    if quantised is None or quantised.tokens_per_s < LEAST_GAIN * one.tokens_per_s:
+        narrower = () if quantised is not None or shape.layer_bits <= QUANTISED_BITS else _NOT_EVEN
+        if quantised is not None:
+            narrower = (f"Quantised instead: {_FOUR_BITS} make {rate(quantised.tokens_per_s)} tokens/s of this batch.",)
+        return Answer(f"Stream the weights: {reason}; {streamed}.", code, f"Predicted: {speed}.", (*more, *narrower))
+    parts = "" if quantised.runs == 1 else f" in {quantised.runs} parts of {quantised.batch}"
+    where = "on the device" if quantised.way in ("on_device", "sub_batches") else "with the cache offloaded"
+    return Answer(
+        f"Stream the weights only where quantised ones will not do: {reason}; {_FOUR_BITS} do{parts}, and make "
+        f"{rate(quantised.tokens_per_s)} tokens/s instead of {rate(one.tokens_per_s)}.",
+        snippets.quantised(task, found.name, quantised),
+        f"Predicted in 4 bits, {where}: {_speed(task, quantised)}, bound by bytes: what it costs to dequantise is not "
+        "known and not counted.",
+        (f"Streamed instead: {streamed}. Predicted: {speed}.", indent(code, CODE), *more),
+    )
+
+
+_NOT_EVEN = ("Weights in 4 bits do not fit either.",)
 
 
 def _room(task: Task) -> str:
@@ -123,10 +148,8 @@ def _room(task: Task) -> str:
     memory = task.profile.device_memory_bytes
     over = weights + cache - memory
     beyond = f", {gb(over)} too much" if over > 0 else ""
-    return (
-        f"weights take {gb(weights)}{_in_bits(task)} and the whole cache {gb(cache)} of the device's {gb(memory)}"
-        + (beyond)
-    )
+    whole = "the whole cache" if task.config.kv_dtype == "model" else "the whole cache as the model has it"
+    return f"weights take {gb(weights)}{_in_bits(task)} and {whole} {gb(cache)} of the device's {gb(memory)}{beyond}"
 
 
 def _in_bits(task: Task) -> str:
@@ -139,30 +162,36 @@ def _speed(task: Task, one: Alternative) -> str:
     step = "token" if one.way == "drafts" else "step"
     several = "" if task.workload.batch == 1 else f" of {counted(one.batch, 'sequence')}"
     prefill = f"{'prompt' if one.batch * one.runs == 1 else 'prompts'} {duration(one.prefill_s * one.runs)}"
+    if one.runs > 1:
+        prefill += f" in {one.runs} parts"
     return f"{rate(one.tokens_per_s)} tokens/s in all ({prefill}, then {duration(one.step_s)} a {step}{several})"
 
 
+def _bounds(task: Task, one: Alternative, step_bound: str) -> str:
+    """What a step is bound by, and the prompts where they take most of the time."""
+    share = one.prefill_s * one.runs / one.total_s
+    steps = f"Steps are bound by {step_bound}" if task.workload.new_tokens > 1 else "There is no step"
+    if share < 0.5:
+        return steps
+    streams = one.way in ("offload", "drafts") and one.prefill_s > LEAST_GAIN * task.prefill_s(one.batch)
+    return f"{steps}; the prompts, {share:.0%} of the time, by {'the link' if streams else 'computing'}"
+
+
 def _over_full(found: Found) -> str:
-    """What planning gains, where it does."""
-    plan, one = found.plan, found.drafts or found.offload
-    gain = plan.full_transfer_step_s / plan.predicted_step_s * found.offload.step_s / one.step_s
-    return f", {gain:.1f}x full transfer," if gain >= LEAST_GAIN else ""
+    """What planning gains over the whole run, where it does."""
+    if found.full is None or found.full.total_s < LEAST_GAIN * found.ours.total_s:
+        return ""
+    return f", {found.full.total_s / found.ours.total_s:.1f}x full transfer"
 
 
 def _drafted(found: Found) -> str:
     if found.drafts is None or found.rounds is None:
         return ""
-    return (
-        f" with verified drafts from {_read_by_drafts(found.rounds)}, {found.rounds.acceptance:.2f} of which are "
-        "assumed to be right"
-    )
+    read = "4-bit copies of all tokens" if found.rounds.reads_all else "the newest tokens"
+    return f", with verified drafts from {read}, {found.rounds.acceptance:.2f} of which are assumed to be right"
 
 
-def _read_by_drafts(rounds: ExpectedRounds) -> str:
-    return "4-bit copies of all tokens" if rounds.reads_all else "the newest tokens"
-
-
-def _bound(plan: Plan) -> str:
+def _plan_bound(plan: Plan) -> str:
     return {
         "link": "the link",
         "device": "the device's computing",
@@ -173,105 +202,72 @@ def _bound(plan: Plan) -> str:
 
 
 def _device_bound(task: Task, one: Alternative) -> str:
-    """Whether a step on the device computes or reads for longer."""
+    """Whether a step on the device computes, reads or is issued for longest."""
+    inputs = task.inputs(task.mean_tokens(), one.batch)
+    step = step_time.predict(inputs, {"resident_kv": inputs.num_blocks})
+    if step.issue_s > step.device_s + task.tail_s(inputs):
+        return "the host, which issues them"
     computes = decode_mfu(task, one.batch, one.step_s) > decode_mbu(task, one.batch, one.step_s)
     return "computing" if computes else "reading weights and cache from device memory"
 
 
-def _why_no_recomputation(task: Task, plan: Plan) -> str:
+def _grouped(task: Task, plan: Plan) -> Iterator[str]:
     """Grouped queries are why recomputing K and V from activations gains nothing."""
     shape = task.shape
-    if shape.cached_values or shape.kv_row_bytes > shape.activation_row_bytes or plan.binding_constraint == "device":
-        return ""
-    if plan.split_fraction or shape.num_kv_heads >= shape.num_heads:
-        return ""
-    return " Its grouped queries make K and V no larger than activations, so recomputing them gains nothing."
+    is_grouped = not shape.cached_values and shape.num_kv_heads < shape.num_heads
+    if is_grouped and shape.kv_row_bytes <= shape.activation_row_bytes and not plan.split_fraction:
+        yield "Its grouped queries make K and V no larger than activations, so recomputing them gains nothing."
 
 
-def _quantised(best: StreamedBatch, one: Alternative) -> str:
-    """Where weights in 4 bits are faster for this batch."""
-    if best.quantised is None or best.quantised.tokens_per_s < LEAST_GAIN * one.tokens_per_s:
-        return ""
-    return ", or take quantised ones"
-
-
-def _with_other_batches(task: Task, best: StreamedBatch) -> Iterator[str]:
-    """Which batch pays for streaming, and what weights in 4 bits would do instead."""
-    if best.batch > task.workload.batch:
-        yield (
-            f"Each forward reads them once, whatever the batch: {counted(best.batch, 'sequence')} of this length make "
-            f"{rate(best.found.tokens_per_s)} tokens/s (with {gb(best.host_bytes)} of host memory)."
-        )
-    if best.quantised is None:
-        if task.shape.layer_bits > QUANTISED_BITS:
-            yield "Weights in 4 bits do not fit either."
+def _larger_batches(task: Task, best: StreamedBatch | None) -> Iterator[str]:
+    """Which batch pays for streaming, and from which on it is faster than weights in 4 bits."""
+    if best is None or best.batch <= task.workload.batch:
         return
-    said = (
-        f"Quantised instead, where that loss of accuracy is acceptable: weights in 4 bits fit, and this batch makes "
-        f"{rate(best.quantised.tokens_per_s)} tokens/s with them"
+    streamed = (
+        f"Each forward reads streamed weights once, whatever the batch: {counted(best.batch, 'sequence')} of this "
+        f"length make {rate(best.found.tokens_per_s)} tokens/s (with {gb(best.host_bytes)} of host memory)"
     )
-    if best.beats_from is None:
-        yield f"{said}, more than streaming with any batch."
+    if best.quantised is None:
+        yield f"{streamed}."
     else:
-        yield f"{said}; streaming is faster from {counted(best.beats_from, 'sequence')} on."
-    yield indent(
-        "config = BitsAndBytesConfig(load_in_4bit=True)\n"
-        "model = AutoModelForCausalLM.from_pretrained(\n"
-        '    "OWNER/NAME", quantization_config=config, device_map="cuda"\n)',
-        CODE,
-    )
+        yield f"{streamed}, {rate(best.quantised.tokens_per_s)} with weights in 4 bits."
 
 
-def _beyond_positions(task: Task, facts: Facts) -> str:
-    """A sentence where a sequence becomes longer than the model's positions; it is planned for all the same."""
+def _beyond_positions(task: Task, facts: Facts) -> Iterator[str]:
+    """Where a sequence becomes longer than the model's positions; it is planned for all the same."""
     limit, num_tokens = facts.position_limit, task.workload.prompt_tokens + task.workload.new_tokens
-    if limit is None or num_tokens <= limit:
-        return ""
-    return (
-        f"But prompt and new tokens make {count(num_tokens)}, and the model's configuration has positions for "
-        f"{count(limit)}."
-    )
+    if limit is not None and num_tokens > limit:
+        yield (
+            f"But prompt and new tokens make {count(num_tokens)}, and the model's configuration has positions for "
+            f"{count(limit)}."
+        )
 
 
-def _doubted(facts: Facts) -> str:
-    """A sentence where the sizes of the model are guessed."""
-    return f"All this is a guess: {facts.doubt}." if facts.doubt else ""
+def _close(task: Task) -> Iterator[str]:
+    """Where a little more memory would do, which a device of that name may have."""
+    memory = task.profile.device_memory_bytes
+    over = task.shape.weight_bytes + task.resident_bytes(task.workload.batch) - memory
+    if 0 < over <= CLOSE_FRACTION * memory and "datasheet" in task.profile.extra:
+        yield (
+            f"This is close: {gb(memory)} is the datasheet's figure, and drivers report up to {CLOSE_FRACTION:.0%} "
+            "more; --device-memory plans with what yours has."
+        )
 
 
-def _run(task: Task, inputs: str = "inputs") -> str:
-    return _RUN.format(inputs=inputs, new_tokens=task.workload.new_tokens, beams=_beams(task))
-
-
-def _beams(task: Task) -> str:
-    return "" if task.workload.num_beams == 1 else f", num_beams={task.workload.num_beams}"
-
-
-def _options(config: OffloadConfig) -> str:
-    """How a model is offloaded with these options."""
-    written = _config(config)
-    if written == "kvoffload.OffloadConfig()":
-        return "with kvoffload.offload(model)"
-    return f"config = {written}\nwith kvoffload.offload(model, config)"
-
-
-def _config(config: OffloadConfig) -> str:
-    changed: dict[str, Any] = {
-        one.name: getattr(config, one.name)
-        for one in dataclasses.fields(config)
-        if getattr(config, one.name) != one.default
-    }
-    written = ", ".join(f"{name}={value!r}" for name, value in changed.items()).replace("'", '"')
-    return f"kvoffload.OffloadConfig({written})"
+def _doubted(facts: Facts) -> Iterator[str]:
+    """Where the sizes of the model are guessed."""
+    if facts.doubt:
+        yield f"All this is a guess: {facts.doubt}."
 
 
 def _details(task: Task, found: Found) -> str:
     """The placement, and what a step of each way takes."""
     said = f"Offloaded: {placement(found.plan, found.offload)}"
-    if found.drafts is not None and found.rounds is not None:
-        said += f"; {_drafted(found).strip()}, a token takes {duration(found.drafts.step_s)}"
+    if found.drafts is not None:
+        said += f"{_drafted(found)}, a token takes {duration(found.drafts.step_s)}"
     if found.on_device is not None:
         said += f". {_runs(found.on_device).capitalize()}: a step takes {duration(found.on_device.step_s)} on average"
-    return f"{said}."
+    return f"{said}. {_memory(task, found)}"
 
 
 def placement(chosen: Plan, offload: Alternative) -> str:
@@ -292,6 +288,15 @@ def _in_words(kind: Kind, num_blocks: int) -> str:
         return f"{counted(num_blocks, 'stays', 'stay')} on the device as {form.label}"
     also = " and recomputed" if form.is_recomputed else ""
     return f"{counted(num_blocks, 'is', 'are')} transferred as {form.label}{also}"
+
+
+def _memory(task: Task, found: Found) -> str:
+    """What becomes of the device's memory where the cache is offloaded."""
+    memory, weights = task.profile.device_memory_bytes, task.device_weight_bytes
+    return (
+        f"Of the device's {gb(memory)} then {gb(weights)} are weights, {gb(found.plan.device_bytes)} cache and "
+        f"buffers, and {gb(max(0, memory - weights - found.plan.device_bytes))} are left to the prefill and kept free."
+    )
 
 
 def _runs(one: Alternative) -> str:

@@ -10,16 +10,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from kvoffload.advise.streaming import ASSUMED_HOST_BYTES
+from kvoffload.advise.streaming import WIDTHS
 from kvoffload.advise.task import Task
 from kvoffload.config import GIB
 from kvoffload.errors import InfeasiblePlanError
+from kvoffload.machine.machine import ASSUMED_HOST_BYTES
 from kvoffload.planning import planner
 from kvoffload.units import counted
 
 MAX_SEARCHED = 2**24  # batches and prompts larger than this are not looked for
 WORTH_TELLING = 8  # a prompt this many times shorter than the one that was asked for
-WIDTHS = ((8, 8.5), (4, 4.5))  # bits of a quantised weight by name, and with scales as common formats have them
 
 
 class FittingPrompt(NamedTuple):
@@ -49,6 +49,7 @@ def limits(task: Task) -> Limits:
     """What still fits, on the device and offloaded."""
     installed, asked = task.profile.extra.get("host_memory_bytes"), task.config.host_gib
     host_bytes = installed if isinstance(installed, int) else ASSUMED_HOST_BYTES
+    is_assumed = bool(task.profile.extra.get("host_memory_is_assumed"))
     on_host = task._replace(profile=replace(task.profile, extra=task.profile.extra | {"host_memory_bytes": host_bytes}))
     batch, prompt = task.workload.batch, task.workload.prompt_tokens
     most_tokens = MAX_SEARCHED
@@ -69,7 +70,7 @@ def limits(task: Task) -> Limits:
         batches(on_host, _can_be_offloaded),
         prompts(on_host, _can_be_offloaded),
         host_bytes if isinstance(asked, str) else int(asked * GIB),
-        isinstance(installed, int) or not isinstance(asked, str),
+        not isinstance(asked, str) or (isinstance(installed, int) and not is_assumed),
         most_positions,
         tuple(FittingPrompt(name, prompts(task.in_weight_bits(bits), _fits_on_device)) for name, bits in narrower),
     )

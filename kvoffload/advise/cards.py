@@ -34,6 +34,8 @@ class Card(NamedTuple):
         if self.advice is None:
             return "nothing works"
         best = self.advice.best
+        if self.quantised is not None and self.advice.plan.weight_bytes_per_step:
+            return "quantise"
         if self.advice.plan.weight_bytes_per_step and best.way in ("offload", "drafts"):
             return "stream weights"
         return f"{best.runs} parts" if best.runs > 1 else LABELS[best.way]

@@ -97,7 +97,10 @@ def _on_device(task: Task, money: Economics) -> Iterator[WayFigures]:
     """Both ways without offloading, of which one says why it is none."""
     found = task.on_device()
     needed, free = task.resident_bytes(task.workload.batch), task.free_bytes(task.workload.rows)
+    memory, weights = task.profile.device_memory_bytes, task.shape.weight_bytes
     short = f"the cache needs {gb(needed)} where {gb(max(0, free))} are free"
+    if weights >= memory:
+        short = f"weights take {gb(weights)} of {gb(memory)}"
     if found is None:
         yield WayFigures("on_device", short)
         yield WayFigures("sub_batches", "not even one sequence fits")

@@ -8,7 +8,7 @@ from kvoffload.advise.capacity import Limits, limits
 from kvoffload.advise.comparison import WayFigures, compare_ways
 from kvoffload.advise.economics import Economics
 from kvoffload.advise.precisions import Precision, precisions
-from kvoffload.advise.streaming import quantised_way
+from kvoffload.advise.streaming import WIDTHS, quantised_way
 from kvoffload.advise.sweep import BestAtSize, Grid, sweep
 from kvoffload.advise.task import Alternative, Task
 
@@ -20,7 +20,7 @@ class Overview(NamedTuple):
     limits: Limits
     cells: tuple[BestAtSize, ...]
     precisions: tuple[Precision, ...] = ()
-    quantised: Alternative | None = None  # the best way in 4-bit weights; None: none works, or they are as narrow now
+    quantised: tuple[tuple[int, Alternative], ...] = ()  # by bits of weights narrower than the model's: the best way
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; figures of what cannot be done are None."""
@@ -31,7 +31,7 @@ class Overview(NamedTuple):
             "limits": limits,
             "sweep": [_cell_json(cell) for cell in self.cells],
             "precisions": [one._asdict() for one in self.precisions],
-            "quantised": None if self.quantised is None else self.quantised._asdict(),
+            "quantised": [{"weight_bits": bits} | one._asdict() for bits, one in self.quantised],
         }
 
 
@@ -42,7 +42,7 @@ def overview(task: Task, money: Economics, over: Grid) -> Overview:
         limits(task),
         sweep(task, over.batches, over.prompts),
         precisions(task),
-        quantised_way(task),
+        tuple((name, one) for name, bits in WIDTHS if (one := quantised_way(task, bits)) is not None),
     )
 
 

@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from kvoffload.advise.task import Alternative, Task
-from kvoffload.advise.ways import LEAST_GAIN
 from kvoffload.errors import InfeasiblePlanError
+from kvoffload.machine.machine import ASSUMED_HOST_BYTES
 from kvoffload.planning import planner
 
 QUANTISED_BITS = 4.5  # of a weight in 4 bits with its scales, as common formats have them
-ASSUMED_HOST_BYTES = 256 * 10**9  # of a machine whose host memory is not known
+WIDTHS = ((8, 8.5), (4, QUANTISED_BITS))  # of quantised weights, by their name and with scales
 ENOUGH = 0.9  # of the highest rate, with which a smaller batch is preferred
 LARGEST_BATCH = 4096
 
@@ -29,8 +29,7 @@ class StreamedBatch(NamedTuple):
     batch: int
     found: Alternative
     host_bytes: int  # that it was looked for in
-    quantised: Alternative | None  # the user's own batch in 4-bit weights, the best way; None: these do not fit either
-    beats_from: int | None  # the smallest batch with which streaming beats those by a margin; None: none that fits
+    quantised: Alternative | None  # the same batch in 4-bit weights, the best way; None: these do not fit either
 
 
 def streams_weights(task: Task) -> bool:
@@ -50,41 +49,39 @@ def best_batch(task: Task, *, beside_quantised: bool = True) -> StreamedBatch | 
     installed = task.profile.extra.get("host_memory_bytes")
     host_bytes = installed if isinstance(installed, int) else ASSUMED_HOST_BYTES
     rates: dict[int, Alternative] = {}
-    beats_from = None
     for sized in _sizes(task):
         offload = _offloaded(sized, host_bytes)
         if offload is None:
             break
         rates[sized.workload.batch] = offload
-        if beside_quantised and beats_from is None:
-            quantised = quantised_way(sized)
-            if quantised is None or offload.tokens_per_s >= LEAST_GAIN * quantised.tokens_per_s:
-                beats_from = sized.workload.batch
     if not rates:
         return None
     highest = max(one.tokens_per_s for one in rates.values())
     batch = min(size for size, one in rates.items() if one.tokens_per_s >= ENOUGH * highest)
-    quantised = quantised_way(task) if beside_quantised else None
-    return StreamedBatch(batch, rates[batch], host_bytes, quantised, beats_from)
+    best = task._replace(workload=replace(task.workload, batch=batch))
+    return StreamedBatch(batch, rates[batch], host_bytes, quantised_way(best) if beside_quantised else None)
 
 
-def quantised_way(task: Task) -> Alternative | None:
+def quantised_way(task: Task, bits: float = QUANTISED_BITS) -> Alternative | None:
     """The same work with decoder layers in 4 bits, on the device or with its cache offloaded; None: neither works.
+
+    `bits` of each weight, scales included.
 
     None as well where they have no more bits than that already. Bound by bytes: what it costs to dequantise is not
     counted. Nothing is said of accuracy.
     """
-    if task.shape.layer_bits <= QUANTISED_BITS:
+    if task.shape.layer_bits <= bits:
         return None
-    smaller = task.in_weight_bits(QUANTISED_BITS)
-    if streams_weights(smaller):
-        return None
+    smaller = task.in_weight_bits(bits)
     found = [smaller.on_device()]
     try:
-        settled = smaller.settled()
-        found.append(settled.offload(planner.solve(settled.inputs(task.workload.cached_tokens))))
-    except InfeasiblePlanError:  # then on the device alone
-        found.append(None)
+        if not streams_weights(smaller):
+            settled = smaller.settled()
+            offload = settled.offload(planner.solve(settled.inputs(task.workload.cached_tokens)))
+            rounds = settled.rounds()
+            found += [offload, None if rounds is None else settled.drafted(offload, rounds)]
+    except InfeasiblePlanError:
+        pass  # then on the device alone
     return min((one for one in found if one is not None), key=lambda one: one.total_s, default=None)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from kvoffload.cli.machine import preset_or_file
 from kvoffload.cli.options import AsJson, completed
 from kvoffload.cli.terminal import print_json, print_rows, print_text
 from kvoffload.cli.waits import waiting
@@ -104,7 +105,7 @@ def _profile(name: str) -> HardwareProfile:
         return load()
     from kvoffload.machine.machine import find_profile
 
-    return find_profile(name)
+    return find_profile(preset_or_file(name))
 
 
 def _stored() -> HardwareProfile | None:

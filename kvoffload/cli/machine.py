@@ -88,6 +88,14 @@ def devices_named(hardware: str) -> list[str]:
     return names
 
 
+def preset_or_file(hardware: str) -> str:
+    """A file as it is, else the name of the preset that is meant; errors as of `datasheet.preset_named`."""
+    from kvoffload.machine.datasheet import preset_named
+
+    path = Path(hardware)
+    return hardware if path.exists() or path.suffix == ".json" or len(path.parts) > 1 else preset_named(hardware)
+
+
 def machine_named(hardware: str, link: EmulatedLink | None, *, needs_speed: bool = True) -> HardwareProfile:
     """What `--hardware` and `--link-gb-per-s` stand for; this machine ("auto") is measured where it has not been.
 
@@ -113,7 +121,7 @@ def machine_named(hardware: str, link: EmulatedLink | None, *, needs_speed: bool
             return stored.load_or_measure(link=link or "auto", progress=tell)
     from kvoffload.machine.machine import find_profile
 
-    machine = find_profile(hardware)
+    machine = find_profile(preset_or_file(hardware))
     if link is None:
         return machine
     from kvoffload.profiler.profile import with_link

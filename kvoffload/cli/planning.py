@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvoffload.cli.machine import devices_named, machine_named
+from kvoffload.cli.machine import devices_named, machine_named, preset_or_file
 from kvoffload.cli.options import (
     COST,
     MACHINE,
@@ -78,6 +78,14 @@ def plan(
             help="What if the device had so many GB.",
         ),
     ] = None,
+    host_memory: Annotated[
+        float | None,
+        typer.Option(
+            callback=within(0.1, 1e6, "a number of GB"),
+            rich_help_panel=MACHINE,
+            help="GB of host memory there are; of a named device 256 are assumed.",
+        ),
+    ] = None,
     price_per_hour: Annotated[
         float | None,
         typer.Option(
@@ -125,11 +133,12 @@ def plan(
     cells = grid(sweep)
     facts_shown(model)  # what is wrong with it is told before this machine is measured
     memory_bytes = None if device_memory is None else device_memory * 1e9
+    host_bytes = None if host_memory is None else host_memory * 1e9
     chosen: dict[str, Any] = {"acceptance": acceptance, "w_bits": w_bits}
 
     def machine_of(name: str) -> HardwareProfile:
         found = machine_named(name, emulated, needs_speed=link is None)
-        return what_if(found, link=link, device_memory_bytes=memory_bytes)
+        return what_if(found, link=link, device_memory_bytes=memory_bytes, host_memory_bytes=host_bytes)
 
     names = devices_named(hardware)
     if len(names) > 1:
@@ -204,7 +213,7 @@ def roofline(
 
         found = evaluate(dims, machine_of(load()), setting)
     else:
-        found = evaluate(dims, find_machine(hardware), setting)
+        found = evaluate(dims, find_machine(preset_or_file(hardware)), setting)
     if as_json:
         print_json(found.to_json())
         return
@@ -238,6 +247,7 @@ def report(
     """Write one HTML file with charts: roofline, step timeline, split, batch and context, memory, measurements."""
     from kvoffload import __version__
     from kvoffload.cli import report_page as reports
+    from kvoffload.machine.machine import what_if
     from kvoffload.profiler.drawing import chart, study
 
     chart.require_plotly()
@@ -247,7 +257,7 @@ def report(
     workload = Workload(batch=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     dimensions, compared = facts_shown(config), study.compared_rows(rows) if rows else ()
     emulated = emulated_link(link_gb_per_s)
-    machine = machine_named(hardware, emulated)
+    machine = what_if(machine_named(hardware, emulated))  # with as much host memory as `plan` assumes
     run = None
     if measure:
         from kvoffload.cli import measured_run

@@ -97,7 +97,7 @@ def _listed(words: tuple[str, ...]) -> str:
 
 def tokens(text: str | int) -> Any:
     """A count of tokens: 4096, "128k", "1m"; else the text, which the callback refuses."""
-    match = re.fullmatch(r"(-?\d+)\s*([km]?)", str(text).strip().lower())
+    match = re.fullmatch(r"(-?\d+)\s*([km]?)", str(text).strip().lower().replace(",", ""))
     if match is None:
         return text
     return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]]

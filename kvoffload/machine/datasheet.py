@@ -130,48 +130,62 @@ def preset_names() -> list[str]:
 
 
 def preset(name: str) -> Datasheet:
-    """A preset by its name, or by a part of it that no other has: "4090", "RTX 4090", "a100-80gb-sxm4".
+    """A preset by its name.
+
+    Raises:
+        ProfileError: there is none of that name; lists the near ones, then all.
+    """
+    presets = _presets()
+    if name not in presets:
+        near = [known for known in sorted(presets) if name.lower() in known]
+        near += [known for known in difflib.get_close_matches(name.lower(), presets, cutoff=0.5) if known not in near]
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise ProfileError(
+            f"unknown hardware preset {name!r}{hint}; known: {', '.join(preset_names())}; "
+            "or the path of a file with the fields of a preset"
+        )
+    return Datasheet.from_json(presets[name], source=f"preset {name}")
+
+
+def preset_named(text: str) -> str:
+    """The name of the preset that a person means: a part of it that no other has, such as "4090" or "H100 PCIe".
+
+    Each word must be one of the name's, or the beginning or the end of one where digits meet letters there: "4090" and
+    "rtx" are parts of "rtx4090", "l4" is none of "l40s". A name of which all words are whole goes first.
 
     Raises:
         ProfileError: there is none of that name, or there are several; lists the near ones, else all.
     """
     presets = _presets()
-    if name not in presets:
-        near = _presets_like(name)
-        if len(near) == 1:
-            return preset(near[0])
-        if near:
-            raise ProfileError(f"there are several presets like {name!r}; near: {', '.join(near)}: name one of these")
-        near = difflib.get_close_matches(_plain(name), presets, cutoff=0.5)
-        hint = f"near: {', '.join(near)}" if near else f"known: {', '.join(preset_names())}"
-        raise ProfileError(
-            f"unknown hardware preset {name!r}; {hint}; `kvoffload hardware` lists them all; or the path of a file "
-            "with the fields of a preset"
-        )
-    return Datasheet.from_json(presets[name], source=f"preset {name}")
+    if text in presets:
+        return text
+    words = [word for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in _MAKERS]
+    parts = {name: name.split("-") for name in preset_names()}
+    whole = [name for name in parts if words and all(word in parts[name] for word in words)]
+    partly = [name for name in parts if words and all(any(_is_part(word, of) for of in parts[name]) for word in words)]
+    found = whole or partly
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ProfileError(f"there are several presets like {text!r}; near: {', '.join(found)}: name one of these")
+    near = difflib.get_close_matches("-".join(words), presets, cutoff=0.5)
+    hint = f"near: {', '.join(near)}" if near else f"known: {', '.join(preset_names())}"
+    raise ProfileError(
+        f"unknown hardware preset {text!r}; {hint}; `kvoffload hardware` lists them all; or the path of a file with "
+        "the fields of a preset"
+    )
 
 
-def _presets_like(name: str) -> list[str]:
-    """Presets that a part of a name may mean, the best kind of match alone: "l4" is not the L40S."""
-    plain = _plain(name)
-    if not plain:
-        return []
-    models = {known: known.split("-")[0] for known in preset_names()}  # "rtx4090" of "rtx4090-24gb-pcie4"
-    for matches in (
-        lambda known: models[known] == plain,
-        lambda known: re.fullmatch(rf"[a-z]+{re.escape(plain)}", models[known]),
-        lambda known: known.replace("-", "").startswith(plain),
-        lambda known: plain in known.replace("-", ""),
-    ):
-        if found := [known for known in models if matches(known)]:
-            return found
-    return []
+_MAKERS = ("nvidia", "geforce", "tesla", "amd", "instinct")
 
 
-def _plain(name: str) -> str:
-    """Without the maker and what is no letter or digit: "rtx4090" of "NVIDIA GeForce RTX 4090"."""
-    words = re.findall(r"[a-z0-9]+", name.lower())
-    return "".join(word for word in words if word not in ("nvidia", "geforce", "tesla", "amd", "instinct"))
+def _is_part(word: str, of: str) -> bool:
+    """Whether it is a word, or the beginning or the end of one that is not cut between two digits or two letters."""
+    if word == of:
+        return True
+    if of.startswith(word):
+        return word[-1].isdigit() != of[len(word)].isdigit()
+    return of.endswith(word) and word[0].isdigit() != of[-len(word) - 1].isdigit()
 
 
 class LinkSpec(NamedTuple):

@@ -24,6 +24,7 @@ from kvoffload.machine.fit import Fit
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.machine.quantities import given_curve
 
+ASSUMED_HOST_BYTES = 256 * 10**9  # of a machine whose host memory is not known
 LINK_BYTES = 2**26  # the copy whose rate is taken for the link's
 
 
@@ -96,7 +97,11 @@ def machine_of(profile: HardwareProfile) -> Machine:
 
 
 def what_if(
-    profile: HardwareProfile, *, link: str | None = None, device_memory_bytes: float | None = None
+    profile: HardwareProfile,
+    *,
+    link: str | None = None,
+    device_memory_bytes: float | None = None,
+    host_memory_bytes: float | None = None,
 ) -> HardwareProfile:
     """The same machine behind another link or with another size of memory.
 
@@ -104,6 +109,7 @@ def what_if(
         profile: the machine.
         link: "pcie5", "pcie4x8", "nvlink-c2c", "3GB/s+100us" and the like (`datasheet.link_named`).
         device_memory_bytes: of the device.
+        host_memory_bytes: of the host; None: as it is known, else `ASSUMED_HOST_BYTES`, marked as assumed.
 
     Raises:
         ConfigError: unknown link, or a size that no device has.
@@ -116,7 +122,12 @@ def what_if(
         if not 1e8 <= device_memory_bytes <= 1e14:
             raise ConfigError(f"a device with {device_memory_bytes:g} bytes of memory makes no sense: give GB, e.g. 24")
         profile = dataclasses.replace(profile, device_memory_bytes=int(device_memory_bytes))
-    return profile
+    is_known = isinstance(profile.extra.get("host_memory_bytes"), int)
+    if host_memory_bytes is None and is_known:
+        return profile
+    host = {"host_memory_bytes": int(host_memory_bytes or ASSUMED_HOST_BYTES)}
+    assumed = {"host_memory_is_assumed": host_memory_bytes is None}
+    return dataclasses.replace(profile, extra=profile.extra | host | assumed)
 
 
 def _from_datasheet(sheet: Datasheet) -> Machine:

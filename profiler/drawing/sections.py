@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from kvoffload.advise.answer import CODE
 from kvoffload.advise.precisions import in_words
+from kvoffload.advise.snippets import CODE
 from kvoffload.machine.quantities import Quantity
 from kvoffload.model.shape import shape_of
 from kvoffload.profiler.drawing.operation_chart import roofline_chart
@@ -199,7 +199,9 @@ def _split(found: Study) -> Section:
         "best placement over device and host is taken.",
     )
     if line := in_words(found.precisions):
-        lines = (*lines, f"{line[0].upper()}{line[1:]}. Those that are not exact have to be asked for (kv_dtype).")
+        lines = (*lines, f"{line} Those that are not exact have to be asked for (kv_dtype).")
+    if ratio >= 1:
+        return Section("split", "Split", (f"{lines[0]} So no block is kept so here.", *lines[1:]))
     if not found.splits:
         return Section("split", "Split", lines, note=f"No split fits: {found.problem}.")
     return Section("split", "Split", lines, (split_chart(found),))

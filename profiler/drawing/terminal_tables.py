@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from kvoffload.advise import capacity, comparison
-from kvoffload.advise.answer import CODE, Answer
+from kvoffload.advise.answer import Answer
 from kvoffload.advise.capacity import Limits
 from kvoffload.advise.cards import Card
 from kvoffload.advise.overview import Overview
 from kvoffload.advise.precisions import in_words
 from kvoffload.advise.roofline import OperationTime, Phase, Roofline, remedy_text
+from kvoffload.advise.snippets import CODE
 from kvoffload.advise.sweep import BestAtSize
 from kvoffload.advise.ways import LABELS
 from kvoffload.machine.hardware_profile import HardwareProfile
@@ -35,11 +36,11 @@ def _console() -> Console:
 
 
 def print_roofline(found: Roofline) -> None:
-    """Every phase with its operations, then what it all comes to."""
+    """What it all comes to, then every phase with its operations."""
     console = _console()
+    console.print("\n".join(summary(found)), highlight=False, markup=False)
     for phase in found.phases:
         console.print(*_phase_figures(found, phase).tables(console.width))
-    console.print("\n".join(summary(found)), highlight=False, markup=False)
 
 
 def print_answer(said: Answer, machine: HardwareProfile) -> None:
@@ -47,7 +48,18 @@ def print_answer(said: Answer, machine: HardwareProfile) -> None:
     console = _console()
     for line in said.text.splitlines():
         console.print(line, highlight=False, markup=False, soft_wrap=line.startswith(CODE))
-    console.print(f"\nOn {machine.device_name}, {machine.link_name}. {said.details}", highlight=False, markup=False)
+    console.print(f"\nOn {machine.device_name}, {machine.link_name}: {_source(machine)}", highlight=False, markup=False)
+    console.print(said.details, highlight=False, markup=False)
+
+
+def _source(machine: HardwareProfile) -> str:
+    """Where the figures of a machine come from."""
+    if "datasheet" not in machine.extra:
+        return "predicted from rates that were measured on it."
+    link = {"measured": "measured by others", "datasheet": "the datasheet's"}.get(
+        machine.h2d.provenance if machine.h2d is not None else "", "assumed"
+    )
+    return f"peaks of the datasheet, the speed of the link {link}; nothing of this was measured."
 
 
 def print_forecast(seen: Overview) -> None:
@@ -55,7 +67,7 @@ def print_forecast(seen: Overview) -> None:
     console = _console()
     console.print(*_forecast_figures(seen.rows).tables(console.width))
     for row in seen.rows:
-        if row.problem:
+        if row.problem and row.name != "sub_batches":  # which says no more than the row of the whole batch
             console.print(f"{LABELS[row.name]}: {row.problem}", highlight=False, markup=False)
     for line in [*limit_lines(seen.limits), *what_if_lines(seen)]:
         console.print(line, highlight=False, markup=False)
@@ -121,11 +133,15 @@ def what_if_lines(seen: Overview) -> list[str]:
     lines = []
     if line := in_words(seen.precisions):
         lines.append(line)
-    if seen.quantised is not None:
-        how = "offloaded" if seen.quantised.way == "offload" else "on the device"
+    rates = []
+    for bits, one in seen.quantised:
+        how = "on the device" if one.way in ("on_device", "sub_batches") else "offloaded"
+        parts = f" in {one.runs} parts of {one.batch}" if one.runs > 1 else ""
+        rates.append(f"{rate(one.tokens_per_s)} tokens/s in {bits} bits ({how}{parts})")
+    if rates:
         lines.append(
-            f"With weights in 4 bits, {how}: {rate(seen.quantised.tokens_per_s)} tokens/s (byte-bound: what it costs "
-            "to dequantise is not known and not counted)."
+            f"With quantised weights: {', '.join(rates)}; half a bit more for scales, and what it costs to dequantise "
+            "is not known and not counted."
         )
     return lines
 
@@ -210,13 +226,23 @@ def summary(found: Roofline) -> list[str]:
         lines.append(f"{room}: fits")
     else:
         missing = found.device_bytes - machine.memory_bytes
-        share = setting.kv_on_host + missing / max(1, found.kv_bytes)
-        streamed = min(1.0, setting.weights_on_host + missing / found.weight_bytes + 0.005)
-        way = (
-            f"--kv-on-host {share + 0.005:.2f}" if share <= 0.995 else f"--w-bits 8 or --weights-on-host {streamed:.2f}"
-        )
-        lines.append(f"{room}: does not fit by {si(missing)}B, try {way}")
+        lines.append(f"{room}: does not fit by {si(missing)}B, try {_way_out(found, missing)}")
     return lines
+
+
+def _way_out(found: Roofline, missing: float) -> str:
+    """The options with which it fits: K/V on the host, else narrower weights, else weights on the host as well."""
+    setting, memory = found.setting, found.machine.memory_bytes
+    share = setting.kv_on_host + missing / max(1, found.kv_bytes)
+    if share <= 0.995:
+        return f"--kv-on-host {share + 0.005:.2f}"
+    bits = found.dims.linear_bits if setting.precision.weight_bits is None else setting.precision.weight_bits
+    cache = found.kv_bytes * (1 - setting.kv_on_host)
+    ways = [f"--w-bits {width}" for width in (8, 4) if found.weight_bytes * width / bits + cache <= memory][:1]
+    streamed = (found.weight_bytes - memory) / found.weight_bytes
+    cached = " --kv-on-host 1" if found.kv_bytes else ""
+    ways.append(f"--weights-on-host {max(0.0, streamed) + 0.005:.2f}{cached}")
+    return " or ".join(ways)
 
 
 def si(value: float, unit: str = "") -> str:
