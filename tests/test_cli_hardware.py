@@ -97,5 +97,6 @@ def test_this_machine_is_auto_once_it_is_measured(cache: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_near_ones() -> None:
-    assert "near: l4-24gb-pcie4, l40s-48gb-pcie4" in run_badly("hardware", "l4")
-    assert "near: rtx4090-24gb-pcie4" in run_badly("hardware", "rtx4090")
+    assert "near: h100-80gb-pcie5, h100-80gb-sxm5: name one of these" in run_badly("hardware", "h100")
+    assert "near: rtx4090-24gb-pcie4" in run_badly("hardware", "rtx4090-25gb")
+    assert "4090: NVIDIA GeForce RTX 4090" in run_well("hardware", "4090")

@@ -19,7 +19,7 @@ def test_plan_recommends_and_compares(model: Path) -> None:
     text = run_well("plan", "--model", model, "--batch", 100, "--hardware", "a100-40gb-pcie4")
     assert text.startswith("Do not offload, unless the batch must stay together")
     assert "sub-batches" in text
-    assert "On NVIDIA A100 40GB PCIe, PCIe 4.0 x16." in text
+    assert "On NVIDIA A100 40GB PCIe, PCIe 4.0 x16: peaks of the datasheet" in text
 
 
 def test_plan_never_cuts_the_name_of_a_way(model: Path) -> None:
@@ -80,7 +80,13 @@ def test_the_answer_comes_first_in_three_parts_and_its_code_runs(model: Path) ->
         (["--batch", 100], "Do not offload, unless", "for i in range(0, 100, 34):", "reading weights"),
         (["--seq", "100k"], "Offload: ", "with kvoffload.offload(model):", "the device's computing"),
         (["--seq", "100k", "--split", "transfer"], "Offload: ", 'config = kvoffload.OffloadConfig(split="t', "link"),
-        (["--device-memory", 10], "Stream the weights", 'config = kvoffload.OffloadConfig(device="cuda")', "the link"),
+        (["--device-memory", 10], "Stream the weights", "from transformers import", "bytes"),
+        (
+            ["--device-memory", 10, "--w-bits", 4.5, "--batch", 999],
+            "Do not offload, unless",
+            "for i in range",
+            "reading",
+        ),
     ):
         said = ["plan", "--model", model, "--hardware", "a100-40gb-pcie4", *arguments]
         answer = json.loads(run_well(*said, "--json"))["answer"]

@@ -147,31 +147,49 @@ def test_a_users_file_may_be_like_a_preset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "near"),
     [
-        ("a100", "near: a100-40gb-pcie4, a100-40gb-sxm4, a100-80gb-pcie4, a100-80gb-sxm4: name one of these"),
-        ("H100", "near: h100-80gb-pcie5, h100-80gb-sxm5: name"),
-        ("h200-pcie4", "near: h200-pcie5, h100-80gb-pcie5, a100-80gb-pcie4; `kvoffload hardware` lists them all; or"),
+        ("a100", "near: a100-40gb-pcie4, a100-40gb-sxm4, a100-80gb-pcie4, a100-80gb-sxm4; known: "),
+        ("H100", "near: h100-80gb-pcie5, h100-80gb-sxm5; known: "),
+        ("rtx4090", "near: rtx4090-24gb-pcie4"),
+        ("h200-pcie4", "near: h200-pcie5"),
         ("xyz", "preset 'xyz'; known: a100-40gb-pcie4"),
-        ("", "preset ''; known: a100-40gb-pcie4"),
     ],
 )
 def test_an_unknown_preset_lists_the_near_ones(name: str, near: str) -> None:
     with pytest.raises(ProfileError) as caught:
         find_machine(name)
     assert near in str(caught.value)
+    assert "path of a file" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "preset"),
+    ("text", "name"),
     [
         ("4090", "rtx4090-24gb-pcie4"),
         ("NVIDIA GeForce RTX 4090", "rtx4090-24gb-pcie4"),
         ("l4", "l4-24gb-pcie4"),  # not the L40S
         ("A100 40GB PCIe", "a100-40gb-pcie4"),
+        ("H100 PCIe", "h100-80gb-pcie5"),
         ("h200", "h200-pcie5"),
+        ("v100-32gb-sxm2", "v100-32gb-sxm2"),
     ],
 )
-def test_a_part_of_a_name_that_no_other_preset_has_is_enough(name: str, preset: str) -> None:
-    assert find_machine(name) == find_machine(preset)
+def test_a_person_may_leave_out_of_a_name_what_no_other_preset_has(text: str, name: str) -> None:
+    assert datasheet.preset_named(text) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a100", "several presets like 'a100'; near: a100-40gb-pcie4, a100-40gb-sxm4, a100-80gb-pcie4, a100-80gb-sxm4"),
+        ("h10", "unknown hardware preset 'h10'; known: a100-40gb-pcie4, "),  # no beginning of h100
+        ("h200-pcie4", "near: h200-pcie5, h100-80gb-pcie5, a100-80gb-pcie4; `kvoffload hardware` lists them all"),
+        ("", "unknown hardware preset ''; known: "),
+    ],
+)
+def test_what_means_no_preset_or_several_lists_the_near_ones(text: str, told: str) -> None:
+    with pytest.raises(ProfileError) as caught:
+        datasheet.preset_named(text)
+    assert told in str(caught.value)
 
 
 @pytest.mark.parametrize(

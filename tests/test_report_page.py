@@ -33,6 +33,7 @@ from kvoffload.profiler.drawing.sizes import sizes_around
 from kvoffload.profiler.drawing.sizes_charts import STYLES
 from kvoffload.profiler.drawing.study import Study
 from kvoffload.profiler.drawing.ways_table import COLUMNS, beside_roofline, ways_table
+from kvoffload.units import gb
 
 MAX_PAGE_BYTES = 3_000_000
 
@@ -101,7 +102,7 @@ def test_what_does_not_fit_says_why_below_the_table_and_what_is_not_needed_is_no
     table = ways_table(too_large())
     assert [cells[1] for cells in table.rows if len(cells) == 2] == ["does not fit", "does not fit"]
     assert table.notes[1:] == (
-        "No offload does not fit: the cache needs 1.24 GB where 0 B are free.",
+        f"No offload does not fit: weights take 93.41 GB of {gb(too_large().machine.memory_bytes)}.",
         "Sub-batches do not fit: not even one sequence fits.",
     )
     small = ways_table(made("qwen3-8b", batch=1))
@@ -137,7 +138,6 @@ def test_streamed_weights_cross_the_link_in_the_roofline_too() -> None:
     assert "waits until the weights have come over the link" in table.notes[0]
     read = found.roofline.decode.total("weight_bytes")
     assert read < 0.95 * found.task.shape.weight_bytes, "not every expert"
-    assert f"the roofline the {sections.si(read, 'B')} that a step computes with" in table.notes[1]
 
 
 # ---- charts ----------------------------------------------------------------------------------------------------------

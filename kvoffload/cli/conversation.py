@@ -27,6 +27,7 @@ class Turn(NamedTuple):
 
     text: str
     prefilled_tokens: int  # that went through the model before the answer: what is new, seldom more
+    reused_tokens: int  # of earlier turns, that were in the cache
     new_tokens: int
     cached_tokens: int  # after it
     first_token_s: float
@@ -38,8 +39,8 @@ class Turn(NamedTuple):
         rate = "" if self.tokens_per_s is None else f" at {self.tokens_per_s:.1f} tokens/s"
         stopped = "stopped; " if self.was_stopped else ""
         return (
-            f"{stopped}{counted(self.prefilled_tokens, 'prompt token')} in {duration(self.first_token_s)}, "
-            f"{self.new_tokens} new{rate}, {self.cached_tokens} cached"
+            f"{stopped}read {counted(self.prefilled_tokens, 'token')} in {duration(self.first_token_s)}, "
+            f"{self.reused_tokens} were cached; {self.new_tokens} new{rate}"
         )
 
 
@@ -126,6 +127,7 @@ class Conversation:
         return Turn(
             text=answer.strip(),
             prefilled_tokens=len(ids) - cached,
+            reused_tokens=cached,
             new_tokens=len(new),
             cached_tokens=self._cache.get_seq_length(),
             first_token_s=stats.ttft_s + stats.setup_s,

@@ -112,7 +112,10 @@ def run(loaded: Loaded, request: Request, *, as_json: bool) -> None:
         print_text(_summary(found), err=True)
     elif sys.stdout.isatty():
         typer.echo(err=True)
-    print_text(str(found[-1].stats), err=True, style="dim")
+    last = found[-1]
+    measured = last.stats.token_s and last.plain_tokens_per_s  # of as many sequences at once
+    stats = last.stats.compared_with(len(last.answers) / measured) if measured else last.stats
+    print_text(str(stats), err=True, style="dim")
 
 
 def same_tokens(equal: bool) -> str:

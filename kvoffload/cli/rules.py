@@ -36,11 +36,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def whole_number(least: int = 1) -> Callable[[typer.CallbackParam, Any], Any]:
+def whole_number(least: int = 1, most: int = LARGEST) -> Callable[[typer.CallbackParam, Any], Any]:
     """A count."""
     return checked(
-        lambda value: isinstance(value, int) and least <= value <= LARGEST,
-        f"a whole number from {least} to {count(LARGEST)}",
+        lambda value: isinstance(value, int) and least <= value <= most,
+        f"a whole number from {least} to {count(most)}",
     )
 
 

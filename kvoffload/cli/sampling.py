@@ -38,7 +38,9 @@ TopK = Annotated[
 Seed = Annotated[
     int | None,
     typer.Option(
-        callback=whole_number(0), rich_help_panel=PANEL, help="Of sampling; the same gives the same. Default: drawn."
+        callback=whole_number(0, 2**63 - 1),
+        rich_help_panel=PANEL,
+        help="Of sampling; the same gives the same. Default: drawn.",
     ),
 ]
 

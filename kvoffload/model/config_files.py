@@ -37,6 +37,11 @@ def read_configuration(name: str | Path) -> Mapping[str, Any]:
         ConfigError: there is none, or it holds no configuration; says where it was looked for and what is near.
     """
     path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        raise ConfigError(
+            f"{path} is a GGUF file, whose configuration is not read here: name a config.json, the folder it is in, or "
+            "a size by name"
+        )
     if path.exists():
         return _read(path / "config.json" if path.is_dir() else path)
     text = str(name)

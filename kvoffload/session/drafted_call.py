@@ -63,7 +63,10 @@ class DraftedCall:
         elif number is None and has_hooks():
             reason = "hooks on the model would see drafts"
         elif not offers_segments:
-            reason = "its attention puts whole layers together on the device (attention='whole_layer', or no other way)"
+            reason = (
+                "its attention puts whole layers together on the device (attention='whole_layer', a link without a "
+                "speed, or no other way)"
+            )
         if number is not None and reason is not None:
             raise cannot_draft(number, reason)
         self._reason = reason

@@ -15,6 +15,8 @@ from kvoffload.planning.plan import Plan, paragraphs
 from kvoffload.planning.verdicts import beside_full_transfer, beside_plain
 from kvoffload.units import count, counted, duration, gb
 
+SLOW = 1.5  # times the predicted step, from where on a cause is named
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationStats:
@@ -179,11 +181,9 @@ class GenerationStats:
 
     @property
     def _prompt(self) -> str:
-        """What the first token waited for, where it was not the whole text."""
-        if not self.cached_before_tokens:
-            return ""
-        new = counted(self.prompt_tokens - self.cached_before_tokens, "new token")
-        return f" after {new}, {count(self.cached_before_tokens)} cached before"
+        """What the first token waited for: tokens of the prompt that were read, and those that a cache had already."""
+        read = counted(self.prompt_tokens - self.cached_before_tokens, "prompt token")
+        return f" after reading {read}, {count(self.cached_before_tokens)} were cached before"
 
     @property
     def _steps(self) -> str:
@@ -249,8 +249,9 @@ class GenerationStats:
             return f"none, nothing crossed the link: the whole cache stayed on the device{fits}"
         if not full and not self.link_has_speed:
             return (
-                "none, this link copies as fast as it can and has no speed to predict with: give it one with "
-                f"link=kvoffload.EmulatedLink(h2d_gb_per_s=...), or --link-gb-per-s{fits}"
+                "none, this link copies as fast as it can and has no speed to predict with. Without a GPU the cache is "
+                "in host memory anyway, and offloading gains nothing: this shows that it works. To see a plan give the "
+                f"link a speed: link=kvoffload.EmulatedLink(h2d_gb_per_s=...), or --link-gb-per-s{fits}"
             )
         if not full:
             return (
@@ -258,7 +259,10 @@ class GenerationStats:
                 f"profile=...{fits}"
             )
         if not many and self.plan.is_full_transfer:
+            slow = token_s >= SLOW * full and (self.link_utilization or 1.0) < 0.5
+            cause = ": the link was mostly idle, so that the device or other work on it was the limit" if slow else ""
             return (
                 f"this is full transfer itself, a step took {token_s / full:.2f} times the predicted {duration(full)}"
+                f"{cause}"
             )
         return f"{many}{beside_full_transfer(token_s, full)}"

@@ -200,8 +200,6 @@ def _split(found: Study) -> Section:
     )
     if line := in_words(found.precisions):
         lines = (*lines, f"{line} Those that are not exact have to be asked for (kv_dtype).")
-    if ratio >= 1:
-        return Section("split", "Split", (f"{lines[0]} So no block is kept so here.", *lines[1:]))
     if not found.splits:
         return Section("split", "Split", lines, note=f"No split fits: {found.problem}.")
     return Section("split", "Split", lines, (split_chart(found),))
