@@ -24,6 +24,10 @@ from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.store.layer_weights import LayerWeights, absorb
 from kvoffload.units import gib
 
+_NO_GRADIENTS = (
+    "gradients do not flow through streamed weights: use torch.no_grad() or model.eval(), or train outside the session"
+)
+
 
 class _Inside(NamedTuple):
     """A layer whose weights are on the device now."""
@@ -112,12 +116,11 @@ class StreamedLayers:
             if weights.is_resident:
                 return pass_through(args, kwargs)
             if torch.is_grad_enabled() and layer.training:
-                raise UnsupportedModelError(
-                    "gradients do not flow through streamed weights: use torch.no_grad() or model.eval(), or train "
-                    "outside the session"
-                )
+                raise UnsupportedModelError(_NO_GRADIENTS)
+            has_gradients = torch.is_grad_enabled() and any(map(_requires_grad, (*args, *kwargs.values(), layer)))
             with Present(self, weights), torch.no_grad():
-                return pass_through(args, kwargs)
+                found = pass_through(args, kwargs)
+            return _refusing_backward(found) if has_gradients else found
 
         return forward
 
@@ -183,6 +186,33 @@ class StreamedLayers:
             self._engine.drop_weights()
             if weights.is_replaced:
                 absorb(self._weights)
+
+
+class _NoBackward(torch.autograd.Function):
+    """The same values, through which no gradients flow: an error, where they would be left out of the sum unseen."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise UnsupportedModelError(_NO_GRADIENTS)
+
+
+def _refusing_backward(found: Any) -> Any:
+    """What a layer gives, with the error for who asks for gradients."""
+    if isinstance(found, torch.Tensor) and found.is_floating_point():
+        return _NoBackward.apply(torch.empty(0, requires_grad=True), found)  # type: ignore[no-untyped-call]
+    if type(found) in (tuple, list):
+        return type(found)(map(_refusing_backward, found))
+    return found
+
+
+def _requires_grad(value: Any) -> bool:
+    if isinstance(value, nn.Module):
+        return any(parameter.requires_grad for parameter in value.parameters())
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 class Present:
