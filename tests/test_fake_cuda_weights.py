@@ -223,6 +223,26 @@ def test_under_auto_a_generate_says_how_many_layers_stay(device: FakeCuda, monke
     assert device.memory.allocated_bytes == 0
 
 
+def test_a_prefill_is_planned_in_slices_where_the_layers_allow_them(
+    device: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, slices = _wide(), []
+    monkeypatch.setattr("kvoffload.planning.memory.BUSY_TOKENS", 2 * 21)
+    slice_rows = ModelWeights.slice_rows
+
+    def noted(self: ModelWeights, rows: int | None) -> None:
+        slices.append(rows)
+        slice_rows(self, rows)
+
+    monkeypatch.setattr(ModelWeights, "slice_rows", noted)
+    with kvoffload.offload(model, config(kept_gib(model, 1))):
+        _generate(model, _ids(6))
+        layers: Any = model.model.layers
+        layers[3].mlp.register_forward_hook(lambda *args: None)
+        _generate(model, _ids(6))
+    assert slices == [2, None, 6, None]
+
+
 def test_a_device_that_fills_up_between_two_calls_costs_one_of_them(device: FakeCuda) -> None:
     model = _wide()
     sizes, wanted = sizes_of(model), _generate(model, _ids(1))

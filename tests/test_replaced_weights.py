@@ -100,6 +100,23 @@ def test_a_loop_over_layers_may_change_each_before_it_is_called() -> None:
             assert torch.equal(loop(model), wanted)
 
 
+def test_a_layer_alone_reads_nothing_that_a_forward_that_failed_brought_ahead() -> None:
+    def fail(*args: Any) -> None:
+        raise ValueError("in the middle")
+
+    model, hidden = streamable("llama"), torch.randn(1, 2, 48)
+    cos_sin, layer = model.model.rotary_emb(hidden, torch.arange(2)[None]), model.model.layers[1]
+    with torch.no_grad():
+        with Session(model, config(model, 0), checking_backend()):
+            handle = model.model.layers[0].mlp.register_forward_pre_hook(fail)
+            with pytest.raises(ValueError, match="in the middle"):
+                model(prompt(1, 3))  # the second layer is on its way by then
+            handle.remove()
+            layer.self_attn.q_proj.weight.neg_()
+            found = layer(hidden, position_embeddings=cos_sin)
+        assert torch.equal(found, layer(hidden, position_embeddings=cos_sin))
+
+
 def test_weights_come_ahead_within_a_forward_of_the_model_alone() -> None:
     model = streamable("llama")
     backend, lanes = checking_backend(), []

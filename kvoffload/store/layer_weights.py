@@ -130,7 +130,9 @@ class LayerWeights:
         return next(self.replaced(), None) is not None
 
     def replaced(self) -> Iterator[torch.Tensor]:
-        """The tensors in whose place somebody has put others, which they are now."""
+        """The tensors in whose place somebody has put others, which they are now; none where they do not live here."""
+        if self._host is None:
+            return
         here = self._at(self.source if self._resident is None else self._resident)
         for idx, tensor in enumerate(self._tensors):
             if not (_is_same(tensor, here[idx]) or self._is_passing(idx)):
