@@ -16,6 +16,7 @@ from commands import run
 from fake_cuda import FakeCuda
 from fake_cuda_kernels import use_twins
 from fake_cuda_tensors import DEVICE
+from interrupting import interrupted, lines_of
 from streaming import kept_gib, sizes_of, streamable, weights_as_before
 from test_callbacks import tokenizer
 from transformers import PreTrainedModel
@@ -130,6 +131,43 @@ def test_values_that_were_changed_on_the_device_come_back(model: PreTrainedModel
         assert torch.equal(one, values)
 
 
+@pytest.mark.parametrize("gib", ["slabs", "all"])
+def test_an_expanded_buffer_comes_back_as_it_was(model: PreTrainedModel, gib: str, device: FakeCuda) -> None:
+    buffer = torch.ones(1, 4).expand(3, 4)
+    model.model.register_buffer("expanded", buffer, persistent=False)  # type: ignore[union-attr]
+    with weights_as_before(model):
+        with kvoffload.offload(model, config(kept_gib(model, 1) if gib == "slabs" else gib)):
+            assert model.model.expanded.device == DEVICE  # type: ignore[union-attr]
+        assert model.model.expanded.data_ptr() == buffer.data_ptr()  # type: ignore[union-attr, operator]
+
+
+def test_parameters_over_one_memory_come_back_over_one_memory(model: PreTrainedModel, device: FakeCuda) -> None:
+    model.lm_head.weight.data = model.get_input_embeddings().weight.data  # type: ignore[union-attr, operator]
+    with kvoffload.offload(model, config(kept_gib(model, 1))):
+        assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()  # type: ignore[union-attr, operator]
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()  # type: ignore[union-attr, operator]
+
+
+def test_a_model_whose_dtype_changed_comes_back_in_the_new_one(model: PreTrainedModel, device: FakeCuda) -> None:
+    with kvoffload.offload(model, config(kept_gib(model, 2))):
+        model.half()
+    assert {(one.device.type, one.dtype) for one in model.parameters()} == {("cpu", torch.float16)}
+
+
+def test_a_close_that_was_interrupted_anywhere_gives_everything_back(model: PreTrainedModel, device: FakeCuda) -> None:
+    options, files = config(kept_gib(model, 1)), ("session/model_weights.py", "store/layer_weights.py")
+    total = lines_of(kvoffload.offload(model, options).close, files)
+    for at in range(0, total, total // 12):
+        with weights_as_before(model):
+            session = kvoffload.offload(model, options)
+            assert interrupted(session.close, files, at)
+            session.close()
+            assert device.registered == {}
+        del session
+        gc.collect()
+        assert device.memory.allocated_bytes == 0
+
+
 # ---- how much stays --------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +221,26 @@ def test_under_auto_a_generate_says_how_many_layers_stay(device: FakeCuda, monke
         assert changes == [0, more, few, more]
     gc.collect()
     assert device.memory.allocated_bytes == 0
+
+
+def test_a_prefill_is_planned_in_slices_where_the_layers_allow_them(
+    device: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, slices = _wide(), []
+    monkeypatch.setattr("kvoffload.planning.memory.BUSY_TOKENS", 2 * 21)
+    slice_rows = ModelWeights.slice_rows
+
+    def noted(self: ModelWeights, rows: int | None) -> None:
+        slices.append(rows)
+        slice_rows(self, rows)
+
+    monkeypatch.setattr(ModelWeights, "slice_rows", noted)
+    with kvoffload.offload(model, config(kept_gib(model, 1))):
+        _generate(model, _ids(6))
+        layers: Any = model.model.layers
+        layers[3].mlp.register_forward_hook(lambda *args: None)
+        _generate(model, _ids(6))
+    assert slices == [2, None, 6, None]
 
 
 def test_a_device_that_fills_up_between_two_calls_costs_one_of_them(device: FakeCuda) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,12 +12,12 @@ import torch
 from configs import CONFIGS
 from matrix import checking_backend, distance
 from models import make_model
-from modes import COMMON, KINDS, Shape, given, outcome, plain_cache, prompt
-from streaming import config, streamable, weights_as_before
+from modes import COMMON, KINDS, Shape, given, outcome, padded_prompt, plain_cache, prompt
+from streaming import LAYERS, config, streamable, weights_as_before
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvoffload.hf.collected_rows import Collected, CollectedRows, Update
-from kvoffload.hf.row_slices import through_in_slices
 from kvoffload.model.model_shape import model_shape
 from kvoffload.planning.memory import MIN_PREFILL_TOKENS, prefill_parts, prefill_peak_bytes
 from kvoffload.session.session import Session
@@ -23,16 +25,35 @@ from kvoffload.session.session import Session
 
 def sliced(session: Session, rows: int) -> None:
     """From now on so many rows pass a layer at once."""
-    session._offloaded._weights.slice_rows(rows)
+    vars(session.model)["_kvoffload_session"]._weights.slice_rows(rows)
 
 
-def watched(model: Any, name: str) -> list[tuple[int, ...]]:
-    """The shapes that a part of the second layer is called with."""
-    seen: list[tuple[int, ...]] = []
-    layers: Any = next(one for one in model.modules() if isinstance(one, nn.ModuleList))
-    part = getattr(layers[1], name)
-    part.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
-    return seen
+def layers_of(model: Any) -> Any:
+    return next(one for one in model.modules() if isinstance(one, nn.ModuleList))
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, ...]]]:
+    """The shapes that a part of the second layer is called with; a hook there would have rows pass all at once."""
+
+    def watch(model: Any, name: str, then: Callable[[], None] = lambda: None) -> list[tuple[int, ...]]:
+        seen: list[tuple[int, ...]] = []
+        watched_part = getattr(layers_of(model)[1], name)
+        kind, call = type(watched_part), type(watched_part).forward
+
+        def forward(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if part is watched_part:
+                seen.append(tuple((args[0] if args else kwargs["hidden_states"]).shape))
+                then()
+            return call(part, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", functools.wraps(call)(forward))
+        return seen
+
+    return watch
+
+
+Watch = Callable[..., list[tuple[int, ...]]]
 
 
 SPLITS: tuple[Any, ...] = ("transfer", "recompute", 0.5)
@@ -82,7 +103,7 @@ def test_a_bias_by_heads_is_not_cut_by_rows() -> None:
         assert torch.allclose(torch.stack(found.logits), torch.stack(wanted.logits), atol=1e-5)
 
 
-def test_a_later_part_of_a_prefill_passes_whole() -> None:
+def test_a_later_part_of_a_prefill_passes_whole(watched: Watch) -> None:
     model = streamable("llama")
     seen = watched(model, "mlp")
     with Session(model, config(model, 0), checking_backend()) as session:
@@ -96,13 +117,12 @@ def test_slices_keep_no_embeddings_of_their_own() -> None:
     with Session(model, config(model, 0, split="transfer"), checking_backend()) as session:
         sliced(session, 2)
         cache = session.new_cache()
-        with torch.no_grad():
-            model(prompt(5, 20), **given(cache))
-        kept = {part.data_ptr() for layer in cache.layers for part in layer._embeddings or ()}
-        assert len(kept) <= 2
+        with torch.no_grad():  # with padding each row has its own
+            model(**padded_prompt(5, 20), position_ids=torch.arange(100).view(5, 20) % 37, **given(cache))
+        assert [layer._embeddings for layer in cache.layers] == [()] * LAYERS
 
 
-def test_a_prefill_passes_in_slices_and_a_step_at_once() -> None:
+def test_a_prefill_passes_in_slices_and_a_step_at_once(watched: Watch) -> None:
     model = streamable("llama")
     seen = watched(model, "mlp")
     with Session(model, config(model, 0), checking_backend()) as session:
@@ -113,40 +133,65 @@ def test_a_prefill_passes_in_slices_and_a_step_at_once() -> None:
     assert seen == [(2, 20, 48), (2, 20, 48), (1, 20, 48), (5, 1, 48), (5, 1, 48)]
 
 
-def test_layers_that_hold_something_else_pass_whole() -> None:
-    for kind in ("gemma3_text", "lfm2"):  # a window, a convolution
-        model = streamable(kind)
-        wanted = model.generate(prompt(5, 40), max_new_tokens=6)
-        with Session(model, config(model, 0), checking_backend()) as session:
-            sliced(session, 2)
-            assert torch.equal(model.generate(prompt(5, 40), max_new_tokens=6), wanted)
+@pytest.mark.parametrize("kind", ["gemma3_text", "lfm2", "falcon_h1"])
+def test_layers_that_hold_something_else_pass_whole(kind: str, watched: Watch) -> None:
+    model = hybrid() if kind == "falcon_h1" else streamable(kind)  # a window, a convolution, a state beside K and V
+    wanted = model.generate(prompt(5, 40), max_new_tokens=6)
+    is_ours = kind != "falcon_h1"  # of the first two every second layer is one of K and V alone
+    with Session(model, config(model, 0 if is_ours else 1, split="transfer"), checking_backend()) as session:
+        sliced(session, 2)
+        seen = watched(model, "mlp" if kind == "gemma3_text" else "feed_forward")
+        assert torch.equal(model.generate(prompt(5, 40), max_new_tokens=6), wanted)
+    in_slices = [shape[0] for shape in seen if shape[1] > 1]
+    assert in_slices == ([2, 2, 1] if is_ours else [5])
+    assert model_shape(model.config).goes_by_rows is False
 
 
-def test_attention_that_is_not_ours_takes_slices_too() -> None:
+def hybrid() -> Any:
+    """Falcon-H1: every layer has attention and a recurrent state."""
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 96, "head_dim": 12}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    state = {"mamba_d_ssm": 96, "mamba_n_heads": 4, "mamba_d_head": 24, "mamba_n_groups": 1, "mamba_d_state": 8}
+    torch.manual_seed(0)
+    found = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("falcon_h1", **sizes, **heads, **state, mamba_chunk_size=8)
+    ).eval()
+    found.generation_config.eos_token_id, found.generation_config.pad_token_id = None, 0
+    return found
+
+
+def test_a_bias_that_has_no_rows_is_planned_whole() -> None:
+    for kind, wanted in (("bloom", False), ("mpt", False), ("llama", True)):
+        assert model_shape(make_model(kind).config).goes_by_rows is wanted
+    shape = model_shape(CONFIGS / "llama-3.1-8b.json")
+    assert prefill_parts(shape, rows=32, prompt_tokens=512, room_bytes=2**40, may_slice=False) == (512, 32)
+
+
+def test_attention_that_is_not_ours_takes_slices_too(watched: Watch) -> None:
     model = streamable("llama")
     wanted = model.generate(prompt(5, 30), max_new_tokens=6)
     with Session(model, config(model, 0, attention="whole_layer"), checking_backend()) as session:
         sliced(session, 3)
+        seen = watched(model, "mlp")
         assert torch.equal(model.generate(prompt(5, 30), max_new_tokens=6), wanted)
+    assert seen[:2] == [(3, 30, 48), (2, 30, 48)]
 
 
-def test_an_error_between_two_slices_leaves_the_model_usable() -> None:
+def test_an_error_between_two_slices_leaves_the_model_usable(watched: Watch) -> None:
     model, calls = streamable("llama"), 0
 
-    def interrupt(*args: Any) -> None:
+    def interrupt() -> None:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise KeyboardInterrupt
 
     wanted = model.generate(prompt(5, 20), max_new_tokens=3)
-    layers: Any = model.model.layers  # type: ignore[union-attr]
     with Session(model, config(model, 0), checking_backend()) as session:
         sliced(session, 2)
-        handle = layers[1].mlp.register_forward_pre_hook(interrupt)
+        watched(model, "mlp", interrupt)
         with pytest.raises(KeyboardInterrupt):
             model.generate(prompt(5, 20), max_new_tokens=3)
-        handle.remove()
         assert torch.equal(model.generate(prompt(5, 20), max_new_tokens=3), wanted)
 
 
@@ -188,31 +233,6 @@ def test_rows_are_put_together_when_all_are_there() -> None:
             assert found.is_segmented == odd.is_segmented
             assert (found.update.activation is None) == (odd.update.activation is None)
             assert (found.embeddings is None) == (odd.embeddings is None)
-
-
-def test_arguments_whose_rows_are_not_known_are_not_cut() -> None:
-    model = streamable("llama")
-    with Session(model, config(model, 0), checking_backend()) as session:
-        cache, seen = session.new_cache(), []
-
-        def forward(hidden_states: torch.Tensor, bias: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            seen.append((tuple(hidden_states.shape), tuple(bias.shape)))
-            return hidden_states
-
-        hidden = torch.zeros(4, 6, 48)
-        for bias in (torch.zeros(8, 1, 6), torch.zeros(4, 1, 6, 6), torch.zeros(1, 1, 6, 6), torch.zeros(6)):
-            kwargs = {"hidden_states": hidden, "bias": bias, **given(cache)}
-            found = through_in_slices(forward, ["hidden_states", "bias"], 0, 2, (), kwargs)
-            assert found.shape == hidden.shape
-        square = {"hidden_states": torch.zeros(4, 4, 48), "bias": torch.zeros(4, 4), **given(cache)}
-        through_in_slices(forward, ["hidden_states", "bias"], 0, 2, (), square)
-    assert seen == [
-        ((4, 6, 48), (8, 1, 6)),  # rows and heads in one
-        ((4, 6, 48), (4, 1, 6, 6)),  # rows or heads
-        *[((2, 6, 48), (1, 1, 6, 6))] * 2,
-        *[((2, 6, 48), (6,))] * 2,
-        ((4, 4, 48), (4, 4)),  # rows or tokens
-    ]
 
 
 def test_a_prefill_has_the_fewest_passes_that_fit_with_slices_that_keep_the_device_busy() -> None:

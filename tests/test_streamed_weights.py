@@ -341,6 +341,27 @@ def test_training_through_streamed_weights_is_refused(model: PreTrainedModel) ->
     model.eval()
 
 
+def test_gradients_are_refused_where_they_are_asked_for(model: PreTrainedModel) -> None:
+    ids = prompt(2, 9)
+    with torch.no_grad():
+        wanted = model(ids).logits
+    with Session(model, config(model, 2), checking_backend()):
+        found = model(ids, labels=ids)
+        assert torch.equal(found.logits, wanted)
+        with pytest.raises(KVOffloadError, match="gradients do not flow"):
+            found.loss.backward()
+        model.requires_grad_(False)
+        head: Any = model.lm_head
+        head.weight.grad = None
+        head.requires_grad_(True)  # of what comes behind all layers they are right
+        model(ids, labels=ids).loss.backward()
+        assert head.weight.grad is not None
+    expected = head.weight.grad.clone()
+    head.weight.grad = None
+    model(ids, labels=ids).loss.backward()
+    assert torch.allclose(head.weight.grad, expected, atol=1e-6)
+
+
 def test_an_error_while_weights_are_moved_leaves_the_model_as_it_was(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -260,10 +260,10 @@ class EmulatedBackend(Backend):
 
     def close(self) -> None:
         if not self._closed:
-            self._closed = True
             for direction in self._directions.values():
                 direction.last.wait()
                 direction.stop()
+            self._closed = True
 
 
 def _per_s(gb_per_s: float | None) -> float | None:

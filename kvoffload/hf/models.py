@@ -131,7 +131,9 @@ def _has_dynamic_cache(model: Any) -> bool:
 
 def is_compiled(model: PreTrainedModel) -> bool:
     """Whether the model, or a part of it, runs through torch.compile."""
-    return getattr(model, "_compiled_call_impl", None) is not None or any(
-        "_orig_mod" in name or hasattr(module.forward, "_torchdynamo_orig_callable")
+    return any(
+        "_orig_mod" in name
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
         for name, module in model.named_modules()
     )

@@ -30,9 +30,11 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 def own_tensors(model: Any, layers: list[nn.Module]) -> list[list[torch.Tensor]]:
     """Of each layer its parameters and buffers, those that keys and values are made with first.
 
-    What another layer or another part of the model has as well is left out: it is read there, too.
+    What another layer or another part of the model has as well is left out: it is read there, too. So are tensors that
+    lie in the same memory, each of which would get memory of its own.
     """
     named = [{id(tensor): (name, tensor) for name, tensor in _tensors(layer)} for layer in layers]
+    lying = Counter(map(_place, (*model.parameters(), *model.buffers())))
     uses = Counter(number for one in named for number in one)
     inside = {id(module) for layer in layers for module in layer.modules()}
     for module in model.modules():
@@ -40,9 +42,16 @@ def own_tensors(model: Any, layers: list[nn.Module]) -> list[list[torch.Tensor]]
             uses.update(id(tensor) for tensor in (*module._parameters.values(), *module._buffers.values()))
     found = []
     for one in named:
-        mine = [(name, tensor) for number, (name, tensor) in one.items() if uses[number] == 1]
+        mine = [(name, tensor) for number, (name, tensor) in one.items() if uses[number] == 1 == lying[_place(tensor)]]
         found.append([tensor for _, tensor in sorted(mine, key=lambda item: not _KEYS_AND_VALUES.search(item[0]))])
     return found
+
+
+def _place(tensor: torch.Tensor) -> tuple[str, int]:
+    """Where a tensor begins in memory; of one that has none of its own, which it is."""
+    is_plain = type(tensor) in (torch.Tensor, nn.Parameter)
+    address = tensor.data_ptr() if is_plain else 0
+    return ("memory", address) if address else ("object", id(tensor))
 
 
 def _tensors(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

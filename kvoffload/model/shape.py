@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from kvoffload.model.facts import KV, Facts
 from kvoffload.model.matrix import Matrix
 
+_ALIBI = ("bloom", "mpt")  # whose bias has heads and rows in one
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
@@ -36,12 +38,18 @@ class ModelShape:
     window_row_bytes: int = 0  # K and V of one of these tokens in all layers with a bounded cache together
     held_row_bytes: int = 0  # the same of layers whose cache grows but stays on the device
     matrices: tuple[Matrix, ...] = ()  # of the decoder, in the bits they are stored in; (): those of the dimensions
+    is_plain: bool = True  # False: layers cache something beside K and V, or take a bias that has no rows of its own
     is_exact: bool = True  # False: guessed by the keys of a configuration that transformers does not know
 
     @property
     def kv_dtype(self) -> str:
         """The name of K and V's dtype; bfloat16 where only a size of 2 bytes is known."""
         return self.dtype or {8: "float64", 4: "float32"}.get(self.kv_itemsize_bytes, "bfloat16")
+
+    @property
+    def goes_by_rows(self) -> bool:
+        """Whether some rows of a batch can pass a layer without the others: all cache K and V of every token alone."""
+        return self.is_plain and self.num_layers == self.num_offloaded_layers
 
     @property
     def kv_head_dim(self) -> int:
@@ -173,5 +181,6 @@ def shape_of(facts: Facts) -> ModelShape:
         held_row_bytes=sum(layer.cached_values for layer in others if layer.cache.kind == "grows")
         * facts.itemsize_bytes,
         matrices=facts.matrices,
+        is_plain=facts.model_type not in _ALIBI and not any(layer.cache.has_state for layer in facts.layers),
         is_exact=facts.is_exact,
     )

@@ -105,6 +105,7 @@ class TransferEngine:
         self.weights: WeightStream | None = None  # which share the link with chunks
         self._earlier_weight_bytes = 0  # delivered by streams that are closed
         self.is_generating = False  # forwards follow each other, and nobody changes weights between them
+        self.brings_weights_ahead = True  # False: any of them may change before it is asked for
         self.weight_device_bytes = 0  # of layers that stay, and slabs
         self.layer_indices: Sequence[int] = ()  # in the decoder, of the offloaded layers; asked for beside weights
 
@@ -296,10 +297,10 @@ class TransferEngine:
         return data
 
     def end_weights(self) -> None:
-        """The forward of that layer has been issued."""
-        assert self.weights is not None
-        self.weights.end()
-        self._pump()
+        """The forward of that layer has been issued, or has failed."""
+        if self.weights is not None:
+            self.weights.end()
+            self._pump()
 
     def drop_weights(self) -> None:
         """Forget weights that were brought ahead: whoever holds the model may change them now."""
@@ -322,7 +323,7 @@ class TransferEngine:
         """Issue every copy whose buffer is free, in order."""
         while self.overlap:
             job = self._next_job()
-            if self.weights is not None:
+            if self.weights is not None and self.brings_weights_ahead:
                 layer_idx = None if job is None else self.layer_indices[job.layer.position]
                 fraction = 0.0 if job is None else len(job.ready) / len(job.cargo)
                 if self.weights.goes_first(layer_idx, fraction, goes_on=self._goes_on()):

@@ -121,18 +121,19 @@ class WeightStream:
         passage = self._ahead.popleft()
         while not passage.is_issued:
             self._issue(passage)
+        self._backend.compute_waits(passage.arrived)  # first: of an interrupted layer compute may use the slab at once
         self._current, self._at = passage, layer.layer_idx
         self.delivered_bytes += layer.num_bytes
-        self._backend.compute_waits(passage.arrived)
         data = passage.slab.bytes
         self._backend.compute(reads=(data[: layer.num_bytes],))
         return data
 
     def end(self) -> None:
         """All compute that reads the weights begun last has been issued; nothing where none were."""
-        passage, self._current = self._current, None
+        passage = self._current
         if passage is not None:
             passage.slab.released = self._backend.release(passage.slab.bytes)
+            self._current = None  # last: an interrupt may come between these two
 
     def goes_first(self, layer_idx: int | None, fraction: float, *, goes_on: bool) -> bool:
         """Whether the next copy over the link is one of weights: they are needed sooner, or it is their turn.

@@ -23,6 +23,7 @@ class Geometry:
     beams: int = 1
     other_device_bytes: int = 0  # layers that stay on the device
     weight_bytes: int = 0  # that cross the link in every forward, beside the cache
+    may_slice: bool = True  # rows of a prefill pass a layer with streamed weights in slices, where that saves memory
     weights_are_pinned: bool = True  # where the link reads them at full speed
     weight_device_bytes: int = 0  # of decoder layers that stay on the device, and slabs for those that do not
     ahead_tokens: int = 0  # that may be cached before anybody asks for them, in the tail

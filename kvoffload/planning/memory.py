@@ -41,14 +41,23 @@ def prefill_peak_bytes(shape: ModelShape, *, num_tokens: int, rows: int, rows_at
     return num_tokens * of_all + -(-num_tokens // rows) * rows_at_once * per_token + logits
 
 
-def prefill_parts(shape: ModelShape, *, rows: int, prompt_tokens: int, room_bytes: int) -> PrefillParts:
+def prefill_parts(
+    shape: ModelShape, *, rows: int, prompt_tokens: int, room_bytes: int, may_slice: bool = True
+) -> PrefillParts:
     """The fewest passes over streamed weights in which a prefill fits in `room_bytes`.
 
     In one pass as few rows go through a layer at once as keep the device busy, so that more weights can stay there; all
     where slices save nothing, where layers cache something else than K and V of every token, and in several passes, of
     which the later ones read what the first has cached.
+
+    Args:
+        shape: of the model.
+        rows: sequences.
+        prompt_tokens: of each.
+        room_bytes: that it may take.
+        may_slice: False where something in the layers does not go by rows.
     """
-    may_slice, tokens = shape.num_layers == shape.num_offloaded_layers, prompt_tokens
+    may_slice, tokens = may_slice and shape.goes_by_rows, prompt_tokens
 
     def peak_bytes(at_once: int) -> int:
         return prefill_peak_bytes(shape, num_tokens=rows * tokens, rows=rows, rows_at_once=at_once)

@@ -388,6 +388,7 @@ class CachePlans:
             lives_on=lives_on,
             other_device_bytes=self._planner.shape.other_layers_bytes(rows, longest),
             is_segmented=self.offers_segments if is_segmented is None else is_segmented,
+            may_slice=self.weights.may_slice,
         )
         if drafts:
             geometry = self._planner.with_room_ahead(geometry)

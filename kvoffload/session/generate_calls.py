@@ -200,6 +200,8 @@ class GenerateCalls:
             offers_segments=self._plans.offers_segments,
             has_hooks=lambda: not self._are_hooks_alone(),
         )
+        by_the_way = generation_config.output_attentions or getattr(self._model.config, "output_router_logits", False)
+        self._plans.weights.need_whole_rows(bool(by_the_way))
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         cache = hf.given_cache((), model_kwargs)
         if cache is None:
@@ -250,8 +252,6 @@ class GenerateCalls:
 
     def _shorten_prefill(self, generation_config: Any, cache: hf.OffloadedHFCache, prompt_tokens: int) -> None:
         chunk = self._plans.prefill_chunk_tokens(cache, prompt_tokens)
-        if generation_config.output_attentions or getattr(self._model.config, "output_router_logits", False):
-            self._plans.weights.slice_rows(None)  # what modules give by the way is collected once for all rows
         if chunk is not None and generation_config.prefill_chunk_size is None:
             logger.info("prefilling in chunks of %d tokens so that the prompt fits on the device", chunk)
             generation_config.prefill_chunk_size = chunk

@@ -87,7 +87,7 @@ class MemoryLimits:
         sizes, rows = uncapped_sizes(geometry, self._config), geometry.rows
         room = self._free_device_bytes(held_bytes) - sizes.fixed_device_bytes
         if geometry.weight_bytes:
-            return prefill_parts(self._shape, rows=rows, prompt_tokens=prompt_tokens, room_bytes=room)
+            return self._prefill_parts(geometry, prompt_tokens, room)
         tokens = prefill_chunk_tokens(self._shape, rows=rows, prompt_tokens=prompt_tokens, room_bytes=room)
         return PrefillParts(tokens, rows)
 
@@ -106,8 +106,17 @@ class MemoryLimits:
             cache_bytes = max(cache_bytes, int(float(self._config.device_gib) * GIB))
         # the same share of what is held as of what is free, so that a second call leaves them as the first one did
         room = self._free_device_bytes(int(DEVICE_SHARE * (held_bytes + weights_bytes))) - cache_bytes
-        parts = prefill_parts(self._shape, rows=geometry.rows, prompt_tokens=prompt_tokens, room_bytes=room)
+        parts = self._prefill_parts(geometry, prompt_tokens, room)
         return room - self._prefill_peak_bytes(geometry, parts.tokens, parts.rows)
+
+    def _prefill_parts(self, geometry: Geometry, prompt_tokens: int, room_bytes: int) -> PrefillParts:
+        return prefill_parts(
+            self._shape,
+            rows=geometry.rows,
+            prompt_tokens=prompt_tokens,
+            room_bytes=room_bytes,
+            may_slice=geometry.may_slice,
+        )
 
     def _free_device_bytes(self, held_bytes: int) -> int:
         """What may be taken on the device, or is held by the session."""

@@ -26,9 +26,10 @@ from kvoffload.machine import mapped_files, system_memory
 from kvoffload.model.decoder_layers import decoder_layers, own_tensors
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.weights import WeightSizes
+from kvoffload.session.attached import Attached
 from kvoffload.session.memory_limits import free_device_bytes
 from kvoffload.session.progress import AllocationProgress
-from kvoffload.store.layer_weights import LayerWeights, can_be_packed
+from kvoffload.store.layer_weights import LayerWeights, absorb, can_be_packed, set_apart
 from kvoffload.units import counted, gib
 
 logger = logging.getLogger(__name__)
@@ -90,8 +91,7 @@ class ModelWeights:
 
     def __init__(self, model: Any, config: OffloadConfig, engine: TransferEngine, *, is_compiled: bool = False) -> None:
         self._engine, self._backend, self._config = engine, engine.backend, config
-        self._moved: list[tuple[torch.Tensor, torch.Tensor]] = []  # tensors, and what they were before
-        self._moved_modules: list[tuple[Any, torch.device]] = []  # with weights that are more than their bytes
+        self._moved = Attached()  # undone by `close`
         self._layers: list[LayerWeights] = []
         self._streamed: hf.StreamedLayers | None = None
         self._by_idx: dict[int, LayerWeights] = {}
@@ -99,6 +99,9 @@ class ModelWeights:
         self._num_decoder_layers = 0
         self.sizes = WeightSizes(outside=0, layers=())
         self.num_resident = 0
+        self._needs_whole_rows = False
+        self._first_number = 0  # of layers that stay at first
+        self._is_settled = True  # False: an error left layers neither on the device nor streamed
 
     def place(self) -> None:
         """Move the model's weights where they shall be; after an error `close` moves back what was moved.
@@ -111,7 +114,7 @@ class ModelWeights:
         """
         model = self._model
         modules = decoder_layers(model)
-        tensors = own_tensors(model, modules)
+        tensors = [[one for one in own if one.numel()] for own in own_tensors(model, modules)]
         self._num_decoder_layers = len(modules)
         packable = [idx for idx, own in enumerate(tensors) if own and all(map(can_be_packed, own))]
         planned = [LayerWeights(idx, tensors[idx]) for idx in packable]
@@ -123,12 +126,25 @@ class ModelWeights:
         number = self._first_choice(model)
         if number is None:
             self._move_outside(model, list(everything.values()))
+            self._moved.callback(self._backend.synchronize)
             return
         self._check_host(planned, number)
+        if any(tensor.is_inference() for idx in packable for tensor in tensors[idx]):
+            raise UnsupportedModelError(
+                f"the weights of {type(model).__name__} were made under torch.inference_mode() and cannot be streamed: "
+                "load the model outside of it"
+            )
         self._move_outside(model, outside)
+        self._moved.callback(self._forget)
         self._take(planned)
+        self._moved.callback(set_apart, planned)
+        self._moved.callback(self._engine.stream_weights, self._num_decoder_layers, ())
         layers = [modules[idx] for idx in packable]
         self._streamed = hf.StreamedLayers(self._engine, layers, planned, is_compiled=self._is_compiled)
+        self._moved.callback(self._streamed.remove)
+        self._moved.callback(self._backend.synchronize)
+        self._streamed.install()
+        self._first_number = number
         self.keep(number)
 
     # ---- how much stays ------------------------------------------------------------------------------------------
@@ -204,7 +220,10 @@ class ModelWeights:
             self.keep(number)
 
     def keep(self, number: int) -> None:
-        """Let that many layers stay on the device, or after an error none; nothing may be in flight."""
+        """Let that many layers stay on the device, or after an error none; nothing may be in flight.
+
+        Where there is not even memory for that, the next call tries again.
+        """
         try:
             self._keep(number)
         except BaseException:
@@ -212,6 +231,7 @@ class ModelWeights:
             raise
 
     def _keep(self, number: int) -> None:
+        self._is_settled = False
         wanted = set(self.sizes.resident(number))
         self._backend.synchronize()
         self._engine.stream_weights(self._num_decoder_layers, ())
@@ -225,7 +245,7 @@ class ModelWeights:
                 layer.stay_in(self._engine.bring_weights(layer))
         streamed = [layer for layer in self._layers if not layer.is_resident]
         self._engine.stream_weights(self._num_decoder_layers, streamed)
-        self.num_resident = number
+        self.num_resident, self._is_settled = number, True
         self._engine.weight_device_bytes = self.device_bytes
         logger.info(
             "%d of %d decoder layers stay on the device, %s cross the link in every forward",
@@ -264,6 +284,7 @@ class ModelWeights:
         try:
             for layer in planned:
                 self._layers.append(layer)
+                self._moved.callback(layer.restore, self._backend)
                 layer.move_to_host(self._backend)
                 done += layer.num_bytes
                 progress.update(done)
@@ -281,28 +302,26 @@ class ModelWeights:
             own = (*module._parameters.values(), *module._buffers.values())
             if any(id(tensor) in whole for tensor in own):
                 here = next(tensor.device for tensor in own if tensor is not None)
-                self._moved_modules.append((module, here))
+                back = functools.partial(torch.Tensor.to, device=here)
+                self._moved.callback(module._apply, back, recurse=False)
                 module._apply(lambda tensor: tensor.to(device), recurse=False)
+        there: dict[Any, torch.Tensor] = {}  # two may lie in the same memory
         for tensor in tensors:
             if id(tensor) not in whole and tensor.device != device:
-                self._moved.append((tensor, tensor.data))
-                tensor.data = tensor.data.to(device)
+                self._moved.callback(_move_back, tensor, tensor.data)
+                place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+                tensor.data = there.setdefault(place, tensor.data.to(device)) if tensor.numel() else tensor.to(device)
 
     def close(self) -> None:
-        """Every parameter is where it was, with the values that it has now; nothing may use the model meanwhile."""
-        with contextlib.ExitStack() as steps:  # the last first; whatever fails in one, the others are done
-            for tensor, before in self._moved:
-                steps.callback(_move_back, tensor, before)
-            for module, device in self._moved_modules:
-                steps.callback(module._apply, functools.partial(torch.Tensor.to, device=device), recurse=False)
-            for layer in self._layers:
-                steps.callback(layer.restore, self._backend)
-            steps.callback(self._engine.stream_weights, self._num_decoder_layers, ())
-            if self._streamed is not None:
-                steps.callback(self._streamed.remove)
-            steps.callback(self._backend.synchronize)
-        self._moved, self._moved_modules, self._layers = [], [], []
-        self._streamed, self._by_idx = None, {}
+        """Every parameter is where it was, with the values that it has now; nothing may use the model meanwhile.
+
+        Whatever fails in one step, the others are done; a second call does what is left.
+        """
+        self._moved.close()
+
+    def _forget(self) -> None:
+        """Layers are as before."""
+        self._layers, self._by_idx, self._streamed = [], {}, None
         self._engine.weight_device_bytes = 0
 
     # ---- for a layer outside its forward ---------------------------------------------------------------------------
@@ -315,13 +334,30 @@ class ModelWeights:
         return self._streamed.present(weights)
 
     def absorb(self) -> None:
-        """Take over weights that somebody put in the place of streamed ones; nothing of them may be on its way.
+        """A forward begins: take over weights that somebody put in the place of streamed ones; none may be on its way.
 
         Raises:
             KVOffloadError: they are of another shape or dtype.
         """
-        for layer in self._layers:
-            layer.absorb()
+        if self._streamed is not None:
+            if not self._is_settled:
+                self.keep(self._first_number)
+            absorb(self._layers)
+            self._streamed.begin_forward()
+
+    @property
+    def may_slice(self) -> bool:
+        """Whether rows of a prefill may pass the layers in slices, as it looks now."""
+        if self._streamed is None or self._needs_whole_rows or len(self._layers) < self._num_decoder_layers:
+            return False
+        is_alibi = getattr(self._model.config.get_text_config(decoder=True), "alibi", False)
+        return self._streamed.go_by_rows and not is_alibi  # whose bias has heads and rows in one
+
+    def need_whole_rows(self, is_needed: bool) -> None:
+        """Whether in this call what modules give by the way is collected, once for all rows."""
+        self._needs_whole_rows = is_needed
+        if is_needed:
+            self.slice_rows(None)
 
     def slice_rows(self, rows: int | None) -> None:
         """From now on so many rows of a prefill pass a layer at once; None: all."""
@@ -331,7 +367,9 @@ class ModelWeights:
 
 def _move_back(tensor: torch.Tensor, before: torch.Tensor) -> None:
     """Be where it was, with the values that it has now."""
-    if (tensor.shape, tensor.dtype) == (before.shape, before.dtype):
-        tensor.data = before.copy_(tensor.data)
-    else:  # changed meanwhile, as by model.half()
-        tensor.data = tensor.data.to(before.device)
+    now = tensor.data.to(before.device)
+    if (now.shape, now.dtype) == (before.shape, before.dtype):
+        if not torch.equal(now, before):  # which may be expanded, and cannot be written then
+            before = before.copy_(now) if can_be_packed(before) else now
+        now = before
+    tensor.data = now  # else it was changed meanwhile, as by model.half()

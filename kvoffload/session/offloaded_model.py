@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from kvoffload.model.live import shape_of_model
 from kvoffload.pipeline.engine import TransferEngine
 from kvoffload.planning.placement import Placement
 from kvoffload.profiler.stored import find_stored, resolve_profile
+from kvoffload.session.attached import Attached
 from kvoffload.session.cache_plans import CachePlans
 from kvoffload.session.generate_calls import GenerateCalls
 from kvoffload.session.generation_planner import GenerationPlanner
@@ -67,7 +68,7 @@ class OffloadedModel:
         # A named profile is looked up before anything is set up, also where nothing will be predicted with it.
         is_measured = config.profile == "auto"
         self._profile = None if is_measured else resolve_profile(config.profile, device=device, link=config.link)
-        self._attached = ExitStack()  # what is taken off again, the last first
+        self._attached = Attached()  # what is taken off again, the last first
         try:
             self._attach(device, backend)
         except BaseException:
@@ -77,6 +78,8 @@ class OffloadedModel:
     def _attach(self, device: torch.device, backend: Backend | None) -> None:
         """Set up all that a session has; whatever interrupts this, `close` takes off what is attached by then."""
         config = self.config
+        self._attached.callback(vars(self.model).pop, _ATTRIBUTE, None)
+        vars(self.model)[_ATTRIBUTE] = self
         self.backend = backend or backend_for(device, config)
         self._attached.callback(self.backend.close)
         self.planner = GenerationPlanner(
@@ -133,8 +136,6 @@ class OffloadedModel:
             are_hooks_alone=lambda: self._hooks.are_alone(self.model),
         )
         self._attached.callback(self._calls.remove)
-        vars(self.model)[_ATTRIBUTE] = self
-        self._attached.callback(vars(self.model).pop, _ATTRIBUTE, None)
         self._weights.place()
         if self._weights.is_streaming:  # what they take on the host is not the cache's
             self.pool.cap_bytes = self.planner.limits.host_cap_bytes()
@@ -147,9 +148,10 @@ class OffloadedModel:
     # ---- life cycle ----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Leave the model as it was before, and give back all memory. Caches of this session are dead afterwards."""
-        if self.is_closed:
-            return
+        """Leave the model as it was before, and give back all memory. Caches of this session are dead afterwards.
+
+        After one that was interrupted another does what is left.
+        """
         self.is_closed = True
         self._attached.close()  # whatever fails in one, the others go on: threads and pinned memory go in any case
 

@@ -83,6 +83,8 @@ class Session:
     def close(self) -> None:
         """Leave the model as it was before, and give back all memory. A second call does nothing.
 
+        After one that was interrupted the second call does what is left.
+
         Caches of this session cannot be used afterwards; `stats` can be read.
         """
         self._offloaded.close()

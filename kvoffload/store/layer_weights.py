@@ -7,7 +7,7 @@ points to its place in whichever run is in use. Does not own which tensors these
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -34,6 +34,40 @@ def _is_dense(tensor: torch.Tensor) -> bool:
                 return False
             expected *= size
     return True
+
+
+def _is_same(tensor: torch.Tensor, view: torch.Tensor) -> bool:
+    """Whether both are the same bytes, read in the same way."""
+    return (
+        tensor.data_ptr() == view.data_ptr()
+        and tensor.dtype == view.dtype
+        and tensor.shape == view.shape
+        and tensor.stride() == view.stride()
+    )
+
+
+def absorb(layers: Sequence[LayerWeights]) -> None:
+    """Take over what somebody put in the place of weights of these layers, as a merged adapter does.
+
+    Args:
+        layers: all there are: one may have been given what another had.
+
+    Raises:
+        KVOffloadError: something of another shape or dtype.
+    """
+    set_apart(layers)
+    for layer in layers:
+        layer.absorb()
+
+
+def set_apart(layers: Sequence[LayerWeights]) -> None:
+    """Have nothing that somebody put in the place of weights lie in memory of these layers, which is written next."""
+    replaced = [tensor for layer in layers for tensor in layer.replaced()]
+    ours = {address for layer in layers for address in layer.storages} if replaced else set()
+    for tensor in replaced:
+        if tensor.untyped_storage().data_ptr() in ours:
+            with torch.inference_mode(False):
+                tensor.data = tensor.data.clone()
 
 
 class LayerWeights:
@@ -90,8 +124,27 @@ class LayerWeights:
             if is_on_host:  # of a mapped file pages count until the last tensor of the file is gone
                 mapped_files.let_go(before.data_ptr(), before.numel() * before.element_size())
 
+    @property
+    def is_replaced(self) -> bool:
+        """Whether somebody has put something in the place of these weights."""
+        return next(self.replaced(), None) is not None
+
+    def replaced(self) -> Iterator[torch.Tensor]:
+        """The tensors in whose place somebody has put others, which they are now; none where they do not live here."""
+        if self._host is None:
+            return
+        here = self._at(self.source if self._resident is None else self._resident)
+        for idx, tensor in enumerate(self._tensors):
+            if not (_is_same(tensor, here[idx]) or self._is_passing(idx)):
+                yield tensor
+
+    @property
+    def storages(self) -> set[int]:
+        """Addresses of all memory that these weights are read from."""
+        return {views[0].untyped_storage().data_ptr() for views in self._views.values()}
+
     def absorb(self) -> None:
-        """Take over what was put in the place of these weights since, as a merged adapter does.
+        """Take over what was put in the place of these weights, none of which lies in memory of any layer.
 
         Raises:
             KVOffloadError: something of another shape or dtype.
@@ -109,16 +162,18 @@ class LayerWeights:
     def _absorbed(self, idx: int, view: torch.Tensor) -> bool:
         """Have a tensor be that view, with the values it has; False where these do not fit."""
         tensor = self._tensors[idx]
-        if tensor.data_ptr() == view.data_ptr():
+        if _is_same(tensor, view):
             return True
-        # an interrupt may have left it in a slab, whose bytes are nobody's any more
-        is_ours = any(tensor.data_ptr() == views[idx].data_ptr() for views in self._views.values())
-        if not is_ours:
+        if not self._is_passing(idx):
             if (tensor.shape, tensor.dtype) != (view.shape, view.dtype):
                 return False
             view.copy_(tensor.detach())
         tensor.data = view
         return True
+
+    def _is_passing(self, idx: int) -> bool:
+        """Whether a tensor is in its place in other memory: an interrupt may have left it in a slab."""
+        return any(_is_same(self._tensors[idx], views[idx]) for views in self._views.values())
 
     def read_from(self, data: torch.Tensor) -> None:
         """Whoever reads these weights finds them in other bytes, which were copied from `source`."""
@@ -153,7 +208,8 @@ class LayerWeights:
             return
         where = self.source if self._resident is None else self._resident
         replaced = [idx for idx, view in enumerate(self._at(where)) if not self._absorbed(idx, view)]
-        stays = {idx: self._tensors[idx].data for idx in replaced}  # of another dtype, as after model.half()
+        # of another dtype, as after model.half()
+        stays = {idx: self._tensors[idx].data.to(self.device) for idx in replaced}
         self.leave()
         if self.device.type == "cpu":  # the memory stays theirs, and is not pinned any more
             backend.release_host(self._host)
