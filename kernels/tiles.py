@@ -47,6 +47,8 @@ def tile(head_dim: int, element_bytes: int, rows: int, capability: int, *, is_de
     if is_decoded and block_dim != head_dim:
         most_rows = 16
     block_tokens = min(64, max(16, step_elements // block_dim))
+    if is_decoded and capability >= 100:  # 4 bits spill some registers with more
+        block_tokens = max(16, block_tokens // 2)
     stage_bytes = 2 * block_tokens * block_dim * element_bytes  # 2: K and V
     return Tile(
         rows=min(most_rows, max(16, power_of_2(rows))),
