@@ -367,9 +367,9 @@ class ModelWeights:
 
 def _move_back(tensor: torch.Tensor, before: torch.Tensor) -> None:
     """Be where it was, with the values that it has now."""
-    now = tensor.data.to(before.device)
-    if (now.shape, now.dtype) == (before.shape, before.dtype):
-        if not torch.equal(now, before):  # which may be expanded, and cannot be written then
-            before = before.copy_(now) if can_be_packed(before) else now
-        now = before
-    tensor.data = now  # else it was changed meanwhile, as by model.half()
+    is_alike = (tensor.shape, tensor.dtype) == (before.shape, before.dtype)
+    if is_alike and can_be_packed(before):
+        tensor.data = before.copy_(tensor.data)
+        return
+    now = tensor.data.to(before.device)  # changed meanwhile, as by model.half(), or expanded, which cannot be written
+    tensor.data = before if is_alike and torch.equal(now, before) else now
