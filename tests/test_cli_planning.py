@@ -78,7 +78,7 @@ def test_the_answer_comes_first_in_three_parts_and_its_code_runs(model: Path) ->
     for arguments, verdict, code, bound in (
         (["--batch", 1], "Do not offload: ", "out = model.generate(**inputs, max_new_tokens=128)", "reading weights"),
         (["--batch", 100], "Do not offload, unless", "for i in range(0, 100, 34):", "reading weights"),
-        (["--seq", "100k"], "Offload: ", "with kvoffload.offload(model):", "the device's computing"),
+        (["--seq", "100k"], "Offload: ", "with kvoffload.offload(model):", "the device, which"),
         (["--seq", "100k", "--split", "transfer"], "Offload: ", 'config = kvoffload.OffloadConfig(split="t', "link"),
         (["--device-memory", 10], "Stream the weights", "from transformers import", "bytes"),
         (

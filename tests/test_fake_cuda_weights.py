@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 import kvoffload
 from kvoffload import InfeasiblePlanError, OffloadConfig
 from kvoffload.backend import CudaBackend
-from kvoffload.cli import chat
+from kvoffload.cli import answering
 from kvoffload.session import memory_limits
 from kvoffload.session.model_weights import ModelWeights
 
@@ -375,13 +375,13 @@ def test_generate_loads_into_host_memory_and_offloads_to_the_device(
     streams = options[-1:] == ["--device-weights-gib"]
     options = [*options, str(1.2 * kept_gib(model, 1))] if streams else options
     began: list[tuple[str, OffloadConfig]] = []
-    offload = chat.offload
+    offload = answering.offload
 
     def noted(model: Any, config: OffloadConfig) -> Any:
         began.append((str(model.device), config))
         return offload(model, replace(config, profile="a100-40gb-pcie4", split="transfer"))
 
-    monkeypatch.setattr(chat, "offload", noted)
+    monkeypatch.setattr(answering, "offload", noted)
     result = run("generate", "w5 w6 w7", "--model", tmp_path, "--max-new-tokens", 4, "--compare", "--json", *options)
     assert result.exit_code == 0, result.stderr
     assert result.stderr.splitlines()[0] == f"loading {tmp_path} {where}"

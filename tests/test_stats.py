@@ -223,7 +223,7 @@ def test_the_second_turn_of_a_chat_tells_its_own_tokens_and_its_own_memory(chunk
         model.generate(text, **how, **given(cache))
         stats = session.stats
         assert (stats.prompt_tokens, stats.cached_before_tokens) == (56, 45)  # the last token is not fed back
-        assert "after 11 new tokens, 45 cached before" in said(stats)
+        assert "after reading 11 prompt tokens, 45 were cached before" in said(stats)
         assert stats.tokens_per_s == pytest.approx(2 * 5 / sum(stats.decode_step_s), rel=0.05)
         assert 0 < stats.cache_host_bytes < stats.host_bytes == session.pool.used_bytes
         assert f"host {gb(stats.cache_host_bytes)}, of {gb(stats.host_bytes)} of all caches" in said(stats)

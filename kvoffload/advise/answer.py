@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from kvoffload.advise import snippets
 from kvoffload.advise.snippets import CODE
-from kvoffload.advise.streaming import QUANTISED_BITS, StreamedBatch, best_batch, quantised_way
+from kvoffload.advise.streaming import QUANTISED_BITS, WIDTHS, StreamedBatch, best_batch, quantised_way
 from kvoffload.advise.task import Alternative, Task
 from kvoffload.advise.utilization import decode_mbu, decode_mfu
 from kvoffload.advise.ways import LEAST_GAIN
@@ -26,7 +26,7 @@ from kvoffload.planning.verdicts import times
 from kvoffload.units import count, counted, duration, gb, rate
 
 CLOSE_FRACTION = 0.08  # of a device's memory, by which drivers report more than datasheets, in units of 1e9 bytes
-_FOUR_BITS = f"weights in 4 bits ({QUANTISED_BITS} with scales)"
+_BITS = {name: f"weights in {name} bits ({bits} with scales)" for name, bits in WIDTHS}
 
 
 class Answer(NamedTuple):
@@ -77,9 +77,35 @@ def answer(task: Task, found: Found, facts: Facts, *, is_best: bool) -> Answer:
     return said._replace(notes=notes, details=_details(task, found))
 
 
-def _on_device(task: Task, one: Alternative, ours: Alternative) -> Answer:
+def otherwise(task: Task, facts: Facts, problem: str) -> Answer | None:
+    """The answer where offloading does not work, for the reason given: the device alone, else quantised weights.
+
+    None where neither works.
+    """
+    notes = (f"Offloading does not work here: {problem}.", *_beyond_positions(task, facts), *_doubted(facts))
+    one = task.on_device()
+    if one is not None:
+        return _on_device(task, one, None)._replace(notes=notes)
+    bits, quantised = _enough_bits(task)
+    if quantised is None:
+        return None
+    verdict = f"Quantise the weights: {_BITS[bits]} do{_in_parts(quantised)}; as they are this does not work."
+    code = snippets.quantised(task, "OWNER/NAME", quantised, bits)
+    return Answer(verdict, code, f"Predicted in {bits} bits, {_quantised_speed(task, quantised)}.", notes)
+
+
+def _in_parts(one: Alternative) -> str:
+    return "" if one.runs == 1 else f" in {one.runs} parts of {one.batch}"
+
+
+def _quantised_speed(task: Task, one: Alternative) -> str:
+    where = "on the device" if one.way in ("on_device", "sub_batches") else "with the cache offloaded"
+    return f"{where}: {_speed(task, one)}, bound by bytes: what it costs to dequantise is not known and not counted"
+
+
+def _on_device(task: Task, one: Alternative, ours: Alternative | None) -> Answer:
     """Plain generate(), whole or in parts."""
-    slower = ours.total_s / one.total_s
+    slower = 1.0 if ours is None else ours.total_s / one.total_s
     beside = f"; offloaded {times(slower)} slower" if slower >= LEAST_GAIN else ""
     speed = f"Predicted: {_speed(task, one)}. {_bounds(task, one, _device_bound(task, one))}{beside}."
     if one.runs == 1:
@@ -120,23 +146,30 @@ def _stream(task: Task, found: Found) -> Answer:
     )
     speed = f"{_speed(task, one)}{_drafted(found)}. {_bounds(task, one, _plan_bound(found.plan))}"
     code = snippets.streamed(task, found.name, is_greedy=found.drafts is not None)
-    best, quantised = best_batch(task), quantised_way(task)
+    best, (bits, quantised) = best_batch(task), _enough_bits(task)
+    words = _BITS[bits]
     more = tuple(_larger_batches(task, best))
     if quantised is None or quantised.tokens_per_s < LEAST_GAIN * one.tokens_per_s:
         narrower = () if quantised is not None or shape.layer_bits <= QUANTISED_BITS else _NOT_EVEN
         if quantised is not None:
-            narrower = (f"Quantised instead: {_FOUR_BITS} make {rate(quantised.tokens_per_s)} tokens/s of this batch.",)
+            narrower = (f"Quantised instead: {words} make {rate(quantised.tokens_per_s)} tokens/s of this batch.",)
         return Answer(f"Stream the weights: {reason}; {streamed}.", code, f"Predicted: {speed}.", (*more, *narrower))
-    parts = "" if quantised.runs == 1 else f" in {quantised.runs} parts of {quantised.batch}"
-    where = "on the device" if quantised.way in ("on_device", "sub_batches") else "with the cache offloaded"
     return Answer(
-        f"Stream the weights only where quantised ones will not do: {reason}; {_FOUR_BITS} do{parts}, and make "
-        f"{rate(quantised.tokens_per_s)} tokens/s instead of {rate(one.tokens_per_s)}.",
-        snippets.quantised(task, found.name, quantised),
-        f"Predicted in 4 bits, {where}: {_speed(task, quantised)}, bound by bytes: what it costs to dequantise is not "
-        "known and not counted.",
+        f"Stream the weights only where quantised ones will not do: {reason}; {words} do{_in_parts(quantised)}, and "
+        f"make {rate(quantised.tokens_per_s)} tokens/s instead of {rate(one.tokens_per_s)}.",
+        snippets.quantised(task, found.name, quantised, bits),
+        f"Predicted in {bits} bits, {_quantised_speed(task, quantised)}.",
         (f"Streamed instead: {streamed}. Predicted: {speed}.", indent(code, CODE), *more),
     )
+
+
+def _enough_bits(task: Task) -> tuple[int, Alternative | None]:
+    """The most bits of quantised weights with which the work is about as fast as with the fewest."""
+    found = {name: quantised_way(task, bits) for name, bits in WIDTHS}
+    fastest = max((one.tokens_per_s for one in found.values() if one is not None), default=0.0)
+    enough = (name for name, one in found.items() if one is not None and LEAST_GAIN * one.tokens_per_s >= fastest)
+    name = next(enough, min(found))
+    return name, found[name]
 
 
 _NOT_EVEN = ("Weights in 4 bits do not fit either.",)
@@ -194,7 +227,7 @@ def _drafted(found: Found) -> str:
 def _plan_bound(plan: Plan) -> str:
     return {
         "link": "the link",
-        "device": "the device's computing",
+        "device": "the device, which computes and reads its memory",
         "host": "the host's time for each copy",
         "device_memory": "the link, at the limit of device memory",
         "host_memory": "the link, at the limit of host memory",

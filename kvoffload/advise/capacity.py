@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from kvoffload.advise.streaming import WIDTHS
+from kvoffload.advise.streaming import WIDTHS, quantised_way
 from kvoffload.advise.task import Task
 from kvoffload.config import GIB
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.machine.machine import ASSUMED_HOST_BYTES
 from kvoffload.planning import planner
-from kvoffload.units import counted
+from kvoffload.units import counted, rate
 
 MAX_SEARCHED = 2**24  # batches and prompts larger than this are not looked for
 WORTH_TELLING = 8  # a prompt this many times shorter than the one that was asked for
@@ -85,14 +85,26 @@ def what_would_fit(task: Task) -> str:
     def longest(of: Task) -> int:
         return _largest(lambda n: _can_be_offloaded(_sized(of, of.workload.batch, n)), most)
 
-    widths = [(f"weights in {name} bits with ", bits) for name, bits in WIDTHS if bits < task.shape.layer_bits]
     found = []
-    for name, bits in (("", task.shape.layer_bits), *widths):
-        number = longest(task.in_weight_bits(bits))
-        if WORTH_TELLING * number >= task.workload.prompt_tokens:
-            long = "prompts of any length" if number >= MAX_SEARCHED else f"prompts of up to {counted(number, 'token')}"
-            found.append(name + long)
+    for name, bits in WIDTHS:
+        one = quantised_way(task, bits)
+        if one is not None:
+            parts = f" in {one.runs} parts of {one.batch}" if one.runs > 1 else ""
+            found.append(
+                f"this with weights in {name} bits{parts} (--w-bits {bits}, {rate(one.tokens_per_s)} tokens/s)"
+            )
+        elif bits < task.shape.layer_bits and (number := longest(task.in_weight_bits(bits))):
+            found.append(f"weights in {name} bits with {_long(number)}")
+    batch = _largest(lambda n: _can_be_offloaded(_sized(task, n, task.workload.prompt_tokens)), task.workload.batch)
+    if batch:
+        found.append(f"batches of up to {batch}")
+    if WORTH_TELLING * (number := longest(task)) >= task.workload.prompt_tokens:
+        found.append(_long(number))
     return f". What would fit: {', '.join(found)}" if found else ""
+
+
+def _long(tokens: int) -> str:
+    return "prompts of any length" if tokens >= MAX_SEARCHED else f"prompts of up to {counted(tokens, 'token')}"
 
 
 def _sized(task: Task, batch: int, prompt_tokens: int) -> Task:

@@ -22,21 +22,18 @@ class Card(NamedTuple):
     advice: Advice | None
     problem: str = ""
     quantised: Alternative | None = None  # the best way with weights in 4 bits, where it is faster
-
-    @property
-    def best(self) -> Alternative | None:
-        """The recommended way."""
-        return None if self.advice is None else self.advice.best
+    best: Alternative | None = None  # the recommended way; None: nothing works
 
     @property
     def way(self) -> str:
         """The recommended way in two or three words."""
-        if self.advice is None:
-            return "nothing works"
-        best = self.advice.best
-        if self.quantised is not None and self.advice.plan.weight_bytes_per_step:
+        best = self.best
+        streams = self.advice is not None and self.advice.plan.weight_bytes_per_step
+        if self.quantised is not None and (best is None or streams):
             return "quantise"
-        if self.advice.plan.weight_bytes_per_step and best.way in ("offload", "drafts"):
+        if best is None:
+            return "nothing works"
+        if streams and best.way in ("offload", "drafts"):
             return "stream weights"
         return f"{best.runs} parts" if best.runs > 1 else LABELS[best.way]
 
@@ -65,7 +62,7 @@ def card(machine: HardwareProfile, task: Task, advise: Callable[[], Advice]) -> 
         advice = advise()
     except InfeasiblePlanError as error:
         problem = str(error)
-    quantised = quantised_way(task)
-    if quantised is not None and advice is not None and quantised.tokens_per_s < LEAST_GAIN * advice.best.tokens_per_s:
+    best, quantised = (task.on_device() if advice is None else advice.best), quantised_way(task)
+    if quantised is not None and best is not None and quantised.tokens_per_s < LEAST_GAIN * best.tokens_per_s:
         quantised = None
-    return Card(machine.device_name, machine.link_name, machine.device_memory_bytes, advice, problem, quantised)
+    return Card(machine.device_name, machine.link_name, machine.device_memory_bytes, advice, problem, quantised, best)

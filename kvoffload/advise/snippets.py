@@ -43,8 +43,11 @@ def streamed(task: Task, name: str, *, is_greedy: bool) -> str:
     )
 
 
-def quantised(task: Task, name: str, one: Alternative) -> str:
-    """With weights in 4 bits by bitsandbytes, then what `one` says: whole, in parts, or offloaded."""
+def quantised(task: Task, name: str, one: Alternative, bits: int) -> str:
+    """With weights in 8 or 4 bits by bitsandbytes, then what `one` says: whole, in parts, or offloaded."""
+    options = "load_in_8bit=True"
+    if bits == 4:
+        options = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16"'
     run = plain(task)
     if one.way in ("offload", "drafts"):
         run = offloaded(task, is_greedy=one.way == "drafts")
@@ -53,7 +56,7 @@ def quantised(task: Task, name: str, one: Alternative) -> str:
     return (
         "from transformers import AutoModelForCausalLM, BitsAndBytesConfig\n"
         "bits = BitsAndBytesConfig(  # pip install bitsandbytes\n"
-        '    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16"\n'
+        f"    {options}\n"
         ")\n"
         "model = AutoModelForCausalLM.from_pretrained(\n"
         f'    "{name}", quantization_config=bits, device_map="cuda"\n'

@@ -40,6 +40,7 @@ from kvoffload.planning.memory import (
     DEVICE_SHARE,
     HOST_SHARE,
     MIN_PREFILL_TOKENS,
+    PREFILL_TOKENS,
     PrefillParts,
     prefill_chunk_tokens,
     prefill_parts,
@@ -53,7 +54,6 @@ from kvoffload.planning.workload import Workload
 from kvoffload.units import gb
 
 logger = logging.getLogger(__name__)
-PREFILL_TOKENS = 16384  # of all sequences, in one forward of the prefill
 
 
 @functools.cache
@@ -159,7 +159,10 @@ class Task(NamedTuple):
         written = 0.0
         if chosen.host_bytes and self.profile.d2h is not None:
             written = chosen.host_bytes / self.profile.d2h.rate(chosen.host_bytes)
-        read_s = self.prefill_passes() * inputs.rates.weights_s(self.streamed_bytes)
+        passes = self.prefill_passes()
+        read_s = passes * inputs.rates.weights_s(self.streamed_bytes)
+        if self.profile.h2d is not None and chosen.host_bytes:  # each part of a prefill reads those before it
+            read_s += (passes - 1) / 2 * chosen.host_bytes / self.profile.h2d.rate(chosen.host_bytes)
         prefill_s = max(self.prefill_s(self.workload.batch), written, read_s)
         used = self.device_weight_bytes + chosen.device_bytes
         return self._alternative("offload", self.workload.batch, 1, prefill_s, step_s, used)

@@ -41,6 +41,7 @@ from kvoffload.cli.options import (
 )
 from kvoffload.cli.terminal import print_json, print_text, progress, waiting
 from kvoffload.config import OffloadConfig
+from kvoffload.errors import InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.facts import Facts
 from kvoffload.model.stored_facts import facts_of, is_known
@@ -112,6 +113,7 @@ def plan(
 ) -> None:
     """Say whether offloading pays for a workload, how fast it will be, what it costs and what limits it."""
     from kvoffload.advise.advice import advise, task_of
+    from kvoffload.advise.answer import otherwise
     from kvoffload.advise.cards import card
     from kvoffload.advise.economics import Economics
     from kvoffload.advise.overview import overview
@@ -162,12 +164,20 @@ def plan(
         tables.print_sweep(swept(task, cells.batches, cells.prompts))
         return
     with waiting("planning"):
-        advice = advise(model, workload, machine, config, **chosen)
+        try:
+            advice = advise(model, workload, machine, config, **chosen)
+            said, document = advice.answer, advice.to_json()
+        except InfeasiblePlanError as error:
+            alone = otherwise(task, facts_of(model), str(error))
+            if alone is None:
+                raise
+            said = alone
+            document = {"recommendation": said.text, "answer": said.to_json(), "problem": str(error)}
         seen = overview(task, money, cells)
     if as_json:
-        print_json(advice.to_json() | seen.to_json())
+        print_json(document | seen.to_json())
     else:
-        tables.print_answer(advice.answer, machine)
+        tables.print_answer(said, machine)
         tables.print_forecast(seen)
 
 
@@ -177,7 +187,7 @@ def roofline(
     batch: Batch = 1,
     prompt_tokens: PromptTokens = 1024,
     new_tokens: NumNewTokens = 128,
-    w_bits: WeightBits = None,
+    w_bits: Annotated[float | None, bits("Bits per weight, the head's too; default: the model's own.")] = None,
     a_bits: Annotated[float | None, bits("Bits per activation.")] = None,
     kv_bits: Annotated[float | None, bits("Bits per value of K and V.")] = None,
     attention: Annotated[

@@ -8,6 +8,7 @@ from kvoffload.model.shape import ModelShape
 
 DEVICE_SHARE = 0.9  # of the free device memory that "auto" takes at most
 HOST_SHARE = 0.8  # of the free host memory that "auto" takes at most
+PREFILL_TOKENS = 16384  # of all rows, in one part of a prefill: more is no faster, and takes room from the cache
 BUSY_TOKENS = 4096  # of all rows that pass a layer at once, with which matrix products are as fast as with more
 MIN_PREFILL_TOKENS = 64  # of each sequence, in one part of a prefill
 
@@ -74,9 +75,10 @@ def prefill_parts(
 def prefill_chunk_tokens(shape: ModelShape, *, rows: int, prompt_tokens: int, room_bytes: int) -> int:
     """Tokens of each row that go through a model at once, so that the prefill fits in `room_bytes`.
 
-    The whole prompt, or half of it as often as needed, down to `MIN_PREFILL_TOKENS`, which may not fit either.
+    As many as make `PREFILL_TOKENS` of all rows, or half of that as often as needed, down to `MIN_PREFILL_TOKENS`,
+    which may not fit either. What a part takes is taken from blocks that could stay on the device in every later step.
     """
-    tokens = prompt_tokens
+    tokens = min(prompt_tokens, max(MIN_PREFILL_TOKENS, PREFILL_TOKENS // rows))
     while tokens > MIN_PREFILL_TOKENS and prefill_peak_bytes(shape, num_tokens=rows * tokens, rows=rows) > room_bytes:
         tokens = -(-tokens // 2)
     return tokens

@@ -15,7 +15,7 @@ from kvoffload.planning.plan import Plan, paragraphs
 from kvoffload.planning.verdicts import beside_full_transfer, beside_plain
 from kvoffload.units import count, counted, duration, gb
 
-SLOW = 1.5  # times the predicted step, from where on a cause is named
+SLOW = 2.0  # times the predicted step, from where on a cause is named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

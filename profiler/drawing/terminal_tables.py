@@ -56,9 +56,8 @@ def _source(machine: HardwareProfile) -> str:
     """Where the figures of a machine come from."""
     if "datasheet" not in machine.extra:
         return "predicted from rates that were measured on it."
-    link = {"measured": "measured by others", "datasheet": "the datasheet's"}.get(
-        machine.h2d.provenance if machine.h2d is not None else "", "assumed"
-    )
+    told = machine.extra["datasheet"]["provenance"].get("link_achievable_bytes_per_s", "assumed")
+    link = {"measured": "measured by others", "datasheet": "the datasheet's"}.get(told, "assumed")
     return f"peaks of the datasheet, the speed of the link {link}; nothing of this was measured."
 
 
@@ -94,7 +93,7 @@ def print_cards(cards: Sequence[Card]) -> None:
     names = ["device", "best way", "tokens/s", "prompts", "step", *["4-bit tokens/s"] * has_quantised]
     console.print(*Figures("Predicted, not measured; 4-bit: with such weights", names, rows).tables(console.width))
     for one in cards:
-        if one.problem:
+        if one.problem and one.best is None:
             console.print(f"{one.name}: {one.problem}", highlight=False, markup=False)
 
 
