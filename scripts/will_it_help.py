@@ -56,10 +56,10 @@ WORKLOADS = {
 KEY = """
 Read it so: **1.5x** means offload, predicted so many times as fast as the best alternative, which is full transfer
 where no part of the work fits on the device; `=` offload, nothing else works, but planning gains nothing over full
-transfer of K and V as they are. Where verified drafts gain, they are in it, and it is *assumed* that 0.7 of those from
-the newest tokens are right, and 0.9 of those from 4-bit copies of all ([drafts.md](drafts.md) has measured
-shares); beams have none. bfloat16 caches (of Llama-3.1 and Qwen3 here) are packed without loss, at an *assumed* cost on
-the device. The others:
+transfer of K and V as they are. Where verified drafts gain, they are in it, and it is *assumed* that each from the
+newest tokens is right with a chance of 0.7, and each from 4-bit copies of all with 0.9 ([drafts.md](drafts.md) has what
+was measured); beams have none. bfloat16 caches (of Llama-3.1 and Qwen3 here) are packed without loss, at an *assumed*
+cost on the device. The others:
 
 - `fits`: plain `model.generate()`; weights and cache fit on the device.
 - `3 parts`: run the batch in 3 parts, one after another, on the device. The number behind it is what planning gains

@@ -83,7 +83,7 @@ def test_a_pass_of_many_tokens_takes_hardly_longer_where_the_link_is_the_bound()
 def test_the_advice_names_what_is_assumed() -> None:
     advice = advise(LLAMA_3_8B, LONG, RTX_4090, OffloadConfig(), acceptance=0.8)
     assert advice.best.way == "drafts"
-    read = "with verified drafts from the newest tokens, 0.80 of which are assumed to be right"
+    read = "with verified drafts from the newest tokens, each assumed to be right with a chance of 0.80"
     assert read in advice.answer.speed
     assert f"{read}, a token takes" in advice.answer.details
 
@@ -118,7 +118,9 @@ def test_copies_of_few_bits_are_advised_where_they_fit() -> None:
         assert found["int4"].acceptance == (0.9 if fits else 0.7)
     config = OffloadConfig(draft_cache="int4")
     advice = advise(LLAMA_3_8B, Workload(batch=1, prompt_tokens=65_536, new_tokens=256), RTX_4090, config)
-    assert "from 4-bit copies of all tokens, 0.90 of which are assumed" in advice.plan.recommendation
+    assert (
+        "from 4-bit copies of all tokens, each assumed to be right with a chance of 0.90" in advice.plan.recommendation
+    )
 
 
 def test_the_row_of_drafts_has_the_memory_and_traffic_of_their_own_plan() -> None:

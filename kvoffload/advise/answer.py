@@ -221,7 +221,8 @@ def _drafted(found: Found) -> str:
     if found.drafts is None or found.rounds is None:
         return ""
     read = "4-bit copies of all tokens" if found.rounds.reads_all else "the newest tokens"
-    return f", with verified drafts from {read}, {found.rounds.acceptance:.2f} of which are assumed to be right"
+    chance = f"each assumed to be right with a chance of {found.rounds.acceptance:.2f}"
+    return f", with verified drafts from {read}, {chance}"
 
 
 def _plan_bound(plan: Plan) -> str:

@@ -118,8 +118,8 @@ Acceptance = Annotated[
     typer.Option(
         callback=within(0, 1, "a share"),
         rich_help_panel=OFFLOADING,
-        help="Of verified drafts, the share that is assumed to be right, 0..1; default: 0.7 where they read the newest "
-        "tokens, 0.9 where they read 4-bit copies of all.",
+        help="The chance with which a verified draft is assumed to be right, 0..1; default: 0.7 where they read the "
+        "newest tokens, 0.9 where they read 4-bit copies of all.",
     ),
 ]
 Split = Annotated[

@@ -63,10 +63,10 @@ class DraftedCall:
         elif number is None and has_hooks():
             reason = "hooks on the model would see drafts"
         elif not offers_segments:
-            reason = (
-                "its attention puts whole layers together on the device (attention='whole_layer', a link without a "
-                "speed, or no other way)"
-            )
+            why = "attention='whole_layer'"
+            if self._config.attention != "whole_layer":
+                why = "the link has no speed, or the model's attention cannot take it in chunks"
+            reason = f"its attention puts whole layers together on the device: {why}"
         if number is not None and reason is not None:
             raise cannot_draft(number, reason)
         self._reason = reason

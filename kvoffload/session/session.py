@@ -134,23 +134,29 @@ class Session:
         return f"<kvoffload.Session of {model} on {self.backend.device}, link {link}: {state}>"
 
 
-def release(model: Any) -> None:
+def release(model: Any) -> bool:
     """Undo the `offload` of a model whose session is lost, or was not closed: the model is as before.
 
-    As `session.close()` of that session, which is closed then. Not for a model that is not offloaded: that is an error,
-    also at a second call, while `close()` may be called any number of times.
+    As `session.close()` of that session, which is closed then. It may be called any number of times, as the first line
+    of a notebook's cell, say.
 
     Args:
         model: as it was given to `kvoffload.offload`, or without its PEFT or torch.compile wrapper.
 
+    Returns:
+        Whether it was offloaded; False: there was nothing to undo.
+
     Raises:
-        KVOffloadError: the model is not offloaded.
+        KVOffloadError: it is no model.
     """
     offloaded = offloaded_model(model)
-    if offloaded is None:
-        way_out = "it is a session: close() it" if isinstance(model, Session) else "there is nothing to undo"
-        raise KVOffloadError(f"this {type(model).__name__} is not offloaded: {way_out}")
-    offloaded.close()
+    if offloaded is not None:
+        offloaded.close()
+        return True
+    if not hasattr(model, "config") or not hasattr(model, "parameters"):
+        way_out = "close() it" if isinstance(model, Session) else "give the model that was offloaded"
+        raise KVOffloadError(f"a {type(model).__name__} is no model: {way_out}")
+    return False
 
 
 def _warn_of_lost(model_name: str) -> None:

@@ -234,10 +234,17 @@ class GenerationStats:
         if is_measured:
             plain += f" ({duration(self.token_s)} a token with, {duration(self.measured_plain_step_s or 0)} without)"
         if not self.h2d_bytes:
-            return f"{plain}; nothing crossed the link: the whole cache stayed on the device"
+            return f"{plain}; {self._nothing_crossed}"
         if not self.plan.full_transfer_step_s:
             return plain
         return f"{plain}; {self._beside_full_transfer(self.token_s)}"
+
+    @property
+    def _nothing_crossed(self) -> str:
+        """Why no byte of the cache came over the link."""
+        if self.d2h_bytes:
+            return "nothing had to come back over the link in so few tokens"
+        return "nothing crossed the link: the whole cache stayed on the device"
 
     def _beside_full_transfer(self, token_s: float) -> str:
         full = self.plan.full_transfer_step_s
@@ -246,7 +253,7 @@ class GenerationStats:
             many += f"{self.tokens_per_pass:.1f} tokens per pass, "
         fits = "; weights and cache fit on the device: try it without offloading" if self.fits_on_device else ""
         if not self.h2d_bytes:
-            return f"none, nothing crossed the link: the whole cache stayed on the device{fits}"
+            return f"none, {self._nothing_crossed}{fits}"
         if not full and not self.link_has_speed:
             return (
                 "none, this link copies as fast as it can and has no speed to predict with. Without a GPU the cache is "
