@@ -75,7 +75,7 @@ def test_a_pass_of_many_tokens_takes_hardly_longer_where_the_link_is_the_bound()
     times = round_times(inputs, planner.solve(inputs), task.shape, task.profile, rows=1)
     assert times.pass_s[15] == pytest.approx(times.pass_s[0], rel=0.01)
     assert list(times.pass_s) == sorted(times.pass_s)
-    assert 20 < times.pass_s[0] / times.draft_s < 40
+    assert 15 < times.pass_s[0] / times.draft_s < 40
     assert times.window_tokens > 128
     assert expected_rounds(times, 1).tokens > 2.5
 
