@@ -80,14 +80,15 @@ def answer(task: Task, found: Found, facts: Facts, *, is_best: bool) -> Answer:
 def otherwise(task: Task, facts: Facts, problem: str) -> Answer | None:
     """The answer where offloading does not work, for the reason given: the device alone, else quantised weights.
 
-    None where neither works.
+    None where neither works, or a cap of the user's is the reason.
     """
     notes = (f"Offloading does not work here: {problem}.", *_beyond_positions(task, facts), *_doubted(facts))
     one = task.on_device()
     if one is not None:
         return _on_device(task, one, None)._replace(notes=notes)
     bits, quantised = _enough_bits(task)
-    if quantised is None:
+    is_capped = not isinstance(task.config.host_gib, str) or not isinstance(task.config.device_gib, str)
+    if quantised is None or is_capped:  # then the cap that was asked for is to be told
         return None
     verdict = f"Quantise the weights: {_BITS[bits]} do{_in_parts(quantised)}; as they are this does not work."
     code = snippets.quantised(task, "OWNER/NAME", quantised, bits)
