@@ -105,7 +105,7 @@ def test_plan_names_what_is_too_much_and_what_would_fit() -> None:
     small = ["--config", "llama-3.1-8b", "--hardware", "4090", "--device-weights-gib", "all", "--device-memory", 12]
     said = " ".join(run_well("plan", *small).split())
     assert said.startswith(
-        "Quantise the weights: weights in 8 bits (8.5 with scales) do; as they are this does not work."
+        "Quantise the weights: weights in 4 bits (4.5 with scales) do; as they are this does not work."
     )
     assert "load_in_4bit=True" in said
     assert "Offloading does not work here: device memory: weights of 16.06 GB" in said
