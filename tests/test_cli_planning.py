@@ -85,7 +85,7 @@ def test_the_answer_comes_first_in_three_parts_and_its_code_runs(model: Path) ->
             ["--device-memory", 10, "--w-bits", 4.5, "--batch", 999],
             "Do not offload, unless",
             "for i in range",
-            "reading",
+            "the host",
         ),
     ):
         said = ["plan", "--model", model, "--hardware", "a100-40gb-pcie4", *arguments]
