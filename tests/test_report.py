@@ -74,7 +74,7 @@ def test_the_lowest_point_of_the_split_curve_is_the_plan_and_nothing_is_below_it
 
 
 def test_no_point_of_the_split_curve_is_below_a_plan_that_packs() -> None:
-    found = made("llama-3.1-8b", batch=64, prompt_tokens=2048)
+    found = made("llama-3.1-8b", batch=160, prompt_tokens=2048)
     assert found.advice is not None
     plan = found.advice.plan
     assert plan.count(form="packed_kv")

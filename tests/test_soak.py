@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from kvoffload import OffloadConfig
 from kvoffload.backend import EmulatedBackend
 from kvoffload.hf import ModelHooks, SegmentAttention
+from kvoffload.session.offloaded_model import OffloadedModel
 from kvoffload.session.session import Session
 from kvoffload.store.pool import HostPool
 
@@ -205,7 +206,7 @@ PLANTS = {
     "threads": Plant(EmulatedBackend, "close", do_not, "threads are left", EmulatedBackend.close),
     "hooks": Plant(ModelHooks, "remove", do_not, "hooks are left", ModelHooks.remove),
     "attention": Plant(SegmentAttention, "remove", do_not, "attention functions are left", SegmentAttention.remove),
-    "caches": Plant(Session, "_reap", do_not, "bytes of the pool are in use"),
+    "caches": Plant(OffloadedModel, "_reap", do_not, "bytes of the pool are in use"),
     "copies": Plant(EmulatedBackend, "copy_to_device", copy_half, "logits differ"),
 }
 

@@ -93,8 +93,10 @@ def what_would_fit(task: Task) -> str:
             found.append(
                 f"this with weights in {name} bits{parts} (--w-bits {bits}, {rate(one.tokens_per_s)} tokens/s)"
             )
-        elif bits < task.shape.layer_bits and (number := longest(task.in_weight_bits(bits))):
-            found.append(f"weights in {name} bits with {_long(number)}")
+        elif bits < task.shape.layer_bits:
+            number = longest(task.in_weight_bits(bits))
+            if WORTH_TELLING * number >= task.workload.prompt_tokens:
+                found.append(f"weights in {name} bits with {_long(number)}")
     batch = _largest(lambda n: _can_be_offloaded(_sized(task, n, task.workload.prompt_tokens)), task.workload.batch)
     if batch:
         found.append(f"batches of up to {batch}")

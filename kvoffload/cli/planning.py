@@ -294,7 +294,7 @@ def facts_shown(config: str) -> Facts:
     """The facts of a model; on a terminal with a line about what takes seconds the first time."""
     if is_known(config):
         return facts_of(config)
-    with waiting("asking transformers what this model is made of, once for each configuration"):
+    with waiting("asking transformers what this model is made of, once"):
         return facts_of(config)
 
 
