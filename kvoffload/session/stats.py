@@ -171,7 +171,7 @@ class GenerationStats:
         kept = f"; weights of layers {gb(self.device_weight_bytes)} on the device" if self.weight_bytes else ""
         return paragraphs(
             f"first token {duration(self.ttft_s)}{self._prompt} (setup {duration(self.setup_s)} apart), {self._steps}, "
-            f"{self.tokens_per_s:.1f} tokens/s",
+            f"{self.tokens_per_s:.1f} tokens/s while decoding",
             f"link ({self.link_name}): {gb(self.h2d_bytes)} to the device{weights}, {gb(self.d2h_bytes)} back"
             f"{while_decoding}",
             f"plan: {self.plan.in_words}; host {self._host}{kept}; K/V {self._precision}",
