@@ -25,6 +25,7 @@ import kvoffload
 from kvoffload import InfeasiblePlanError, OffloadConfig
 from kvoffload.backend import CudaBackend
 from kvoffload.cli import answering
+from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.session import memory_limits
 from kvoffload.session.model_weights import ModelWeights
 
@@ -381,6 +382,8 @@ def test_generate_loads_into_host_memory_and_offloads_to_the_device(
         began.append((str(model.device), config))
         return offload(model, replace(config, profile="a100-40gb-pcie4", split="transfer"))
 
+    preset = HardwareProfile.preset("a100-40gb-pcie4")
+    monkeypatch.setattr("kvoffload.profiler.stored.load_or_measure", lambda *_args, **_named: preset)
     monkeypatch.setattr(answering, "offload", noted)
     result = run("generate", "w5 w6 w7", "--model", tmp_path, "--max-new-tokens", 4, "--compare", "--json", *options)
     assert result.exit_code == 0, result.stderr
