@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvoffload.advise import snippets
 from kvoffload.advise.answer import Answer, Found, answer
 from kvoffload.advise.capacity import what_would_fit
 from kvoffload.advise.task import Alternative, Task
@@ -88,7 +88,8 @@ def advise(
 ) -> Advice:
     """As `advised_plan`, with the numbers of every way; further arguments as of `task_of`."""
     task = task_of(model_or_config, workload, profile, config, acceptance=acceptance, w_bits=w_bits).settled()
-    facts = _facts(model_or_config)
+    facts = task.facts
+    assert facts is not None, "task_of gives them"
     _warn_of_unknown_weights(facts)
     on_device = task.on_device()
     try:
@@ -109,7 +110,7 @@ def advise(
     ways = [one for one in (offload, drafts, on_device) if one is not None]
     best = best_of({one.way: one.total_s for one in ways})
     ways.sort(key=lambda one: (one.way != best, one.total_s))
-    found = Found(chosen, offload, on_device, drafts, rounds, full, _loaded_by(model_or_config))
+    found = Found(chosen, offload, on_device, drafts, rounds, full, snippets.loaded_by(model_or_config))
     said = answer(task, found, facts, is_best=best in ("offload", "drafts"))
     plain_s = 0.0
     if on_device is not None and on_device.way == "on_device":
@@ -151,17 +152,6 @@ def task_of(
         )
     task = Task(shape, workload, profile, config, acceptance, _facts(model_or_config))
     return task if w_bits is None else task.in_weight_bits(w_bits)
-
-
-def _loaded_by(model_or_config: Any) -> str:
-    """What `from_pretrained` takes for this model; OWNER/NAME where that is not known."""
-    if not isinstance(model_or_config, (str, Path)):
-        return "OWNER/NAME"
-    path = Path(model_or_config)
-    if path.is_dir():
-        return str(path)
-    is_hub_id = not path.exists() and str(model_or_config).count("/") == 1
-    return str(model_or_config) if is_hub_id else "OWNER/NAME"
 
 
 def _facts(model_or_config: Any) -> Facts:

@@ -77,10 +77,10 @@ def answer(task: Task, found: Found, facts: Facts, *, is_best: bool) -> Answer:
     return said._replace(notes=notes, details=_details(task, found))
 
 
-def otherwise(task: Task, facts: Facts, problem: str) -> Answer | None:
+def otherwise(task: Task, facts: Facts, problem: str, name: str) -> Answer | None:
     """The answer where offloading does not work, for the reason given: the device alone, else quantised weights.
 
-    None where neither works, or a cap of the user's is the reason.
+    None where neither works, or a cap of the user's is the reason. `name` is what `from_pretrained` takes.
     """
     notes = (f"Offloading does not work here: {problem}.", *_beyond_positions(task, facts), *_doubted(facts))
     one = task.on_device()
@@ -91,7 +91,7 @@ def otherwise(task: Task, facts: Facts, problem: str) -> Answer | None:
     if quantised is None or is_capped:  # then the cap that was asked for is to be told
         return None
     verdict = f"Quantise the weights: {_BITS[bits]} do{_in_parts(quantised)}; as they are this does not work."
-    code = snippets.quantised(task, "OWNER/NAME", quantised, bits)
+    code = snippets.quantised(task, name, quantised, bits)
     return Answer(verdict, code, f"Predicted in {bits} bits, {_quantised_speed(task, quantised)}.", notes)
 
 

@@ -52,10 +52,8 @@ def limits(task: Task) -> Limits:
     is_assumed = bool(task.profile.extra.get("host_memory_is_assumed"))
     on_host = task._replace(profile=replace(task.profile, extra=task.profile.extra | {"host_memory_bytes": host_bytes}))
     batch, prompt = task.workload.batch, task.workload.prompt_tokens
-    most_tokens = MAX_SEARCHED
-    most_positions = None
-    if task.facts is not None and task.facts.position_limit is not None:
-        most_tokens = most_positions = max(0, task.facts.position_limit - task.workload.new_tokens)
+    most_positions = _most_positions(task)
+    most_tokens = MAX_SEARCHED if most_positions is None else most_positions
 
     def prompts(of: Task, works: Callable[[Task], bool]) -> int:
         return _largest(lambda n: works(_sized(of, batch, n)), most_tokens)
@@ -78,9 +76,8 @@ def limits(task: Task) -> Limits:
 
 def what_would_fit(task: Task) -> str:
     """For the message where nothing does: shorter prompts, and quantised weights with how long a prompt they leave."""
-    limits = task.facts.position_limit if task.facts is not None else None
-    most = max(0, limits - task.workload.new_tokens) if limits is not None else MAX_SEARCHED
-    most = max(most, task.workload.prompt_tokens)
+    positions = _most_positions(task)
+    most = MAX_SEARCHED if positions is None else max(positions, task.workload.prompt_tokens)
 
     def longest(of: Task) -> int:
         return _largest(lambda n: _can_be_offloaded(_sized(of, of.workload.batch, n)), most)
@@ -103,6 +100,12 @@ def what_would_fit(task: Task) -> str:
     if WORTH_TELLING * (number := longest(task)) >= task.workload.prompt_tokens:
         found.append(_long(number))
     return f". What would fit: {', '.join(found)}" if found else ""
+
+
+def _most_positions(task: Task) -> int | None:
+    """Tokens of a prompt beside the new ones, by the model's positions; None: it names none."""
+    limit = None if task.facts is None else task.facts.position_limit
+    return None if limit is None else max(0, limit - task.workload.new_tokens)
 
 
 def _long(tokens: int) -> str:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from kvoffload.advise.task import Alternative, Task
 from kvoffload.config import OffloadConfig
 
 CODE = "    "  # what code stands behind in a text
+
+
+def loaded_by(model_or_config: Any) -> str:
+    """What `from_pretrained` takes for this model; OWNER/NAME where that is not known."""
+    if not isinstance(model_or_config, (str, Path)):
+        return "OWNER/NAME"
+    path = Path(model_or_config)
+    if path.is_dir():
+        return str(path)
+    is_hub_id = not path.exists() and str(model_or_config).count("/") == 1
+    return str(model_or_config) if is_hub_id else "OWNER/NAME"
 
 
 def plain(task: Task) -> str:

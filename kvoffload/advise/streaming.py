@@ -16,6 +16,7 @@ from kvoffload.advise.task import Alternative, Task
 from kvoffload.errors import InfeasiblePlanError
 from kvoffload.machine.machine import ASSUMED_HOST_BYTES
 from kvoffload.planning import planner
+from kvoffload.planning.plan import Plan
 
 QUANTISED_BITS = 4.5  # of a weight in 4 bits with its scales, as common formats have them
 WIDTHS = ((8, 8.5), (4, QUANTISED_BITS))  # of quantised weights, by their name and with scales
@@ -50,10 +51,10 @@ def best_batch(task: Task, *, beside_quantised: bool = True) -> StreamedBatch | 
     host_bytes = installed if isinstance(installed, int) else ASSUMED_HOST_BYTES
     rates: dict[int, Alternative] = {}
     for sized in _sizes(task):
-        offload = _offloaded(sized, host_bytes)
-        if offload is None:
+        offload = _offloaded(sized)
+        if offload is None or offload.plan.host_bytes + sized.shape.weight_bytes > host_bytes:
             break
-        rates[sized.workload.batch] = offload
+        rates[sized.workload.batch] = offload.found
     if not rates:
         return None
     highest = max(one.tokens_per_s for one in rates.values())
@@ -65,23 +66,21 @@ def best_batch(task: Task, *, beside_quantised: bool = True) -> StreamedBatch | 
 def quantised_way(task: Task, bits: float = QUANTISED_BITS) -> Alternative | None:
     """The same work with decoder layers in 4 bits, on the device or with its cache offloaded; None: neither works.
 
-    `bits` of each weight, scales included.
-
     None as well where they have no more bits than that already. Bound by bytes: what it costs to dequantise is not
     counted. Nothing is said of accuracy.
+
+    Args:
+        task: with the weights as they are.
+        bits: of each weight instead, scales included.
     """
     if task.shape.layer_bits <= bits:
         return None
     smaller = task.in_weight_bits(bits)
+    offload = None if streams_weights(smaller) else _offloaded(smaller)
     found = [smaller.on_device()]
-    try:
-        if not streams_weights(smaller):
-            settled = smaller.settled()
-            offload = settled.offload(planner.solve(settled.inputs(task.workload.cached_tokens)))
-            rounds = settled.rounds()
-            found += [offload, None if rounds is None else settled.drafted(offload, rounds)]
-    except InfeasiblePlanError:
-        pass  # then on the device alone
+    if offload is not None:
+        rounds = offload.task.rounds()
+        found += [offload.found, None if rounds is None else offload.task.drafted(offload.found, rounds)]
     return min((one for one in found if one is not None), key=lambda one: one.total_s, default=None)
 
 
@@ -92,12 +91,19 @@ def _sizes(task: Task) -> Iterator[Task]:
         batch *= 2
 
 
-def _offloaded(task: Task, host_bytes: int) -> Alternative | None:
-    """With streamed weights and an offloaded cache; None where a memory is too small."""
+class _Offloaded(NamedTuple):
+    """A task with its cache offloaded."""
+
+    task: Task  # settled
+    plan: Plan
+    found: Alternative
+
+
+def _offloaded(task: Task) -> _Offloaded | None:
+    """With its cache offloaded; None where a memory is too small."""
     try:
         task = task.settled()
-        chosen = planner.solve(task.inputs(task.workload.cached_tokens))
-        found = task.offload(chosen)
+        plan = planner.solve(task.inputs(task.workload.cached_tokens))
+        return _Offloaded(task, plan, task.offload(plan))
     except InfeasiblePlanError:
         return None
-    return found if chosen.host_bytes + task.shape.weight_bytes <= host_bytes else None

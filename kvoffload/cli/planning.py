@@ -41,7 +41,7 @@ from kvoffload.cli.options import (
 )
 from kvoffload.cli.terminal import print_json, print_text, progress, waiting
 from kvoffload.config import OffloadConfig
-from kvoffload.errors import InfeasiblePlanError
+from kvoffload.errors import ConfigError, InfeasiblePlanError
 from kvoffload.machine.hardware_profile import HardwareProfile
 from kvoffload.model.facts import Facts
 from kvoffload.model.stored_facts import facts_of, is_known
@@ -117,6 +117,7 @@ def plan(
     from kvoffload.advise.cards import card
     from kvoffload.advise.economics import Economics
     from kvoffload.advise.overview import overview
+    from kvoffload.advise.snippets import loaded_by
     from kvoffload.advise.sweep import grid
     from kvoffload.advise.sweep import sweep as swept
     from kvoffload.machine.machine import what_if
@@ -143,6 +144,8 @@ def plan(
         return what_if(found, link=link, device_memory_bytes=memory_bytes, host_memory_bytes=host_bytes)
 
     names = devices_named(hardware)
+    if len(names) > 1 and sweep is not None:
+        raise ConfigError("--sweep is of one device: leave it out, or name one with --hardware")
     if len(names) > 1:
         with progress("planning for") as tell:
             cards = []
@@ -168,11 +171,13 @@ def plan(
             advice = advise(model, workload, machine, config, **chosen)
             said, document = advice.answer, advice.to_json()
         except InfeasiblePlanError as error:
-            alone = otherwise(task, facts_of(model), str(error))
+            facts = facts_of(model)
+            alone = otherwise(task, facts, str(error), loaded_by(model))
             if alone is None:
                 raise
             said = alone
             document = {"recommendation": said.text, "answer": said.to_json(), "problem": str(error)}
+            document |= {"is_exact": facts.is_exact, "doubt": facts.doubt}
         seen = overview(task, money, cells)
     if as_json:
         print_json(document | seen.to_json())

@@ -33,19 +33,10 @@ _BY_ROWS = {
 }
 _BY_TOKENS = ("cache_position",)  # has no rows, also where it is as long
 # whose modules treat each row by itself: transformers' own layers, adapters in them, and linears of libraries
-_KNOWN = {
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "torchao",
-    "hqq",
-    "optimum",
-    "gptqmodel",
-    "awq",
-    "auto_round",
-}
-_KNOWN |= {"auto_gptq", "compressed_tensors", "aqlm", "vptq", "eetq"}
+_KNOWN = (
+    *("torch", "transformers", "peft", "bitsandbytes", "torchao", "hqq", "optimum", "gptqmodel", "awq", "auto_round"),
+    *("auto_gptq", "compressed_tensors", "aqlm", "vptq", "eetq"),
+)
 _KNOWN_LAYERS = "transformers.models."
 _OUR_HOOKS = ("kvoffload", "transformers")
 

@@ -8,7 +8,7 @@ from kvoffload.model.shape import ModelShape
 
 DEVICE_SHARE = 0.9  # of the free device memory that "auto" takes at most
 HOST_SHARE = 0.8  # of the free host memory that "auto" takes at most
-PREFILL_TOKENS = 16384  # of all rows, in one part of a prefill: more is no faster, and takes room from the cache
+PREFILL_TOKENS = 16384  # of all rows, in one part of a prefill: several `BUSY_TOKENS`; more takes the cache's room
 BUSY_TOKENS = 4096  # of all rows that pass a layer at once, with which matrix products are as fast as with more
 MIN_PREFILL_TOKENS = 64  # of each sequence, in one part of a prefill
 
