@@ -55,6 +55,11 @@ def test_plan_with_a_sweep_prints_the_sweep_alone() -> None:
     assert "TTFT" not in text
 
 
+def test_plan_refuses_a_sweep_of_several_devices() -> None:
+    arguments = ["--config", CONFIGS / "opt-6.7b.json", "--hardware", "a100-40gb-pcie4,4090", "--sweep", "1:131072"]
+    assert "--sweep is of one device" in run_badly("plan", *arguments)
+
+
 def test_plan_groups_long_numbers_and_ends_limits_at_the_models_positions() -> None:
     config = CONFIGS / "opt-6.7b.json"
     text = " ".join(run_well("plan", "--config", config, "--hardware", "a100-40gb-pcie4").split())

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvoffload.hf.collected_rows import Collected, CollectedRows, Update
 from kvoffload.model.model_shape import model_shape
-from kvoffload.planning.memory import MIN_PREFILL_TOKENS, prefill_parts, prefill_peak_bytes
+from kvoffload.planning.memory import MIN_PREFILL_TOKENS, prefill_chunk_tokens, prefill_parts, prefill_peak_bytes
 from kvoffload.session.session import Session
 
 
@@ -252,3 +252,15 @@ def test_a_prefill_has_the_fewest_passes_that_fit_with_slices_that_keep_the_devi
     assert prefill_parts(shape, rows=2, prompt_tokens=512, room_bytes=2**40) == (512, 2)  # nothing is saved
     sliding = dataclasses.replace(shape, num_offloaded_layers=8)
     assert prefill_parts(sliding, rows=32, prompt_tokens=512, room_bytes=2**40) == (512, 32)
+
+
+def test_a_part_of_a_prefill_is_not_longer_than_pays() -> None:
+    shape = model_shape(CONFIGS / "llama-3.1-8b.json")
+
+    def tokens(rows: int, prompt_tokens: int, room_bytes: int = 2**50) -> int:
+        return prefill_chunk_tokens(shape, rows=rows, prompt_tokens=prompt_tokens, room_bytes=room_bytes)
+
+    assert [tokens(rows, 130_000) for rows in (1, 8, 1000)] == [16_384, 2_048, MIN_PREFILL_TOKENS]
+    assert tokens(8, 100) == 100  # a short prompt goes in one part
+    half = prefill_peak_bytes(shape, num_tokens=8_192, rows=1)
+    assert (tokens(1, 130_000, half), tokens(1, 130_000, half - 1)) == (8_192, 4_096)
